@@ -1,0 +1,48 @@
+# `make quickstart` and `make test` do all the set-up on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+OUTPUT ?= output/quickstart
+PY = .venv/bin/python
+# Each worker is one torch thread, so that results do not depend on the machine's core count.
+PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
+TEST_WORKERS ?= 2
+
+.PHONY: help quickstart test test-long test-all lint clean
+
+help:
+	@echo "make quickstart  install, then pretrain on 4,000 embedded digits (no download)"
+	@echo "make test        install, then the newcomer's tests (under 5 minutes on 2 cores)"
+	@echo "make test-all    the newcomer's tests and the long ones (under 45 minutes)"
+	@echo "make lint        ruff and mypy"
+	@echo "make clean       remove .venv"
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python 3.11 or newer is needed; try make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The stamps are written last: an interrupted installation starts again.
+.venv/.run: requirements.txt pyproject.toml | .venv/bin/python
+	$(PY) -m pip install -r requirements.txt
+	@touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.run
+	$(PY) -m pip install -r requirements-dev.txt
+	@touch $@
+
+quickstart: .venv/.run
+	$(PY) main_pretrain.py --config cfgs/quickstart/pretrain.yaml --output_dir $(OUTPUT)/pretrain
+
+test: .venv/.dev
+	$(PYTEST) -m "not long"
+
+test-long: .venv/.dev
+	$(PYTEST) -m long
+
+test-all: test test-long
+
+lint: .venv/.dev
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv

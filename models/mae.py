@@ -1,0 +1,245 @@
+"""Masked autoencoder (arXiv 2111.06377, section 3): encode the kept patches, decode all, predict the removed ones.
+
+The decoder works on the shuffled order [kept, removed], with positions gathered in that order: attention does not
+care, and nothing has to be unshuffled in training. Only removed patches go through the prediction head.
+
+Shapes: `B` batch, `N` patches, `K` kept patches, `D` width, `P` patch side, `C` channels; a `+` before a token count
+stands for the class token where there is one.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.pos_embed import sincos_pos_embed
+from models.vit import LAYER_NORM_EPS, Block, PatchEmbed, Size, init_patch_embed, pair, patchify, vit_problems
+from util.errors import InputError
+
+TARGET_VAR_EPS = 1e-6  # added to a patch's variance under the root
+
+
+def num_kept(num_patches: int, mask_ratio: float) -> int:
+    """K = floor(N * (1 - mask_ratio)), safe against float noise (N = 10, ratio 0.9 keeps 1)."""
+    return math.floor(num_patches * (1 - mask_ratio) + 1e-6)
+
+
+def mae_problems(
+    img_size: Size,
+    patch_size: Size,
+    embed_dim: int,
+    num_heads: int,
+    class_token: bool,
+    decoder_embed_dim: int,
+    decoder_num_heads: int,
+    decoder_class_token: bool,
+    mask_ratio: float,
+) -> list[str]:
+    """What is wrong with an autoencoder's geometry, one line each."""
+    found = vit_problems(img_size, patch_size, embed_dim, num_heads)
+    found += [p for p in vit_problems(img_size, patch_size, decoder_embed_dim, decoder_num_heads, "decoder_")
+              if p not in found]  # fmt: skip
+    if decoder_class_token and not class_token:
+        found.append("decoder_class_token true needs class_token true: there is no class token to pass on")
+    num_patches = math.prod(i // p for i, p in zip(pair(img_size), pair(patch_size), strict=True))
+    kept = num_kept(num_patches, mask_ratio)
+    if num_patches and not 0 < kept < num_patches:
+        found.append(
+            f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: at least one must stay and one must go"
+        )
+    return found
+
+
+class MaskedAutoencoder(nn.Module):
+    """Asymmetric encoder-decoder that predicts the pixels of removed patches.
+
+    Args:
+        img_size, patch_size: pixels, an int or (H, W); the patch divides the image.
+        in_chans: image channels, any number.
+        embed_dim, depth, num_heads, mlp_ratio: of the encoder; `mlp_ratio` holds for the decoder too.
+        class_token: a learned token goes through the encoder with the kept patches.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
+        decoder_class_token: the class token goes on through the decoder (the paper); otherwise it leaves after `norm`.
+        mask_ratio: share of the patches removed, in (0, 1).
+        norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
+
+    Raises: InputError for a geometry that cannot be.
+    """
+
+    def __init__(
+        self,
+        img_size: Size,
+        patch_size: Size,
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        class_token: bool,
+        decoder_embed_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        decoder_class_token: bool,
+        mask_ratio: float,
+        norm_pix_loss: bool,
+    ):
+        super().__init__()
+        problems = mae_problems(
+            img_size, patch_size, embed_dim, num_heads, class_token,
+            decoder_embed_dim, decoder_num_heads, decoder_class_token, mask_ratio,
+        )  # fmt: skip
+        if problems:
+            raise InputError("; ".join(problems))
+        self.img_size = pair(img_size)
+        self.patch_size = pair(patch_size)
+        self.in_chans = in_chans
+        self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_class_token = decoder_class_token
+
+        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size, class_token))
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.register_buffer(
+            "decoder_pos_embed", sincos_pos_embed(decoder_embed_dim, self.grid_size, decoder_class_token)
+        )
+        self.decoder_blocks = nn.ModuleList(
+            [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, math.prod(self.patch_size) * in_chans)
+        self._init_weights()
+
+    pos_embed: Tensor  # (1, N + class_token, D)
+    decoder_pos_embed: Tensor  # (1, N + decoder_class_token, decoder D)
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        init_patch_embed(self.patch_embed)
+        nn.init.normal_(self.mask_token, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, N, P*P*C)`, patches row-major, each vector in (p, p, c) order."""
+        if images.shape[1:] != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"expected images (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), "
+                f"got {tuple(images.shape)}"
+            )
+        return patchify(images, self.patch_size)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """`(B, N, P*P*C)` -> `(B, C, H, W)`, the inverse of `patchify`."""
+        h, w = self.grid_size
+        p, q = self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)  # (B, C, H, W)
+
+    def forward_encoder(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
+        """Encodes the kept patches: `(B, N, P*P*C)`, `(B, K)` -> normalised latent `(B, +K, D)`."""
+        kept = _gather(patches, ids_keep)  # (B, K, P*P*C)
+        patch_pos = self.pos_embed if self.cls_token is None else self.pos_embed[:, 1:]  # (1, N, D)
+        x = self.patch_embed(kept) + patch_pos[0, ids_keep]  # (B, K, D)
+        if self.cls_token is not None:
+            cls = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
+            x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+K, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)  # (B, +K, D)
+
+    def forward_decoder(self, latent: Tensor, ids_shuffle: Tensor) -> Tensor:
+        """Decodes all patches in shuffled order: `(B, +K, D)`, `(B, N)` -> `(B, N, decoder D)`, kept ones first."""
+        batch, num_patches = ids_shuffle.shape
+        if self.cls_token is not None and not self.decoder_class_token:
+            latent = latent[:, 1:]  # (B, K, D)
+        x = self.decoder_embed(latent)  # (B, +K, decoder D)
+        has_cls = int(self.decoder_class_token)
+        num_masked = num_patches + has_cls - x.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(batch, num_masked, -1)
+        positions = self.decoder_pos_embed[0, has_cls:][ids_shuffle]  # (B, N, decoder D)
+        if has_cls:
+            cls_pos = self.decoder_pos_embed[:, :1].expand(batch, -1, -1)
+            positions = torch.cat([cls_pos, positions], dim=1)  # (B, 1+N, decoder D)
+        x = torch.cat([x, mask_tokens], dim=1) + positions  # (B, +N, decoder D)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return x[:, has_cls:]  # (B, N, decoder D)
+
+    def target(self, patches: Tensor) -> Tensor:
+        """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised per patch."""
+        if not self.norm_pix_loss:
+            return patches
+        mean, std = _patch_statistics(patches)
+        return (patches - mean) / std
+
+    def forward(self, images: Tensor, ids_shuffle: Tensor | None = None) -> Tensor:
+        """Mean over removed patches of the mean squared error per patch, a scalar (paper, "Reconstruction target").
+
+        Args:
+            images: `(B, C, H, W)` float, already normalised.
+            ids_shuffle: `(B, N)` int64, a permutation of the patches whose first K are kept; None draws one per image
+                from torch's global generator.
+        """
+        patches = self.patchify(images)  # (B, N, P*P*C)
+        if ids_shuffle is None:
+            ids_shuffle = self._draw_shuffle(images)
+        kept = num_kept(self.num_patches, self.mask_ratio)
+        latent = self.forward_encoder(patches, ids_shuffle[:, :kept])
+        masked = self.forward_decoder(latent, ids_shuffle)[:, kept:]  # (B, N-K, decoder D)
+        pred = self.decoder_pred(self.decoder_norm(masked))  # (B, N-K, P*P*C)
+        target = self.target(_gather(patches, ids_shuffle[:, kept:]))  # (B, N-K, P*P*C)
+        return (pred.to(target.dtype) - target).square().mean()
+
+    def reconstruct(
+        self, images: Tensor, ids_shuffle: Tensor | None = None, mask_ratio: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions `(B, N, P*P*C)` for all patches in image order, and the mask `(B, N)`, 1 = removed.
+
+        `mask_ratio` None takes the model's own.
+        """
+        patches = self.patchify(images)  # (B, N, P*P*C)
+        if ids_shuffle is None:
+            ids_shuffle = self._draw_shuffle(images)
+        kept = num_kept(self.num_patches, self.mask_ratio if mask_ratio is None else mask_ratio)
+        if not 0 < kept < self.num_patches:
+            raise ValueError(f"mask_ratio {mask_ratio} keeps {kept} of {self.num_patches} patches")
+        latent = self.forward_encoder(patches, ids_shuffle[:, :kept])
+        shuffled = self.decoder_pred(self.decoder_norm(self.forward_decoder(latent, ids_shuffle)))  # (B, N, P*P*C)
+        ids_restore = ids_shuffle.argsort(dim=1)  # (B, N)
+        mask = (ids_restore >= kept).to(images.dtype)  # (B, N)
+        return _gather(shuffled, ids_restore).to(images.dtype), mask
+
+    def to_pixels(self, pred: Tensor, images: Tensor) -> Tensor:
+        """Predictions `(B, N, P*P*C)` as normalised images `(B, C, H, W)`.
+
+        For a normalised target the patches' mean and variance are taken from `images`: the model does not know them.
+        """
+        if self.norm_pix_loss:
+            mean, std = _patch_statistics(self.patchify(images))
+            pred = pred * std + mean
+        return self.unpatchify(pred)  # (B, C, H, W)
+
+    def _draw_shuffle(self, images: Tensor) -> Tensor:
+        return torch.rand(images.shape[0], self.num_patches, device=images.device).argsort(dim=1)  # (B, N)
+
+
+def _gather(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` `(B, M)` of `x` `(B, N, F)`: `(B, M, F)`."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and root of (unbiased variance + eps) of each patch: `(B, *, F)` -> two of `(B, *, 1)`."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    return mean, (patches.var(dim=-1, keepdim=True) + TARGET_VAR_EPS).sqrt()
