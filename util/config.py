@@ -83,10 +83,10 @@ def plain(config: StageConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
-def changed_settings(old: dict[str, Any], config: StageConfig) -> list[str]:
-    """The settings that alter a run's result and differ from a checkpoint's, as `name: old -> new`."""
+def changed_settings(old: dict[str, Any], config: StageConfig, skip: set[str]) -> list[str]:
+    """The settings, less `skip`, that alter a run's result and differ from a checkpoint's, as `name: old -> new`."""
     new = plain(config)
-    fixed = [f.name for f in dataclasses.fields(config) if not f.metadata["may_change"]]
+    fixed = [f.name for f in dataclasses.fields(config) if not f.metadata["may_change"] and f.name not in skip]
     return [f"{name}: {old.get(name)} -> {new[name]}" for name in fixed if old.get(name) != new[name]]
 
 
@@ -208,7 +208,7 @@ def _merge(
     for name, raw in content.items():
         if name not in by_name:
             if name in sibling_names:
-                logger.info("%s: %s belongs to another stage, skipped", source, name)
+                logger.warning("%s: %s belongs to another stage, skipped", source, name)
             else:
                 problems.append(_unknown(source, name, config_class))
             continue

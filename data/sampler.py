@@ -1,0 +1,89 @@
+"""Which image goes where: a pure function of (seed, epoch, position), whatever the number of processes or workers.
+
+An epoch is a permutation of the data set; `position` counts through it. Optimiser step s of an epoch takes positions
+[s * total, (s + 1) * total); micro-batches and processes share them out. What is left at the end of an epoch is not
+decoded and differs each time. One integer, the step, is enough to continue anywhere.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+# Separate random streams, so that adding one never shifts another.
+ORDER, CROP, MASK, REPLACEMENT = range(4)
+
+
+class SampleKey(NamedTuple):
+    """One sample of a run: the image's index in the data set, and the coordinates that seed its crop and mask."""
+
+    image: int
+    epoch: int
+    position: int
+    step: int
+
+
+def derive_seed(*coordinates: int) -> int:
+    """A 63-bit seed from non-negative coordinates (run seed, stream, ...), independent for each different tuple."""
+    return int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(*coordinates: int) -> torch.Generator:
+    """A torch generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(*coordinates))
+
+
+class StepSampler(Sampler[list[SampleKey]]):
+    """The micro-batches of one process from `start_step` to `stop_step`, across epochs.
+
+    Args:
+        num_images: length of the data set, at least `batch_size * accum_iter * world_size`.
+        batch_size: per process and micro-batch.
+        accum_iter: micro-batches per optimiser step.
+        rank, world_size: this process, and how many there are.
+        seed: of the run.
+        start_step, stop_step: optimiser steps of the whole run, counted from 0.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        accum_iter: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int,
+        stop_step: int,
+    ):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.accum_iter = accum_iter
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.start_step = start_step
+        self.stop_step = stop_step
+        self.total_batch = batch_size * accum_iter * world_size
+        self.steps_per_epoch = num_images // self.total_batch
+        assert self.steps_per_epoch > 0, "the entry script checks that an epoch has a step"
+
+    def __len__(self) -> int:
+        return (self.stop_step - self.start_step) * self.accum_iter
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order_epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.start_step, self.stop_step):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order = torch.randperm(self.num_images, generator=generator(self.seed, ORDER, epoch)).numpy()
+                order_epoch = epoch
+            for micro in range(self.accum_iter):
+                share = micro * self.world_size + self.rank
+                first = step_in_epoch * self.total_batch + share * self.batch_size
+                yield [
+                    SampleKey(int(order[position]), epoch, position, step)
+                    for position in range(first, first + self.batch_size)
+                ]

@@ -1,0 +1,56 @@
+"""What training does about files that cannot be decoded: count and log them, and stop when there are too many.
+
+Each process collects what its loader replaced; when a line is logged all processes exchange their lists, so all hold
+the same set and stop together. `bad_samples.jsonl` in the run's folder keeps it across a resume.
+"""
+
+import json
+from pathlib import Path
+
+from data.loaders import BadSample, PretrainBatch
+from util.dist import all_gather
+from util.errors import InputError, LocalInputError
+
+MIN_LIMIT = 10
+LIMIT_SHARE = 0.001
+
+
+class BadSamples:
+    """The distinct bad files of a run of `num_images` images, written to `path` by the main process."""
+
+    def __init__(self, path: Path, num_images: int, is_main: bool):
+        self.path = path
+        self.limit = max(MIN_LIMIT, int(LIMIT_SHARE * num_images))
+        self.is_main = is_main
+        self.new: list[BadSample] = []
+        self.known: dict[str, str] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                self.known[entry["path"]] = entry["reason"]
+
+    def collect(self, batch: PretrainBatch) -> None:
+        """Takes note of a batch's bad files. Raises: LocalInputError at once where the whole batch is bad."""
+        self.new += batch.bad
+        if batch.failed:
+            first = batch.bad[0]
+            raise LocalInputError(
+                f"a whole batch could not be read ({len(batch.bad)} files, first {first.path}: {first.reason}): "
+                f"is the disk still there?"
+            )
+
+    def exchange(self) -> int:
+        """Brings all processes to the same set and returns its size. Raises: InputError where it passes the limit."""
+        fresh = {path: reason for entries in all_gather(self.new) for path, reason in entries if path not in self.known}
+        self.new = []
+        self.known |= fresh
+        if self.is_main and fresh:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"path": p, "reason": r}) + "\n" for p, r in fresh.items())
+        if len(self.known) > self.limit:
+            path, reason = next(iter(self.known.items()))
+            raise InputError(
+                f"{len(self.known)} bad files, more than the {self.limit} that are tolerated; all are in {self.path}, "
+                f"the first is {path}: {reason}"
+            )
+        return len(self.known)

@@ -1,0 +1,199 @@
+"""The training loop: one flat pass over the optimiser steps that are left, the same for every number of processes.
+
+It yields at the end of each epoch, so that an entry script can evaluate between two epochs without being called back.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.bad_samples import BadSamples
+from engine.checkpoint import save_checkpoint
+from engine.optim import optimizer_step, set_lr
+from engine.run import Run, duration
+from engine.schedule import Plan
+from util.dist import autocast_dtype, broadcast
+from util.errors import InputError
+from util.metrics import StepMeter, Stopwatch
+from util.schema import RunConfig
+
+logger = logging.getLogger(__name__)
+LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class TrainState:
+    """Exactly what a checkpoint restores: `step` counts finished optimiser steps of the whole run."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    epoch_meter: StepMeter
+    window_meter: StepMeter
+    step: int = 0
+    epoch_losses: list[float] = field(default_factory=list)
+
+    def content(self) -> dict[str, Any]:
+        """The state as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None,
+            "epoch_meter": self.epoch_meter.state_dict(),
+            "window_meter": self.window_meter.state_dict(),
+            "epoch_losses": self.epoch_losses,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over a checkpoint's content."""
+        self.model.load_state_dict(saved["model"], strict=True)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:  # empty where the precision needs none, as after a move from fp16 to bf16 hardware
+            self.scaler.load_state_dict(saved["scaler"])
+        self.epoch_meter.load_state_dict(saved["epoch_meter"])
+        self.window_meter.load_state_dict(saved["window_meter"])
+        self.epoch_losses = list(saved["epoch_losses"])
+        self.step = saved["step"]
+
+
+@dataclass
+class Saver:
+    """When to save and what goes beside the state: `facts` are the checkpoint's constant entries."""
+
+    run: Run
+    cfg: RunConfig
+    facts: dict[str, Any]
+    last_time: float = field(default_factory=time.monotonic)
+    last_step: int = -1
+
+    def due(self, epochs_done: int | None) -> bool:
+        """Whether a save is due, after `epochs_done` epochs or (None) within one; processes must ask together."""
+        if epochs_done is not None and self.cfg.save_epochs and epochs_done % self.cfg.save_epochs == 0:
+            return True
+        minutes = (time.monotonic() - self.last_time) / 60
+        return bool(broadcast(self.cfg.save_minutes > 0 and minutes >= self.cfg.save_minutes))
+
+    def save(self, state: TrainState, total_batch: int) -> None:
+        """Writes a checkpoint of this step unless there is one."""
+        if state.step == self.last_step:
+            return
+        state.epoch_meter.average()
+        state.window_meter.average()
+        content = {
+            **state.content(),
+            **self.facts,
+            "total_batch": total_batch,
+            "samples_seen": state.step * total_batch,
+        }
+        if self.run.processes.is_main:
+            path = save_checkpoint(self.run.output_dir, state.step, content, self.cfg.keep_last)
+            logger.info("saved %s", path)
+        self.last_time, self.last_step = time.monotonic(), state.step
+
+
+def train(
+    run: Run, cfg: Any, plan: Plan, state: TrainState, batches: Iterable[Any], loss_fn: LossFn, saver: Saver,
+    bad_samples: BadSamples,
+) -> Iterator[int]:  # fmt: skip
+    """Trains from `state.step` to `plan.stop_step`; yields the number of finished epochs after each.
+
+    Args:
+        batches: this process's micro-batches from `state.step` on, `plan.accum_iter` per step.
+        loss_fn: (model, batch) -> (scalar loss, further scalars).
+    """
+    dtype = autocast_dtype(cfg.precision, run.device)
+    model = wrap_model(state.model, run.device, plan.accum_iter, run.processes.world_size)
+    model.train()
+    stopwatch = Stopwatch()
+    iterator = iter(batches)
+    while state.step < plan.stop_step:
+        lr = plan.lr(state.step)
+        set_lr(state.optimizer, lr)
+        loss_sum = torch.zeros((), device=run.device)
+        waited = 0.0
+        for micro in range(plan.accum_iter):
+            asked = time.monotonic()
+            batch = next(iterator)
+            waited += time.monotonic() - asked
+            bad_samples.collect(batch)
+            is_last = micro == plan.accum_iter - 1
+            with nullcontext() if is_last or model is state.model else model.no_sync():
+                with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
+                    loss, _ = loss_fn(model, batch)
+                state.scaler.scale(loss / plan.accum_iter).backward()
+            loss_sum += loss.detach() / plan.accum_iter
+        grad_norm, found_inf = optimizer_step(state.optimizer, state.scaler, cfg.clip_grad)
+        state.epoch_meter.update(loss_sum, grad_norm, found_inf)
+        state.window_meter.update(loss_sum, grad_norm, found_inf)
+        state.step += 1
+        stopwatch.step(waited)
+        run.advance()
+
+        ends_epoch = state.step % plan.steps_per_epoch == 0
+        if state.step % cfg.log_interval == 0 or ends_epoch:
+            log_window(run, plan, state, stopwatch, lr, bad_samples.exchange(), cfg.max_bad_steps)
+            if not ends_epoch and saver.due(None):
+                saver.save(state, plan.total_batch)
+        if ends_epoch:
+            log_epoch(run, plan, state)
+            epochs_done = state.step // plan.steps_per_epoch
+            yield epochs_done
+            if saver.due(epochs_done) or state.step == plan.stop_step:
+                saver.save(state, plan.total_batch)
+
+
+def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:
+    """DistributedDataParallel where there are several processes, else the model itself."""
+    if world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=accum_iter == 1,  # with no_sync it dies in the reducer (torch 2.14.1)
+        broadcast_buffers=False,  # position tables never change
+    )
+
+
+def log_window(
+    run: Run, plan: Plan, state: TrainState, stopwatch: Stopwatch, lr: float, num_bad: int, max_bad_steps: int
+) -> None:
+    """Writes the line of the steps since the last one. Raises: InputError after too many bad steps in a row."""
+    means = state.window_meter.read()
+    state.window_meter.reset()
+    bad_in_a_row = int(means.pop("bad_in_a_row"))
+    times = stopwatch.read(plan.total_batch, plan.stop_step - state.step)
+    epoch = state.step / plan.steps_per_epoch
+    facts = {"step": state.step, "epoch": epoch, **means, "lr": lr, **times, "bad_files": num_bad}
+    line = (
+        f"step {state.step}/{plan.total_steps}  epoch {epoch:.2f}  loss {means['loss']:.4f}  lr {lr:.2e}  "
+        f"grad_norm {means['grad_norm']:.3f}  {times['images_per_s']:.0f} images/s  "
+        f"data_wait {100 * times['data_wait']:.0f}%  eta {duration(times['eta_s'])}"
+    )
+    run.record(facts, line + (f"  bad_files {num_bad}" if num_bad else ""), to_terminal=False)
+    if bad_in_a_row:
+        logger.warning("%d steps in a row had a non-finite gradient and were skipped", bad_in_a_row)
+    if bad_in_a_row >= max_bad_steps:
+        raise InputError(
+            f"{bad_in_a_row} steps in a row up to step {state.step} had a non-finite gradient: "
+            f"lower lr, set clip_grad, or use precision bf16 or fp32; the last checkpoint is from before"
+        )
+
+
+def log_epoch(run: Run, plan: Plan, state: TrainState) -> None:
+    """Writes the line of an epoch and begins the next one's mean."""
+    means = state.epoch_meter.read()
+    state.epoch_meter.reset()
+    epoch = state.step // plan.steps_per_epoch
+    state.epoch_losses.append(means["loss"])
+    facts = {"step": state.step, "epoch": float(epoch), "epoch_loss": means["loss"]}
+    run.record(facts, f"epoch {epoch} done  mean loss {means['loss']:.4f}", to_terminal=True)

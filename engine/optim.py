@@ -1,0 +1,84 @@
+"""AdamW, parameter groups and the optimiser step.
+
+Decay: weights of Linear layers and of the patch projection; nothing on biases, norms, class token, mask token and
+positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Groups of trainable parameters with `lr_scale`, `weight_decay` and, for reading, `names`.
+
+    lr_scale is layer_decay^(depth + 1 - i): i = 0 for patch_embed, pos_embed and cls_token, k + 1 for blocks.k, and
+    depth + 1 for norm, fc_norm, head and all else.
+
+    Source: layer-wise lr decay of arXiv 2003.10555, as in MAE, appendix A.1.
+    """
+    decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    depth = len(model.blocks)  # type: ignore[arg-type]
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = weight_decay if id(parameter) in decaying else 0.0
+        scale = layer_decay ** (depth + 1 - _layer_index(name, depth))
+        empty: dict[str, Any] = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
+        group = groups.setdefault((scale, decay), empty)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _layer_index(name: str, depth: int) -> int:
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def build_adamw(groups: list[dict[str, Any]], beta1: float, beta2: float) -> torch.optim.AdamW:
+    """Fused AdamW (arXiv 1711.05101), eps 1e-8; the schedule sets the learning rate before each step."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group `lr` (absolute) times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, scaler: GradScaler, clip_grad: float | None
+) -> tuple[Tensor, Tensor]:
+    """Clips, and steps unless the gradient is not finite; clears the gradients. Never waits for the device.
+
+    Gradients are already the mean over processes, so one process's NaN is everyone's and all decide alike.
+
+    Returns: the L2 norm of the gradient before clipping, and 1.0 where the step was skipped, both scalars.
+    """
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    found_inf = (~grad_norm.isfinite()).float()
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_grad, grad_norm)
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        # The contract between GradScaler and fused optimisers: with found_inf 1 neither parameters nor step count move.
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm, found_inf
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

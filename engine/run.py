@@ -1,0 +1,155 @@
+"""A run's folder and its records: log.txt, log.jsonl, TensorBoard curves, config.yaml and the progress bar."""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from engine.checkpoint import remove_leftovers
+from util.config import StageConfig, dump_config
+from util.dist import Processes, init_processes
+from util.errors import InputError
+from util.schema import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """What an entry script works with: the processes, the folder, and a place for each kind of record.
+
+    Only the main process writes; the others' calls do nothing.
+    """
+
+    def __init__(self, cfg: RunConfig, processes: Processes):
+        assert cfg.output_dir is not None, "load_config fills it in"
+        self.cfg = cfg
+        self.processes = processes
+        self.device = processes.device
+        self.output_dir = Path(cfg.output_dir)
+        self.tensorboard: Any = None
+        self.bar: tqdm[Any] | None = None
+
+    def start(self, cfg: StageConfig, step: int, total_steps: int) -> None:
+        """Begins the records of a run, or goes on with them from `step`; lines a killed run wrote past it go."""
+        if not self.processes.is_main:
+            return
+        (self.output_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        _drop_lines_after(self.output_dir / "log.jsonl", step)
+        if self.cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
+
+            self.tensorboard = SummaryWriter(str(self.output_dir / "tb"), purge_step=step + 1)
+        if sys.stderr.isatty():
+            self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Moves the progress bar by one optimiser step."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def record(self, facts: dict[str, Any], line: str, to_terminal: bool) -> None:
+        """Writes one set of facts (with `step`) to log.jsonl and TensorBoard, and `line` to log.txt and the terminal.
+
+        Under a progress bar, lines that are not for the terminal become the bar's text.
+        """
+        if not self.processes.is_main:
+            return
+        with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts) + "\n")
+        if self.tensorboard is not None:
+            prefix = "epoch" if "epoch_loss" in facts else "train"
+            for name, value in facts.items():
+                if isinstance(value, float):
+                    self.tensorboard.add_scalar(f"{prefix}/{name}", value, facts["step"])
+        logger.info(line, extra={"to_terminal": to_terminal or self.bar is None})
+        if self.bar is not None and not to_terminal:
+            self.bar.set_postfix_str(f"loss {facts['loss']:.4f}", refresh=False)
+
+    def close(self) -> None:
+        """Ends bar and curves."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+@contextmanager
+def open_run(cfg: RunConfig) -> Iterator[Run]:
+    """Joins the other processes, claims the output folder and starts logging; undoes all of it at the end.
+
+    Raises: InputError where the device is absent or the folder cannot be written, before any compute.
+    """
+    with init_processes(cfg.device) as processes:
+        run = Run(cfg, processes)
+        if processes.is_main:
+            _check_writable(run.output_dir)
+            remove_leftovers(run.output_dir)
+        with _logging_to(run.output_dir / "log.txt" if processes.is_main else None), logging_redirect_tqdm():
+            try:
+                yield run
+            finally:
+                run.close()
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"output_dir {folder} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _logging_to(path: Path | None) -> Iterator[None]:
+    """Plain lines to the terminal and a file on the main process; errors only on the others."""
+    root = logging.getLogger()
+    previous = root.level
+    root.setLevel(logging.ERROR if path is None else logging.INFO)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.addFilter(lambda record: getattr(record, "to_terminal", True))
+    handlers: list[logging.Handler] = [terminal]
+    if path is not None:
+        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    rank = os.environ.get("RANK", "0")
+    layout = "%(asctime)s %(message)s" if rank == "0" else f"%(asctime)s [process {rank}] %(message)s"
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(previous)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Removes the lines of a log.jsonl that lie past `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            logger.warning("%s: dropping a line that was cut off", path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,93 @@
+"""Learning rate, steps and batches of a run: pure functions of the settings, the data set and the processes."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from util.errors import InputError
+from util.schema import OptimConfig
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: float, peak_lr: float, min_lr: float) -> float:
+    """Absolute learning rate of optimiser step `step`, counted from 0 (which has 0 where there is a warmup).
+
+    Linear from 0 to `peak_lr` over `warmup_steps`, then half a cosine down to `min_lr`; all rates absolute.
+    Source: MAE, table 8 ("cosine decay", "warmup"); half-cycle cosine of arXiv 1608.03983.
+    """
+    if step < warmup_steps:
+        return peak_lr * step / warmup_steps
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return min_lr + (peak_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers that follow from settings, data set and processes; logged, never written back.
+
+    total_batch: images per optimiser step over all processes. peak_lr, min_lr: absolute.
+    """
+
+    accum_iter: int
+    total_batch: int
+    steps_per_epoch: int
+    total_steps: int
+    stop_step: int
+    warmup_steps: float
+    peak_lr: float
+    min_lr: float
+
+    def lr(self, step: int) -> float:
+        """Absolute learning rate of an optimiser step."""
+        return warmup_cosine(step, self.total_steps, self.warmup_steps, self.peak_lr, self.min_lr)
+
+
+def plan_run(cfg: OptimConfig, num_images: int, world_size: int, accum_iter: int) -> Plan:
+    """The plan of a run of `num_images` per epoch. Raises: InputError where an epoch has no whole step."""
+    total = cfg.batch_size * world_size * accum_iter
+    if num_images < total:
+        raise InputError(
+            f"the data set has {num_images} images and one optimiser step takes {total} "
+            f"(batch_size {cfg.batch_size} x {world_size} processes x accum_iter {accum_iter}): "
+            f"use a smaller batch or more images"
+        )
+    steps_per_epoch = num_images // total
+    stop_epoch = cfg.epochs if cfg.stop_epoch is None else cfg.stop_epoch
+    return Plan(
+        accum_iter=accum_iter,
+        total_batch=total,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=cfg.epochs * steps_per_epoch,
+        stop_step=stop_epoch * steps_per_epoch,
+        warmup_steps=cfg.warmup_epochs * steps_per_epoch,
+        peak_lr=cfg.lr * total / 256,
+        min_lr=cfg.min_lr * total / 256,
+    )
+
+
+def choose_accum_iter(cfg: OptimConfig, world_size: int, saved: dict[str, Any] | None = None) -> int:
+    """Micro-batches per optimiser step.
+
+    It follows from `total_batch_size` where that is set. A resumed run (`saved` is its checkpoint) keeps its total
+    batch, so that fewer or more processes go on with the same steps.
+
+    Raises: InputError where the total does not divide, or differs from that of the run so far.
+    """
+    per_pass = cfg.batch_size * world_size
+    asked = f"batch_size {cfg.batch_size} x {world_size} processes"
+    if saved is None:
+        if cfg.total_batch_size is None:
+            return cfg.accum_iter
+        total, name, derived = cfg.total_batch_size, "total_batch_size", cfg.accum_iter == 1
+    else:
+        total, name = saved["total_batch"], "the run's total batch so far,"
+        if cfg.total_batch_size not in (None, total):
+            raise InputError(f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}")
+        derived = cfg.accum_iter in (1, saved["config"]["accum_iter"])
+    if total % per_pass:
+        raise InputError(f"{name} {total} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole")
+    if not derived and cfg.accum_iter != total // per_pass:
+        raise InputError(
+            f"{asked} x accum_iter {cfg.accum_iter} is {per_pass * cfg.accum_iter} images per step and {name} {total}: "
+            f"leave accum_iter out, it follows as {total // per_pass}"
+        )
+    return total // per_pass

@@ -1,0 +1,264 @@
+"""Schedule, plan, parameter groups, optimiser step, meters and checkpoint files, against hand arithmetic."""
+
+import math
+import stat
+
+import pytest
+import torch
+from test_models import MAE, VIT
+from torch import nn
+from torch.amp import GradScaler
+
+from engine.checkpoint import load_newest_checkpoint, remove_leftovers, save_checkpoint, save_weights
+from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
+from engine.schedule import choose_accum_iter, plan_run, warmup_cosine
+from models.mae import MaskedAutoencoder
+from models.vit import VisionTransformer
+from util.errors import InputError
+from util.metrics import StepMeter
+from util.schema import OptimConfig
+
+
+def test_schedule_by_hand():
+    def lr(step):
+        return warmup_cosine(step, total_steps=110, warmup_steps=10, peak_lr=2.0, min_lr=0.5)
+
+    assert lr(0) == 0.0  # as in the public code
+    assert lr(5) == 1.0
+    assert lr(10) == 2.0  # the peak comes right after the warmup
+    assert lr(60) == pytest.approx(1.25)  # half way: the mean of peak and minimum
+    assert lr(35) == pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2)
+    assert lr(110) == pytest.approx(0.5)
+    assert warmup_cosine(0, 10, 0, 2.0, 0.0) == 2.0  # without a warmup it starts at the peak
+
+
+def test_plan_by_hand():
+    cfg = OptimConfig(batch_size=16, epochs=10, stop_epoch=3, warmup_epochs=1.6, lr=1.5e-4, min_lr=1e-6)
+    plan = plan_run(cfg, num_images=1000, world_size=2, accum_iter=4)
+    assert (plan.total_batch, plan.steps_per_epoch, plan.total_steps, plan.stop_step) == (128, 7, 70, 21)
+    assert plan.warmup_steps == pytest.approx(11.2)
+    assert plan.peak_lr == pytest.approx(0.75e-4)
+    assert plan.min_lr == pytest.approx(0.5e-6)  # the same unit as lr
+    assert plan.lr(7) == pytest.approx(0.75e-4 * 7 / 11.2)
+
+
+def test_a_data_set_smaller_than_one_step_is_refused_with_the_numbers():
+    with pytest.raises(
+        InputError, match=r"has 127 images and one optimiser step takes 128 \(batch_size 16 x 2 processes"
+    ):
+        plan_run(OptimConfig(batch_size=16), num_images=127, world_size=2, accum_iter=4)
+    assert plan_run(OptimConfig(batch_size=16), 128, 2, 4).steps_per_epoch == 1
+
+
+def saved_run(total_batch: int, accum_iter: int = 1) -> dict:
+    return {"total_batch": total_batch, "config": {"accum_iter": accum_iter}}
+
+
+def test_accumulation_follows_from_the_total_batch():
+    assert choose_accum_iter(OptimConfig(batch_size=64, accum_iter=3), world_size=2) == 3
+    assert choose_accum_iter(OptimConfig(batch_size=64, total_batch_size=4096), world_size=8) == 8
+    assert choose_accum_iter(OptimConfig(batch_size=512, total_batch_size=4096), world_size=8) == 1
+    # a resumed run keeps its total on fewer or more processes, also where accum_iter was set by hand
+    assert choose_accum_iter(OptimConfig(batch_size=64), 1, saved_run(128)) == 2
+    assert choose_accum_iter(OptimConfig(batch_size=16, accum_iter=4), 2, saved_run(64, accum_iter=4)) == 2
+    assert choose_accum_iter(OptimConfig(batch_size=32), 1, saved_run(64)) == 2
+
+
+@pytest.mark.parametrize(
+    ("cfg", "world_size", "saved", "message"),
+    [
+        (
+            {"batch_size": 60, "total_batch_size": 4096},
+            1,
+            None,
+            "total_batch_size 4096 is not a multiple of batch_size 60",
+        ),
+        ({"batch_size": 64, "total_batch_size": 128, "accum_iter": 3}, 1, None, "it follows as 2"),
+        ({"batch_size": 128}, 1, saved_run(64), "total batch so far, 64 is not a multiple of batch_size 128"),
+        ({"batch_size": 16}, 3, saved_run(64), "64 is not a multiple of batch_size 16 x 3 processes = 48"),
+        ({"batch_size": 64, "accum_iter": 2}, 1, saved_run(64), "is 128 images per step"),
+        ({"batch_size": 64, "total_batch_size": 128}, 1, saved_run(64), "is now 128 and the run so far has 64"),
+    ],
+)
+def test_totals_that_do_not_fit_are_refused(cfg, world_size, saved, message):
+    with pytest.raises(InputError, match=message):
+        choose_accum_iter(OptimConfig(**cfg), world_size, saved)
+
+
+def test_only_matrices_decay():
+    model = MaskedAutoencoder(**MAE | {"depth": 1, "decoder_depth": 1})
+    groups = param_groups(model, weight_decay=0.05)
+    decayed = sorted(name for group in groups if group["weight_decay"] == 0.05 for name in group["names"])
+    assert decayed == sorted(
+        ["patch_embed.proj.weight", "decoder_embed.weight", "decoder_pred.weight"]
+        + [
+            f"{stack}.0.{layer}.weight"
+            for stack in ("blocks", "decoder_blocks")
+            for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        ]
+    )
+    undecayed = {name for group in groups if group["weight_decay"] == 0.0 for name in group["names"]}
+    assert undecayed == {name for name, _ in model.named_parameters()} - set(decayed)
+    assert {"cls_token", "mask_token", "norm.weight", "blocks.0.norm1.weight"} <= undecayed
+    assert {group["lr_scale"] for group in groups} == {1.0}
+
+
+def test_layer_scale_by_hand():
+    model = VisionTransformer(**VIT | {"global_pool": "avg", "fc_norm": True})  # depth 2
+    model.blocks[1].norm1.weight.requires_grad_(False)
+    groups = param_groups(model, weight_decay=0.05, layer_decay=0.5)
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert scale["patch_embed.proj.weight"] == scale["pos_embed"] == scale["cls_token"] == 0.5**3
+    assert scale["blocks.0.attn.qkv.weight"] == 0.5**2
+    assert scale["blocks.1.mlp.fc2.bias"] == 0.5
+    assert scale["fc_norm.weight"] == scale["head.weight"] == 1.0
+    assert "blocks.1.norm1.weight" not in scale  # frozen
+    optimizer = build_adamw(groups, 0.9, 0.95)
+    set_lr(optimizer, 0.4)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.4, 0.2, 0.1, 0.05}
+
+
+def adamw_on(parameters: list[nn.Parameter], lr: float = 0.1) -> torch.optim.AdamW:
+    optimizer = build_adamw([{"params": parameters, "lr_scale": 1.0, "weight_decay": 0.5}], 0.9, 0.95)
+    set_lr(optimizer, lr)
+    return optimizer
+
+
+def test_an_adamw_step_by_hand():
+    weight = nn.Parameter(torch.tensor([2.0]))
+    optimizer = adamw_on([weight])
+    weight.grad = torch.tensor([3.0])
+    grad_norm, found_inf = optimizer_step(optimizer, GradScaler("cpu", enabled=False), clip_grad=None)
+    # decay 2 * (1 - 0.1 * 0.5), then the first step of Adam is lr * sign(gradient)
+    assert weight.item() == pytest.approx(2.0 * 0.95 - 0.1, abs=1e-6)
+    assert (grad_norm.item(), found_inf.item()) == (3.0, 0.0)
+    assert weight.grad is None
+    weight.grad = torch.tensor([-1.0])
+    optimizer_step(optimizer, GradScaler("cpu", enabled=False), clip_grad=None)
+    first = (0.9 * 0.1 * 3.0 + 0.1 * -1.0) / (1 - 0.9**2)  # bias-corrected first moment
+    second = (0.95 * 0.05 * 9.0 + 0.05 * 1.0) / (1 - 0.95**2)
+    assert weight.item() == pytest.approx(1.8 * 0.95 - 0.1 * first / math.sqrt(second), abs=1e-6)
+
+
+def test_clipping_scales_the_whole_gradient_and_reports_the_norm_before():
+    weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    kept = [w.grad for w in weights]
+    grad_norm, _ = optimizer_step(adamw_on(weights), GradScaler("cpu", enabled=False), clip_grad=1.0)
+    assert grad_norm.item() == 5.0
+    assert [g.item() for g in kept] == pytest.approx([0.6, 0.8], abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_a_non_finite_gradient_skips_the_step_and_its_count(bad, clip_grad):
+    weights = [nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([1.0]))]
+    optimizer = adamw_on(weights)
+    scaler = GradScaler("cpu", enabled=False)
+    for gradient in (1.0, bad):
+        before = [w.item() for w in weights]
+        weights[0].grad, weights[1].grad = torch.tensor([1.0]), torch.tensor([gradient])
+        _, found_inf = optimizer_step(optimizer, scaler, clip_grad)
+    assert found_inf.item() == 1.0
+    assert [w.item() for w in weights] == before
+    assert [optimizer.state[w]["step"].item() for w in weights] == [1.0, 1.0]
+
+
+def test_the_fp16_scaler_backs_off_and_goes_on():
+    weight = nn.Parameter(torch.tensor([2.0]))
+    optimizer = adamw_on([weight])
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(weight.sum() * float("inf")).backward()
+    _, found_inf = optimizer_step(optimizer, scaler, None)
+    assert (weight.item(), found_inf.item(), scaler.get_scale()) == (2.0, 1.0, 512.0)
+    scaler.scale(3 * weight.sum()).backward()
+    grad_norm, found_inf = optimizer_step(optimizer, scaler, None)
+    assert (grad_norm.item(), found_inf.item()) == (3.0, 0.0)  # the norm is that of the unscaled gradient
+    assert weight.item() == pytest.approx(1.8, abs=1e-6)
+
+
+def test_meter_leaves_bad_steps_out_and_counts_them_in_a_row():
+    meter = StepMeter(torch.device("cpu"))
+    for loss, norm, skipped in ((1.0, 10.0, 0.0), (float("nan"), float("nan"), 1.0), (2.0, 20.0, 0.0)):
+        meter.update(torch.tensor(loss), torch.tensor(norm), torch.tensor(skipped))
+    assert meter.read() == {"loss": 1.5, "grad_norm": 15.0, "bad_in_a_row": 0.0}
+    for _ in range(3):
+        meter.update(torch.tensor(float("inf")), torch.tensor(float("inf")), torch.tensor(1.0))
+    meter.reset()
+    assert meter.read()["bad_in_a_row"] == 3.0
+    assert math.isnan(meter.read()["loss"])
+
+
+def test_checkpoint_round_trip_and_retention(tmp_path):
+    for step in (3, 20, 100):
+        save_checkpoint(
+            tmp_path, step, {"model": {"w": torch.full((2,), float(step))}, "note": [1, "x", None]}, keep_last=2
+        )
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "checkpoint-00000020.pth", "checkpoint-00000020.pth.sha256",
+        "checkpoint-00000100.pth", "checkpoint-00000100.pth.sha256",
+    ]  # fmt: skip
+    content = load_newest_checkpoint(tmp_path)
+    assert content["step"] == 100
+    assert content["model"]["w"].tolist() == [100.0, 100.0]
+    assert content["note"] == [1, "x", None]
+    assert load_newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "100 bytes": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "last byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "one bit": flip_bit,
+    "no checksum": lambda path: path.with_name(path.name + ".sha256").unlink(),
+    "empty checksum": lambda path: path.with_name(path.name + ".sha256").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, damage):
+    older = save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(100)}}, keep_last=5)
+    newest = save_checkpoint(tmp_path, 2, {"model": {"w": torch.zeros(100)}}, keep_last=5)
+    damage(newest)
+    assert load_newest_checkpoint(tmp_path)["step"] == 1
+    assert str(newest) in caplog.text and "sha256" in caplog.text
+    damage(older)
+    with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
+        load_newest_checkpoint(tmp_path)
+
+
+def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
+
+    def disk_full(content, target):
+        target.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000001.pth", "checkpoint-00000001.pth.sha256"]
+
+
+def test_leftovers_of_a_cut_off_save_are_removed(tmp_path):
+    (tmp_path / "checkpoint-00000007.pth.tmp").write_bytes(b"half")
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_file_carries_its_facts(tmp_path):
+    from safetensors import safe_open
+
+    path = save_weights(tmp_path, {"w": torch.arange(3.0)}, {"model_args": {"depth": 2}, "mean": [0.5]})
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("w").tolist() == [0.0, 1.0, 2.0]
+        assert file.metadata() == {"format": "pt", "model_args": '{"depth": 2}', "mean": "[0.5]"}
+    assert path.stat().st_mode & stat.S_IRUSR

@@ -1,0 +1,436 @@
+"""Decoding: every kind of file that a folder of images may hold, and every way in which one may be broken."""
+
+import io
+import random
+import resource
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import EpsImagePlugin, Image, ImageOps
+
+from data.datasets import FolderSource
+from data.images import BadImageError, decode_image, to_channels
+from data.transforms import pretrain_transform
+
+HEIGHT, WIDTH = 48, 64
+ROWS, COLUMNS = np.mgrid[0:HEIGHT, 0:WIDTH]
+# Smooth, so that JPEG keeps it, and with no symmetry, so that every orientation shows.
+COLOURS = np.stack([COLUMNS * 4, ROWS * 5, 255 - 2 * COLUMNS - ROWS], axis=-1).astype(np.uint8)  # (H, W, 3)
+RAMP16 = np.linspace(0, 65535, HEIGHT * WIDTH).round().astype(np.uint16).reshape(HEIGHT, WIDTH)
+RGB = Image.fromarray(COLOURS)
+GREY = RGB.convert("L")
+ALPHA = Image.fromarray((COLUMNS * 4).astype(np.uint8))  # from transparent to opaque
+PALETTE = RGB.quantize(64)
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
+JPEG_ERROR = 6  # largest difference that compression makes on RGB at quality 98
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA" if image.mode == "RGB" else "LA")
+    image.putalpha(ALPHA)
+    return image
+
+
+def animated(kind: str, **options) -> bytes:
+    return encoded(RGB, kind, save_all=True, append_images=[ImageOps.invert(RGB)], **options)
+
+
+def png(width: int, height: int, depth: int, colour_type: int, rows: bytes) -> bytes:
+    """A PNG by hand: Pillow writes neither 16-bit colours nor headers that lie. Each row starts with a filter byte."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png16(pixels: np.ndarray, colour_type: int) -> bytes:
+    """`(H, W, C)` uint16 as a PNG."""
+    height, width = pixels.shape[:2]
+    return png(width, height, 16, colour_type, b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels))
+
+
+def inks() -> np.ndarray:
+    """RGB separated into cyan, magenta, yellow and a black that is not empty, `(H, W, 4)`."""
+    black = 255 - COLOURS.max(axis=-1, keepdims=True).astype(float)
+    colours = (255 - black - COLOURS) / np.maximum(255 - black, 1) * 255
+    return np.concatenate([colours, black], axis=-1).round().astype(np.uint8)
+
+
+def cmyk_jpeg() -> bytes:
+    """As Photoshop writes it: inks stored inverted, and an Adobe marker with transform 0."""
+    return encoded(Image.fromarray(inks(), "CMYK"), "JPEG", quality=98)
+
+
+def cmyk_jpeg_without_marker() -> bytes:
+    """Inverted all the same, as every common reader takes it."""
+    content = cmyk_jpeg()
+    start = content.index(b"Adobe") - 4
+    return content[:start] + content[start + 16 :]  # 2 bytes of marker, 14 of content
+
+
+def ycck_jpeg() -> bytes:
+    """The inverted inks as luma and chroma of their complement, beside the black; the Adobe marker says transform 2."""
+    ycc = np.asarray(Image.fromarray(inks()[..., :3]).convert("YCbCr"))
+    stored = np.concatenate([255 - ycc, inks()[..., 3:]], axis=-1)  # Pillow inverts all four when it writes
+    content = bytearray(encoded(Image.fromarray(stored, "CMYK"), "JPEG", quality=98))
+    content[content.index(b"Adobe") + 11] = 2
+    return bytes(content)
+
+
+def one_frame_webp() -> bytes:
+    """An animation of a single frame."""
+    content = animated("WEBP", lossless=True)
+    start = content.index(b"ANMF")
+    content = content[: start + 8 + struct.unpack_from("<I", content, start + 4)[0]]
+    return b"RIFF" + struct.pack("<I", len(content) - 8) + content[8:]
+
+
+COLOURS16 = np.stack([RAMP16, RAMP16[::-1], RAMP16[:, ::-1]], axis=-1)
+GREY16 = Image.fromarray((RAMP16 >> 8).astype(np.uint8))
+# file, what it shows, tolerance
+KINDS: dict[str, tuple[Callable[[], bytes], Image.Image, int]] = {
+    "jpeg": (lambda: encoded(RGB, "JPEG", quality=98), RGB, JPEG_ERROR),
+    "jpeg progressive": (lambda: encoded(RGB, "JPEG", quality=98, progressive=True), RGB, JPEG_ERROR),
+    "jpeg L": (lambda: encoded(GREY, "JPEG", quality=98), GREY, 2),
+    "jpeg stored as RGB": (lambda: encoded(RGB, "JPEG", quality=98, keep_rgb=True), RGB, 2),
+    "jpeg CMYK": (cmyk_jpeg, RGB, 4),
+    "jpeg CMYK without a marker": (cmyk_jpeg_without_marker, RGB, 4),
+    "jpeg YCCK": (ycck_jpeg, RGB, JPEG_ERROR),
+    "jpeg of two pictures": (lambda: animated("MPO", quality=98), RGB, JPEG_ERROR),
+    "png": (lambda: encoded(RGB, "PNG"), RGB, 0),
+    "png L": (lambda: encoded(GREY, "PNG"), GREY, 0),
+    "png LA": (lambda: encoded(with_alpha(GREY), "PNG"), GREY, 0),
+    "png RGBA": (lambda: encoded(with_alpha(RGB), "PNG"), RGB, 0),
+    "png P": (lambda: encoded(PALETTE, "PNG"), PALETTE, 0),
+    "png P, one colour transparent": (lambda: encoded(PALETTE, "PNG", transparency=7), PALETTE, 0),
+    "png P, a transparency each": (lambda: encoded(PALETTE, "PNG", transparency=bytes(range(64))), PALETTE, 0),
+    "png 1-bit": (lambda: encoded(RGB.convert("1"), "PNG"), RGB.convert("1"), 0),
+    "png 16-bit L": (lambda: encoded(Image.fromarray(RAMP16), "PNG"), GREY16, 1),
+    "png 16-bit LA": (lambda: png16(np.stack([RAMP16, RAMP16[::-1]], axis=-1), 4), GREY16, 1),
+    "png 16-bit RGB": (lambda: png16(COLOURS16, 2), Image.fromarray((COLOURS16 >> 8).astype(np.uint8)), 1),
+    "png animated": (lambda: animated("PNG"), RGB, 0),
+    "webp": (lambda: encoded(RGB, "WEBP", quality=98), RGB, 8),
+    "webp lossless": (lambda: encoded(RGB, "WEBP", lossless=True), RGB, 0),
+    "webp RGBA": (lambda: encoded(with_alpha(RGB), "WEBP", lossless=True, exact=True), RGB, 0),
+    "webp animated": (lambda: animated("WEBP", lossless=True), RGB, 0),
+    "webp of one frame": (one_frame_webp, RGB, 0),
+    "gif": (lambda: encoded(PALETTE, "GIF"), PALETTE, 0),
+    "gif, one colour transparent": (lambda: encoded(PALETTE, "GIF", transparency=7), PALETTE, 0),
+    "gif animated": (lambda: encoded(PALETTE, "GIF", save_all=True, append_images=[GREY]), PALETTE, 0),
+    "bmp": (lambda: encoded(RGB, "BMP"), RGB, 0),
+    "bmp P": (lambda: encoded(PALETTE, "BMP"), PALETTE, 0),
+    "ppm": (lambda: encoded(RGB, "PPM"), RGB, 0),
+    "pgm 16-bit": (lambda: b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + RAMP16.astype(">u2").tobytes(), GREY16, 1),
+    "tiff": (lambda: encoded(RGB, "TIFF"), RGB, 0),
+    "tiff LZW": (lambda: encoded(RGB, "TIFF", compression="tiff_lzw"), RGB, 0),
+    "tiff L": (lambda: encoded(GREY, "TIFF"), GREY, 0),
+    "tiff LA": (lambda: encoded(with_alpha(GREY), "TIFF"), GREY, 0),
+    "tiff RGBA": (lambda: encoded(with_alpha(RGB), "TIFF"), RGB, 0),
+    "tiff CMYK": (lambda: encoded(Image.fromarray(inks(), "CMYK"), "TIFF"), RGB, 2),
+    "tiff P": (lambda: encoded(PALETTE, "TIFF"), PALETTE, 0),
+    "tiff 1-bit": (lambda: encoded(RGB.convert("1"), "TIFF"), RGB.convert("1"), 0),
+    "tiff 16-bit L": (lambda: encoded(Image.fromarray(RAMP16), "TIFF"), GREY16, 1),
+    "tiff 16-bit L, big-endian": (lambda: encoded(Image.fromarray(RAMP16.astype(">u2")), "TIFF"), GREY16, 1),
+}
+
+
+def shown(image: Image.Image, in_chans: int) -> np.ndarray:
+    """What Pillow makes of an image: `(C, H, W)`, int."""
+    pixels = np.asarray(image.convert("RGB" if in_chans == 3 else "L")).astype(int)
+    return pixels.reshape(image.height, image.width, in_chans).transpose(2, 0, 1)
+
+
+def largest_difference(decoded: torch.Tensor, expected: np.ndarray) -> int:
+    assert decoded.dtype == torch.uint8
+    assert tuple(decoded.shape) == expected.shape
+    return int(np.abs(decoded.numpy().astype(int) - expected).max())
+
+
+def refusal(content: bytes, in_chans: int = 3) -> str:
+    with pytest.raises(BadImageError) as error:
+        decode_image(content, in_chans)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_shows_its_picture(kind, in_chans):
+    content, picture, tolerance = KINDS[kind]
+    decoded = decode_image(content(), in_chans)
+    grey_rounding = 2 if in_chans == 1 else 0  # weights in fixed point, before or after the colours are rounded
+    assert largest_difference(decoded, shown(picture, in_chans)) <= tolerance + grey_rounding
+
+
+@pytest.mark.parametrize("kind", ["png 16-bit L", "png 16-bit LA", "pgm 16-bit", "tiff 16-bit L"])
+def test_a_16_bit_gradient_keeps_all_its_8_bit_levels(kind):
+    decoded = decode_image(KINDS[kind][0](), 1).flatten().int()
+    assert decoded.unique().numel() == 256
+    assert (decoded.diff() >= 0).all()
+
+
+def test_a_picture_of_16_bits_that_uses_8_of_them_stays_dark():
+    """A stretch to the file's own range would hide what the values mean."""
+    dark = Image.fromarray(np.asarray(GREY).astype(np.uint16))
+    for content in (encoded(dark, "PNG"), encoded(dark, "TIFF")):
+        assert decode_image(content, 1).max() <= 1
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_pixels_without_a_defined_range_are_refused(in_chans):
+    ramp = RAMP16.astype(np.float32) / 65535
+    assert "floating-point" in refusal(encoded(Image.fromarray(ramp), "TIFF"), in_chans)
+
+
+def test_32_bit_integers_are_refused_rather_than_saturated():
+    """Their range is as little defined as that of floats: most would come out all white, or all black."""
+    assert refusal(encoded(Image.fromarray(RAMP16.astype(np.int32) * 30000), "TIFF"))
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (12, 200, 77)])
+def test_grey_has_the_weights_of_pillow(colour):
+    flat = Image.new("RGB", (8, 8), colour)
+    expected = flat.convert("L").getpixel((0, 0))
+    for kind, options in (("PNG", {}), ("JPEG", {"quality": 98}), ("WEBP", {"lossless": True}), ("BMP", {})):
+        assert abs(decode_image(encoded(flat, kind, **options), 1).float().mean() - expected) <= 1.5, kind
+    pixels = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)
+    assert abs(to_channels(pixels, 1).item() - expected) <= 1
+
+
+def test_channels_of_decoded_pixels():
+    grey = torch.arange(12, dtype=torch.uint8).view(1, 3, 4)
+    assert torch.equal(to_channels(grey, 1), grey)
+    assert torch.equal(to_channels(grey, 3), grey.repeat(3, 1, 1))
+    colours = grey.repeat(3, 1, 1)
+    assert to_channels(colours, 3) is colours
+    assert torch.equal(to_channels(colours, 1), grey)  # the weights sum to 1
+
+
+STORED_AS = {
+    1: COLOURS,
+    2: COLOURS[:, ::-1],
+    3: COLOURS[::-1, ::-1],
+    4: COLOURS[::-1],
+    # from here on a stored row is a column of the picture: the left one first, or the right one
+    5: COLOURS.swapaxes(0, 1),
+    6: COLOURS[:, ::-1].swapaxes(0, 1),
+    7: COLOURS[::-1, ::-1].swapaxes(0, 1),
+    8: COLOURS[::-1].swapaxes(0, 1),
+}
+
+
+def oriented(kind: str, orientation: int, stored: np.ndarray) -> bytes:
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    if kind.startswith("TIFF"):
+        return encoded(image, "TIFF", tiffinfo={274: orientation}, compression="tiff_lzw" if "LZW" in kind else None)
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"quality": 98} if kind in ("JPEG", "MPO") else {"lossless": True} if "WEBP" in kind else {}
+    if kind == "MPO" or "animated" in kind:
+        options |= {"save_all": True, "append_images": [ImageOps.invert(image)]}
+    return encoded(image, kind.split()[0], exif=exif.tobytes(), **options)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "PNG animated", "WEBP", "WEBP animated", "TIFF", "TIFF LZW"])
+def test_all_8_orientations_come_out_upright(kind):
+    """JPEG, PNG and still WebP by torchcodec, the others by Pillow."""
+    for orientation, stored in STORED_AS.items():
+        decoded = decode_image(oriented(kind, orientation, stored), 3)
+        tolerance = JPEG_ERROR if kind in ("JPEG", "MPO") else 0
+        assert largest_difference(decoded, shown(RGB, 3)) <= tolerance, orientation
+        assert decode_image(oriented(kind, orientation, stored), 1).shape == (1, HEIGHT, WIDTH), orientation
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "WEBP animated", "TIFF"])
+def test_an_orientation_that_does_not_exist_is_ignored(kind):
+    for orientation in (0, 9):
+        decoded = decode_image(oriented(kind, orientation, COLOURS), 3)
+        assert largest_difference(decoded, shown(RGB, 3)) <= JPEG_ERROR
+
+
+def test_the_content_decides_and_not_the_ending(tmp_path):
+    """ImageNet holds a PNG named .JPEG and CMYK JPEGs."""
+    (tmp_path / "a.JPEG").write_bytes(encoded(RGB, "PNG"))
+    (tmp_path / "b.png").write_bytes(cmyk_jpeg())
+    (tmp_path / "c.gif").write_bytes(encoded(RGB, "TIFF"))
+    (tmp_path / "d.jpg").write_text("an error page\n" * 20, encoding="utf-8")
+    (tmp_path / "e.jpg").touch()
+    source = FolderSource(str(tmp_path), 3)
+    for index, tolerance in enumerate([0, 4, 0]):
+        assert largest_difference(source.read(index), shown(RGB, 3)) <= tolerance
+    with pytest.raises(BadImageError, match="cannot identify image file"):
+        source.read(3)
+    with pytest.raises(BadImageError, match="the file is empty"):
+        source.read(4)
+
+
+def test_postscript_is_refused_without_starting_an_interpreter(monkeypatch):
+    """Pillow would hand such a file to Ghostscript, which runs what it is given."""
+    started = []
+
+    def ghostscript(*_args, **_kwargs):
+        started.append(True)
+        return Image.new("RGB", (8, 8)).im
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    content = encoded(RGB, "EPS")
+    with pytest.raises(BadImageError):
+        decode_image(content, 3)
+    assert not started
+
+
+CUT_KINDS = {
+    "JPEG": ("JPEG", {}),
+    "progressive JPEG": ("JPEG", {"progressive": True}),
+    "PNG": ("PNG", {}),
+    "WEBP": ("WEBP", {}),
+    "animated WEBP": ("WEBP", {"save_all": True, "append_images": [ImageOps.invert(NOISE)]}),
+    "GIF": ("GIF", {}),
+    "BMP": ("BMP", {}),
+    "TIFF": ("TIFF", {}),
+    "TIFF LZW": ("TIFF", {"compression": "tiff_lzw"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", CUT_KINDS)
+def test_a_truncated_file_is_bad_and_not_a_grey_half(kind):
+    name, options = CUT_KINDS[kind]
+    content = encoded(NOISE, name, **options)
+    assert decode_image(content, 3).shape == (3, 96, 128)
+    for share in (0.001, 0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97):
+        for in_chans in (1, 3):
+            assert refusal(content[: int(share * len(content)) + 1], in_chans), share
+
+
+def test_a_photograph_cut_anywhere_is_bad(photographs):
+    content = min(photographs.rglob("*.JPEG"), key=lambda path: (path.stat().st_size, path.name)).read_bytes()
+    assert decode_image(content, 3).shape[0] == 3
+    for length in [1, 2, 3, 10, 20, *range(100, len(content), max(1, len(content) // 25)), len(content) - 3]:
+        refusal(content[:length])
+
+
+@pytest.mark.parametrize("kind", ["text", "JPEG", "PNG"])
+def test_a_reason_is_one_line_for_its_reader(kind):
+    """It goes to a log and to bad_samples.jsonl: no memory address, no source line of somebody's build machine."""
+    content = b"an error page\n" * 20 if kind == "text" else encoded(NOISE, kind)
+    reason = refusal(content[: len(content) // 2])
+    assert "\n" not in reason
+    assert " at 0x" not in reason
+    assert ".cpp" not in reason
+
+
+def declared(kind: str, side: int) -> bytes:
+    """A small file whose header declares `side x side` pixels."""
+    if kind == "PNG":
+        return png(side, side, 8, 2, b"")
+    content = bytearray(encoded(NOISE.quantize(16) if kind == "GIF" else NOISE, kind))
+    if kind == "JPEG":  # start of frame: marker, length, precision, height, width
+        struct.pack_into(">HH", content, content.index(b"\xff\xc0") + 5, side, side)
+    elif kind == "BMP":
+        struct.pack_into("<ii", content, 18, side, side)
+    else:
+        struct.pack_into("<HH", content, 6, side, side)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF"])
+def test_a_header_that_declares_too_many_pixels_is_refused_before_decoding(kind):
+    content = declared(kind, 30000)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, time.perf_counter()
+    assert "too many pixels" in refusal(content)
+    assert time.perf_counter() - begin < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - peak < 50e6  # decoded it would be 2.7 GB
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (10, 20), (3, 2)])
+def test_tiny_and_thin_images_can_be_cropped(size, in_chans):
+    height, width = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = decode_image(encoded(Image.fromarray(pixels), "PNG"), in_chans)
+    assert image.shape == (in_chans, height, width)
+    for crop, expected in ((32, (in_chans, 32, 32)), ((16, 24), (in_chans, 16, 24))):
+        cropped = pretrain_transform(crop, 0.2, "bicubic", 0.5)(image)
+        assert (tuple(cropped.shape), cropped.dtype) == (expected, torch.uint8)
+
+
+def some_photographs(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.rglob("*.JPEG"))[::50]]
+
+
+def test_photographs_have_the_colours_that_pillow_sees(photographs):
+    for content in some_photographs(photographs):
+        image = Image.open(io.BytesIO(content))
+        assert largest_difference(decode_image(content, 3), shown(image, 3)) <= 2
+        # A JPEG's own luma: not clipped to the range of colours before it is weighed, so a few strong colours differ.
+        difference = np.abs(decode_image(content, 1).numpy().astype(int) - shown(image, 1))
+        assert difference.mean() < 0.5
+        assert (difference > 2).mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "BMP", "CMYK"])
+def test_photographs_in_other_formats_have_the_colours_that_pillow_sees(photographs, kind):
+    photograph = Image.open(io.BytesIO(some_photographs(photographs)[1])).convert("RGB").crop((0, 0, 151, 101))
+    is_cmyk = kind == "CMYK"
+    content = encoded(photograph.convert("CMYK") if is_cmyk else photograph, "JPEG" if is_cmyk else kind, quality=95)
+    image = Image.open(io.BytesIO(content))
+    for in_chans in (1, 3):
+        assert largest_difference(decode_image(content, in_chans), shown(image, in_chans)) <= 2
+
+
+FUZZED = {
+    "JPEG": lambda: oriented("JPEG", 6, COLOURS[:24, :32]),
+    "CMYK JPEG": cmyk_jpeg,
+    "PNG": lambda: oriented("PNG", 6, COLOURS[:24, :32]),
+    "GIF": lambda: encoded(PALETTE, "GIF", save_all=True, append_images=[GREY]),
+    "WEBP": lambda: oriented("WEBP", 6, COLOURS[:24, :32]),
+    "WEBP animated": lambda: animated("WEBP"),
+    "TIFF": lambda: oriented("TIFF", 6, COLOURS[:24, :32]),
+    "TIFF LZW": lambda: oriented("TIFF LZW", 6, COLOURS[:24, :32]),
+}
+
+
+def corrupted(content: bytes, seed: int) -> bytes:
+    """Perhaps cut, then one to eight bytes changed, the header's more often than others."""
+    chance = random.Random(seed)
+    changed = bytearray(content[: chance.randrange(1, len(content))] if chance.random() < 0.25 else content)
+    for _ in range(chance.choice([1, 1, 2, 8])):
+        position = chance.randrange(min(len(changed), chance.choice([40, 200, len(changed)])))
+        flipped = changed[position] ^ 1 << chance.randrange(8)
+        changed[position] = chance.choice([0, 255, chance.randrange(256), flipped])
+    return bytes(changed)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
+@pytest.mark.parametrize("kind", FUZZED)
+def test_a_corrupted_file_gives_an_image_or_a_reason(kind, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)  # a flipped bit in a size would only cost time here
+    content = FUZZED[kind]()
+    outcomes = {"image": 0, "reason": 0}
+    for seed in range(200):
+        in_chans = 1 if seed % 2 else 3
+        try:
+            image = decode_image(corrupted(content, seed), in_chans)
+        except BadImageError as error:
+            outcomes["reason"] += str(error) != ""
+        else:
+            assert (image.dtype, image.ndim, image.shape[0]) == (torch.uint8, 3, in_chans), seed
+            outcomes["image"] += 1
+    assert sum(outcomes.values()) == 200
+    assert min(outcomes.values()) > 5  # not vacuous

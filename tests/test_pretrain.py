@@ -1,0 +1,365 @@
+"""`main_pretrain.py` end to end on real digits: what it writes, exact resume, accumulation, and what it refuses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+from runs import STEPS_PER_EPOCH, command, digits, environment, log_lines, run, step_losses
+from safetensors.torch import load_file
+
+import main_pretrain
+from models.mae import MaskedAutoencoder
+from util.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs, a line per step, a checkpoint per epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = digits(folder, "--log_interval", 1, "--save_epochs", 1, "--tensorboard", "true")
+    return folder, arguments, main_pretrain.main(arguments)
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_bit_for_bit(one: Path, other: Path):
+    assert step_losses(one) == step_losses(other)
+    ours, theirs = parameters(one), parameters(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_run_learns_and_fills_its_folder(finished):
+    folder, _, metrics = finished
+    assert metrics["step"] == 2 * STEPS_PER_EPOCH
+    assert metrics["loss"] == metrics["epoch_losses"][1] < 0.85 * metrics["epoch_losses"][0]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-00000062.pth", "checkpoint-00000062.pth.sha256",
+        "checkpoint-00000124.pth", "checkpoint-00000124.pth.sha256",
+        "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "tb",
+    ]  # fmt: skip
+    lines = log_lines(folder)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 125))
+    assert steps[0].keys() == {
+        "step", "epoch", "loss", "grad_norm", "lr", "images_per_s", "data_wait", "eta_s", "bad_files"
+    }  # fmt: skip
+    # peak 1e-3 * 64 / 256 after half an epoch of warmup; the first step has lr 0
+    assert steps[0]["lr"] == 0.0
+    assert steps[31]["lr"] == pytest.approx(2.5e-4)
+    assert steps[123]["lr"] < 1e-6
+    assert all(0 <= line["data_wait"] <= 1 and line["images_per_s"] > 0 for line in steps)
+    epochs = [line["epoch_loss"] for line in lines if "epoch_loss" in line]
+    assert epochs == pytest.approx([np.mean([s["loss"] for s in steps[:62]]), np.mean([s["loss"] for s in steps[62:]])])
+    text = (folder / "log.txt").read_text()
+    assert "4000 images" in text and "62 steps per epoch, 124 in all" in text and "epoch 2 done" in text
+
+
+def test_tensorboard_curves_equal_the_log(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    steps = [line for line in log_lines(finished[0]) if "loss" in line]
+    for name in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
+        curve = events.Scalars(f"train/{name}")
+        assert [event.step for event in curve] == [line["step"] for line in steps]
+        assert [event.value for event in curve] == pytest.approx([line[name] for line in steps])
+    assert len(events.Scalars("epoch/epoch_loss")) == 2
+
+
+def test_a_checkpoint_holds_what_the_design_says(finished):
+    saved = torch.load(finished[0] / "checkpoint-00000124.pth", weights_only=True)
+    assert {"model", "optimizer", "scaler", "ema", "step", "samples_seen", "total_batch", "config", "model_args"} < set(
+        saved
+    )
+    assert (saved["step"], saved["samples_seen"], saved["total_batch"], saved["format_version"]) == (
+        124,
+        124 * 64,
+        64,
+        1,
+    )
+    assert (saved["mean"], saved["std"]) == ([0.1307], [0.3081])
+    model = MaskedAutoencoder(**saved["model_args"])
+    model.load_state_dict(saved["model"], strict=True)
+    weights = parameters(finished[0])
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved["model"].items())
+
+
+def test_a_finished_run_is_left_alone(finished):
+    folder, arguments, metrics = finished
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert main_pretrain.main(arguments) == metrics
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {name for name in before if before[name] != after[name]} <= {"log.txt"}
+
+
+def test_the_written_config_repeats_the_run(finished, tmp_path):
+    folder = finished[0]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["lr"], config["img_size"], config["embed_dim"]) == (1e-3, 28, None)
+    main_pretrain.main(["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path)])
+    assert_equal_bit_for_bit(folder, tmp_path)
+
+
+def test_a_stopped_run_goes_on_and_equals_the_uninterrupted_one(finished, tmp_path):
+    base = digits(tmp_path, "--log_interval", 1, "--save_epochs", 1)
+    assert main_pretrain.main([*base, "--stop_epoch", "1"])["step"] == STEPS_PER_EPOCH
+    main_pretrain.main([*base, "--num_workers", "2", "--prefetch_factor", "2"])  # R5: other workers change nothing
+    assert_equal_bit_for_bit(finished[0], tmp_path)
+
+
+def kill_when(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """SIGKILL as soon as the checkpoint of `step` or a later one is complete."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        saved = [int(p.name[11:19]) for p in folder.glob("checkpoint-*.sha256") if not p.name.endswith(".tmp")]
+        if saved and max(saved) >= step:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert process.wait() == -signal.SIGKILL, "the run must be killed before it ends by itself"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_runs_resume_bit_for_bit(finished, tmp_path, workers):
+    """R1: killed at its first step, mid-epoch, at the end of an epoch and in the next; each start goes on exactly."""
+    arguments = digits(
+        tmp_path, "--log_interval", 1, "--save_minutes", 1e-9, "--keep_last", 2, "--num_workers", workers
+    )
+    points = [1, 30, 62, 63]
+    for step in points:
+        process = subprocess.Popen(
+            command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        kill_when(process, tmp_path, step)
+    resumed = run(command(*arguments))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    assert_equal_bit_for_bit(finished[0], tmp_path)
+    losses = step_losses(tmp_path)
+    assert all(losses[step] != losses[step + 1] for step in points)  # not vacuous
+
+
+@pytest.mark.long
+def test_kills_at_random_times_lose_nothing(finished, tmp_path):
+    """R2 in small: SIGKILL at random times until the run is done."""
+    arguments = digits(tmp_path, "--log_interval", 1, "--save_minutes", 1e-9)
+    chance = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(chance.uniform(4, 12))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = run(command(*arguments))
+    assert result.returncode == 0, result.stderr
+    assert_equal_bit_for_bit(finished[0], tmp_path)
+
+
+def test_one_batch_equals_accumulated_micro_batches(finished, tmp_path):
+    """1 x 64 = 4 accumulated x 16, in loss and gradient norm."""
+    main_pretrain.main(digits(tmp_path, "--log_interval", 1, "--batch_size", 16, "--stop_epoch", 1))
+    once, accumulated = ([line for line in log_lines(f) if "loss" in line] for f in (finished[0], tmp_path))
+    for a, b in zip(once[:20], accumulated[:20], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
+    reads = {"item": 0, "tolist": 0}
+    for name in reads:
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, original=original, name=name):
+            reads[name] += 1
+            return original(self)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    main_pretrain.main(digits(tmp_path / "a", "--epochs", 1, "--log_interval", 1000))
+    few = dict(reads)
+    main_pretrain.main(digits(tmp_path / "b", "--epochs", 2, "--log_interval", 1000))
+    more = {name: reads[name] - few[name] for name in reads}
+    # The second run has 62 steps and one epoch's end more; a read per step would be 62 more. The decoding and cropping
+    # in this process read small CPU tensors, equally often per image.
+    assert more["tolist"] - few["tolist"] < 10
+    assert (more["item"] - few["item"]) <= few["item"] * 1.1
+
+
+def test_shared_mask_and_variants_train(tmp_path):
+    more = [
+        "--epochs",
+        "1",
+        "--shared_mask",
+        "--class_token",
+        "false",
+        "--decoder_class_token",
+        "false",
+        "--norm_pix_loss",
+    ]
+    metrics = main_pretrain.main(digits(tmp_path, *more, "false", "--clip_grad", 0.5, "--precision", "bf16"))
+    assert metrics["step"] == STEPS_PER_EPOCH
+    assert 0 < metrics["loss"] < 2
+
+
+def test_non_finite_gradients_end_the_run(tmp_path):
+    with pytest.raises(InputError, match="steps in a row up to step 20 had a non-finite gradient"):
+        # with std 1e-30 pixels overflow
+        main_pretrain.main(digits(tmp_path, "--std", "1e-39", "--norm_pix_loss", "false", "--warmup_epochs", 0))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_grey_alpha_and_odd_files_are_no_error_and_broken_ones_are_replaced(tmp_path):
+    """Real files of many kinds in one folder; labels are not needed."""
+    images = tmp_path / "images"
+    (images / "deep" / "er").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for index, mode in enumerate(["RGB", "L", "LA", "RGBA", "P", "1", "CMYK"] * 8):
+        picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).convert(mode)
+        ending = "jpg" if mode == "CMYK" else "png"
+        picture.save(images / ("deep/er" if index % 2 else ".") / f"{index} ä.{ending}")
+    (images / "broken.jpg").write_bytes(b"")
+    (images / "text.png").write_text("not an image")
+    output = tmp_path / "run"
+    arguments = digits(
+        output, "--dataset", "folder", "--data_path", images, "--img_size", 32, "--patch_size", 8, "--in_chans", 3,
+        "--mean", 0.5, 0.5, 0.5, "--std", 0.2, 0.2, 0.2, "--batch_size", 16, "--total_batch_size", 16,
+        "--log_interval", 3,
+    )  # fmt: skip
+    assert main_pretrain.main(arguments)["step"] == 2 * 3  # 58 images
+    bad = [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
+    assert {Path(entry["path"]).name for entry in bad} == {"broken.jpg", "text.png"}
+    assert {entry["reason"] for entry in bad if "broken" in entry["path"]} == {"the file is empty"}
+
+
+# --- refused, with one clear line, before any compute -----------------------------------------------------------------
+
+
+def empty_folder(tmp_path: Path) -> list:
+    (tmp_path / "empty").mkdir()
+    return ["--dataset", "folder", "--data_path", tmp_path / "empty", "--in_chans", 1]
+
+
+def few_images(tmp_path: Path) -> list:
+    (tmp_path / "few").mkdir()
+    for i in range(40):
+        Image.new("L", (28, 28)).save(tmp_path / "few" / f"{i}.png")
+    return ["--dataset", "folder", "--data_path", tmp_path / "few"]
+
+
+def unwritable(tmp_path: Path) -> list:
+    (tmp_path / "file").write_text("in the way")
+    return ["--output_dir", tmp_path / "file" / "run"]
+
+
+REFUSED = {
+    "path missing": (["--dataset", "folder", "--data_path", "/nowhere"], "data_path /nowhere does not exist"),
+    "no path": (["--dataset", "folder"], "data_path is needed for dataset folder"),
+    "no images": (empty_folder, "no images under"),
+    "too few images": (few_images, "the data set has 40 images and one optimiser step takes 64"),
+    "unknown flag": (["--mask_ration", 0.5], "unknown setting 'mask_ration', did you mean 'mask_ratio'?"),
+    "wrong type": (["--epochs", "many"], "epochs: expected a whole number, got 'many'"),
+    "out of range": (["--mask_ratio", 1.5], "mask_ratio: expected > 0, < 1, got 1.5"),
+    "patch": (["--patch_size", 5], "patch_size 5 does not divide the image height 28"),
+    "removes no patch": (["--mask_ratio", 1e-8], "mask_ratio 1e-08 keeps 49 of 49 patches"),
+    "keeps no patch": (["--mask_ratio", 0.999], "mask_ratio 0.999 keeps 0 of 49 patches"),
+    "heads": (["--num_heads", 3], "embed_dim 32 is not divisible by num_heads 3"),
+    "width": (["--embed_dim", 30, "--num_heads", 3], "embed_dim 30 is not divisible by 4"),
+    "accumulation": (["--batch_size", 24], "total_batch_size 64 is not a multiple of batch_size 24"),
+    "channels": (["--in_chans", 3], "mean has 1 values and in_chans is 3"),
+    "no config": (["--config", "cfgs/none.yaml"], "config cfgs/none.yaml: No such file"),
+    "unwritable": (unwritable, "cannot be written: Not a directory"),
+}
+if not torch.cuda.is_available():
+    REFUSED["cuda absent"] = (["--device", "cuda"], "device cuda was asked for and this machine has 0 CUDA devices")
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused_before_any_compute(tmp_path, monkeypatch, more, message):
+    def no_compute(*_):
+        raise AssertionError("reached the model")
+
+    monkeypatch.setattr(main_pretrain, "build_mae", no_compute)
+    more = more(tmp_path) if callable(more) else more
+    with pytest.raises(InputError) as error:
+        main_pretrain.main(digits(tmp_path / "run", *more))
+    assert message in str(error.value)
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_the_command_line_user_sees_lines_and_no_traceback(tmp_path):
+    result = run(command(*digits(tmp_path / "run", "--lr", "fast", "--mask_ration", 0.5)))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: 2 problems in the settings:",
+        "  command line: unknown setting 'mask_ration', did you mean 'mask_ratio'?",
+        "  command line: lr: expected a number, got 'fast'",
+    ]
+    assert result.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--lr", "2e-3"], "lr: 0.001 -> 0.002"),
+        (["--epochs", "3"], "epochs: 2 -> 3"),
+        (["--seed", "1"], "seed: 0 -> 1"),
+        (["--embed_dim", "48"], "embed_dim: 32 -> 48"),
+        (["--mask_ratio", "0.5", "--depth", "3"], "depth: 2 -> 3\n  mask_ratio: 0.75 -> 0.5"),
+        (["--batch_size", "128", "--total_batch_size", "128"], "total_batch_size is now 128 and the run so far has 64"),
+        (["--in_chans", "3", "--mean", "0", "0", "0", "--std", "1", "1", "1"], "in_chans: 1 -> 3"),
+    ],
+)
+def test_a_changed_setting_is_refused_on_resume(finished, change, message):
+    folder, arguments, _ = finished
+    config = (folder / "config.yaml").read_bytes()
+    with pytest.raises(InputError) as error:
+        main_pretrain.main([*arguments, *change])
+    assert message in str(error.value)
+    assert (folder / "config.yaml").read_bytes() == config
+
+
+def test_changed_images_are_refused_on_resume(tmp_path):
+    arguments = digits(tmp_path / "run", *few_images(tmp_path), "--batch_size", 16, "--total_batch_size", 16)
+    main_pretrain.main([*arguments, "--stop_epoch", "1"])
+    (tmp_path / "few").rename(tmp_path / "moved")
+    arguments[arguments.index("--data_path") + 1] = str(tmp_path / "moved")
+    assert main_pretrain.main([*arguments, "--stop_epoch", "1"])["step"] == 2  # the same images elsewhere are fine
+    (tmp_path / "moved" / "0.png").unlink()
+    with pytest.raises(InputError, match="images: a list of 40 -> 39"):
+        main_pretrain.main(arguments)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+def test_a_read_only_output_folder_is_refused(tmp_path):
+    if os.geteuid() == 0:  # root may write anywhere, so take a folder that nobody can
+        target = Path("/proc/run")
+    else:
+        target = tmp_path / "locked" / "run"
+        target.parent.mkdir(mode=0o500)
+    with pytest.raises(InputError, match="cannot be written"):
+        main_pretrain.main(digits(target))
+
+
+def test_help_names_every_section():
+    result = run(command("--help"))
+    assert result.returncode == 0
+    for section in ("Run:", "Data:", "Augmentation:", "Model:", "Masked autoencoder:", "Optimiser and schedule:"):
+        assert section in result.stdout
+    assert str(ROOT) not in result.stdout

@@ -1,0 +1,112 @@
+"""Processes and devices: one process or many under torchrun, on CUDA, MPS or CPU, by the same code."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from util.errors import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the job, and its device.
+
+    rank and world_size count all machines, local_rank and local_world_size this one.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def init_processes(device: str) -> Iterator[Processes]:
+    """Joins torchrun's processes, or is a single one where no launcher is, and leaves them at the end.
+
+    Raises: InputError where the device asked for is absent.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, world_size, local_rank, local_world_size = (int(os.environ.get(n, d)) for n, d in zip(names, "0101"))  # noqa: B905
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        # Tensors on the GPU go through NCCL; small messages between the processes stay on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world_size, local_rank, local_world_size, chosen)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of a `device:` setting. Raises: InputError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if local_rank >= count:
+            raise InputError(
+                f"device cuda was asked for and this machine has {count} CUDA devices "
+                f"for process {local_rank}: use --device cpu, or fewer processes"
+            )
+        return torch.device("cuda", local_rank)
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps was asked for and this machine has none: use --device cpu")
+    return torch.device(device)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What to autocast to for a `precision:` setting; None is plain fp32."""
+    if precision == "auto":
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        elif device.type == "cpu":
+            capabilities = torch.cpu.get_capabilities()
+            fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+            precision = "bf16" if fast else "fp32"
+        else:
+            precision = "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
+def all_gather(message: Any) -> list[Any]:
+    """Every process's message (plain values), in the order of the ranks."""
+    if not dist.is_initialized():
+        return [message]
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return messages
+
+
+def broadcast(message: Any) -> Any:
+    """Rank 0's message (plain values), on every process."""
+    if not dist.is_initialized():
+        return message
+    messages = [message]
+    dist.broadcast_object_list(messages, src=0)
+    return messages[0]
+
+
+@contextmanager
+def first_process_first(processes: Processes) -> Iterator[None]:
+    """Runs its body on the first process of each machine, then on the others: a download happens once."""
+    if dist.is_initialized() and processes.local_rank > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and processes.local_rank == 0:
+            dist.barrier()
