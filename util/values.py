@@ -20,11 +20,10 @@ def convert(raw: Any, annotation: Any) -> Any:
     members = typing.get_args(annotation) if typing.get_origin(annotation) is types.UnionType else (annotation,)
     if types.NoneType in members and (raw is None or str(raw).lower() in ("null", "none")):
         return None
-    value = raw[0] if isinstance(raw, list) and len(raw) == 1 else raw
     for member in members:
         try:
-            return _to_tuple(value, member) if typing.get_origin(member) is tuple else _SCALARS[member](value)
-        except (ValueError, KeyError):
+            return _to_tuple(raw, member) if typing.get_origin(member) is tuple else _SCALARS[member](raw)
+        except (ValueError, KeyError, OverflowError):
             continue
     raise ValueError(f"expected {type_name(annotation)}, got {raw!r}")
 
@@ -44,7 +43,7 @@ def type_name(annotation: Any) -> str:
 
 def range_text(bounds: dict[str, float | None]) -> str:
     """The legal range in words, for example `> 0, <= 1`."""
-    return ", ".join(f"{WORDS[name]} {bound:g}" for name, bound in bounds.items() if bound is not None)
+    return ", ".join(f"{WORDS[name]} {bound:.10g}" for name, bound in bounds.items() if bound is not None)
 
 
 def check_range(value: Any, f: Field[Any]) -> None:
@@ -61,7 +60,7 @@ def check_range(value: Any, f: Field[Any]) -> None:
             continue
         for name, bound in bounds.items():
             if bound is not None and outside[name](float(number), float(bound)):
-                raise ValueError(f"expected {range_text(bounds)}, got {number:g}")
+                raise ValueError(f"expected {range_text(bounds)}, got {number:.10g}")
 
 
 def _to_bool(value: Any) -> bool:
@@ -75,7 +74,9 @@ def _to_bool(value: Any) -> bool:
 def _to_int(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError
-    return int(value)
+    number = int(value)
+    float(number)  # a number past every range fails here, not where it is compared
+    return number
 
 
 def _to_float(value: Any) -> float:

@@ -1,0 +1,27 @@
+"""Training on real images: the reference loss curve on CIFAR-10, and photographs at 224 pixels."""
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from runs import command, log_lines, run
+
+pytestmark = pytest.mark.long
+
+
+def train(output, *arguments):
+    """A run in a process of its own with all cores, as a user would have it."""
+    result = run(command(*map(str, arguments), "--output_dir", str(output)), OMP_NUM_THREADS="2")
+    assert result.returncode == 0, result.stderr
+    return log_lines(output)
+
+
+def test_photographs_are_learned(photographs, tmp_path):
+    """ViT-S/16 at 224 pixels, two epochs of 250 photographs: the last five losses lie 10 % under the first five."""
+    lines = train(
+        tmp_path, "--config", ROOT / "cfgs/pretrain/Vit-S_100E_GAP.yaml", "--data_path", photographs, "--seed", 0,
+        "--batch_size", 16, "--total_batch_size", 16, "--epochs", 2, "--warmup_epochs", 0.2, "--lr", 2.4e-3,
+        "--log_interval", 1, "--tensorboard", "false",
+    )  # fmt: skip
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2 * (250 // 16)
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]), losses
