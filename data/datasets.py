@@ -71,7 +71,7 @@ class FolderSource:
         return str(self.root / os.fsdecode(self.names[index].item()))
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"\n".join(self.names.tolist())).hexdigest()
+        return hashlib.sha256(b"\0".join(self.names.tolist())).hexdigest()
 
 
 def _list_images(root: Path) -> list[str]:

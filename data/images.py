@@ -5,24 +5,27 @@ decoded) and decodes the rest. Transparency is dropped, EXIF orientation applied
 animation gives its first frame.
 """
 
+import re
 import struct
 import zlib
 from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchcodec.decoders import decode_image as torchcodec_decode
 
 # Pillow itself refuses a header that declares more than twice this many pixels: 179 million in all, so a decoded
 # image stays under 540 MB.
 Image.MAX_IMAGE_PIXELS = 89_478_485
+# An allow-list, as some of Pillow's other formats start programs (PostScript).
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 TORCHCODEC_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class BadImageError(ValueError):
-    """A file that is no readable image; its text is the reason."""
+    """A file that is no readable image; its text is the reason, in one line."""
 
 
 def decode_image(encoded: bytes, in_chans: int) -> Tensor:
@@ -33,25 +36,32 @@ def decode_image(encoded: bytes, in_chans: int) -> Tensor:
     if not encoded:
         raise BadImageError("the file is empty")
     try:
-        with Image.open(BytesIO(encoded)) as header:
+        with Image.open(BytesIO(encoded), formats=PILLOW_FORMATS) as header:
             if header.format in TORCHCODEC_FORMATS and getattr(header, "n_frames", 1) == 1:
-                return torchcodec_decode(encoded, mode="RGB" if in_chans == 3 else "GRAY")  # (C, H, W)
+                image = torchcodec_decode(encoded, mode="RGB" if in_chans == 3 else "GRAY")
+                return image[0] if image.ndim == 4 else image  # (C, H, W); WebP comes as a stack of frames
             return _decode_with_pillow(header, in_chans)
+    except BadImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"cannot identify image file: it is no readable {', '.join(PILLOW_FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise BadImageError(f"declares too many pixels: {error}") from error
     # What the decoders raise on broken files, as seen in tests: Pillow's plugins use SyntaxError and struct.error too.
     except (OSError, ValueError, RuntimeError, SyntaxError, EOFError, struct.error, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadImageError(f"cannot be decoded: {reason.replace('<_io.BytesIO object', '<the file')}") from error
+        # torchcodec's texts begin with a place in its C++ source
+        text = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise BadImageError(f"cannot be decoded: {text}") from error
 
 
 def _decode_with_pillow(image: Image.Image, in_chans: int) -> Tensor:
     image.seek(0)
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16-bit grey, as "I;16" or widened to "I"
-        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 256).astype(np.uint8))
-    elif upright.mode == "F":
-        raise BadImageError("holds floating-point pixels, whose range is not defined")
+    if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format == "PPM"):  # 16 bits, widened by Pillow
+        upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
+    elif upright.mode in ("I", "F"):
+        kind = "floating-point" if upright.mode == "F" else "32-bit"
+        raise BadImageError(f"holds {kind} pixels, whose range is not defined")
     pixels = np.asarray(upright.convert("RGB" if in_chans == 3 else "L"))
     if in_chans == 1:
         pixels = pixels[:, :, None]

@@ -121,4 +121,5 @@ def build_pretrain_loader(
         prefetch_factor=prefetch_factor if num_workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else it draws from the training's own random state
     )

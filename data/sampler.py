@@ -26,8 +26,11 @@ class SampleKey(NamedTuple):
 
 
 def derive_seed(*coordinates: int) -> int:
-    """A 63-bit seed from non-negative coordinates (run seed, stream, ...), independent for each different tuple."""
-    return int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A 63-bit seed from coordinates in [0, 2^64) (run seed, stream, ...), another one for each different tuple."""
+    # SeedSequence takes trailing zeros and split words for the same entropy: fixed words and the length tell them apart
+    words = np.array([len(coordinates), *coordinates], dtype=np.uint64).view(np.uint32)
+    high, low = np.random.SeedSequence(words).generate_state(2).tolist()
+    return (high << 32 | low) >> 1
 
 
 def generator(*coordinates: int) -> torch.Generator:

@@ -24,9 +24,13 @@ class BadSamples:
         self.is_main = is_main
         self.new: list[BadSample] = []
         self.known: dict[str, str] = {}
+        self.cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # cut off by a kill; the file will be met again
+                    continue
                 self.known[entry["path"]] = entry["reason"]
 
     def collect(self, batch: PretrainBatch) -> None:
@@ -34,8 +38,9 @@ class BadSamples:
         self.new += batch.bad
         if batch.failed:
             first = batch.bad[0]
+            num_files = len({path for path, _ in batch.bad})
             raise LocalInputError(
-                f"a whole batch could not be read ({len(batch.bad)} files, first {first.path}: {first.reason}): "
+                f"a whole batch could not be read ({num_files} files, first {first.path}: {first.reason}): "
                 f"is the disk still there?"
             )
 
@@ -46,6 +51,8 @@ class BadSamples:
         self.known |= fresh
         if self.is_main and fresh:
             with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" if self.cut_off else "")
+                self.cut_off = False
                 file.writelines(json.dumps({"path": p, "reason": r}) + "\n" for p, r in fresh.items())
         if len(self.known) > self.limit:
             path, reason = next(iter(self.known.items()))

@@ -37,7 +37,7 @@ def command(*arguments: str, script: str = "main_pretrain.py") -> list[str]:
 def run(arguments: list[str], cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end and returns what it printed."""
     return subprocess.run(
-        arguments, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=600, check=False
+        arguments, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=3000, check=False
     )
 
 

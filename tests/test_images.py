@@ -394,6 +394,15 @@ def test_photographs_in_other_formats_have_the_colours_that_pillow_sees(photogra
         assert largest_difference(decode_image(content, in_chans), shown(image, in_chans)) <= 2
 
 
+def test_an_animation_whose_frames_are_out_of_order_is_bad():
+    """Pillow reports it as a SyntaxError."""
+    content = bytearray(animated("PNG"))
+    start = content.index(b"fcTL")
+    struct.pack_into(">I", content, start + 4, 7)  # the first frame's number
+    struct.pack_into(">I", content, start + 30, zlib.crc32(content[start : start + 30]))
+    assert "cannot identify" in refusal(bytes(content))
+
+
 FUZZED = {
     "JPEG": lambda: oriented("JPEG", 6, COLOURS[:24, :32]),
     "CMYK JPEG": cmyk_jpeg,

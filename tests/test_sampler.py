@@ -28,10 +28,10 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> list[int]:
 
 def test_golden_seeds_and_order():
     """The random stream belongs to every checkpoint: when these numbers change, no run can be resumed exactly."""
-    assert derive_seed(0, 0, 0) == 7896617691693857887
-    assert derive_seed(7, 1, 2, 3) == 1574849190144130912
+    assert derive_seed(0, 0, 0) == 5678897472729702547
+    assert derive_seed(7, 1, 2, 3) == 4427128135344464814
     (batch,) = sampler(1000, 5, seed=42)
-    assert [key.image for key in batch] == [183, 871, 876, 530, 948]
+    assert [key.image for key in batch] == [333, 887, 105, 55, 224]
 
 
 def test_one_process_by_hand():
