@@ -7,6 +7,7 @@ One process needs no launcher: python main_pretrain.py --config ... The same com
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from data.loaders import PretrainBatch, PretrainDataset, build_pretrain_loader, 
 from data.sampler import StepSampler
 from data.transforms import PixelNormalizer, pretrain_transform
 from engine.bad_samples import BadSamples
-from engine.checkpoint import load_newest_checkpoint, save_weights
+from engine.checkpoint import load_newest_checkpoint, save_weights, weights_path
 from engine.loop import Saver, TrainState, train
 from engine.optim import build_adamw, param_groups
 from engine.run import Run, open_run
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Pretrains, or goes on with a run; returns `step`, `loss` (mean of the last epoch) and `epoch_losses`."""
     cfg = load_config(PretrainConfig, "pretrain", argv, checks=[mae_config_problems])
     with open_run(cfg) as run:
-        with first_process_first(run.processes):
+        with first_process_first(run.processes) if cfg.download else nullcontext():
             source = build_pretrain_source(cfg.dataset, cfg.data_path, cfg.in_chans, cfg.download)
         saved = load_newest_checkpoint(run.output_dir)
         facts = checkpoint_facts(cfg, source)
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             state.restore(saved)
             if state.step >= plan.stop_step:
                 logger.info("%s is already finished at step %d", run.output_dir, state.step)
-                return final_metrics(state)
+                return finish(run, state, facts)
             logger.info("resuming %s at step %d", run.output_dir, state.step)
         run.start(cfg, state.step, plan.stop_step)
         log_start(cfg, run, plan, source, model)
@@ -85,16 +86,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
         for _ in train(run, cfg, plan, state, loader, loss_fn, saver, bad_samples):
             pass
-        if run.processes.is_main:
-            path = save_weights(
-                run.output_dir, model.state_dict(), {n: facts[n] for n in ("model_args", "mean", "std")}
-            )
-            logger.info("wrote %s", path)
-        return final_metrics(state)
+        return finish(run, state, facts)
 
 
-def final_metrics(state: TrainState) -> dict[str, Any]:
-    """What `main` returns."""
+def finish(run: Run, state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
+    """Writes the weights for others to use unless they are there, and returns what `main` returns."""
+    if run.processes.is_main and not weights_path(run.output_dir).exists():
+        header = {name: facts[name] for name in ("model_args", "mean", "std")}
+        logger.info("wrote %s", save_weights(run.output_dir, state.model.state_dict(), header))
     return {"step": state.step, "loss": state.epoch_losses[-1], "epoch_losses": list(state.epoch_losses)}
 
 

@@ -78,13 +78,18 @@ def remove_leftovers(output_dir: Path) -> None:
 
 def save_weights(output_dir: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Path:
     """Writes `model.safetensors` for others to use; `facts` go into its header as JSON."""
-    path = output_dir / "model.safetensors"
+    path = weights_path(output_dir)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **{name: json.dumps(value) for name, value in facts.items()}}
     content = safetensors.torch.save(contiguous, metadata)
     _write_temporary(path, lambda target: target.write_bytes(content)).replace(path)
     _flush_folder(output_dir)
     return path
+
+
+def weights_path(output_dir: Path) -> Path:
+    """Where a finished run's weights are; a run that goes on has none."""
+    return output_dir / "model.safetensors"
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

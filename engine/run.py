@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from engine.checkpoint import remove_leftovers
+from engine.checkpoint import remove_leftovers, weights_path
 from util.config import StageConfig, dump_config
 from util.dist import Processes, init_processes
 from util.errors import InputError
@@ -43,6 +43,7 @@ class Run:
         if not self.processes.is_main:
             return
         (self.output_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        weights_path(self.output_dir).unlink(missing_ok=True)  # of an earlier stop; they are in its checkpoint
         _drop_lines_after(self.output_dir / "log.jsonl", step)
         if self.cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
@@ -64,7 +65,8 @@ class Run:
         if not self.processes.is_main:
             return
         with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts) + "\n")
+            plain = {name: None if value != value else value for name, value in facts.items()}  # JSON has no NaN
+            file.write(json.dumps(plain) + "\n")
         if self.tensorboard is not None:
             prefix = "epoch" if "epoch_loss" in facts else "train"
             for name, value in facts.items():

@@ -25,7 +25,10 @@ def digits(output_dir: Path, *more: Any) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For a process of its own: one thread, so that results do not depend on the machine's core count."""
+    """For a process of its own: one thread, as results should not depend on the machine's core count.
+
+    Also, two processes whose threads together outnumber the cores run more than ten times slower.
+    """
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **more}
 
 

@@ -107,6 +107,15 @@ def test_a_finished_run_is_left_alone(finished):
     assert {name for name in before if before[name] != after[name]} <= {"log.txt"}
 
 
+def test_weights_lost_after_the_last_checkpoint_are_written_again(tmp_path):
+    arguments = digits(tmp_path, "--epochs", 1)
+    main_pretrain.main(arguments)
+    before = parameters(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    main_pretrain.main(arguments)
+    assert all(torch.equal(before[name], tensor) for name, tensor in parameters(tmp_path).items())
+
+
 def test_the_written_config_repeats_the_run(finished, tmp_path):
     folder = finished[0]
     config = yaml.safe_load((folder / "config.yaml").read_text())

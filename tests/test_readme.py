@@ -4,7 +4,6 @@
 launchers on localhost.
 """
 
-import os
 import re
 import shlex
 import subprocess
@@ -126,7 +125,7 @@ def test_make_quickstart_works_and_works_again(tmp_path):
     for _ in range(2):
         result = subprocess.run(
             ["make", "quickstart", f"OUTPUT={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False,
-            env={**os.environ, "MAKEFLAGS": ""},
+            env=environment(MAKEFLAGS=""),
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
     assert "already finished" in result.stdout

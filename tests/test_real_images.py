@@ -9,8 +9,8 @@ pytestmark = pytest.mark.long
 
 
 def train(output, *arguments):
-    """A run in a process of its own with all cores, as a user would have it."""
-    result = run(command(*map(str, arguments), "--output_dir", str(output)), OMP_NUM_THREADS="2")
+    """A run in a process of its own."""
+    result = run(command(*map(str, arguments), "--output_dir", str(output)))
     assert result.returncode == 0, result.stderr
     return log_lines(output)
 
