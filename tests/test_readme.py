@@ -156,4 +156,4 @@ def test_the_command_in_the_quickstart_head_runs(tmp_path, monkeypatch):
     (line,) = re.findall(r"^# Command:\s+(.*)$", (ROOT / "cfgs/quickstart/pretrain.yaml").read_text(), re.M)
     monkeypatch.chdir(ROOT)
     arguments = [*words_of(line)[1][2:], "--epochs", "1", "--warmup_epochs", "0", "--device", "cpu"]
-    assert main_pretrain.main([*arguments, "--output_dir", str(tmp_path)])["step"] == 31
+    assert main_pretrain.main([*arguments, "--output_dir", str(tmp_path)])["step"] == 62

@@ -28,7 +28,7 @@ def test_photographs_are_learned(photographs, tmp_path):
 
 
 # Mean training loss of epochs 1 to 3 of ViT-Ti_CIFAR10.yaml on the JPEG version, seed 0, bf16, 2 CPU cores.
-OURS = (0.879, 0.614, 0.529)
+OURS = (0.879, 0.614, 0.530)
 REFERENCE = (0.947, 0.639, 0.559)  # public MAE model, another run of another program
 
 
