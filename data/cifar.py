@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 import tarfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,14 +71,17 @@ def read_cifar(dataset: str, data_path: str, train: bool, download: bool) -> tup
 
 
 def _download(spec: CifarArchive, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.part-{socket.gethostname()}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A temporary name first: machines may share the folder, and a broken download must not look whole.
-        partial = path.with_name(f"{path.name}.part-{socket.gethostname()}-{os.getpid()}")
         download_url(spec.url, str(path.parent), partial.name, spec.md5)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a wrong checksum
         raise InputError(f"cannot fetch {spec.url} to {path}: {error}") from error
+    finally:
+        with suppress(OSError):  # the first error is the one to report
+            partial.unlink()
 
 
 def _read_member(path: Path, member: str, spec: CifarArchive) -> np.ndarray:

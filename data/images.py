@@ -16,9 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchcodec.decoders import decode_image as torchcodec_decode
 
-# Pillow itself refuses a header that declares more than twice this many pixels: 179 million in all, so a decoded
-# image stays under 540 MB.
-Image.MAX_IMAGE_PIXELS = 89_478_485
+# Refused by the header, before anything is decoded. Pillow has the same limit but only warns up to twice of it; an
+# animated WebP was seen to take 25 bytes per pixel in decoding.
+MAX_PIXELS = 89_478_485
 # An allow-list, as some of Pillow's other formats start programs (PostScript).
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 TORCHCODEC_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -37,6 +37,8 @@ def decode_image(encoded: bytes, in_chans: int) -> Tensor:
         raise BadImageError("the file is empty")
     try:
         with Image.open(BytesIO(encoded), formats=PILLOW_FORMATS) as header:
+            if header.width * header.height > MAX_PIXELS:
+                raise BadImageError(f"declares too many pixels: {header.width} x {header.height}")
             if header.format in TORCHCODEC_FORMATS and getattr(header, "n_frames", 1) == 1:
                 image = torchcodec_decode(encoded, mode="RGB" if in_chans == 3 else "GRAY")
                 return image[0] if image.ndim == 4 else image  # (C, H, W); WebP comes as a stack of frames
