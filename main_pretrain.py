@@ -8,6 +8,7 @@ One process needs no launcher: python main_pretrain.py --config ... The same com
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from engine.run import Run, open_run
 from engine.schedule import Plan, choose_accum_iter, plan_run
 from models.build import build_mae, mae_config_problems, model_kwargs
 from models.mae import MaskedAutoencoder
-from util.config import changed_settings, load_config, plain
+from util.config import changed_settings, differences, load_config, plain
 from util.dist import all_gather, autocast_dtype, first_process_first
 from util.errors import InputError, run_cli
 from util.metrics import StepMeter
@@ -99,10 +100,9 @@ def finish(run: Run, state: TrainState, facts: dict[str, Any]) -> dict[str, Any]
 
 def checkpoint_facts(cfg: PretrainConfig, source: ImageSource) -> dict[str, Any]:
     """The constant entries of a run's checkpoints, beside the training state."""
-    model_args = model_kwargs(MaskedAutoencoder, cfg)
     return {
-        "config": plain(cfg),
-        "model_args": {name: list(v) if isinstance(v, tuple) else v for name, v in model_args.items()},
+        "config": plain(asdict(cfg)),
+        "model_args": plain(model_kwargs(MaskedAutoencoder, cfg)),
         "mean": list(cfg.mean),
         "std": list(cfg.std),
         "data": {"num_images": len(source), "fingerprint": source.fingerprint()},
@@ -119,9 +119,8 @@ def check_resumable(cfg: PretrainConfig, saved: dict[str, Any] | None, facts: di
         raise InputError(f"the processes see different newest checkpoints {steps}: output_dir must be a shared folder")
     if saved is None:
         return
-    old_args, new_args = saved["model_args"], facts["model_args"]
-    changes = [f"{name}: {old_args.get(name)} -> {new_args[name]}" for name in new_args
-               if old_args.get(name) != new_args[name]]  # fmt: skip
+    new_args = facts["model_args"]
+    changes = differences(saved["model_args"], new_args)
     changes += changed_settings(saved["config"], cfg, skip={"size", *new_args})
     if saved["data"] != facts["data"]:
         old, new = saved["data"]["num_images"], facts["data"]["num_images"]

@@ -487,9 +487,9 @@ def test_every_setting_survives_its_own_dump(recipe):
     again = load_config(PretrainConfig, "pretrain", ["--config", recipe(dump_config(cfg))])
     assert again == cfg
     names = [f.name for f in dataclasses.fields(PretrainConfig)]
-    assert list(plain(cfg)) == names
+    assert list(plain(dataclasses.asdict(cfg))) == names
     assert [line.split(":")[0] for line in dump_config(cfg).splitlines() if line[0] != "-"] == names  # the same order
-    assert plain(cfg)["mean"] == [0.485, 0.456, 0.406]  # plain values only
+    assert plain(dataclasses.asdict(cfg))["mean"] == [0.485, 0.456, 0.406]  # plain values only
 
 
 def test_print_config_reports_problems_instead():
@@ -568,14 +568,16 @@ def test_size_fills_only_the_keys_that_are_null():
 
 def test_changed_settings_lists_what_alters_the_result_as_old_and_new():
     cfg = load("--epochs", "200", "--lr", "1e-3", "--mean", "0.5", "0.5", "0.5", "--num_workers", "2", "-b", "8")
-    assert changed_settings(plain(load()), cfg, skip=set()) == [
+    assert changed_settings(plain(dataclasses.asdict(load())), cfg, skip=set()) == [
         "mean: [0.485, 0.456, 0.406] -> [0.5, 0.5, 0.5]",
         "epochs: 100 -> 200",
         "lr: 0.00015 -> 0.001",
     ]
-    assert changed_settings(plain(load()), cfg, skip={"mean", "lr"}) == ["epochs: 100 -> 200"]
-    assert changed_settings(plain(cfg), cfg, skip=set()) == []
-    older = {name: value for name, value in plain(cfg).items() if name != "shared_mask"}  # a key of a later version
+    assert changed_settings(plain(dataclasses.asdict(load())), cfg, skip={"mean", "lr"}) == ["epochs: 100 -> 200"]
+    assert changed_settings(plain(dataclasses.asdict(cfg)), cfg, skip=set()) == []
+    older = {
+        name: value for name, value in plain(dataclasses.asdict(cfg)).items() if name != "shared_mask"
+    }  # a key of a later version
     assert changed_settings(older, cfg, skip=set()) == ["shared_mask: None -> False"]
 
 

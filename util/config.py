@@ -81,19 +81,24 @@ def load_config(
 
 def dump_config(config: StageConfig) -> str:
     """The resolved settings as YAML, loadable again with `--config`."""
-    return yaml.safe_dump(plain(config), sort_keys=False)
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def plain(config: StageConfig) -> dict[str, Any]:
-    """The settings as a dict of plain values (tuples become lists), as YAML and checkpoints hold them."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists: plain values, as YAML and checkpoints hold them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The entries of `new` that differ from `old`, as `name: old -> new`."""
+    return [f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]
 
 
 def changed_settings(old: dict[str, Any], config: StageConfig, skip: set[str]) -> list[str]:
     """The settings, less `skip`, that alter a run's result and differ from a checkpoint's, as `name: old -> new`."""
-    new = plain(config)
-    fixed = [f.name for f in dataclasses.fields(config) if not f.metadata["may_change"] and f.name not in skip]
-    return [f"{name}: {old.get(name)} -> {new[name]}" for name in fixed if old.get(name) != new[name]]
+    free = {f.name for f in dataclasses.fields(config) if f.metadata["may_change"]} | skip
+    new = plain(dataclasses.asdict(config))
+    return differences(old, {name: value for name, value in new.items() if name not in free})
 
 
 class _Parser(argparse.ArgumentParser):
