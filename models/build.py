@@ -7,8 +7,9 @@ carries under the same name is passed on, so nothing is renamed on the way.
 import inspect
 from typing import Any
 
+from models.blocks import vit_problems
 from models.mae import MaskedAutoencoder, mae_problems
-from models.vit import VisionTransformer
+from models.vit import VisionTransformer, readout_problems
 
 # tiny and debug: DeiT (arXiv 2012.12877, table 1) and a size for tests. small: DeiT. base, large, huge: ViT
 # (arXiv 2010.11929, table 1). giant: 1664 wide, 48 deep as in arXiv 2106.04560, table 2, but with MLP ratio 4.
@@ -23,11 +24,14 @@ VIT_SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def model_kwargs(model: type | Any, cfg: Any) -> dict[str, Any]:
-    """The keywords that `model` (a constructor or function) takes and `cfg` carries, with `size` filled in."""
+def model_kwargs(model: type | Any, cfg: Any, **overrides: Any) -> dict[str, Any]:
+    """The keywords that `model` (a constructor or function) takes and `cfg` carries, with `size` filled in.
+
+    `overrides` are values that a config leaves open (null) and data or weights decide; they come before `cfg`'s.
+    """
     row = VIT_SIZES[cfg.size]
-    names = [name for name in inspect.signature(model).parameters if hasattr(cfg, name)]
-    values = {name: getattr(cfg, name) for name in names}
+    names = inspect.signature(model).parameters
+    values = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)} | overrides
     return {name: row[name] if value is None and name in row else value for name, value in values.items()}
 
 
@@ -36,11 +40,16 @@ def build_mae(cfg: Any) -> MaskedAutoencoder:
     return MaskedAutoencoder(**model_kwargs(MaskedAutoencoder, cfg))
 
 
-def build_classifier(cfg: Any) -> VisionTransformer:
+def build_classifier(cfg: Any, **overrides: Any) -> VisionTransformer:
     """The classifier of a config that carries `VisionTransformer`'s keywords. Raises: InputError."""
-    return VisionTransformer(**model_kwargs(VisionTransformer, cfg))
+    return VisionTransformer(**model_kwargs(VisionTransformer, cfg, **overrides))
 
 
 def mae_config_problems(cfg: Any) -> list[str]:
     """What is wrong with the geometry in a `PretrainConfig`, one line each, without building it."""
     return mae_problems(**model_kwargs(mae_problems, cfg))
+
+
+def classifier_config_problems(cfg: Any) -> list[str]:
+    """What is wrong with the geometry and the readout in a classifier's config, one line each."""
+    return vit_problems(**model_kwargs(vit_problems, cfg)) + readout_problems(cfg.global_pool, cfg.class_token)

@@ -13,8 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.blocks import LAYER_NORM_EPS, Block, PatchEmbed, Size, init_for_pretraining, pair, patchify, vit_problems
 from models.pos_embed import sincos_pos_embed
-from models.vit import LAYER_NORM_EPS, Block, PatchEmbed, Size, init_patch_embed, pair, patchify, vit_problems
 from util.errors import InputError
 
 TARGET_VAR_EPS = 1e-6  # added to a patch's variance under the root
@@ -116,20 +116,10 @@ class MaskedAutoencoder(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(decoder_embed_dim, math.prod(self.patch_size) * in_chans)
-        self._init_weights()
+        init_for_pretraining(self)
 
     pos_embed: Tensor  # (1, N + class_token, D)
     decoder_pos_embed: Tensor  # (1, N + decoder_class_token, decoder D)
-
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        init_patch_embed(self.patch_embed)
-        nn.init.normal_(self.mask_token, std=0.02)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=0.02)
 
     def patchify(self, images: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, N, P*P*C)`, patches row-major, each vector in (p, p, c) order."""

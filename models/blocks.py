@@ -1,0 +1,149 @@
+"""Transformer blocks (arXiv 2010.11929) that encoder, decoder and classifier share, and patches as vectors.
+
+Pre-norm blocks, one qkv projection with bias, exact GELU, LayerNorm eps 1e-6; equal to timm's `Block` (tested).
+Patches are embedded as vectors, not by a convolution, so that a masked autoencoder can embed only those it keeps.
+
+Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width, `P` patch side, `C` channels.
+"""
+
+from typing import Any
+
+from einops import rearrange
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Size = int | tuple[int, int]
+
+LAYER_NORM_EPS = 1e-6
+# On CPU the fused kernel's backward is several times slower on short sequences, and its memory saving only matters
+# on long ones.
+CPU_FUSED_FROM_TOKENS = 512
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """(H, W) of an int or a pair."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def vit_problems(img_size: Size, patch_size: Size, embed_dim: int, num_heads: int, part: str = "") -> list[str]:
+    """What is wrong with a transformer's geometry, one line each; `part` is a prefix of the names, as `decoder_`."""
+    found = []
+    for side, image, patch in zip(("height", "width"), pair(img_size), pair(patch_size), strict=True):
+        if image % patch:
+            found.append(f"patch_size {patch} does not divide the image {side} {image}")
+    if embed_dim % num_heads:
+        found.append(f"{part}embed_dim {embed_dim} is not divisible by {part}num_heads {num_heads}")
+    if embed_dim % 4:
+        found.append(f"{part}embed_dim {embed_dim} is not divisible by 4, which the position table needs")
+    return found
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cuts `(B, C, H, W)` into patches in row-major order: `(B, N, P*P*C)`, each vector in (p, p, c) order."""
+    height, width = patch_size
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=height, q=width)  # (B, N, P*P*C)
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of patch vectors; the weight keeps the convolution's shape of published checkpoints."""
+
+    def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """`(B, N, P*P*C)` in (p, p, c) order -> `(B, N, D)`, for any subset of an image's patches."""
+        weight = rearrange(self.proj.weight, "d c p q -> d (p q c)")
+        return F.linear(patches, weight, self.proj.bias)  # (B, N, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (arXiv 1706.03762, equation 1) with one projection for q, k and v."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        return q, k, v  # each (B, heads, T, D / heads)
+
+    def _explicit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = self._split(x)
+        attention = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, T, T)
+        out = rearrange(attention.to(v.dtype) @ v, "b h t d -> b t (h d)")
+        return self.proj(out), attention  # (B, T, D), (B, heads, T, T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, D)` -> `(B, T, D)`."""
+        if x.device.type == "cpu" and x.shape[1] < CPU_FUSED_FROM_TOKENS:
+            return self._explicit(x)[0]
+        q, k, v = self._split(x)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
+
+    def forward_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, and the attention weights `(B, heads, T, T)` with their graph."""
+        return self._explicit(x)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, D)` -> `(B, T, D)`."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, D)` -> `(B, T, D)`."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def forward_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, and the attention weights `(B, heads, T, T)` with their graph."""
+        attended, attention = self.attn.forward_with_attention(self.norm1(x))
+        x = x + self.drop_path(attended)
+        return x + self.drop_path(self.mlp(self.norm2(x))), attention
+
+
+def init_patch_embed(patch_embed: PatchEmbed) -> None:
+    """Xavier-uniform on the projection's `(D, C*P*P)` view, zero bias: it acts as a linear layer."""
+    weight = patch_embed.proj.weight
+    fan_in = weight[0].numel()
+    bound = (6 / (fan_in + weight.shape[0])) ** 0.5
+    nn.init.uniform_(weight, -bound, bound)
+    assert patch_embed.proj.bias is not None
+    nn.init.zeros_(patch_embed.proj.bias)
+
+
+def init_for_pretraining(model: Any) -> None:
+    """The initial weights of the public MAE: Linear xavier-uniform, biases zero, tokens normal with std 0.02."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    init_patch_embed(model.patch_embed)
+    for name in ("mask_token", "cls_token"):
+        if getattr(model, name, None) is not None:
+            nn.init.normal_(getattr(model, name), std=0.02)
