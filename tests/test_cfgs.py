@@ -1,4 +1,7 @@
-"""Every shipped recipe loads and builds; the facts of the pretraining recipes; the sizes of the models."""
+"""Every shipped recipe loads and builds; the facts of the pretraining recipes; the sizes of the models.
+
+The facts of the evaluations' recipes are in test_cfgs_eval.py.
+"""
 
 import re
 from collections.abc import Callable
@@ -9,10 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from models.build import VIT_SIZES, build_mae, mae_config_problems
+from models.build import VIT_SIZES, build_classifier, build_mae, classifier_config_problems, mae_config_problems
 from models.vit import VisionTransformer
 from util.config import load_config
 from util.schema import PretrainConfig
+from util.schema_eval import STAGE_CONFIGS, FinetuneConfig, KnnConfig, LinclsConfig
 
 CFGS = ROOT / "cfgs"
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in CFGS.rglob("*.y*ml"))
@@ -20,14 +24,31 @@ HEAD = ["Source", "Command", "Hardware", "Expected"]
 
 
 class Stage(NamedTuple):
-    """How an entry script reads its settings and builds its model."""
+    """How an entry script reads its settings, and the models that it may build from them."""
 
     config_class: type
     checks: list[Callable[[Any], list[str]]]
-    build: Callable[[Any], torch.nn.Module]
+    build: Callable[[Any], list[torch.nn.Module]]
 
 
-STAGES = {"pretrain": Stage(PretrainConfig, [mae_config_problems], build_mae)}
+def classifiers(cfg: Any) -> list[torch.nn.Module]:
+    """One model, or two where the config leaves the class token to the weights.
+
+    Fine-tuning with avg has a fresh `fc_norm`; the frozen readouts keep the pretrained `norm`.
+    """
+    tokens = [cfg.class_token]
+    if cfg.class_token is None:
+        tokens = [True, False] if cfg.global_pool == "avg" else [True]
+    fc_norm = None if isinstance(cfg, FinetuneConfig) else False
+    return [build_classifier(cfg, num_classes=10, class_token=token, fc_norm=fc_norm) for token in tokens]
+
+
+STAGES = {
+    "pretrain": Stage(PretrainConfig, [mae_config_problems], lambda cfg: [build_mae(cfg)]),
+    "finetune": Stage(FinetuneConfig, [classifier_config_problems], classifiers),
+    "lincls": Stage(LinclsConfig, [classifier_config_problems], classifiers),
+    "knn": Stage(KnnConfig, [classifier_config_problems], classifiers),
+}
 
 
 def stage_of(file: str) -> str:
@@ -36,12 +57,22 @@ def stage_of(file: str) -> str:
     return Path(file).stem if folder == "quickstart" else folder
 
 
-def load(file: str) -> Any:
-    stage = STAGES[stage_of(file)]
+def load(file: str, stage_name: str | None = None) -> Any:
+    """A recipe's settings in its own stage, or in another that it serves too."""
+    name = stage_name or stage_of(file)
     argv = ["--config", str(ROOT / file)]
     if "quickstart" not in file:
         argv += ["--data_path", "x"]
-    return load_config(stage.config_class, stage_of(file), argv, checks=stage.checks)
+    if name != "pretrain":
+        argv += ["--finetune", "x"]
+    stage = STAGES[name]
+    return load_config(stage.config_class, name, argv, checks=stage.checks, siblings=STAGE_CONFIGS)
+
+
+def build(cfg: Any, stage_name: str) -> list[torch.nn.Module]:
+    """The models of a recipe, without memory for their weights."""
+    with torch.device("meta"):
+        return STAGES[stage_name].build(cfg)
 
 
 def head(file: str) -> dict[str, str]:
@@ -58,17 +89,17 @@ def head(file: str) -> dict[str, str]:
 
 
 def test_there_are_recipes():
-    assert len(FILES) >= 19  # 11 of the reference, 6 of the paper, CIFAR-10, the quickstart
+    assert len(FILES) >= 45  # of the reference 12 + 7 + 7, of the paper 6 + 3 + 3, CIFAR-10 3, the quickstart 4
     assert all(file.endswith(".yaml") for file in FILES)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_recipe_loads_and_builds(file):
+def test_every_recipe_loads_and_builds(file, caplog):
     cfg = load(file)
-    with torch.device("meta"):
-        model = STAGES[stage_of(file)].build(cfg)
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert len(model.blocks) == (cfg.depth or VIT_SIZES[cfg.size]["depth"])
+    assert caplog.messages == []  # no setting of another stage is skipped
+    for model in build(cfg, stage_of(file)):
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert len(model.blocks) == (cfg.depth or VIT_SIZES[cfg.size]["depth"])
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -80,6 +111,7 @@ def test_every_recipe_is_headed_by_its_facts(file):
     assert script == f"run_{stage_of(file)}.sh"
     assert (ROOT / script).is_file()
     assert ("--data_path" in parts["Command"]) == (load(file).dataset != "mnist5k")
+    assert ("--finetune" in parts["Command"]) == (script != "run_pretrain.sh")
     assert re.search(r"\d+ (GPU|CPU core)s?", parts["Hardware"])
     assert "not measured here" in parts["Expected"] or re.search(r"\d", parts["Expected"])
 
@@ -89,7 +121,7 @@ def test_the_command_in_the_head_loads(file):
     arguments = head(file)["Command"].split()[2:]
     arguments[1] = str(ROOT / arguments[1])
     stage = STAGES[stage_of(file)]
-    assert load_config(stage.config_class, stage_of(file), arguments, checks=stage.checks)
+    assert load_config(stage.config_class, stage_of(file), arguments, checks=stage.checks, siblings=STAGE_CONFIGS)
 
 
 def folders(files: list[str]) -> list[str]:
@@ -100,7 +132,8 @@ def folders(files: list[str]) -> list[str]:
 def test_default_output_folders_never_collide():
     assert len(set(folders(FILES))) == len(FILES)
     written = {file: load(file).output_dir.lower() for file in FILES}
-    assert written.pop("cfgs/quickstart/pretrain.yaml") == "output/quickstart/pretrain"  # as its head says
+    for stage in STAGES:
+        assert written.pop(f"cfgs/quickstart/{stage}.yaml") == f"output/quickstart/{stage}"  # as README says
     assert list(written.values()) == folders(list(written))
     assert len(set(folders(["cfgs/pretrain/a.yaml", "cfgs/finetune/a.yaml"]))) == 2
     assert len(set(folders(["cfgs/pretrain/a.yaml", "cfgs/pretrain/paper/A.yaml"]))) == 1
@@ -153,10 +186,13 @@ SHARED = {  # of every ImageNet recipe
 }  # fmt: skip
 
 
+def names(folder: str) -> set[str]:
+    """The recipes below cfgs/<folder>, as the tables name them."""
+    return {file.removeprefix(f"cfgs/{folder}/").removesuffix(".yaml") for file in FILES if f"/{folder}/" in file}
+
+
 def test_the_table_covers_every_pretraining_file():
-    files = {Path(file).relative_to("cfgs/pretrain").with_suffix("").as_posix() for file in FILES
-             if file.startswith("cfgs/pretrain/")}  # fmt: skip
-    assert files == set(PRETRAIN) | OWN
+    assert names("pretrain") == set(PRETRAIN) | OWN
 
 
 def shape(blocks: torch.nn.ModuleList) -> tuple[int, int, int]:
@@ -168,8 +204,7 @@ def shape(blocks: torch.nn.ModuleList) -> tuple[int, int, int]:
 def test_facts_of_a_pretraining_recipe(name):
     facts = PRETRAIN[name]
     cfg = load(f"cfgs/pretrain/{name}.yaml")
-    with torch.device("meta"):
-        model = build_mae(cfg)
+    (model,) = build(cfg, "pretrain")
     built = Facts(
         epochs=cfg.epochs,
         warmup=cfg.warmup_epochs,
@@ -197,8 +232,7 @@ def test_the_head_names_the_source_and_what_differs_from_it(name):
 def test_facts_of_the_cifar10_recipe():
     """The setting of the reference loss curve: 195 steps per epoch, 312 of warmup, peak lr 1.2e-3 at batch 256."""
     cfg = load("cfgs/pretrain/ViT-Ti_CIFAR10.yaml")
-    with torch.device("meta"):
-        model = build_mae(cfg)
+    (model,) = build(cfg, "pretrain")
     assert (shape(model.blocks), shape(model.decoder_blocks)) == ((192, 6, 3), (96, 2, 3))
     assert (model.img_size, model.patch_size) == ((32, 32), (4, 4))
     assert (cfg.class_token, cfg.decoder_class_token, cfg.norm_pix_loss, cfg.mask_ratio) == (True, True, True, 0.75)
@@ -210,7 +244,7 @@ def test_facts_of_the_cifar10_recipe():
     assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def test_facts_of_the_quickstart():
+def test_facts_of_the_quickstarts_pretraining():
     cfg = load("cfgs/quickstart/pretrain.yaml")
     assert (cfg.dataset, cfg.data_path, cfg.download) == ("mnist5k", None, False)  # needs no network
     assert (cfg.in_chans, cfg.img_size, cfg.hflip) == (1, 28, 0.0)  # a mirrored digit is another sign
