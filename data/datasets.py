@@ -40,16 +40,21 @@ class ImageSource(Protocol):
         ...
 
 
-class FolderSource:
-    """Every image file under a folder, nested as deep as it likes; only `train/` where there is one."""
+def check_folder(data_path: Path) -> None:
+    """Raises: InputError where `data_path` is no folder."""
+    if not data_path.exists():
+        raise InputError(f"data_path {data_path} does not exist")
+    if not data_path.is_dir():
+        raise InputError(f"data_path {data_path} is not a folder")
 
-    def __init__(self, data_path: str, in_chans: int):
+
+class FolderSource:
+    """Every image file under a folder, nested as deep as it likes; by default only `train/` where there is one."""
+
+    def __init__(self, data_path: str, in_chans: int, prefer_train: bool = True):
         root = Path(data_path)
-        if not root.exists():
-            raise InputError(f"data_path {data_path} does not exist")
-        if not root.is_dir():
-            raise InputError(f"data_path {data_path} is not a folder")
-        self.root = root / "train" if (root / "train").is_dir() else root
+        check_folder(root)
+        self.root = root / "train" if prefer_train and (root / "train").is_dir() else root
         self.in_chans = in_chans
         names = sorted(_list_images(self.root))
         if not names:

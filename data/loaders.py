@@ -6,7 +6,8 @@ function of its key, and the file is reported in the batch; what happens then is
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ from torchvision.transforms import v2
 
 from data.datasets import ImageSource
 from data.images import BadImageError
+from data.labelled import LabelledSource
 from data.sampler import CROP, MASK, REPLACEMENT, SampleKey, StepSampler, derive_seed, generator
-from data.transforms import seeded
+from util.dist import Processes
+from util.rng import seeded
+from util.schema import DataConfig
 
 MAX_REPLACEMENTS = 8
 
@@ -29,16 +33,19 @@ class BadSample(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One augmented image `(C, H, W)` uint8, its mask order `(N,)`, its key, and the bad files met on the way."""
+    """One augmented image `(C, H, W)` uint8, what it is trained on, its key, and the bad files met on the way.
+
+    target: the mask order `(N,)` in pretraining, the label `()` in classification.
+    """
 
     image: Tensor
-    ids_shuffle: Tensor
+    target: Tensor
     key: SampleKey
     bad: list[BadSample]
 
 
 class PretrainBatch(NamedTuple):
-    """A micro-batch.
+    """A micro-batch of pretraining.
 
     images `(B, C, H, W)` uint8; ids_shuffle `(B, N)` int64, patches in the order kept first; keys and bad as in Sample.
     `failed`: every sample's own file was bad, or one found no readable replacement; there may be no images then.
@@ -46,6 +53,16 @@ class PretrainBatch(NamedTuple):
 
     images: Tensor
     ids_shuffle: Tensor
+    keys: list[SampleKey]
+    bad: list[BadSample]
+    failed: bool
+
+
+class LabelledBatch(NamedTuple):
+    """A micro-batch of classification: labels `(B,)` int64, all else as in PretrainBatch."""
+
+    images: Tensor
+    labels: Tensor
     keys: list[SampleKey]
     bad: list[BadSample]
     failed: bool
@@ -74,34 +91,68 @@ class PretrainDataset(Dataset[Sample]):
 
     def __getitem__(self, key: SampleKey) -> Sample:
         where = (key.epoch, key.position)
-        image, bad = self._read(key)
+        image, _, bad = read_or_replace(self.source, key, self.seed)
         with seeded(derive_seed(self.seed, CROP, *where)):
             image = self.transform(image)
         mask_coordinates = (key.step,) if self.shared_mask else where
         ids_shuffle = torch.randperm(self.num_patches, generator=generator(self.seed, MASK, *mask_coordinates))
         return Sample(image, ids_shuffle, key, bad)
 
-    def _read(self, key: SampleKey) -> tuple[Tensor, list[BadSample]]:
-        """The image, or its first readable replacement; after too many bad ones a black pixel, which is never used."""
-        bad: list[BadSample] = []
-        index = key.image
-        for attempt in range(1 + MAX_REPLACEMENTS):
-            try:
-                return self.source.read(index), bad
-            except BadImageError as error:
-                bad.append(BadSample(self.source.name(index), str(error)))
-            index = derive_seed(self.seed, REPLACEMENT, key.epoch, key.position, attempt) % len(self.source)
-        return torch.zeros(1, 1, 1, dtype=torch.uint8), bad
+
+class LabelledDataset(Dataset[Sample]):
+    """Augmented images with their labels by `SampleKey`; a replaced image brings its own label.
+
+    Args: as PretrainDataset; `transform` may also draw from numpy's generator and from `random`.
+    """
+
+    def __init__(self, source: LabelledSource, transform: Callable[[Tensor], Tensor], seed: int):
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        image, index, bad = read_or_replace(self.source, key, self.seed)
+        with seeded(derive_seed(self.seed, CROP, key.epoch, key.position), libraries=True):
+            image = self.transform(image)
+        return Sample(image, torch.tensor(self.source.labels[index]), key, bad)
+
+
+def read_or_replace(source: ImageSource, key: SampleKey, seed: int) -> tuple[Tensor, int, list[BadSample]]:
+    """The image or its first readable replacement, its index, and the bad files on the way.
+
+    After too many bad ones it is a black pixel, which is never used.
+    """
+    bad: list[BadSample] = []
+    index = key.image
+    for attempt in range(1 + MAX_REPLACEMENTS):
+        try:
+            return source.read(index), index, bad
+        except BadImageError as error:
+            bad.append(BadSample(source.name(index), str(error)))
+        index = derive_seed(seed, REPLACEMENT, key.epoch, key.position, attempt) % len(source)
+    return torch.zeros(1, 1, 1, dtype=torch.uint8), index, bad
 
 
 def collate(samples: list[Sample]) -> PretrainBatch:
     """Stacks samples into a batch, or marks it as failed."""
+    return PretrainBatch(*_stack(samples))
+
+
+def collate_labelled(samples: list[Sample]) -> LabelledBatch:
+    """As `collate`, for classification."""
+    return LabelledBatch(*_stack(samples))
+
+
+def _stack(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SampleKey], list[BadSample], bool]:
     bad = [entry for sample in samples for entry in sample.bad]
     exhausted = any(len(sample.bad) > MAX_REPLACEMENTS for sample in samples)
     failed = exhausted or (len(samples) > 1 and all(sample.bad for sample in samples))
     images = torch.empty(0, dtype=torch.uint8) if failed else torch.stack([sample.image for sample in samples])
-    ids_shuffle = torch.stack([sample.ids_shuffle for sample in samples])  # (B, N)
-    return PretrainBatch(images, ids_shuffle, [sample.key for sample in samples], bad, failed)
+    targets = torch.stack([sample.target for sample in samples])  # (B, N) or (B,)
+    return images, targets, [sample.key for sample in samples], bad, failed
 
 
 def default_num_workers(processes_here: int) -> int:
@@ -110,16 +161,20 @@ def default_num_workers(processes_here: int) -> int:
     return min(8, cores // processes_here)
 
 
-def build_pretrain_loader(
-    dataset: PretrainDataset, sampler: StepSampler, num_workers: int, prefetch_factor: int, pin_memory: bool
+def build_train_loader(
+    dataset: PretrainDataset | LabelledDataset, sampler: StepSampler, settings: dict[str, Any]
 ) -> DataLoader[Sample]:
-    """One loader for the rest of the run: prefetching does not stop at the end of an epoch."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else it draws from the training's own random state
-    )
+    """One loader for the rest of the run, with `loader_settings`: prefetching does not stop at an epoch's end."""
+    collate_fn = collate if isinstance(dataset, PretrainDataset) else collate_labelled
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **settings)
+
+
+def loader_settings(cfg: DataConfig, processes: Processes) -> dict[str, Any]:
+    """What every DataLoader of a run has in common."""
+    workers = default_num_workers(processes.local_world_size) if cfg.num_workers is None else cfg.num_workers
+    return {
+        "num_workers": workers,
+        "prefetch_factor": cfg.prefetch_factor if workers else None,
+        "pin_memory": processes.device.type == "cuda",
+        "generator": torch.Generator(),  # else it draws from the training's own random state
+    }

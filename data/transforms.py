@@ -1,24 +1,19 @@
 """Augmentation on uint8 tensors in the loader process, normalisation on the device.
 
-Random decisions come from torch's CPU generator, which is seeded per sample and put back afterwards, so torchvision's
-transforms are pure functions of the sample and leave the training's own random state alone.
+Random decisions come from global generators, which are seeded per sample and put back afterwards (`util/rng.py`), so
+the transforms of torchvision and timm are pure functions of the sample and leave the training's random state alone.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from timm.data import create_transform
+from torch import Tensor, nn
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Runs its body with torch's CPU generator at `seed`, and restores the generator after it."""
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: in a process that never uses CUDA that one queues a call each time, for ever.
-        torch.default_generator.manual_seed(seed)
-        yield
+LONGEST_ASPECT = 4  # of an image that is resized as a whole for evaluation; more is cut off, as no centre crop sees it
 
 
 def pretrain_transform(
@@ -28,11 +23,64 @@ def pretrain_transform(
 
     Source: paper, appendix A.1 ("random-sized cropping only"); crop_min 0.2 as in the public code.
     """
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     crop = v2.RandomResizedCrop(
-        size, scale=(crop_min, 1.0), interpolation=v2.InterpolationMode(interpolation), antialias=True
+        _pair(img_size), scale=(crop_min, 1.0), interpolation=v2.InterpolationMode(interpolation), antialias=True
     )
     return v2.Compose([crop, v2.RandomHorizontalFlip(hflip)])
+
+
+def finetune_transform(cfg: Any) -> nn.Module:
+    """The augmentation of a `FinetuneConfig`, uint8 `(C, H, W)` in and out; erasing comes later, on the device.
+
+    Without RandAugment and colour jitter it is `pretrain_transform`. Source: paper, table 9; timm's RandAugment.
+    """
+    if cfg.auto_augment is None and not cfg.color_jitter:
+        return pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
+    augment = create_transform(
+        (cfg.in_chans, *_pair(cfg.img_size)),
+        is_training=True,
+        use_prefetcher=True,  # ends in a uint8 tensor
+        scale=(cfg.crop_min, 1.0),
+        hflip=cfg.hflip,
+        color_jitter=cfg.color_jitter,
+        auto_augment=cfg.auto_augment,
+        interpolation=cfg.interpolation,
+        mean=cfg.mean,  # what geometric operations fill with
+        std=cfg.std,
+    )
+    return v2.Compose([v2.ToPILImage(), augment])
+
+
+class EvalTransform:
+    """Resizes the whole image and cuts its centre, deterministically; uint8 `(C, h, w)` -> `(C, H, W)`.
+
+    Args:
+        img_size: of the result, an int or (H, W).
+        crop_pct: the image is resized to cover img_size / crop_pct; None is 224/256, and 1 where no side is longer
+            than 32 pixels.
+        interpolation: bicubic or bilinear, antialiased.
+
+    Source: paper, appendix A; crop_pct 224/256 as in the public code.
+    """
+
+    def __init__(self, img_size: int | tuple[int, int], crop_pct: float | None, interpolation: str = "bicubic"):
+        self.size = _pair(img_size)
+        if crop_pct is None:
+            crop_pct = 1.0 if max(self.size) <= 32 else 224 / 256
+        self.cover = tuple(math.floor(side / crop_pct) for side in self.size)
+        self.interpolation = v2.InterpolationMode(interpolation)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        longest = LONGEST_ASPECT * max(self.cover) / min(self.cover) * min(height, width)
+        if max(height, width) > longest:  # else resizing a 1 x 5000 image would take a gigabyte
+            image = F.center_crop(image, [min(height, math.ceil(longest)), min(width, math.ceil(longest))])
+            height, width = image.shape[-2:]
+        scale = max(self.cover[0] / height, self.cover[1] / width)
+        resized = [max(side, round(scale * length)) for side, length in zip(self.cover, (height, width), strict=True)]
+        if resized != [height, width]:
+            image = F.resize(image, resized, interpolation=self.interpolation, antialias=True)
+        return F.center_crop(image, list(self.size))  # (C, H, W)
 
 
 class PixelNormalizer:
@@ -43,10 +91,15 @@ class PixelNormalizer:
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
+        self.device = device
         mean_255 = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
         std_255 = torch.tensor(std, device=device).view(-1, 1, 1) * 255
         self.scale = 1 / std_255
         self.shift = -mean_255 / std_255
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images.float() * self.scale + self.shift  # (B, C, H, W)
+        return images.to(self.device, non_blocking=True).float() * self.scale + self.shift  # (B, C, H, W)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

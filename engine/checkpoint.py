@@ -8,20 +8,19 @@ name, flushed to disk and renamed. The newest complete one is found by scanning 
 import hashlib
 import json
 import logging
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from util.errors import InputError
+from util.files import TEMPORARY, flush_folder, write_temporary, write_whole
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"checkpoint-(\d{8,})\.pth")
-TEMPORARY = ".tmp"
 logger = logging.getLogger(__name__)
 
 
@@ -29,13 +28,13 @@ def save_checkpoint(output_dir: Path, step: int, content: dict[str, Any], keep_l
     """Writes the state of optimiser step `step` and removes all but the newest `keep_last` checkpoints."""
     path = output_dir / f"checkpoint-{step:08d}.pth"
     content = {"format_version": FORMAT_VERSION, "step": step, **content}
-    temporary = _write_temporary(path, lambda target: torch.save(content, target))
+    temporary = write_temporary(path, lambda target: torch.save(content, target))
     digest = _digest(temporary)
     digest_path = _digest_path(path)
-    temporary_digest = _write_temporary(digest_path, lambda t: t.write_text(f"{digest}  {path.name}\n"))
+    temporary_digest = write_temporary(digest_path, lambda t: t.write_text(f"{digest}  {path.name}\n"))
     temporary.replace(path)
     temporary_digest.replace(digest_path)
-    _flush_folder(output_dir)
+    flush_folder(output_dir)
     for old in _checkpoints(output_dir)[keep_last:]:
         for name in (_digest_path(old), old):
             try:
@@ -76,20 +75,34 @@ def remove_leftovers(output_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_weights(output_dir: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> Path:
-    """Writes `model.safetensors` for others to use; `facts` go into its header as JSON."""
-    path = weights_path(output_dir)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", **{name: json.dumps(value) for name, value in facts.items()}}
+def save_weights(path: Path, model: nn.Module, facts: dict[str, Any], **more: Any) -> Path:
+    """Writes a model's weights for others to use.
+
+    The header holds, as JSON, what `facts` say of the model (its constructor arguments, mean and std) and `more`.
+    """
+    header = {**{name: facts[name] for name in ("model_args", "mean", "std")}, **more}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt", **{name: json.dumps(value) for name, value in header.items()}}
     content = safetensors.torch.save(contiguous, metadata)
-    _write_temporary(path, lambda target: target.write_bytes(content)).replace(path)
-    _flush_folder(output_dir)
+    write_whole(path, lambda target: target.write_bytes(content))
     return path
+
+
+def weights_header(path: Path) -> dict[str, Any]:
+    """What `save_weights` wrote beside the tensors."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    return {name: json.loads(value) for name, value in metadata.items() if name != "format"}
 
 
 def weights_path(output_dir: Path) -> Path:
     """Where a finished run's weights are; a run that goes on has none."""
     return output_dir / "model.safetensors"
+
+
+def best_path(output_dir: Path) -> Path:
+    """Where the weights of the best evaluation so far are."""
+    return output_dir / "best.safetensors"
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
@@ -116,25 +129,3 @@ def _digest_path(path: Path) -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_temporary(path: Path, write: Callable[[Path], object]) -> Path:
-    """Writes a file under a temporary name beside `path` and flushes it to disk; removes it where that fails."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

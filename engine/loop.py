@@ -7,108 +7,36 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.bad_samples import BadSamples
-from engine.checkpoint import save_checkpoint
-from engine.optim import optimizer_step, set_lr
+from engine.ema import update_ema
+from engine.optim import StepFn, set_lr
 from engine.run import Run, duration
 from engine.schedule import Plan
-from util.dist import autocast_dtype, broadcast
+from engine.state import Saver, TrainState
+from util.dist import autocast_dtype
 from util.errors import InputError
-from util.metrics import StepMeter, Stopwatch
-from util.schema import RunConfig
+from util.metrics import Stopwatch
 
 logger = logging.getLogger(__name__)
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
-@dataclass
-class TrainState:
-    """Exactly what a checkpoint restores: `step` counts finished optimiser steps of the whole run."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: GradScaler
-    epoch_meter: StepMeter
-    window_meter: StepMeter
-    step: int = 0
-    epoch_losses: list[float] = field(default_factory=list)
-
-    def content(self) -> dict[str, Any]:
-        """The state as tensors and plain values."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": None,
-            "epoch_meter": self.epoch_meter.state_dict(),
-            "window_meter": self.window_meter.state_dict(),
-            "epoch_losses": self.epoch_losses,
-        }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over a checkpoint's content."""
-        self.model.load_state_dict(saved["model"], strict=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty where the precision needs none, as after a move from fp16 to bf16 hardware
-            self.scaler.load_state_dict(saved["scaler"])
-        self.epoch_meter.load_state_dict(saved["epoch_meter"])
-        self.window_meter.load_state_dict(saved["window_meter"])
-        self.epoch_losses = list(saved["epoch_losses"])
-        self.step = saved["step"]
-
-
-@dataclass
-class Saver:
-    """When to save and what goes beside the state: `facts` are the checkpoint's constant entries."""
-
-    run: Run
-    cfg: RunConfig
-    facts: dict[str, Any]
-    last_time: float = field(default_factory=time.monotonic)
-    last_step: int = -1
-
-    def due(self, epochs_done: int | None) -> bool:
-        """Whether a save is due, after `epochs_done` epochs or (None) within one; processes must ask together."""
-        if epochs_done is not None and self.cfg.save_epochs and epochs_done % self.cfg.save_epochs == 0:
-            return True
-        minutes = (time.monotonic() - self.last_time) / 60
-        return bool(broadcast(self.cfg.save_minutes > 0 and minutes >= self.cfg.save_minutes))
-
-    def save(self, state: TrainState, total_batch: int) -> None:
-        """Writes a checkpoint of this step unless there is one."""
-        if state.step == self.last_step:
-            return
-        state.epoch_meter.average()
-        state.window_meter.average()
-        content = {
-            **state.content(),
-            **self.facts,
-            "total_batch": total_batch,
-            "samples_seen": state.step * total_batch,
-        }
-        if self.run.processes.is_main:
-            path = save_checkpoint(self.run.output_dir, state.step, content, self.cfg.keep_last)
-            logger.info("saved %s", path)
-        self.last_time, self.last_step = time.monotonic(), state.step
-
-
 def train(
-    run: Run, cfg: Any, plan: Plan, state: TrainState, batches: Iterable[Any], loss_fn: LossFn, saver: Saver,
-    bad_samples: BadSamples,
+    run: Run, cfg: Any, plan: Plan, state: TrainState, batches: Iterable[Any], loss_fn: LossFn,
+    step_fn: StepFn, saver: Saver, bad_samples: BadSamples,
 ) -> Iterator[int]:  # fmt: skip
     """Trains from `state.step` to `plan.stop_step`; yields the number of finished epochs after each.
 
     Args:
         batches: this process's micro-batches from `state.step` on, `plan.accum_iter` per step.
-        loss_fn: (model, batch) -> (scalar loss, further scalars).
+        loss_fn: (model, batch) -> (scalar loss, {} or {"loss": what to log in its place}).
+        step_fn: (optimizer, scaler) -> what `optimizer_step` returns; takes the step, or skips it.
     """
     dtype = autocast_dtype(cfg.precision, run.device)
     model = wrap_model(state.model, run.device, plan.accum_iter, run.processes.world_size)
@@ -128,10 +56,12 @@ def train(
             is_last = micro == plan.accum_iter - 1
             with nullcontext() if is_last or model is state.model else model.no_sync():
                 with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-                    loss, _ = loss_fn(model, batch)
+                    loss, metrics = loss_fn(model, batch)
                 state.scaler.scale(loss / plan.accum_iter).backward()
-            loss_sum += loss.detach() / plan.accum_iter
-        grad_norm, found_inf = optimizer_step(state.optimizer, state.scaler, cfg.clip_grad)
+            loss_sum += metrics.get("loss", loss).detach() / plan.accum_iter
+        grad_norm, found_inf = step_fn(state.optimizer, state.scaler)
+        if state.ema is not None:
+            update_ema(state.ema, state.model, found_inf)
         state.epoch_meter.update(loss_sum, grad_norm, found_inf)
         state.window_meter.update(loss_sum, grad_norm, found_inf)
         state.step += 1
@@ -162,6 +92,21 @@ def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_si
         static_graph=accum_iter == 1,  # with no_sync it dies in the reducer (torch 2.14.1)
         broadcast_buffers=False,  # position tables never change
     )
+
+
+def log_start(run: Run, plan: Plan, num_images: int, model: nn.Module, cfg: Any) -> None:
+    """Says what is about to run."""
+    dtype = autocast_dtype(cfg.precision, run.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "%s: %d images, %.1f M parameters, %d processes on %s, %s",
+        run.output_dir, num_images, parameters / 1e6, run.processes.world_size, run.device.type, dtype or "fp32",
+    )  # fmt: skip
+    logger.info(
+        "total batch %d = %d x %d processes x %d accumulated; %d steps per epoch, %d in all; peak lr %.3g",
+        plan.total_batch, cfg.batch_size, run.processes.world_size, plan.accum_iter, plan.steps_per_epoch,
+        plan.stop_step, plan.peak_lr,
+    )  # fmt: skip
 
 
 def log_window(

@@ -4,12 +4,14 @@ Decay: weights of Linear layers and of the patch projection; nothing on biases, 
 positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+
+StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
 
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -59,7 +61,8 @@ def optimizer_step(
 ) -> tuple[Tensor, Tensor]:
     """Clips, and steps unless the gradient is not finite; clears the gradients. Never waits for the device.
 
-    Gradients are already the mean over processes, so one process's NaN is everyone's and all decide alike.
+    The optimiser must be a fused one. Gradients are already the mean over processes, so one process's NaN is
+    everyone's and all decide alike.
 
     Returns: the L2 norm of the gradient before clipping, and 1.0 where the step was skipped, both scalars.
     """

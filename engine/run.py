@@ -15,9 +15,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine.checkpoint import remove_leftovers, weights_path
-from util.config import StageConfig, dump_config
+from engine.results import write_results
+from util.config import dump_config
 from util.dist import Processes, init_processes
 from util.errors import InputError
+from util.files import write_whole
 from util.schema import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -31,26 +33,39 @@ class Run:
 
     def __init__(self, cfg: RunConfig, processes: Processes):
         assert cfg.output_dir is not None, "load_config fills it in"
-        self.cfg = cfg
         self.processes = processes
         self.device = processes.device
         self.output_dir = Path(cfg.output_dir)
         self.tensorboard: Any = None
         self.bar: tqdm[Any] | None = None
 
-    def start(self, cfg: StageConfig, step: int, total_steps: int) -> None:
+    def start(self, cfg: Any, step: int, total_steps: int) -> None:
         """Begins the records of a run, or goes on with them from `step`; lines a killed run wrote past it go."""
         if not self.processes.is_main:
             return
         (self.output_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
-        weights_path(self.output_dir).unlink(missing_ok=True)  # of an earlier stop; they are in its checkpoint
+        for of_an_earlier_stop in (weights_path(self.output_dir), self.results_path):
+            of_an_earlier_stop.unlink(missing_ok=True)  # the state behind them is in its checkpoint
         _drop_lines_after(self.output_dir / "log.jsonl", step)
-        if self.cfg.tensorboard:
+        if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
 
             self.tensorboard = SummaryWriter(str(self.output_dir / "tb"), purge_step=step + 1)
         if sys.stderr.isatty():
             self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True)
+
+    @property
+    def results_path(self) -> Path:
+        """Where an evaluation says what it found."""
+        return self.output_dir / "results.json"
+
+    def finish(self, results: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
+        """Writes an evaluation's results (to results.json unless told otherwise) and returns them."""
+        path = path or self.results_path
+        if self.processes.is_main:
+            write_results(path, results)
+            logger.info("wrote %s", path)
+        return results
 
     def advance(self) -> None:
         """Moves the progress bar by one optimiser step."""
@@ -68,7 +83,7 @@ class Run:
             plain = {name: None if value != value else value for name, value in facts.items()}  # JSON has no NaN
             file.write(json.dumps(plain) + "\n")
         if self.tensorboard is not None:
-            prefix = "epoch" if "epoch_loss" in facts else "train"
+            prefix = "epoch" if "epoch_loss" in facts else "val" if "val_loss" in facts else "train"
             for name, value in facts.items():
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(f"{prefix}/{name}", value, facts["step"])
@@ -147,9 +162,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line)
         except json.JSONDecodeError:
             logger.warning("%s: dropping a line that was cut off", path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, lambda target: target.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from util.errors import InputError
-from util.schema import OptimConfig
+from util.schema import ScheduleConfig
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: float, peak_lr: float, min_lr: float) -> float:
@@ -41,7 +41,7 @@ class Plan:
         return warmup_cosine(step, self.total_steps, self.warmup_steps, self.peak_lr, self.min_lr)
 
 
-def plan_run(cfg: OptimConfig, num_images: int, world_size: int, accum_iter: int) -> Plan:
+def plan_run(cfg: ScheduleConfig, num_images: int, world_size: int, accum_iter: int) -> Plan:
     """The plan of a run of `num_images` per epoch. Raises: InputError where an epoch has no whole step."""
     total = cfg.batch_size * world_size * accum_iter
     if num_images < total:
@@ -59,12 +59,12 @@ def plan_run(cfg: OptimConfig, num_images: int, world_size: int, accum_iter: int
         total_steps=cfg.epochs * steps_per_epoch,
         stop_step=stop_epoch * steps_per_epoch,
         warmup_steps=cfg.warmup_epochs * steps_per_epoch,
-        peak_lr=cfg.lr * total / 256,
+        peak_lr=cfg.base_lr * total / 256,
         min_lr=cfg.min_lr * total / 256,
     )
 
 
-def choose_accum_iter(cfg: OptimConfig, world_size: int, saved: dict[str, Any] | None = None) -> int:
+def choose_accum_iter(cfg: ScheduleConfig, world_size: int, saved: dict[str, Any] | None = None) -> int:
     """Micro-batches per optimiser step.
 
     It follows from `total_batch_size` where that is set. A resumed run (`saved` is its checkpoint) keeps its total

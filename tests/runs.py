@@ -5,10 +5,20 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from conftest import ROOT
+from PIL import Image
+
+import main_pretrain
+from data.datasets import read_mnist5k
+from data.loaders import loader_settings
+from util.dist import Processes
+from util.schema import DataConfig
 
 # 4,000 real digits, 49 patches, about 40,000 parameters; fp32 so that numbers do not depend on the processor's bf16
 DIGITS = shlex.split("""
@@ -22,6 +32,12 @@ STEPS_PER_EPOCH = 62  # 4000 // 64
 def digits(output_dir: Path, *more: Any) -> list[str]:
     """The command line of a small run on the digits; later flags win."""
     return [*DIGITS, "--output_dir", str(output_dir), *map(str, more)]
+
+
+def loading(num_workers: int, prefetch_factor: int = 2) -> dict[str, Any]:
+    """A loader's settings on the CPU, in one process."""
+    cfg = DataConfig(num_workers=num_workers, prefetch_factor=prefetch_factor)
+    return loader_settings(cfg, Processes(0, 1, 0, 1, torch.device("cpu")))
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -44,9 +60,11 @@ def run(arguments: list[str], cwd: Path = ROOT, **env: str) -> subprocess.Comple
     )
 
 
-def launch(arguments: list[str], processes: int, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs the launcher as a user would, on so many gloo processes."""
-    return run(["sh", str(ROOT / "run_pretrain.sh"), *arguments], NGPU=str(processes), **env)
+def launch(
+    arguments: list[str], processes: int, launcher: str = "run_pretrain.sh", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a launcher as a user would, on so many gloo processes."""
+    return run(["sh", str(ROOT / launcher), *arguments], NGPU=str(processes), **env)
 
 
 def log_lines(output_dir: Path) -> list[dict[str, Any]]:
@@ -57,3 +75,70 @@ def log_lines(output_dir: Path) -> list[dict[str, Any]]:
 def step_losses(output_dir: Path) -> dict[int, str]:
     """Loss by step of a run with `--log_interval 1`, exactly (float.hex)."""
     return {line["step"]: line["loss"].hex() for line in log_lines(output_dir) if "loss" in line}
+
+
+# --- the evaluations, on 120 + 60 real digits of 3 classes in PNG files: a run takes about a second -------------------
+
+PICTURES = shlex.split("""
+--dataset folder --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --size debug --patch_size 4
+--precision fp32 --device cpu --num_workers 0
+""")
+TRAINING = shlex.split("""
+--batch_size 12 --epochs 3 --warmup_epochs 0.5 --hflip 0 --crop_min 0.5 --log_interval 1 --tensorboard false
+""")
+CLASSES = ("nought", "one", "seven")
+PICTURE_STEPS = 10  # per epoch: 120 // 12
+
+
+@cache
+def _digits_by_class() -> dict[int, np.ndarray]:
+    images, labels = read_mnist5k(train=True)
+    return {label: images[labels == label, 0] for label in range(10)}
+
+
+def make_pictures(
+    root: Path, digits: tuple[int, ...] = (0, 1, 7), train: int = 40, val: int = 20, names: tuple[str, ...] = CLASSES
+) -> Path:
+    """Writes `train/<class>/*.png` and `val/<class>/*.png` with so many of each digit; returns `root`."""
+    for digit, name in zip(digits, names, strict=True):
+        for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in numbers:
+                Image.fromarray(_digits_by_class()[digit][number]).save(folder / f"{number:03d}.png")
+    return root
+
+
+def pictures(data: Path, output_dir: Path, *more: Any, training: bool = True) -> list[str]:
+    """The command line of a small evaluation; k-NN has no `training`."""
+    flags = PICTURES + (TRAINING if training else [])
+    return [*flags, "--data_path", str(data), "--output_dir", str(output_dir), *map(str, more)]
+
+
+def pretrain_pictures(data: Path, output_dir: Path, *more: Any) -> Path:
+    """Pretrains for two epochs on such a folder, with a checkpoint after each; returns `output_dir`."""
+    decoder = ["--decoder_embed_dim", 16, "--decoder_depth", 1, "--decoder_num_heads", 2, "--lr", 1e-2]
+    main_pretrain.main(pictures(data, output_dir, *decoder, "--epochs", 2, "--save_epochs", 1, *more))
+    return output_dir
+
+
+def results_of(output_dir: Path, name: str = "results.json") -> dict[str, Any]:
+    """What an evaluation wrote."""
+    return json.loads((output_dir / name).read_text())
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Nested plain values and tensors are equal, bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name, value in one.items():
+            assert_same(value, other[name], f"{where}.{name}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for place, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{place}]")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    else:
+        assert one == other, where

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import loading
 
 from data.cifar import CIFAR_ARCHIVES, read_cifar
 from data.datasets import ArraySource, FolderSource, build_pretrain_source, read_mnist5k
@@ -30,7 +31,7 @@ from data.loaders import (
     BadSample,
     PretrainBatch,
     PretrainDataset,
-    build_pretrain_loader,
+    build_train_loader,
     collate,
     default_num_workers,
 )
@@ -449,7 +450,7 @@ def dataset_of(folder: Path, seed: int = 0) -> PretrainDataset:
 def batches_of(folder: Path, num_workers: int, epochs: int = 2, seed: int = 0) -> list[PretrainBatch]:
     steps = epochs * (COUNT // BATCH)
     sampler = StepSampler(COUNT, BATCH, 1, 0, 1, seed, 0, steps)
-    loader = build_pretrain_loader(dataset_of(folder, seed), sampler, num_workers, 2, pin_memory=False)
+    loader = build_train_loader(dataset_of(folder, seed), sampler, loading(num_workers, 2))
     return list(loader)
 
 
@@ -622,7 +623,7 @@ def test_a_whole_bad_batch_stops_at_once(folder, tmp_path):
     """On one process only, so it is an error that this process has to say itself."""
     spoil(folder, *range(8))
     sampler = [[SampleKey(index, 0, index, 0) for index in range(8)]]
-    (batch,) = build_pretrain_loader(dataset_of(folder), sampler, 0, 2, pin_memory=False)
+    (batch,) = build_train_loader(dataset_of(folder), sampler, loading(0, 2))
     with pytest.raises(LocalInputError) as error:
         BadSamples(tmp_path / "bad_samples.jsonl", COUNT, is_main=True).collect(batch)
     assert f"{folder / '00.png'}: the file is empty" in one_line(error)
@@ -633,7 +634,7 @@ def test_an_unmounted_folder_stops_the_first_batch(folder, tmp_path, num_workers
     dataset = dataset_of(folder)
     shutil.rmtree(folder)
     sampler = StepSampler(COUNT, BATCH, 1, 0, 1, 0, 0, 1000)
-    batch = next(iter(build_pretrain_loader(dataset, sampler, num_workers, 2, pin_memory=False)))
+    batch = next(iter(build_train_loader(dataset, sampler, loading(num_workers, 2))))
     assert len(batch.bad) == BATCH * (1 + MAX_REPLACEMENTS)  # an attempt more for each, and no loop without end
     with pytest.raises(LocalInputError, match="No such file or directory.*is the disk still there"):
         BadSamples(tmp_path / "bad_samples.jsonl", COUNT, is_main=True).collect(batch)

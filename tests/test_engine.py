@@ -9,14 +9,14 @@ from test_models import MAE, VIT
 from torch import nn
 from torch.amp import GradScaler
 
-from engine.checkpoint import load_newest_checkpoint, remove_leftovers, save_checkpoint, save_weights
+from engine.checkpoint import load_newest_checkpoint, remove_leftovers, save_checkpoint, save_weights, weights_header
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
 from engine.schedule import choose_accum_iter, plan_run, warmup_cosine
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from util.errors import InputError
 from util.metrics import StepMeter
-from util.schema import OptimConfig
+from util.schema import AdamWConfig
 
 
 def test_schedule_by_hand():
@@ -33,7 +33,7 @@ def test_schedule_by_hand():
 
 
 def test_plan_by_hand():
-    cfg = OptimConfig(batch_size=16, epochs=10, stop_epoch=3, warmup_epochs=1.6, lr=1.5e-4, min_lr=1e-6)
+    cfg = AdamWConfig(batch_size=16, epochs=10, stop_epoch=3, warmup_epochs=1.6, lr=1.5e-4, min_lr=1e-6)
     plan = plan_run(cfg, num_images=1000, world_size=2, accum_iter=4)
     assert (plan.total_batch, plan.steps_per_epoch, plan.total_steps, plan.stop_step) == (128, 7, 70, 21)
     assert plan.warmup_steps == pytest.approx(11.2)
@@ -46,8 +46,8 @@ def test_a_data_set_smaller_than_one_step_is_refused_with_the_numbers():
     with pytest.raises(
         InputError, match=r"has 127 images and one optimiser step takes 128 \(batch_size 16 x 2 processes"
     ):
-        plan_run(OptimConfig(batch_size=16), num_images=127, world_size=2, accum_iter=4)
-    assert plan_run(OptimConfig(batch_size=16), 128, 2, 4).steps_per_epoch == 1
+        plan_run(AdamWConfig(batch_size=16), num_images=127, world_size=2, accum_iter=4)
+    assert plan_run(AdamWConfig(batch_size=16), 128, 2, 4).steps_per_epoch == 1
 
 
 def saved_run(total_batch: int, accum_iter: int = 1) -> dict:
@@ -55,13 +55,13 @@ def saved_run(total_batch: int, accum_iter: int = 1) -> dict:
 
 
 def test_accumulation_follows_from_the_total_batch():
-    assert choose_accum_iter(OptimConfig(batch_size=64, accum_iter=3), world_size=2) == 3
-    assert choose_accum_iter(OptimConfig(batch_size=64, total_batch_size=4096), world_size=8) == 8
-    assert choose_accum_iter(OptimConfig(batch_size=512, total_batch_size=4096), world_size=8) == 1
+    assert choose_accum_iter(AdamWConfig(batch_size=64, accum_iter=3), world_size=2) == 3
+    assert choose_accum_iter(AdamWConfig(batch_size=64, total_batch_size=4096), world_size=8) == 8
+    assert choose_accum_iter(AdamWConfig(batch_size=512, total_batch_size=4096), world_size=8) == 1
     # a resumed run keeps its total on fewer or more processes, also where accum_iter was set by hand
-    assert choose_accum_iter(OptimConfig(batch_size=64), 1, saved_run(128)) == 2
-    assert choose_accum_iter(OptimConfig(batch_size=16, accum_iter=4), 2, saved_run(64, accum_iter=4)) == 2
-    assert choose_accum_iter(OptimConfig(batch_size=32), 1, saved_run(64)) == 2
+    assert choose_accum_iter(AdamWConfig(batch_size=64), 1, saved_run(128)) == 2
+    assert choose_accum_iter(AdamWConfig(batch_size=16, accum_iter=4), 2, saved_run(64, accum_iter=4)) == 2
+    assert choose_accum_iter(AdamWConfig(batch_size=32), 1, saved_run(64)) == 2
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_accumulation_follows_from_the_total_batch():
 )
 def test_totals_that_do_not_fit_are_refused(cfg, world_size, saved, message):
     with pytest.raises(InputError, match=message):
-        choose_accum_iter(OptimConfig(**cfg), world_size, saved)
+        choose_accum_iter(AdamWConfig(**cfg), world_size, saved)
 
 
 def test_only_matrices_decay():
@@ -257,8 +257,14 @@ def test_leftovers_of_a_cut_off_save_are_removed(tmp_path):
 def test_weights_file_carries_its_facts(tmp_path):
     from safetensors import safe_open
 
-    path = save_weights(tmp_path, {"w": torch.arange(3.0)}, {"model_args": {"depth": 2}, "mean": [0.5]})
+    model = nn.Module()
+    model.register_parameter("w", nn.Parameter(torch.arange(3.0)))
+    facts = {"model_args": {"depth": 2}, "mean": [0.5], "std": [0.25], "data": {"num_images": 1}}
+    path = save_weights(tmp_path / "best.safetensors", model, facts, epoch=3)
     with safe_open(path, "pt") as file:
         assert file.get_tensor("w").tolist() == [0.0, 1.0, 2.0]
-        assert file.metadata() == {"format": "pt", "model_args": '{"depth": 2}', "mean": "[0.5]"}
+        assert file.metadata() == {
+            "format": "pt", "model_args": '{"depth": 2}', "mean": "[0.5]", "std": "[0.25]", "epoch": "3"
+        }  # fmt: skip
+    assert weights_header(path) == {"model_args": {"depth": 2}, "mean": [0.5], "std": [0.25], "epoch": 3}
     assert path.stat().st_mode & stat.S_IRUSR

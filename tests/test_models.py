@@ -9,9 +9,10 @@ from reference import huggingface_mae, timm_vit, to_huggingface
 from timm.models.vision_transformer import Block as TimmBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from models.blocks import Attention, Block
 from models.mae import MaskedAutoencoder, num_kept
 from models.pos_embed import sincos_pos_embed
-from models.vit import Attention, Block, VisionTransformer
+from models.vit import VisionTransformer
 from util.errors import InputError
 
 MAE = {
@@ -106,7 +107,7 @@ def test_fused_and_explicit_attention_agree(monkeypatch):
     attention = randomized(Attention(48, 3)).double()
     x = torch.randn(2, 17, 48, dtype=torch.float64)
     explicit = attention(x)
-    monkeypatch.setattr("models.vit.CPU_FUSED_FROM_TOKENS", 0)
+    monkeypatch.setattr("models.blocks.CPU_FUSED_FROM_TOKENS", 0)
     torch.testing.assert_close(attention(x), explicit, rtol=0, atol=1e-12)
 
 

@@ -5,12 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from runs import loading
 from torchvision.transforms import v2
 
 from data.datasets import ArraySource
-from data.loaders import PretrainBatch, PretrainDataset, build_pretrain_loader
+from data.loaders import PretrainBatch, PretrainDataset, build_train_loader
 from data.sampler import ORDER, SampleKey, StepSampler, derive_seed, generator
-from data.transforms import PixelNormalizer, pretrain_transform, seeded
+from data.transforms import PixelNormalizer, pretrain_transform
+from util.rng import seeded
 
 
 def sampler(num_images: int, batch_size: int, **changes) -> StepSampler:
@@ -153,7 +155,7 @@ def dataset(shared_mask: bool = False, seed: int = 0, num_patches: int = 16) -> 
 
 def batches(num_workers: int, start_step: int = 0, prefetch_factor: int = 2, **settings) -> list[PretrainBatch]:
     steps = sampler(COUNT, 8, start_step=start_step, stop_step=10)  # two epochs of five
-    return list(build_pretrain_loader(dataset(**settings), steps, num_workers, prefetch_factor, pin_memory=False))
+    return list(build_train_loader(dataset(**settings), steps, loading(num_workers, prefetch_factor)))
 
 
 def assert_same(left: list[PretrainBatch], right: list[PretrainBatch]) -> None:
@@ -182,7 +184,7 @@ def test_a_sample_can_be_made_again_from_its_key():
         for number in reversed(range(8)):
             sample = made[batch.keys[number]]
             assert torch.equal(sample.image, batch.images[number])
-            assert torch.equal(sample.ids_shuffle, batch.ids_shuffle[number])
+            assert torch.equal(sample.target, batch.ids_shuffle[number])
             assert sample.key == batch.keys[number]
 
 
@@ -190,10 +192,10 @@ def test_position_epoch_and_seed_each_change_crop_and_mask():
     keys = [SampleKey(0, epoch, position, 0) for epoch in range(3) for position in range(4)]
     samples = [dataset(seed=seed)[key] for key in keys for seed in range(2)]
     assert len({sample.image.numpy().tobytes() for sample in samples}) == 24
-    assert len({sample.ids_shuffle.numpy().tobytes() for sample in samples}) == 24
+    assert len({sample.target.numpy().tobytes() for sample in samples}) == 24
     # the step is not among the coordinates, so another total batch size gives the same crop
     assert torch.equal(dataset()[SampleKey(0, 1, 2, 3)].image, dataset()[SampleKey(0, 1, 2, 9)].image)
-    assert torch.equal(dataset()[SampleKey(0, 1, 2, 3)].ids_shuffle, dataset()[SampleKey(0, 1, 2, 9)].ids_shuffle)
+    assert torch.equal(dataset()[SampleKey(0, 1, 2, 3)].target, dataset()[SampleKey(0, 1, 2, 9)].target)
 
 
 def global_states() -> int:
@@ -228,14 +230,14 @@ def test_seeded_puts_the_state_back_even_after_an_error():
 
 def test_a_shared_mask_is_one_for_each_step():
     keys = [SampleKey(position, 0, position, step) for step in range(6) for position in range(4 * step, 4 * step + 4)]
-    shared = [dataset(shared_mask=True)[key].ids_shuffle.tolist() for key in keys]
-    own = [dataset(shared_mask=False)[key].ids_shuffle.tolist() for key in keys]
+    shared = [dataset(shared_mask=True)[key].target.tolist() for key in keys]
+    own = [dataset(shared_mask=False)[key].target.tolist() for key in keys]
     for step in range(6):
         assert shared[4 * step : 4 * step + 4] == [shared[4 * step]] * 4
     assert len({tuple(mask) for mask in shared}) == 6
     assert len({tuple(mask) for mask in own}) == 24
     other_seed = dataset(shared_mask=True, seed=1)
-    assert other_seed[keys[0]].ids_shuffle.tolist() != shared[0]
+    assert other_seed[keys[0]].target.tolist() != shared[0]
     # sharing the mask moves no crop
     assert torch.equal(dataset(shared_mask=True)[keys[5]].image, dataset(shared_mask=False)[keys[5]].image)
 
@@ -243,7 +245,7 @@ def test_a_shared_mask_is_one_for_each_step():
 @pytest.mark.parametrize("shared_mask", [False, True])
 def test_masks_are_permutations_and_keep_every_patch_equally_often(shared_mask):
     made = dataset(shared_mask=shared_mask)
-    masks = torch.stack([made[SampleKey(0, 0, number, number)].ids_shuffle for number in range(2000)])  # (2000, 16)
+    masks = torch.stack([made[SampleKey(0, 0, number, number)].target for number in range(2000)])  # (2000, 16)
     assert torch.equal(masks.sort(dim=1).values, torch.arange(16).expand(2000, 16))
     kept = torch.bincount(masks[:, :4].flatten(), minlength=16)
     assert (kept - 500).abs().max() < 100  # 2000 * 4 / 16, standard deviation 19

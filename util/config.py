@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -215,12 +216,13 @@ def _merge(
 ) -> list[str]:
     """Converts one source's raw values into `values`; returns its problems."""
     problems = []
+    skipped = []
     hints = typing.get_type_hints(config_class)
     by_name = {f.name: f for f in dataclasses.fields(config_class)}
     for name, raw in content.items():
         if name not in by_name:
             if name in sibling_names:
-                logger.warning("%s: %s belongs to another stage, skipped", source, name)
+                skipped.append(name)
             else:
                 problems.append(_unknown(source, name, config_class))
             continue
@@ -232,4 +234,6 @@ def _merge(
             continue
         if name != "output_dir" or value is not None:  # null keeps the default path
             values[name] = value
+    if skipped and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s: skipped settings of other stages: %s", source, ", ".join(skipped))
     return problems

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from util.errors import InputError
@@ -110,3 +111,16 @@ def first_process_first(processes: Processes) -> Iterator[None]:
     finally:
         if dist.is_initialized() and processes.local_rank == 0:
             dist.barrier()
+
+
+def gather_rows(rows: Tensor, total: int) -> Tensor:
+    """All `total` rows on every process, where process r of w holds the rows r, r + w, ...; on the CPU."""
+    if not dist.is_initialized():
+        return rows.cpu()
+    world_size = dist.get_world_size()
+    longest = -(-total // world_size)
+    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype)
+    padded[: len(rows)] = rows.cpu()
+    shares = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(shares, padded)
+    return torch.stack(shares, dim=1).flatten(0, 1)[:total]

@@ -16,13 +16,18 @@ whole_number() {
   esac
 }
 
-# launch FOLDER SCRIPT ARGUMENTS...
-launch() {
-  script="$1/$2"
+# choose_python FOLDER: sets PYTHON
+choose_python() {
   if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$1/.venv/bin/python" ]; then PYTHON="$1/.venv/bin/python"; fi
   fi
+}
+
+# launch FOLDER SCRIPT ARGUMENTS...
+launch() {
+  script="$1/$2"
+  choose_python "$1"
   shift 2
 
   if [ -z "${NGPU:-}" ]; then

@@ -1,8 +1,9 @@
-"""Every knob of every stage: flat, typed, frozen dataclasses, composed by inheritance.
+"""Every knob of pretraining, and what it shares with the other stages (`util/schema_eval.py`).
 
-A field is at once a YAML key, a command-line flag and (for models) the constructor's keyword. Its metadata carry
-the help text, the unit and the legal range; `util/config.py` reads them. Fields marked `may_change` do not alter a
-run's result, so a resumed run may change them; all others are compared on resume.
+Settings are flat, typed, frozen dataclasses, composed by inheritance. A field is at once a YAML key, a command-line
+flag and (for models) the constructor's keyword. Its metadata carry the help text, the unit and the legal range;
+`util/config.py` reads them. Fields marked `may_change` do not alter a run's result, so a resumed run may change them;
+all others are compared on resume.
 """
 
 from dataclasses import Field, dataclass, field, fields
@@ -48,6 +49,12 @@ class RunConfig:
         "auto", "bf16 and fp16 are autocast; auto is bf16 where the device has it, else fp16 on CUDA, else fp32",
         choices=("auto", "bf16", "fp16", "fp32"),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainRunConfig(RunConfig):
+    """Logging and checkpoints"""
+
     log_interval: int = knob(20, "between two log lines", unit="optimiser steps", min=1, may_change=True)
     save_minutes: float = knob(
         30.0, "between two checkpoints, looked at when a line is logged; 0 is off", unit="minutes", min=0,
@@ -114,8 +121,8 @@ class MAEConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Optimiser and schedule"""
+class ScheduleConfig:
+    """Batch and schedule"""
 
     batch_size: int = knob(64, "per process and micro-batch", unit="images", min=1, may_change=True)
     accum_iter: int = knob(1, "micro-batches per optimiser step", min=1, may_change=True)
@@ -128,12 +135,27 @@ class OptimConfig:
         None, "end here on the full schedule; null is epochs", unit="epochs", min=1, may_change=True
     )
     warmup_epochs: float = knob(10.0, "linear rise of the learning rate from 0", unit="epochs", min=0)
-    lr: float = knob(1.5e-4, "base learning rate; the peak is lr * total batch / 256", unit="per 256 images", above=0)
     min_lr: float = knob(0.0, "end of the cosine", unit="per 256 images", min=0)
+
+    @property
+    def base_lr(self) -> float:
+        """What the schedule peaks at, per 256 images; parameter groups scale it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AdamWConfig(ScheduleConfig):
+    """Optimiser"""
+
+    lr: float = knob(1.5e-4, "base learning rate; the peak is lr * total batch / 256", unit="per 256 images", above=0)
     weight_decay: float = knob(0.05, "of Linear and patch-projection weights; nothing else decays", min=0)
     beta1: float = knob(0.9, "AdamW", min=0, below=1)
     beta2: float = knob(0.95, "AdamW", min=0, below=1)
     clip_grad: float | None = knob(None, "largest L2 norm of the gradient; null is off", above=0)
+
+    @property
+    def base_lr(self) -> float:
+        return self.lr
 
 
 @dataclass(frozen=True)
@@ -146,23 +168,34 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(OptimConfig, MAEConfig, AugmentConfig, DataConfig, RunConfig):
+class PretrainConfig(AdamWConfig, MAEConfig, AugmentConfig, DataConfig, TrainRunConfig):
     """Everything `main_pretrain.py` takes."""
 
     def problems(self) -> list[str]:
         """Values that are legal alone and wrong together, one line each."""
-        found = channel_problems(self.in_chans, self.mean, self.std)
-        if self.dataset != "mnist5k" and self.data_path is None:
-            found.append(f"data_path is needed for dataset {self.dataset}: give --data_path FOLDER")
-        if self.download and not self.dataset.startswith("cifar"):
-            found.append(f"download fetches cifar10 and cifar100 only, not dataset {self.dataset}")
-        if self.warmup_epochs > self.epochs:
-            found.append(f"warmup_epochs {self.warmup_epochs:g} is longer than epochs {self.epochs}")
-        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
-            found.append(f"stop_epoch {self.stop_epoch} is past epochs {self.epochs}")
-        if self.min_lr > self.lr:
-            found.append(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
-        return found
+        return data_problems(self, self.in_chans) + schedule_problems(self)
+
+
+def data_problems(cfg: DataConfig, in_chans: int) -> list[str]:
+    """What does not fit together in where the images come from and how they are normalised."""
+    found = channel_problems(in_chans, cfg.mean, cfg.std)
+    if cfg.dataset != "mnist5k" and cfg.data_path is None:
+        found.append(f"data_path is needed for dataset {cfg.dataset}: give --data_path FOLDER")
+    if cfg.download and not cfg.dataset.startswith("cifar"):
+        found.append(f"download fetches cifar10 and cifar100 only, not dataset {cfg.dataset}")
+    return found
+
+
+def schedule_problems(cfg: ScheduleConfig) -> list[str]:
+    """What does not fit together in the schedule."""
+    found = []
+    if cfg.warmup_epochs > cfg.epochs:
+        found.append(f"warmup_epochs {cfg.warmup_epochs:g} is longer than epochs {cfg.epochs}")
+    if cfg.stop_epoch is not None and cfg.stop_epoch > cfg.epochs:
+        found.append(f"stop_epoch {cfg.stop_epoch} is past epochs {cfg.epochs}")
+    if cfg.min_lr > cfg.base_lr:
+        found.append(f"min_lr {cfg.min_lr:g} is above lr {cfg.base_lr:g}")
+    return found
 
 
 def channel_problems(in_chans: int, mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
@@ -181,7 +214,8 @@ def sections(config_class: type) -> list[tuple[str, list[Field[Any]]]]:
     by_name = {f.name: f for f in fields(config_class)}
     found = []
     for cls in reversed(config_class.__mro__):  # parents first: Model, then Masked autoencoder
-        names = [name for name in vars(cls).get("__annotations__", {}) if name in by_name]
-        if names:
-            found.append(((cls.__doc__ or "").strip(), [by_name[name] for name in names]))
+        # a stage that only gives a field another default leaves it in its parent's group: each is popped once
+        section = [by_name.pop(name) for name in vars(cls).get("__annotations__", {}) if name in by_name]
+        if section:
+            found.append(((cls.__doc__ or "").strip(), section))
     return found

@@ -1,0 +1,32 @@
+"""The loaders of a run: its training batches from any step on, and every image of a source once."""
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from data.evaluation import build_eval_loader
+from data.labelled import LabelledSource
+from data.loaders import LabelledDataset, PretrainDataset, build_train_loader, loader_settings
+from data.sampler import StepSampler
+from data.transforms import EvalTransform
+from engine.run import Run
+from engine.schedule import Plan
+
+
+def train_batches(
+    cfg: Any, run: Run, plan: Plan, dataset: PretrainDataset | LabelledDataset, start_step: int
+) -> DataLoader[Any]:
+    """This process's micro-batches from optimiser step `start_step` to the plan's end."""
+    sampler = StepSampler(
+        len(dataset), cfg.batch_size, plan.accum_iter, run.processes.rank, run.processes.world_size, cfg.seed,
+        start_step, plan.stop_step,
+    )  # fmt: skip
+    return build_train_loader(dataset, sampler, loader_settings(cfg, run.processes))
+
+
+def eval_batches(cfg: Any, run: Run, source: LabelledSource) -> DataLoader[Any]:
+    """This process's share of `source`, through the evaluation transform of the settings."""
+    return build_eval_loader(
+        source, EvalTransform(cfg.img_size, cfg.crop_pct), cfg.batch_size, run.processes.rank,
+        run.processes.world_size, loader_settings(cfg, run.processes),
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""Features of frozen models: computed once per image, saved, and loaded again."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from data.evaluation import EvalBatch
+from data.loaders import BadSample
+from data.transforms import PixelNormalizer
+from engine.evaluate import raise_bad
+from models.vit import VisionTransformer
+from util.errors import InputError
+from util.files import write_whole
+
+FEATURES_FILE = "features.safetensors"
+
+
+class Features(NamedTuple):
+    """Features `(n, D)` float32 and labels `(n,)` int64 of both splits; `facts` say of what, in plain values."""
+
+    train: Tensor
+    train_labels: Tensor
+    val: Tensor
+    val_labels: Tensor
+    facts: dict[str, Any]
+
+
+@torch.no_grad()
+def compute_features(
+    backbone: VisionTransformer, batches: Iterable[EvalBatch], normalize: PixelNormalizer, dtype: torch.dtype | None
+) -> Tensor:
+    """The pooled, normalised features of this process's share of the images, `(share, D)` float32, on the CPU.
+
+    Raises: InputError on all processes where a file cannot be decoded.
+    """
+    device = normalize.device
+    found = []
+    bad: list[BadSample] = []
+    for batch in batches:
+        bad += batch.bad
+        if batch.bad:
+            break
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            found.append(backbone.forward_features(normalize(batch.images)).float().cpu())  # (B, D)
+    raise_bad(bad)
+    return torch.cat(found) if found else torch.empty(0, backbone.head.in_features)
+
+
+def save_features(folder: Path, features: Features) -> Path:
+    """Writes `features.safetensors` into `folder`. Raises: InputError where that is not possible."""
+    path = folder / FEATURES_FILE
+    tensors = {name: value.contiguous() for name, value in features._asdict().items() if name != "facts"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"facts": json.dumps(features.facts)}
+        write_whole(path, lambda target: safetensors.torch.save_file(tensors, target, facts))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"save_path {folder} cannot be written: {error}") from error
+    return path
+
+
+def load_features(path: Path) -> Features:
+    """What `save_features` wrote; `path` is the folder or the file. Raises: InputError for anything else."""
+    if path.is_dir():
+        path = path / FEATURES_FILE
+    if not path.is_file():
+        raise InputError(f"load_path {path} does not exist")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        return Features(**tensors, facts=facts)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"load_path {path} is no complete features file of main_knn.py: {error}") from error

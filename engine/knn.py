@@ -1,0 +1,110 @@
+"""k-NN classification by cosine similarity with weighted votes (arXiv 1805.01978, section 3.4).
+
+One search serves every k. Its order is total: neighbours by similarity, then lower index; classes by vote, then lower
+label. Similarities are summed in 64 bits and rounded to 32, so that neither chunks nor the number of processes change
+which ones are equal. A similarity and its index are packed into one integer key, whose order is that order.
+
+Shapes: `Q` queries, `n` training images, `D` width, `k` neighbours.
+"""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+
+QUERIES = 256  # searched at a time
+TRAIN_ROWS = 65536  # compared at a time: 256 x 65536 similarities are 128 MiB in 64 bits
+INDEX_MASK = 2**32 - 1
+NO_NEIGHBOUR = -(2**63)  # sorts behind every key
+
+
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    ks: tuple[int, ...],
+    temperature: float,
+    num_classes: int,
+) -> dict[int, Tensor]:
+    """Votes `(Q, num_classes)` for each k: a neighbour of similarity s gives its class exp(s / temperature).
+
+    Args:
+        train_features, train_labels: `(n, D)` float and `(n,)` int64.
+        features: `(Q, D)` float.
+        ks: numbers of neighbours; more than n takes all n.
+
+    Features are normalised here. Source: arXiv 1805.01978, section 3.4, temperature 0.07.
+    """
+    indices = torch.arange(len(train_features), device=train_features.device)
+    keys = nearest_keys(train_features, indices, features, max(ks))
+    return votes(keys, train_labels, ks, temperature, num_classes)
+
+
+def nearest_keys(train_features: Tensor, train_indices: Tensor, features: Tensor, k: int) -> Tensor:
+    """Keys `(Q, min(k, n))` of each query's nearest training rows, nearest first.
+
+    `train_indices` `(n,)` below 2^32 are the rows' places in the whole training set, of which this may be a share.
+    """
+    found = []
+    for queries in _normalised(features).split(QUERIES):
+        keys = torch.empty(len(queries), 0, dtype=torch.int64, device=features.device)
+        for start in range(0, len(train_features), TRAIN_ROWS):
+            rows = slice(start, start + TRAIN_ROWS)
+            block = _normalised(train_features[rows]).to(queries.device)
+            fresh = _to_keys(queries @ block.T, train_indices[rows].to(queries.device))  # (Q', rows)
+            keys = _largest(torch.cat([keys, _largest(fresh, k)], dim=1), k)
+        found.append(keys)
+    return torch.cat(found)
+
+
+def merge_over_processes(keys: Tensor, k: int) -> Tensor:
+    """The nearest k of all processes' keys `(Q, <= k)` for the same queries, on every process: `(Q, <= k)`."""
+    if not dist.is_initialized():
+        return keys
+    padded = F.pad(keys.cpu(), (0, k - keys.shape[1]), value=NO_NEIGHBOUR)  # (Q, k): shares differ in length
+    shares = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, padded)
+    merged = _largest(torch.cat(shares, dim=1), k)  # (Q, k)
+    return merged[:, (merged != NO_NEIGHBOUR).all(dim=0)].to(keys.device)
+
+
+def votes(
+    keys: Tensor, train_labels: Tensor, ks: tuple[int, ...], temperature: float, num_classes: int
+) -> dict[int, Tensor]:
+    """Votes `(Q, num_classes)` for each k from the keys `(Q, >= max(ks) or n)` and all labels `(n,)`."""
+    labels = train_labels.to(keys.device)[INDEX_MASK - (keys & INDEX_MASK)]  # (Q, k)
+    weights = (_to_similarities(keys).double() / temperature).exp()
+    total = torch.zeros(len(keys), num_classes, dtype=torch.float64, device=keys.device)
+    result: dict[int, Tensor] = {}
+    for place in range(keys.shape[1]):  # one neighbour after the other: the order of the sums is fixed
+        total = total.scatter_add(1, labels[:, place, None], weights[:, place, None])
+        result |= {k: total for k in ks if k == place + 1}
+    return {k: result.get(k, total) for k in ks}
+
+
+def rank_of_label(class_votes: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the right one, `(Q, C)` and `(Q,)` -> `(Q,)`: by vote, then lower label."""
+    own = class_votes.gather(1, labels[:, None])
+    lower = torch.arange(class_votes.shape[1], device=labels.device) < labels[:, None]
+    return ((class_votes > own) | ((class_votes == own) & lower)).sum(dim=1)
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Rows of length 1 in 64 bits; a device without them (MPS) hands over to the CPU."""
+    return F.normalize((features.cpu() if features.device.type == "mps" else features).double(), dim=1)
+
+
+def _to_keys(similarities: Tensor, indices: Tensor) -> Tensor:
+    """Integers that order by similarity, then lower index: the bits of the float above those of the index."""
+    bits = (similarities.float() + 0.0).view(torch.int32)  # + 0.0 turns -0 into 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards as integers
+    return (ordered.long() << 32) | (INDEX_MASK - indices)
+
+
+def _to_similarities(keys: Tensor) -> Tensor:
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    return keys.topk(min(k, keys.shape[1]), dim=1).values  # sorted

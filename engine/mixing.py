@@ -1,0 +1,40 @@
+"""What fine-tuning does to a batch on the device: random erasing, mixup or cutmix, and the loss that goes with them."""
+
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class BatchMixer:
+    """Erasing (arXiv 1708.04896), mixup (1710.09412) and cutmix (1905.04899) by timm, as a `FinetuneConfig` asks.
+
+    They draw from numpy, `random` and torch: seed all three per step (`util/rng.py`).
+    """
+
+    def __init__(self, cfg: Any, num_classes: int, device: torch.device):
+        self.label_smoothing = cfg.label_smoothing
+        self.erase = None
+        if cfg.re_prob:
+            self.erase = RandomErasing(cfg.re_prob, mode=cfg.re_mode, max_count=cfg.re_count, device=device)
+        self.mix = None
+        if cfg.mixup or cfg.cutmix:
+            self.mix = Mixup(
+                cfg.mixup, cfg.cutmix, switch_prob=cfg.mixup_switch_prob, label_smoothing=cfg.label_smoothing,
+                num_classes=num_classes,
+            )  # fmt: skip
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images `(B, C, H, W)` and labels `(B,)`; mixing turns labels into shares `(B, num_classes)`."""
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+        return images, labels
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy with label smoothing, which mixing has put into its shares already."""
+        return F.cross_entropy(logits, targets, label_smoothing=0.0 if self.mix is not None else self.label_smoothing)

@@ -1,0 +1,19 @@
+"""results.json: what an evaluation found, with the weights it judged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from util.files import write_whole
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Writes `results` as JSON; a reader never sees half of it."""
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `write_results` wrote."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results

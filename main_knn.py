@@ -1,0 +1,171 @@
+"""k-NN classification on frozen features (arXiv 1805.01978, section 3.4): cosine similarity, weighted votes.
+
+    sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data --finetune /path/to/weights
+
+--finetune random judges an untrained model, and a folder of checkpoints gives a table over them. --save_path keeps the
+features, --load_path takes them in place of computing them.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.labelled import LabelledData, LabelledSource, take_subset
+from data.transforms import PixelNormalizer
+from engine.backbone import build_frozen
+from engine.batches import eval_batches
+from engine.classification import open_labelled_data
+from engine.features import Features, compute_features, load_features, save_features
+from engine.knn import merge_over_processes, nearest_keys, rank_of_label, votes
+from engine.run import Run, open_run
+from models.build import classifier_config_problems
+from models.vit import VisionTransformer
+from models.weights import weights_digest
+from util.config import load_config
+from util.dist import autocast_dtype, gather_rows
+from util.errors import InputError, run_cli
+from util.schema_eval import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
+
+WEIGHTS_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Classifies the validation images; returns what it writes to results.json.
+
+    For a folder of checkpoints that is a list under `checkpoints`, beside the results of the last one.
+    """
+    checks = [classifier_config_problems]
+    cfg = load_config(KnnConfig, "knn", argv, checks=checks, siblings=STAGE_CONFIGS)
+    with open_run(cfg) as run:
+        if cfg.load_path is not None:
+            features = load_features(Path(cfg.load_path))
+            check_origin(cfg, features)
+            return run.finish(classify(cfg, run, features))
+        assert cfg.finetune is not None, "the config checks that there are weights"
+        data = open_labelled_data(cfg, run)
+        train = take_subset(data.train, cfg.subset, cfg.seed)
+        paths = list_weights(cfg.finetune)
+        table = []
+        for weights in paths:
+            features = features_of(cfg, run, weights, data, train)
+            if cfg.save_path is not None and run.processes.is_main:
+                folder = Path(cfg.save_path) / (Path(weights).stem if len(paths) > 1 else "")
+                logger.info("wrote %s", save_features(folder, features))
+            table.append(classify(cfg, run, features))
+        if len(table) == 1:
+            return run.finish(table[0])
+        log_table(table, cfg)
+        return run.finish({**table[-1], "checkpoints": table})
+
+
+def features_of(cfg: KnnConfig, run: Run, weights: str, data: LabelledData, train: LabelledSource) -> Features:
+    """Features of both splits under the frozen model of `weights`; each process computes its share."""
+    classifier = build_frozen(cfg, weights, len(data.class_names))
+    backbone = classifier.model.to(run.device)
+    facts = {
+        "checkpoint": weights,
+        "sha256": classifier.sha256,
+        "dataset": cfg.dataset,
+        "readout": cfg.global_pool,
+        "img_size": cfg.img_size,
+        "class_names": data.class_names,
+    }
+    rows = [gather_features(cfg, run, backbone, source) for source in (train, data.val)]
+    labels = [torch.from_numpy(source.labels) for source in (train, data.val)]
+    return Features(rows[0], labels[0], rows[1], labels[1], facts)
+
+
+def gather_features(cfg: KnnConfig, run: Run, backbone: VisionTransformer, source: LabelledSource) -> Tensor:
+    """All features of `source`, `(n, D)`, on every process."""
+    normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
+    dtype = autocast_dtype(cfg.precision, run.device)
+    return gather_rows(compute_features(backbone, eval_batches(cfg, run, source), normalize, dtype), len(source))
+
+
+def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
+    """Searches this process's share of the training features, merges, votes and counts."""
+    rank, world_size = run.processes.rank, run.processes.world_size
+    num_classes = len(features.facts["class_names"])
+    most = min(max(cfg.ks), len(features.train))
+    share = torch.arange(rank, len(features.train), world_size)
+    queries = features.val.to(run.device)
+    keys = merge_over_processes(nearest_keys(features.train[share], share, queries, most), most)
+    labels = features.val_labels.to(keys.device)
+    ranks = {
+        k: rank_of_label(of_k, labels)
+        for k, of_k in votes(keys, features.train_labels, cfg.ks, cfg.temperature, num_classes).items()
+    }
+    correct = {k: int((of_k == 0).sum()) for k, of_k in ranks.items()}
+    acc1 = {k: 100 * count / len(labels) for k, count in correct.items()}
+    reported = cfg.ks[0]
+    results = {
+        "protocol": f"k-NN, cosine, temperature {cfg.temperature:g}",
+        **{name: value for name, value in features.facts.items() if name != "class_names"},
+        "num_train": len(features.train),
+        "num_samples": len(labels),
+        "k": reported,
+        "correct1": correct[reported],
+        "acc1": acc1[reported],
+        "acc5": 100 * int((ranks[reported] < 5).sum()) / len(labels),
+        "acc1_by_k": {str(k): value for k, value in acc1.items()},
+    }
+    if cfg.per_class:
+        results["per_class"] = accuracy_by_class(ranks[reported] == 0, labels, features.facts["class_names"])
+    line = "  ".join(f"{k}-NN {value:.2f} %" for k, value in acc1.items())
+    logger.info("%s: %d training and %d validation images  %s", features.facts["checkpoint"], len(features.train),
+                len(labels), line)  # fmt: skip
+    if max(cfg.ks) > len(features.train):
+        logger.warning("k %d is more than the %d training images: it takes all of them", max(cfg.ks), len(share))
+    return results
+
+
+def accuracy_by_class(hits: Tensor, labels: Tensor, class_names: list[str]) -> dict[str, float | None]:
+    """Percent right of each class, None for a class without images."""
+    total = torch.bincount(labels, minlength=len(class_names)).tolist()
+    right = torch.bincount(labels[hits], minlength=len(class_names)).tolist()
+    return {name: 100 * r / t if t else None for name, r, t in zip(class_names, right, total, strict=True)}
+
+
+def list_weights(finetune: str) -> list[str]:
+    """The weights behind `finetune`: itself, or the files in a folder that is no Hugging Face model, in their order.
+
+    Raises: InputError for a folder without weights.
+    """
+    folder = Path(finetune)
+    if finetune == RANDOM_WEIGHTS or not folder.is_dir() or (folder / "config.json").exists():
+        return [finetune]
+    files = [path for path in folder.iterdir() if path.suffix in WEIGHTS_ENDINGS]
+    if not files:
+        raise InputError(f"finetune {finetune} is a folder without weights: none ends in {' '.join(WEIGHTS_ENDINGS)}")
+    by_number = sorted(files, key=lambda path: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name)])
+    return [str(path) for path in by_number]
+
+
+def check_origin(cfg: KnnConfig, features: Features) -> None:
+    """Raises: InputError where saved features come from other weights than those that the settings name."""
+    if cfg.finetune is None:
+        return
+    sha256 = None if cfg.finetune == RANDOM_WEIGHTS else weights_digest(cfg.finetune)
+    if sha256 != features.facts["sha256"]:
+        raise InputError(
+            f"load_path {cfg.load_path} holds features of {features.facts['checkpoint']} "
+            f"(sha256 {features.facts['sha256']}), finetune {cfg.finetune} has sha256 {sha256}"
+        )
+
+
+def log_table(table: list[dict[str, Any]], cfg: KnnConfig) -> None:
+    """A line per checkpoint."""
+    width = max(len(row["checkpoint"]) for row in table)
+    logger.info("%-*s  %s", width, "checkpoint", "  ".join(f"{f'{k}-NN':>7}" for k in cfg.ks))
+    for row in table:
+        logger.info("%-*s  %s", width, row["checkpoint"], "  ".join(f"{v:7.2f}" for v in row["acc1_by_k"].values()))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all: written under a temporary name, flushed to disk, renamed."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+TEMPORARY = ".tmp"  # ending of a file that is not whole yet
+
+
+def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:
+    """Lets `write` fill a file with a temporary name beside `path` and flushes it; removes it where that fails."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill the file that becomes `path`."""
+    write_temporary(path, write).replace(path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
