@@ -9,7 +9,7 @@ TEST_WORKERS ?= 2
 .PHONY: help quickstart test test-long test-all lint clean
 
 help:
-	@echo "make quickstart  install, then pretrain on 4,000 embedded digits (no download)"
+	@echo "make quickstart  install, pretrain on 4,000 embedded digits (no download), evaluate"
 	@echo "make test        install, then the newcomer's tests (under 5 minutes on 2 cores)"
 	@echo "make test-all    the newcomer's tests and the long ones (under 45 minutes)"
 	@echo "make lint        ruff and mypy"
@@ -29,8 +29,21 @@ help:
 	$(PY) -m pip install -r requirements-dev.txt
 	@touch $@
 
+# Each evaluation twice: of the pretrained weights, and of the same model untrained (fine-tuning: from scratch).
+WEIGHTS = $(OUTPUT)/pretrain/model.safetensors
+KNN = $(PY) main_knn.py --config cfgs/quickstart/knn.yaml
+LINCLS = $(PY) main_lincls.py --config cfgs/quickstart/lincls.yaml
+FINETUNE = $(PY) main_finetune.py --config cfgs/quickstart/finetune.yaml
+
 quickstart: .venv/.run
 	$(PY) main_pretrain.py --config cfgs/quickstart/pretrain.yaml --output_dir $(OUTPUT)/pretrain
+	$(KNN) --finetune $(WEIGHTS) --output_dir $(OUTPUT)/knn
+	$(KNN) --finetune random --class_token true --output_dir $(OUTPUT)/knn_untrained
+	$(LINCLS) --finetune $(WEIGHTS) --output_dir $(OUTPUT)/lincls
+	$(LINCLS) --finetune random --class_token true --output_dir $(OUTPUT)/lincls_untrained
+	$(FINETUNE) --finetune $(WEIGHTS) --output_dir $(OUTPUT)/finetune
+	$(FINETUNE) --class_token true --layer_decay 1 --output_dir $(OUTPUT)/finetune_untrained
+	$(PY) tools/results_table.py $(OUTPUT)
 
 test: .venv/.dev
 	$(PYTEST) -m "not long"
