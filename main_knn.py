@@ -22,9 +22,8 @@ from engine.batches import eval_batches
 from engine.classification import open_labelled_data
 from engine.features import Features, compute_features, load_features, save_features
 from engine.knn import merge_over_processes, nearest_keys, rank_of_label, votes
-from engine.run import Run, open_run
+from engine.run import Run, check_writable, open_run
 from models.build import classifier_config_problems
-from models.vit import VisionTransformer
 from models.weights import weights_digest
 from util.config import load_config
 from util.dist import autocast_dtype, gather_rows
@@ -43,20 +42,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     checks = [classifier_config_problems]
     cfg = load_config(KnnConfig, "knn", argv, checks=checks, siblings=STAGE_CONFIGS)
     with open_run(cfg) as run:
+        rank, world_size = run.processes.rank, run.processes.world_size
         if cfg.load_path is not None:
             features = load_features(Path(cfg.load_path))
             check_origin(cfg, features)
-            return run.finish(classify(cfg, run, features))
+            return run.finish(classify(cfg, run, features._replace(train=features.train[rank::world_size])))
         assert cfg.finetune is not None, "the config checks that there are weights"
+        if cfg.save_path is not None and run.processes.is_main:
+            check_writable("save_path", Path(cfg.save_path))
         data = open_labelled_data(cfg, run)
         train = take_subset(data.train, cfg.subset, cfg.seed)
         paths = list_weights(cfg.finetune)
         table = []
         for weights in paths:
             features = features_of(cfg, run, weights, data, train)
-            if cfg.save_path is not None and run.processes.is_main:
+            if cfg.save_path is not None:
+                whole = features._replace(train=gather_rows(features.train, len(train)))
                 folder = Path(cfg.save_path) / (Path(weights).stem if len(paths) > 1 else "")
-                logger.info("wrote %s", save_features(folder, features))
+                if run.processes.is_main:
+                    logger.info("wrote %s", save_features(folder, whole))
             table.append(classify(cfg, run, features))
         if len(table) == 1:
             return run.finish(table[0])
@@ -65,9 +69,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def features_of(cfg: KnnConfig, run: Run, weights: str, data: LabelledData, train: LabelledSource) -> Features:
-    """Features of both splits under the frozen model of `weights`; each process computes its share."""
+    """Features under the frozen model of `weights`: of this process's share of `train`, and of all of `data.val`."""
     classifier = build_frozen(cfg, weights, len(data.class_names))
     backbone = classifier.model.to(run.device)
+    normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
+    dtype = autocast_dtype(cfg.precision, run.device)
+    train_rows, val_rows = (
+        compute_features(backbone, eval_batches(cfg, run, source), normalize, dtype) for source in (train, data.val)
+    )
     facts = {
         "checkpoint": weights,
         "sha256": classifier.sha256,
@@ -76,26 +85,17 @@ def features_of(cfg: KnnConfig, run: Run, weights: str, data: LabelledData, trai
         "img_size": cfg.img_size,
         "class_names": data.class_names,
     }
-    rows = [gather_features(cfg, run, backbone, source) for source in (train, data.val)]
-    labels = [torch.from_numpy(source.labels) for source in (train, data.val)]
-    return Features(rows[0], labels[0], rows[1], labels[1], facts)
-
-
-def gather_features(cfg: KnnConfig, run: Run, backbone: VisionTransformer, source: LabelledSource) -> Tensor:
-    """All features of `source`, `(n, D)`, on every process."""
-    normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
-    dtype = autocast_dtype(cfg.precision, run.device)
-    return gather_rows(compute_features(backbone, eval_batches(cfg, run, source), normalize, dtype), len(source))
+    labels = (torch.from_numpy(source.labels) for source in (train, data.val))
+    return Features(train_rows, next(labels), gather_rows(val_rows, len(data.val)), next(labels), facts)
 
 
 def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
     """Searches this process's share of the training features, merges, votes and counts."""
-    rank, world_size = run.processes.rank, run.processes.world_size
-    num_classes = len(features.facts["class_names"])
-    most = min(max(cfg.ks), len(features.train))
-    share = torch.arange(rank, len(features.train), world_size)
+    num_classes, num_train = len(features.facts["class_names"]), len(features.train_labels)
+    most = min(max(cfg.ks), num_train)
+    places = torch.arange(num_train)[run.processes.rank :: run.processes.world_size]
     queries = features.val.to(run.device)
-    keys = merge_over_processes(nearest_keys(features.train[share], share, queries, most), most)
+    keys = merge_over_processes(nearest_keys(features.train, places, queries, most), most)
     labels = features.val_labels.to(keys.device)
     ranks = {
         k: rank_of_label(of_k, labels)
@@ -107,7 +107,7 @@ def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
     results = {
         "protocol": f"k-NN, cosine, temperature {cfg.temperature:g}",
         **{name: value for name, value in features.facts.items() if name != "class_names"},
-        "num_train": len(features.train),
+        "num_train": num_train,
         "num_samples": len(labels),
         "k": reported,
         "correct1": correct[reported],
@@ -118,10 +118,10 @@ def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
     if cfg.per_class:
         results["per_class"] = accuracy_by_class(ranks[reported] == 0, labels, features.facts["class_names"])
     line = "  ".join(f"{k}-NN {value:.2f} %" for k, value in acc1.items())
-    logger.info("%s: %d training and %d validation images  %s", features.facts["checkpoint"], len(features.train),
-                len(labels), line)  # fmt: skip
-    if max(cfg.ks) > len(features.train):
-        logger.warning("k %d is more than the %d training images: it takes all of them", max(cfg.ks), len(share))
+    name = features.facts["checkpoint"]
+    logger.info("%s: %d training and %d validation images  %s", name, num_train, len(labels), line)
+    if max(cfg.ks) > num_train:
+        logger.warning("k %d is more than the %d training images: it takes all of them", max(cfg.ks), num_train)
     return results
 
 

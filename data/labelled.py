@@ -145,9 +145,12 @@ def _read_class_folders(root: Path, in_chans: int) -> LabelledData:
     for split in ("train", "val"):
         if not (root / split).is_dir():
             raise InputError(f"data_path {root} has no {split}/: it must hold train/ and val/, with a folder per class")
-        names[split] = sorted(
-            path.name for path in (root / split).iterdir() if path.is_dir() and not path.name.startswith(".")
-        )
+        try:
+            names[split] = sorted(
+                path.name for path in (root / split).iterdir() if path.is_dir() and not path.name.startswith(".")
+            )
+        except OSError as error:
+            raise InputError(f"cannot list {root / split}: {error.strerror}") from error
         if not names[split]:
             raise InputError(f"{root / split} has no class folders: it must hold a folder per class")
     for one, other in (("train", "val"), ("val", "train")):

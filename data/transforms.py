@@ -76,8 +76,10 @@ class EvalTransform:
         if max(height, width) > longest:  # else resizing a 1 x 5000 image would take a gigabyte
             image = F.center_crop(image, [min(height, math.ceil(longest)), min(width, math.ceil(longest))])
             height, width = image.shape[-2:]
-        scale = max(self.cover[0] / height, self.cover[1] / width)
-        resized = [max(side, round(scale * length)) for side, length in zip(self.cover, (height, width), strict=True)]
+        if self.cover[0] * width >= self.cover[1] * height:  # the height decides; the other side is rounded down
+            resized = [self.cover[0], self.cover[0] * width // height]
+        else:
+            resized = [self.cover[1] * height // width, self.cover[1]]
         if resized != [height, width]:
             image = F.resize(image, resized, interpolation=self.interpolation, antialias=True)
         return F.center_crop(image, list(self.size))  # (C, H, W)

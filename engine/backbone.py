@@ -68,7 +68,7 @@ def build_frozen(cfg: Any, weights: str, num_classes: int) -> Classifier:
         tensors, info = read_weights(weights)
         sha256 = weights_digest(weights)
         classifier = _build(cfg, num_classes, _class_token(cfg, weights, info), info.fc_norm, sha256)
-        load_into_classifier(classifier.model, tensors, info, weights)
+        load_into_classifier(classifier.model, tensors, info, weights, uses_head=False)
         _compare_pixels(cfg, info)
     classifier.model.eval().requires_grad_(False)
     return classifier

@@ -7,7 +7,7 @@ the same set and stop together. `bad_samples.jsonl` in the run's folder keeps it
 import json
 from pathlib import Path
 
-from data.loaders import BadSample, PretrainBatch
+from data.loaders import BadSample, LabelledBatch, PretrainBatch
 from util.dist import all_gather
 from util.errors import InputError, LocalInputError
 
@@ -33,7 +33,7 @@ class BadSamples:
                     continue
                 self.known[entry["path"]] = entry["reason"]
 
-    def collect(self, batch: PretrainBatch) -> None:
+    def collect(self, batch: PretrainBatch | LabelledBatch) -> None:
         """Takes note of a batch's bad files. Raises: LocalInputError at once where the whole batch is bad."""
         self.new += batch.bad
         if batch.failed:

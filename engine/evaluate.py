@@ -1,6 +1,5 @@
 """Exact evaluation on any number of processes: every image once, integer counts summed, nothing padded."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from data.evaluation import EvalBatch
 from data.loaders import BadSample
 from data.transforms import PixelNormalizer
+from engine.results import without_nan
 from util.dist import all_gather
 from util.errors import InputError
 
@@ -50,12 +50,12 @@ class Scores:
             "correct5": self.correct5,
             "acc1": self.acc1,
             "acc5": self.acc5,
-            "loss": self.loss if math.isfinite(self.loss) else None,  # JSON has no NaN
+            "loss": self.loss,
         }
         if class_names is not None:
             counts = zip(class_names, self.class_correct, self.class_total, strict=True)
             facts["per_class"] = {name: 100 * right / total if total else None for name, right, total in counts}
-        return facts
+        return without_nan(facts)
 
 
 @torch.no_grad()
@@ -89,7 +89,8 @@ def evaluate(
             logits = classify(normalize(batch.images))
         logits = logits.float().view(num_heads, len(labels), num_classes)  # (H, B, classes)
         best = logits.topk(min(5, num_classes), dim=-1).indices  # (H, B, 5)
-        hits = best == labels[:, None]  # (H, B, 5)
+        # logits that are not finite name no class: such an image counts as wrong
+        hits = (best == labels[:, None]) & logits.isfinite().all(dim=-1, keepdim=True)  # (H, B, 5)
         for row, hit in enumerate((hits[..., 0], hits.any(-1), torch.ones_like(hits[..., 0]))):
             counts[:, row].scatter_add_(1, labels.expand(num_heads, -1), hit.long())
         for head, of_head in enumerate(logits):

@@ -15,6 +15,7 @@ from data.loaders import BadSample
 from data.transforms import PixelNormalizer
 from engine.evaluate import raise_bad
 from models.vit import VisionTransformer
+from util.dist import all_gather
 from util.errors import InputError
 from util.files import write_whole
 
@@ -22,7 +23,10 @@ FEATURES_FILE = "features.safetensors"
 
 
 class Features(NamedTuple):
-    """Features `(n, D)` float32 and labels `(n,)` int64 of both splits; `facts` say of what, in plain values."""
+    """Features `(n, D)` float32 and labels `(n,)` int64 of both splits; `facts` say of what, in plain values.
+
+    In use, `train` is one process's share of the rows (see `gather_rows`); in a file it is all of them.
+    """
 
     train: Tensor
     train_labels: Tensor
@@ -37,7 +41,7 @@ def compute_features(
 ) -> Tensor:
     """The pooled, normalised features of this process's share of the images, `(share, D)` float32, on the CPU.
 
-    Raises: InputError on all processes where a file cannot be decoded.
+    Raises: InputError on all processes where a file cannot be decoded or a feature is not finite.
     """
     device = normalize.device
     found = []
@@ -49,7 +53,10 @@ def compute_features(
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             found.append(backbone.forward_features(normalize(batch.images)).float().cpu())  # (B, D)
     raise_bad(bad)
-    return torch.cat(found) if found else torch.empty(0, backbone.head.in_features)
+    features = torch.cat(found) if found else torch.empty(0, backbone.head.in_features)
+    if not all(all_gather(bool(features.isfinite().all()))):
+        raise InputError("the features are not finite: the weights are broken, or precision fp32 is needed")
+    return features
 
 
 def save_features(folder: Path, features: Features) -> Path:

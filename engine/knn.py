@@ -1,8 +1,8 @@
 """k-NN classification by cosine similarity with weighted votes (arXiv 1805.01978, section 3.4).
 
 One search serves every k. Its order is total: neighbours by similarity, then lower index; classes by vote, then lower
-label. Similarities are summed in 64 bits and rounded to 32, so that neither chunks nor the number of processes change
-which ones are equal. A similarity and its index are packed into one integer key, whose order is that order.
+label. Similarities are summed in 64 bits and rounded to 2^-30, so that neither chunks nor the number of processes
+change which ones are equal. A similarity and its index are packed into one integer key, whose order is that order.
 
 Shapes: `Q` queries, `n` training images, `D` width, `k` neighbours.
 """
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 QUERIES = 256  # searched at a time
 TRAIN_ROWS = 65536  # compared at a time: 256 x 65536 similarities are 128 MiB in 64 bits
 INDEX_MASK = 2**32 - 1
+UNIT = 2**30  # of similarities as integers
 NO_NEIGHBOUR = -(2**63)  # sorts behind every key
 
 
@@ -47,7 +48,7 @@ def nearest_keys(train_features: Tensor, train_indices: Tensor, features: Tensor
     """
     found = []
     for queries in _normalised(features).split(QUERIES):
-        keys = torch.empty(len(queries), 0, dtype=torch.int64, device=features.device)
+        keys = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
         for start in range(0, len(train_features), TRAIN_ROWS):
             rows = slice(start, start + TRAIN_ROWS)
             block = _normalised(train_features[rows]).to(queries.device)
@@ -73,7 +74,7 @@ def votes(
 ) -> dict[int, Tensor]:
     """Votes `(Q, num_classes)` for each k from the keys `(Q, >= max(ks) or n)` and all labels `(n,)`."""
     labels = train_labels.to(keys.device)[INDEX_MASK - (keys & INDEX_MASK)]  # (Q, k)
-    weights = (_to_similarities(keys).double() / temperature).exp()
+    weights = (_to_similarities(keys) / temperature).exp()
     total = torch.zeros(len(keys), num_classes, dtype=torch.float64, device=keys.device)
     result: dict[int, Tensor] = {}
     for place in range(keys.shape[1]):  # one neighbour after the other: the order of the sums is fixed
@@ -95,15 +96,12 @@ def _normalised(features: Tensor) -> Tensor:
 
 
 def _to_keys(similarities: Tensor, indices: Tensor) -> Tensor:
-    """Integers that order by similarity, then lower index: the bits of the float above those of the index."""
-    bits = (similarities.float() + 0.0).view(torch.int32)  # + 0.0 turns -0 into 0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards as integers
-    return (ordered.long() << 32) | (INDEX_MASK - indices)
+    """Integers that order by similarity, then lower index: the rounded similarity above the index."""
+    return ((similarities * UNIT).round().long() << 32) | (INDEX_MASK - indices)
 
 
 def _to_similarities(keys: Tensor) -> Tensor:
-    ordered = (keys >> 32).int()
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return (keys >> 32).double() / UNIT
 
 
 def _largest(keys: Tensor, k: int) -> Tensor:

@@ -1,10 +1,18 @@
 """results.json: what an evaluation found, with the weights it judged."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from util.files import write_whole
+
+
+def without_nan(facts: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite as None: JSON has no word for them."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in facts.items()
+    }
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine.checkpoint import remove_leftovers, weights_path
-from engine.results import write_results
+from engine.results import without_nan, write_results
 from util.config import dump_config
 from util.dist import Processes, init_processes
 from util.errors import InputError
@@ -80,8 +80,7 @@ class Run:
         if not self.processes.is_main:
             return
         with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            plain = {name: None if value != value else value for name, value in facts.items()}  # JSON has no NaN
-            file.write(json.dumps(plain) + "\n")
+            file.write(json.dumps(without_nan(facts)) + "\n")
         if self.tensorboard is not None:
             prefix = "epoch" if "epoch_loss" in facts else "val" if "val_loss" in facts else "train"
             for name, value in facts.items():
@@ -108,7 +107,7 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
     with init_processes(cfg.device) as processes:
         run = Run(cfg, processes)
         if processes.is_main:
-            _check_writable(run.output_dir)
+            check_writable("output_dir", run.output_dir)
             remove_leftovers(run.output_dir)
         with _logging_to(run.output_dir / "log.txt" if processes.is_main else None), logging_redirect_tqdm():
             try:
@@ -117,13 +116,14 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
                 run.close()
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(setting: str, folder: Path) -> None:
+    """Makes the folder that `setting` names. Raises: InputError where nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"output_dir {folder} cannot be written: {error.strerror}") from error
+        raise InputError(f"{setting} {folder} cannot be written: {error.strerror}") from error
 
 
 @contextmanager

@@ -22,9 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_into_classifier(
-    model: VisionTransformer, tensors: dict[str, Tensor], info: WeightsInfo, path: str | Path
+    model: VisionTransformer, tensors: dict[str, Tensor], info: WeightsInfo, path: str | Path, uses_head: bool = True
 ) -> frozenset[str]:
     """Loads canonical tensors; returns the names that stayed fresh (of `fc_norm` and `head`, no others).
+
+    `uses_head` False is for features alone: what becomes of the head is not worth a line then.
 
     Dropped: the decoder; `norm` where the model has `fc_norm`; a head for another number of classes. Positions of
     another grid are resized. All of it is logged.
@@ -49,11 +51,12 @@ def load_into_classifier(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("norm.")}
         logger.info("norm dropped: fc_norm after the mean takes its place and starts fresh")
     num_classes = model.head.out_features
+    say = logger.info if uses_head else logger.debug
     if info.num_classes is None:
-        logger.info("no head in the file: it starts fresh for %d classes", num_classes)
+        say("no head in the file: it starts fresh for %d classes", num_classes)
     elif info.num_classes != num_classes:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-        logger.info("head of %d classes dropped: the data has %d", info.num_classes, num_classes)
+        say("head of %d classes dropped: the data has %d", info.num_classes, num_classes)
     if info.grid_size != model.grid_size:
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], info.grid_size, model.grid_size, info.class_token)
         logger.info("positions resized from %s to %s patches", _by(info.grid_size), _by(model.grid_size))

