@@ -24,7 +24,7 @@ from engine.features import Features, compute_features, load_features, save_feat
 from engine.knn import merge_over_processes, nearest_keys, rank_of_label, votes
 from engine.run import Run, check_writable, open_run
 from models.build import classifier_config_problems
-from models.weights import weights_digest
+from models.weights import describe_weights, weights_digest
 from util.config import load_config
 from util.dist import autocast_dtype, gather_rows
 from util.errors import InputError, run_cli
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     checks = [classifier_config_problems]
     cfg = load_config(KnnConfig, "knn", argv, checks=checks, siblings=STAGE_CONFIGS)
     with open_run(cfg) as run:
+        if (run.output_dir / "config.yaml").exists():  # training runs write it, this stage does not
+            raise InputError(f"output_dir {run.output_dir} holds a training run: give k-NN another --output_dir")
         rank, world_size = run.processes.rank, run.processes.world_size
         if cfg.load_path is not None:
             features = load_features(Path(cfg.load_path))
@@ -53,12 +55,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         data = open_labelled_data(cfg, run)
         train = take_subset(data.train, cfg.subset, cfg.seed)
         paths = list_weights(cfg.finetune)
+        for path in paths[1:]:
+            describe_weights(path)  # a broken file is found before the others are computed
         table = []
         for weights in paths:
             features = features_of(cfg, run, weights, data, train)
             if cfg.save_path is not None:
                 whole = features._replace(train=gather_rows(features.train, len(train)))
-                folder = Path(cfg.save_path) / (Path(weights).stem if len(paths) > 1 else "")
+                folder = Path(cfg.save_path) / (Path(weights).name if len(paths) > 1 else "")
                 if run.processes.is_main:
                     logger.info("wrote %s", save_features(folder, whole))
             table.append(classify(cfg, run, features))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from data.labelled import LabelledSource, Subset, stratified_choice, take_subset
 from data.loaders import LabelledBatch, LabelledDataset
@@ -27,6 +28,7 @@ from engine.evaluate import Scores
 from engine.loop import log_start, train
 from engine.probe import (
     LinearProbes,
+    average_statistics,
     build_probe_optimizer,
     choose_probe,
     mean_of_finite,
@@ -37,7 +39,7 @@ from engine.probe import (
 from engine.results import read_results
 from engine.resume import plan_resumable, run_facts
 from engine.run import Run, open_run
-from engine.state import Saver, TrainState, average_statistics
+from engine.state import Saver, TrainState
 from models.build import classifier_config_problems
 from models.vit import VisionTransformer
 from util.config import load_config
@@ -84,9 +86,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             losses = probe_loss(model(features), batch.labels.to(run.device, non_blocking=True))  # (H,)
             return losses.sum(), {"loss": mean_of_finite(losses.detach())}
 
+        def step_fn(optimizer: torch.optim.Optimizer, scaler: GradScaler) -> tuple[Tensor, Tensor]:
+            average_statistics(probes)
+            return probe_step(optimizer, scaler)
+
         saver = Saver(run, cfg, facts)
         bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
-        for epoch in train(run, cfg, plan, state, loader, loss_fn, probe_step, saver, bad_samples):
+        for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
             if tensors_digest(backbone) != digest:
                 raise RuntimeError("the frozen backbone has changed: this is a bug, the result would be worthless")
             if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
@@ -128,7 +134,6 @@ def judge(
     lrs: tuple[float, ...],
 ) -> dict[str, list[Scores]]:  # fmt: skip
     """Evaluates every probe on every split after `epoch` epochs; logs the accuracies of the one it would choose."""
-    average_statistics(state.model)
     state.model.eval()
     scores = {
         split: evaluator(lambda images: state.model(backbone.forward_features(images)), len(lrs))

@@ -12,10 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import nn
 
+from models.weights_file import safetensors_bytes
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_temporary, write_whole
 
@@ -81,9 +82,8 @@ def save_weights(path: Path, model: nn.Module, facts: dict[str, Any], **more: An
     The header holds, as JSON, what `facts` say of the model (its constructor arguments, mean and std) and `more`.
     """
     header = {**{name: facts[name] for name in ("model_args", "mean", "std")}, **more}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"format": "pt", **{name: json.dumps(value) for name, value in header.items()}}
-    content = safetensors.torch.save(contiguous, metadata)
+    content = safetensors_bytes(model.state_dict(), metadata)
     write_whole(path, lambda target: target.write_bytes(content))
     return path
 

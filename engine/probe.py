@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from timm.optim import Lars
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.amp import GradScaler
 from torch.nn import functional as F
 
@@ -81,6 +82,19 @@ def build_probe_optimizer(probes: LinearProbes, cfg: Any) -> torch.optim.Optimiz
     if cfg.optimizer == "lars":
         return Lars(groups, lr=0.0, momentum=cfg.momentum, trust_coeff=TRUST_COEFFICIENT)
     return torch.optim.SGD(groups, lr=0.0, momentum=cfg.momentum, nesterov=True)
+
+
+def average_statistics(probes: LinearProbes) -> None:
+    """Gives every process the mean of the running statistics, which batch normalisation keeps per process.
+
+    Call it in every step: so they never depend on when the run was saved or evaluated.
+    """
+    if not dist.is_initialized():
+        return
+    for statistic in (probes.bn.running_mean, probes.bn.running_var):
+        assert statistic is not None
+        dist.all_reduce(statistic)
+        statistic.div_(dist.get_world_size())
 
 
 def probe_step(optimizer: torch.optim.Optimizer, scaler: GradScaler) -> tuple[Tensor, Tensor]:

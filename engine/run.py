@@ -46,7 +46,7 @@ class Run:
         (self.output_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
         for of_an_earlier_stop in (weights_path(self.output_dir), self.results_path):
             of_an_earlier_stop.unlink(missing_ok=True)  # the state behind them is in its checkpoint
-        _drop_lines_after(self.output_dir / "log.jsonl", step)
+        _drop_lines_after(self.output_dir / "log.jsonl", step, is_end=step == total_steps)
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
 
@@ -151,14 +151,18 @@ def _logging_to(path: Path | None) -> Iterator[None]:
         root.setLevel(previous)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Removes the lines of a log.jsonl that lie past `step`, and a last line that was cut off."""
+def _drop_lines_after(path: Path, step: int, is_end: bool) -> None:
+    """Removes the lines of a log.jsonl that lie past `step`, and a last line that was cut off.
+
+    At a run's end only the last evaluation is left to do, which comes after the last checkpoint: its line goes, too.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            facts = json.loads(line)
+            if facts["step"] < step or (facts["step"] == step and not (is_end and "val_loss" in facts)):
                 kept.append(line)
         except json.JSONDecodeError:
             logger.warning("%s: dropping a line that was cut off", path)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import distributed as dist
 from torch import nn
 from torch.amp import GradScaler
 
@@ -105,7 +104,6 @@ class Saver:
             return
         state.epoch_meter.average()
         state.window_meter.average()
-        average_statistics(state.model)
         content = {
             **state.content(),
             **self.facts,
@@ -116,18 +114,3 @@ class Saver:
             path = save_checkpoint(self.run.output_dir, state.step, content, self.cfg.keep_last)
             logger.info("saved %s", path)
         self.last_time, self.last_step = time.monotonic(), state.step
-
-
-def average_statistics(model: nn.Module) -> None:
-    """Gives every process the mean of the running statistics that batch normalisation keeps per process.
-
-    Training does not read them and their update is linear, so it makes no difference when this happens.
-    """
-    if not dist.is_initialized():
-        return
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d):
-            for statistic in (module.running_mean, module.running_var):
-                assert statistic is not None
-                dist.all_reduce(statistic)
-                statistic.div_(dist.get_world_size())

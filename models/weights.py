@@ -9,13 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from models.formats import recognise
 from models.huggingface import huggingface_config, to_huggingface
-from models.weights_file import RawWeights, read_raw, sha256_of, weights_files, write_file, write_folder
+from models.weights_file import (
+    RawWeights,
+    read_raw,
+    safetensors_bytes,
+    sha256_of,
+    weights_files,
+    write_file,
+    write_folder,
+)
 from models.weights_info import WeightsInfo, classifier_args, complete, expected_shapes, mae_args
 from util.errors import InputError
 
@@ -96,7 +103,7 @@ def _write_timm(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> No
     if dropped:
         logger.info("timm has no decoder: %d tensors dropped (decoder_*, mask_token)", len(dropped))
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    content = safetensors.torch.save(kept, {"format": "pt"})
+    content = safetensors_bytes(kept, {"format": "pt"})
     write_file(path, lambda target: target.write_bytes(content))
     logger.info(
         "for timm: VisionTransformer(img_size=%s, patch_size=%s, in_chans=%d, embed_dim=%d, depth=%d, num_heads=%s, "
@@ -112,7 +119,7 @@ def _write_huggingface(tensors: dict[str, Tensor], info: WeightsInfo, path: Path
     renamed = {name: tensor.clone() for name, tensor in to_huggingface(tensors).items()}
     contents = {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "model.safetensors": safetensors.torch.save(renamed, {"format": "pt"}),
+        "model.safetensors": safetensors_bytes(renamed, {"format": "pt"}),
     }
     write_folder(path, contents)
 
@@ -125,7 +132,7 @@ def _write_safetensors(tensors: dict[str, Tensor], info: WeightsInfo, path: Path
         "std": info.std,
     }
     header = {"format": "pt", **{name: json.dumps(value) for name, value in facts.items()}}
-    content = safetensors.torch.save(tensors, header)
+    content = safetensors_bytes(tensors, header)
     write_file(path, lambda target: target.write_bytes(content))
 
 

@@ -112,6 +112,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file; equal for equal content, as the library's random order of the metadata is made a fixed one.
+
+    The file begins with its header's length (8 bytes, little-endian) and the header (JSON, padded with spaces).
+    """
+    content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    assert len(text) == size, "the same JSON in another order is as long"
+    return content[:8] + text + content[8 + size :]
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """`write_whole` for a user's path. Raises: InputError where the system refuses."""
     try:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -17,19 +18,39 @@ from runs import environment, log_lines
 from test_datasets import archive_of, cifar_members, publish, server  # noqa: F401  (a fixture)
 from test_distributed import free_port
 
+import main_finetune
+import main_lincls
 import main_pretrain
+from data.datasets import ArraySource
+from engine.checkpoint import save_weights
+from engine.results import read_results
+from engine.resume import run_facts
+from models.build import build_classifier, build_mae, model_kwargs
+from models.mae import MaskedAutoencoder
+from models.vit import VisionTransformer
+from tools import results_table
+from util.config import load_config
+from util.schema import PretrainConfig
+from util.schema_eval import STAGE_CONFIGS as ALL
+from util.schema_eval import FinetuneConfig, LinclsConfig
+
+MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "lincls": main_lincls.main}
 
 # eight images are one step on any number of processes up to four
-SMALL = shlex.split(
-    "--size debug --epochs 1 --warmup_epochs 0 --batch_size 2 --total_batch_size 8 --num_workers 0 --device cpu "
-    "--precision fp32 --tensorboard false"
-)
+TRAINING = shlex.split("--epochs 1 --warmup_epochs 0 --total_batch_size 8 --tensorboard false")
+SMALL = shlex.split("--size debug --batch_size 2 --num_workers 0 --device cpu --precision fp32")
 
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
     lines = [line for block in blocks for line in block.splitlines()]
     return [line for line in lines if re.match(r"(\w+=\S+ )*(make|sh|python|tensorboard) ", line)]
+
+
+def single_machine_commands() -> list[str]:
+    """All but those that have a test of their own."""
+    others = ("make ", "tensorboard ", "NNODES", "--download", "cifar10.sh", "results_table.py")
+    return [line for line in readme_commands() if not any(other in line for other in others)]
 
 
 def words_of(line: str) -> tuple[dict[str, str], list[str]]:
@@ -43,17 +64,60 @@ def words_of(line: str) -> tuple[dict[str, str], list[str]]:
 
 
 def small(words: list[str], images: Path, output: Path) -> list[str]:
-    """The command's own words, then the flags that make it small (later flags win)."""
-    replaced = [str(images) if word.startswith("/path/to/") else word for word in words]
-    assert all(not word.startswith("/path/") for word in replaced)
-    return [*replaced, *SMALL, "--output_dir", str(output)]
+    """The command's own words with its paths replaced, then the flags that make it small (later flags win)."""
+    stage = re.search(r"(?:run|main)_(pretrain|finetune|lincls|knn)\.", " ".join(words))
+    replaced = [replaced_path(word, images, output, words) for word in words]
+    if stage is None:
+        return replaced
+    return [*replaced, *SMALL, *([] if stage[1] == "knn" else TRAINING), "--output_dir", str(output)]
+
+
+def replaced_path(word: str, images: Path, output: Path, words: list[str]) -> str:
+    """`word`, or what stands in for a path that a reader has to fill in or that an earlier command has written."""
+    if word == "/path/to/pretrain/model" or word.endswith("pretrain/model.safetensors"):
+        return str(weights_for(words, images.parent))
+    if word.endswith("best.safetensors"):
+        return str(classifier_for(images.parent))
+    if word in ("/path/to/save/result", "/path/to/converted"):
+        return str(output / "saved")
+    if word.startswith("/path/to/"):
+        return str(images)
+    return word
+
+
+def weights_for(words: list[str], folder: Path) -> Path:
+    """Untrained weights of a debug-size autoencoder with the geometry of a command's recipe."""
+    config = ROOT / words[words.index("--config") + 1] if "--config" in words else None
+    geometry = {}
+    if config is not None:
+        stage = LinclsConfig if "lincls" in config.parts else FinetuneConfig
+        arguments = ["--config", str(config), "--data_path", "x", "--finetune", "y"]
+        cfg = load_config(stage, "evaluation", arguments, siblings=ALL)
+        names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mean", "std")
+        geometry = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
+    geometry = {"mean": (0.5,), "std": (0.5,)} | geometry
+    path = folder / f"{config.stem if config else 'model'}-{len(list(folder.iterdir()))}.safetensors"
+    cfg = PretrainConfig(size="debug", decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, **geometry)
+    facts = run_facts(cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    return save_weights(path, build_mae(cfg), facts)
+
+
+def classifier_for(folder: Path) -> Path:
+    """An untrained classifier of the two classes, for commands that only evaluate."""
+    cfg = FinetuneConfig(size="debug", num_classes=2, class_token=True)
+    facts = run_facts(cfg, model_kwargs(VisionTransformer, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    return save_weights(folder / "classifier.safetensors", build_classifier(cfg), facts)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for index in range(8):
-        Image.effect_noise((40, 40), 64).save(folder / f"{index}.jpg")
+    """Ten training images, of which a tenth can be held out, and four validation images, in two classes."""
+    folder = tmp_path_factory.mktemp("readme") / "images"
+    for split, count in (("train", 5), ("val", 2)):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.effect_noise((40, 40), 64).save(folder / split / name / f"{index}.jpg")
     return folder
 
 
@@ -69,10 +133,8 @@ def test_the_readme_names_only_what_is_there():
 @pytest.mark.long
 def test_single_machine_commands_of_the_readme(images, tmp_path):
     seen = 0
-    for index, line in enumerate(readme_commands()):
+    for index, line in enumerate(single_machine_commands()):
         variables, words = words_of(line)
-        if words[0] in ("make", "tensorboard") or "NNODES" in variables or "--download" in words:
-            continue  # each has its own test
         if words[0] == "python":
             words[0] = sys.executable
         if variables.get("NGPU") == "8":
@@ -83,10 +145,14 @@ def test_single_machine_commands_of_the_readme(images, tmp_path):
             check=False,
         )  # fmt: skip
         assert result.returncode == 0, f"{line}\n{result.stderr}"
-        if "--help" not in words and "--print_config" not in words:
+        if "pretrain." in line and "--help" not in words and "--print_config" not in words:
             assert log_lines(output)[-1]["step"] >= 1, line
+        elif "--eval" in words:
+            assert read_results(output / "eval.json")["num_samples"] == 4, line
+        elif re.search(r"run_(finetune|lincls|knn)", line):
+            assert read_results(output / "results.json")["num_samples"] == 4, line
         seen += 1
-    assert seen == 6
+    assert seen == len(single_machine_commands())
 
 
 @pytest.mark.long
@@ -116,7 +182,7 @@ def test_the_cifar_command_of_the_readme(tmp_path, monkeypatch, server):  # noqa
     (tmp_path / "served" / name).write_bytes(content)
     _, words = words_of(line)
     monkeypatch.chdir(ROOT)
-    arguments = small(words[2:], tmp_path / "cifar", tmp_path / "run")
+    arguments = small(words, tmp_path / "cifar", tmp_path / "run")[2:]
     assert main_pretrain.main(arguments)["step"] == 2
 
 
@@ -128,31 +194,40 @@ def test_make_quickstart_works_and_works_again(tmp_path):
             env=environment(MAKEFLAGS=""),
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
-    assert "already finished" in result.stdout
+    assert result.stdout.count("already finished") == 5  # pretraining, linear and fine-tuning; k-NN computes again
+    table = results_table.main([str(tmp_path)])
+    assert f"{table['knn']['pretrained']:.2f}" in result.stdout
+    for stage, of_stage in table.items():
+        assert of_stage["pretrained"] > of_stage["untrained"] + 3, stage
     epochs = [line["epoch_loss"] for line in log_lines(tmp_path / "pretrain") if "epoch_loss" in line]
     assert epochs[-1] < 0.6 * epochs[0]
 
 
 def config_heads() -> list[Path]:
-    return sorted((ROOT / "cfgs" / "pretrain").rglob("*.yaml"))
+    return [path for path in sorted((ROOT / "cfgs").rglob("*.yaml")) if "quickstart" not in path.parts]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("config", config_heads(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", config_heads(), ids=lambda path: "-".join(path.relative_to(ROOT / "cfgs").parts))
 def test_the_command_in_a_recipe_head_runs(config, images, tmp_path, monkeypatch):
     (line,) = re.findall(r"^# Command:\s+(.*)$", config.read_text(), re.M)
     _, words = words_of(line)
-    assert words[:2] == ["sh", "run_pretrain.sh"]
+    stage = re.fullmatch(r"run_(\w+)\.sh", words[1])[1]
     monkeypatch.chdir(ROOT)
-    more = ["--dataset", "folder", "--download", "false"] if "--download" in words else []
-    arguments = small(words[2:], images, tmp_path)
-    # the decoder of a large recipe is large: its width is not what this test is about
-    metrics = main_pretrain.main([*arguments, *more, "--decoder_depth", "1"])
-    assert metrics["step"] == 1
+    arguments = small(words, images, tmp_path)[2:]
+    if "--download" in words:
+        arguments += ["--dataset", "folder", "--download", "false"]
+    if stage == "pretrain":
+        # the decoder of a large recipe is large: its width is not what this test is about
+        assert MAINS[stage]([*arguments, "--decoder_depth", "1"])["step"] == 1
+    else:
+        results = MAINS[stage](arguments)
+        assert (results["num_train"] + results.get("num_held_out", 0), results["num_samples"]) == (10, 4)
 
 
 @pytest.mark.long
 def test_the_command_in_the_quickstart_head_runs(tmp_path, monkeypatch):
+    """The evaluations' heads are run by `make quickstart`, with other folders."""
     (line,) = re.findall(r"^# Command:\s+(.*)$", (ROOT / "cfgs/quickstart/pretrain.yaml").read_text(), re.M)
     monkeypatch.chdir(ROOT)
     arguments = [*words_of(line)[1][2:], "--epochs", "1", "--warmup_epochs", "0", "--device", "cpu"]

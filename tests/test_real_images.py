@@ -5,6 +5,8 @@ import pytest
 from conftest import ROOT
 from runs import command, log_lines, run
 
+from engine.results import read_results
+
 pytestmark = pytest.mark.long
 
 
@@ -41,3 +43,24 @@ def test_cifar10_follows_the_loss_curve(cifar10_jpeg, tmp_path):
     losses = [line["epoch_loss"] for line in lines if "epoch_loss" in line]
     assert losses == pytest.approx(OURS, rel=0.03)
     assert all(ours < 1.03 * reference for ours, reference in zip(losses, REFERENCE, strict=True))
+
+
+def test_the_cifar10_benchmark_on_2000_images(cifar10_jpeg, tmp_path):
+    """The README's benchmark in its short form: every stage on real images, ending in the table of its results."""
+    for split, per_class in (("train", 200), ("val", 50)):
+        for folder in sorted((cifar10_jpeg / split).iterdir()):
+            (tmp_path / "few" / split / folder.name).mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:per_class]:
+                (tmp_path / "few" / split / folder.name / image.name).symlink_to(image)
+    benchmark = ["sh", str(ROOT / "tools/cifar10.sh"), str(tmp_path / "few"), str(tmp_path / "out")]
+    result = run(benchmark, PRETRAIN_EPOCHS="8", EVAL_EPOCHS="3", SUBSET="1000")
+    assert result.returncode == 0, result.stderr
+    names = [f"{stage}{ending}" for stage in ("knn", "lincls", "finetune") for ending in ("", "_untrained")]
+    found = {name: read_results(tmp_path / "out" / name / "results.json") for name in names}
+    assert [found[name]["num_train"] for name in names] == [2000, 2000, 1800, 1800, 1000, 1000]
+    assert {found[name]["num_samples"] for name in names} == {500}
+    rows = [line.split()[-5:-3] for line in result.stdout.splitlines()[-3:]]
+    assert rows == [[f"{found[name]['acc1']:.2f}", f"{found[f'{name}_untrained']['acc1']:.2f}"]
+                    for name in ("knn", "lincls", "finetune")]  # fmt: skip
+    assert all(result["acc1"] > 14 for result in found.values())  # chance is 10
+    assert all((found[name]["sha256"] is None) == name.endswith("_untrained") for name in names)

@@ -1,0 +1,200 @@
+"""The evaluations on several gloo processes under their launchers: the same counts as one process, exact resume."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    CLASSES,
+    ROOT,
+    assert_same,
+    environment,
+    launch,
+    log_lines,
+    make_pictures,
+    pictures,
+    pretrain_pictures,
+    results_of,
+    step_losses,
+)
+from safetensors.torch import load_file
+
+import main_finetune
+import main_knn
+from engine.checkpoint import load_newest_checkpoint
+
+pytestmark = pytest.mark.long
+
+ALL_ON = ["--lr", 0.03, "--mixup", 0.8, "--cutmix", 1.0, "--re_prob", 0.5, "--drop_path_rate", 0.3, "--hflip", 0.5,
+          "--auto_augment", "rand-m9-mstd0.5-inc1", "--ema_decay", 0.8, "--clip_grad", 1]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """53 validation images: neither 2 nor 3 processes have equal shares."""
+    root = make_pictures(tmp_path_factory.mktemp("pictures"))
+    for number in range(7):
+        (root / "val" / "one" / f"{40 + number:03d}.png").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, data) -> Path:
+    return pretrain_pictures(data, tmp_path_factory.mktemp("pretrained")) / "model.safetensors"
+
+
+def succeed(arguments: list[str], processes: int, launcher: str) -> str:
+    """Launches, and returns what was printed."""
+    result = launch(arguments, processes, launcher)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_knn_has_the_same_counts_and_features(tmp_path, data, weights, processes):
+    more = ["--finetune", weights, "--ks", 1, 5, 20, 1000, "--per_class", "--save_path"]
+    alone = main_knn.main(pictures(data, tmp_path / "one", *more, tmp_path / "f1", training=False))
+    arguments = pictures(data, tmp_path / "many", *more, tmp_path / "f2", training=False)
+    printed = succeed(arguments, processes, "run_knn.sh")
+    many = results_of(tmp_path / "many")
+    assert many == alone and many["num_samples"] == 53 and list(many["per_class"]) == list(CLASSES)
+    assert printed.count("1-NN") == 1 and printed.count("wrote ") == 2  # only rank 0 speaks
+    assert "[process" not in printed
+    assert "k 1000 is more than the 120 training images" in printed
+    ours, theirs = (load_file(tmp_path / name / "features.safetensors") for name in ("f2", "f1"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_more_processes_than_validation_images(tmp_path, weights):
+    root = make_pictures(tmp_path / "data", (0,), 2, 1, ("nought",))
+    more = ["--finetune", weights, "--ks", 1, 5, "--per_class"]
+    alone = main_knn.main(pictures(root, tmp_path / "one", *more, training=False))
+    succeed(pictures(root, tmp_path / "many", *more, training=False), 3, "run_knn.sh")
+    assert results_of(tmp_path / "many") == alone and alone["num_samples"] == 1
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, data, weights):
+    """An uninterrupted fine-tuning on two processes: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("two")
+    arguments = pictures(data, folder, *ALL_ON, "--finetune", weights, "-b", 6)
+    return folder, succeed(arguments, 2, "run_finetune.sh")
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_eval_has_the_same_counts(tmp_path, data, two, processes):
+    folder = two[0]
+    more = ["--eval", "--finetune", folder / "model.safetensors", "--per_class"]
+    alone = main_finetune.main(pictures(data, tmp_path / "one", *more))
+    printed = succeed(pictures(data, tmp_path / "many", *more), processes, "run_finetune.sh")
+    many = results_of(tmp_path / "many", "eval.json")
+    assert many.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-6)
+    assert many == alone and many["num_samples"] == 53
+    assert printed.count("53 images, top-1") == 1
+    # and they are what the run itself said
+    assert many["correct1"] == results_of(folder)["correct1"]
+
+
+def test_fine_tuning_on_two_processes_resumes_bit_for_bit(tmp_path, data, weights, two):
+    whole, printed = two
+    arguments = pictures(data, tmp_path, *ALL_ON, "--finetune", weights, "-b", 6)
+    succeed([*arguments, "--stop_epoch", "1"], 2, "run_finetune.sh")
+    assert "resuming" in succeed([*arguments, "--num_workers", "1"], 2, "run_finetune.sh")
+    assert step_losses(whole) == step_losses(tmp_path)
+    assert len(set(step_losses(whole).values())) == 30
+    ours, theirs = load_newest_checkpoint(tmp_path), load_newest_checkpoint(whole)
+    for name in ("step", "model", "ema", "optimizer", "epoch_losses", "total_batch"):
+        assert_same(ours[name], theirs[name], name)
+    for name in ("model.safetensors", "best.safetensors"):
+        assert_same(load_file(tmp_path / name), load_file(whole / name), name)
+    assert results_of(tmp_path) == results_of(whole)
+    assert "12 = 6 x 2 processes x 1 accumulated" in printed
+    for epoch in (1, 2, 3):
+        assert printed.count(f"epoch {epoch} done") == 1  # only rank 0 speaks
+    assert "[process" not in printed
+
+
+# Runs a linear classification and keeps what each process holds after its last evaluation.
+KEEP_STATES = """
+import os, sys
+import torch
+import main_lincls
+judge = main_lincls.judge
+def keep(run, state, *more):
+    scores = judge(run, state, *more)
+    counts = [s.correct1 for split in scores.values() for s in split]
+    torch.save({"model": state.model.state_dict(), "counts": counts}, f"{sys.argv[1]}/state{os.environ['RANK']}.pt")
+    return scores
+main_lincls.judge = keep
+main_lincls.main(sys.argv[2:])
+"""
+
+
+def test_linear_probes_end_alike_on_both_processes(tmp_path, data, weights):
+    more = ["--finetune", weights, "--lr", 0.1, 1, "-b", 6, "--per_class"]
+    script = tmp_path / "keep_states.py"
+    script.write_text(KEEP_STATES)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = pictures(data, tmp_path / "run", *more)
+    command = [sys.executable, *launcher, str(script), str(tmp_path), *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=600,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one, other = (torch.load(tmp_path / f"state{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_same(one, other)
+    assert one["model"]["bn.num_batches_tracked"] == 27 and one["model"]["bn.running_mean"].any()
+    assert_same(one["model"], load_newest_checkpoint(tmp_path / "run")["model"])
+    # the file that is written evaluates to the results, in one process
+    results = results_of(tmp_path / "run")
+    read_back = ["--eval", "--finetune", tmp_path / "run" / "model.safetensors", "--per_class"]
+    found = main_finetune.main(pictures(data, tmp_path / "eval", *read_back))
+    for name in ("num_samples", "correct1", "correct5", "per_class"):
+        assert found[name] == results[name], name
+    assert len(results["curve"]) == 2 and results["num_held_out"] == 12
+    # stopped and gone on with through the launcher, it ends there too
+    stopped = pictures(data, tmp_path / "stopped", *more)
+    succeed([*stopped, "--stop_epoch", "2"], 2, "run_lincls.sh")
+    printed = succeed(stopped, 2, "run_lincls.sh")
+    assert step_losses(tmp_path / "stopped") == step_losses(tmp_path / "run")
+    assert_same(load_newest_checkpoint(tmp_path / "stopped")["model"], one["model"])
+    assert results_of(tmp_path / "stopped") == results
+    assert printed.count("epoch 3 lr") == 1 and "[process" not in printed
+
+
+def test_the_statistics_are_those_of_all_processes(tmp_path, data, weights):
+    """Two processes of 6 see the same images as one of 12: equal means, and each step's loss is near."""
+    more = ["--finetune", weights, "--lr", 0.1, "--stop_epoch", 1]
+    succeed(pictures(data, tmp_path / "one", *more), 1, "run_lincls.sh")
+    succeed(pictures(data, tmp_path / "two", *more, "-b", 6), 2, "run_lincls.sh")
+    one, other = (load_newest_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
+    torch.testing.assert_close(one["bn.running_mean"], other["bn.running_mean"], rtol=1e-4, atol=1e-5)
+    losses = [[line["loss"] for line in log_lines(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
+@pytest.mark.parametrize("launcher", ["run_finetune.sh", "run_lincls.sh"])
+def test_a_total_that_does_not_divide_is_one_error(tmp_path, data, weights, launcher):
+    arguments = pictures(data, tmp_path, "--finetune", weights, "-b", 8, "--total_batch_size", 24)
+    result = launch(arguments, 2, launcher)
+    assert result.returncode != 0
+    errors = re.findall("^error: .*", result.stderr, re.MULTILINE)
+    assert errors == [
+        "error: total_batch_size 24 is not a multiple of batch_size 8 x 2 processes = 16, so accum_iter is not whole"
+    ]
+
+
+def test_a_bad_validation_image_stops_all_processes_with_one_error(tmp_path, weights):
+    root = make_pictures(tmp_path / "data", train=6, val=4)
+    bad = root / "val" / "one" / "007.png"  # of the second process's share
+    bad.write_bytes(b"")
+    result = launch(pictures(root, tmp_path / "run", "--finetune", weights, training=False), 2, "run_knn.sh")
+    assert result.returncode != 0
+    errors = re.findall("^error: .*", result.stderr, re.MULTILINE)
+    assert len(errors) == 1 and str(bad) in errors[0]
+    assert not (tmp_path / "run" / "results.json").exists()

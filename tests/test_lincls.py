@@ -1,0 +1,373 @@
+"""`main_lincls.py` end to end: a frozen backbone, a fair choice among learning rates, exact resume."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import (
+    CLASSES,
+    assert_same,
+    log_lines,
+    make_pictures,
+    pictures,
+    pretrain_pictures,
+    results_of,
+    step_losses,
+)
+from safetensors.torch import load_file
+
+import engine.classification
+import main_finetune
+import main_lincls
+from data.sampler import HEAD, generator
+from engine.checkpoint import load_newest_checkpoint
+from engine.evaluate import Scores
+from models.vit import VisionTransformer
+from util.errors import InputError
+
+LEARN = ["--crop_min", 0.8, "--epochs", 8, "--warmup_epochs", 1]
+RATES = (0.03, 0.3, 3.0)
+STEPS = 9  # per epoch, of the 108 images that a held-out tenth leaves: 108 // 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, data) -> Path:
+    return pretrain_pictures(data, tmp_path_factory.mktemp("pretrained")) / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data, weights):
+    """A run over three rates: its folder, command line and results."""
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = pictures(data, folder, *LEARN, "--finetune", weights, "--lr", *RATES, "--per_class")
+    return folder, arguments, main_lincls.main(arguments)
+
+
+def evaluations(folder: Path) -> list[dict]:
+    """The lines of a run's evaluations."""
+    return [line for line in log_lines(folder) if "val_loss" in line]
+
+
+class Cut(BaseException):
+    """Ends a run as a kill would, without any of its own tidying up."""
+
+
+def cut_after(monkeypatch, steps: int) -> None:
+    """Makes a run end in place of so many optimiser steps + 1."""
+    original = main_lincls.probe_step
+    taken = []
+
+    def counted(optimizer, scaler):
+        if len(taken) == steps:
+            raise Cut
+        taken.append(None)
+        return original(optimizer, scaler)
+
+    monkeypatch.setattr(main_lincls, "probe_step", counted)
+
+
+def scripted(monkeypatch, by_images: dict[int, list[int]]) -> None:
+    """Makes evaluations of a split of so many images say how many each probe has right."""
+
+    def call(self, classify, num_heads=1):
+        size = len(self.batches.dataset)
+        assert num_heads == len(by_images[size])
+        return [Scores(size, right, size, 1.0, [right, 0, 0], [size, 0, 0]) for right in by_images[size]]
+
+    monkeypatch.setattr(engine.classification.Evaluator, "__call__", call)
+
+
+def on_features(monkeypatch, do: Callable[[VisionTransformer, int], None]) -> None:
+    """Calls `do(model, how many calls came before)` ahead of each forward pass of a backbone."""
+    original = VisionTransformer.forward_features
+    count = []
+
+    def called(self, images):
+        do(self, len(count))
+        count.append(None)
+        return original(self, images)
+
+    monkeypatch.setattr(VisionTransformer, "forward_features", called)
+
+
+# --- what it learns and leaves ----------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_its_results_say_what_and_from_where(finished, weights):
+    folder, _, results = finished
+    assert results_of(folder) == results
+    assert results["acc1"] == 100 * results["correct1"] / 60 > 65  # 33.3 is chance
+    assert (results["protocol"], results["checkpoint"]) == ("linear classification", str(weights))
+    assert (results["num_samples"], results["num_train"], results["num_held_out"]) == (60, 108, 12)
+    assert [point["lr"] for point in results["curve"]] == list(RATES)
+    assert all(point.keys() == {"lr", "val_acc1", "held_out_acc1"} for point in results["curve"])
+    (chosen,) = [point for point in results["curve"] if point["lr"] == results["lr"]]
+    assert chosen["val_acc1"] == results["acc1"]
+    assert chosen["held_out_acc1"] == max(point["held_out_acc1"] for point in results["curve"])
+    assert list(results["per_class"]) == list(CLASSES)
+    assert sum(results["per_class"].values()) * 20 / 100 == pytest.approx(results["correct1"])
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-00000072.pth", "checkpoint-00000072.pth.sha256",
+        "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "results.json",
+    ]  # fmt: skip
+
+
+def test_no_tensor_of_the_backbone_has_changed(finished, weights):
+    source, ours = load_file(weights), load_file(finished[0] / "model.safetensors")
+    encoder = {name for name in source if not name.startswith(("decoder_", "mask_token"))}
+    assert ours.keys() - encoder == {"head.weight", "head.bias"}
+    assert {"norm.weight", "pos_embed", "cls_token"} < encoder
+    for name in encoder:
+        assert torch.equal(ours[name], source[name]), name
+
+
+def test_the_backbone_is_frozen_and_in_eval_mode_all_the_time(tmp_path, data, weights, monkeypatch):
+    seen = []
+
+    def watch(model, _):
+        modes = {module.training for module in model.modules()}
+        seen.append((modes, any(p.requires_grad for p in model.parameters()), torch.is_grad_enabled()))
+
+    on_features(monkeypatch, watch)
+    results = main_lincls.main(pictures(data, tmp_path, "--finetune", weights, "--eval_epochs", 1))
+    assert len(seen) == 30 + 3 * 5  # 10 steps and 5 batches of evaluation in each of three epochs
+    assert set(map(repr, seen)) == {repr(({False}, False, False))}
+    assert results["num_train"] == 120
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.weight", "pos_embed", "norm.bias"])
+def test_a_backbone_that_changes_is_caught(tmp_path, data, weights, monkeypatch, name):
+    def spoil(model, count):
+        if count == 3:
+            with torch.no_grad():
+                model.state_dict()[name].view(-1)[0] += 1e-3
+
+    on_features(monkeypatch, spoil)
+    with pytest.raises(RuntimeError, match="the frozen backbone has changed"):
+        main_lincls.main(pictures(data, tmp_path, "--finetune", weights))
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "model.safetensors").exists()
+    assert step_losses(tmp_path).keys() == set(range(1, 11))  # caught after the first epoch
+
+
+def test_the_written_classifier_is_the_one_that_was_scored(tmp_path, data, finished):
+    """The batch normalisation is folded into the head."""
+    folder, _, results = finished
+    arguments = ["--eval", "--finetune", folder / "model.safetensors", "--per_class"]
+    found = main_finetune.main(pictures(data, tmp_path, *arguments))
+    for name in ("num_samples", "correct1", "correct5", "per_class"):
+        assert found[name] == results[name], name
+    assert found["loss"] == pytest.approx(results["loss"], rel=1e-5)
+
+
+def test_a_finished_run_is_left_alone(finished):
+    folder, arguments, results = finished
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
+    assert main_lincls.main(arguments) == results
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
+
+
+@pytest.mark.parametrize(("optimizer", "lr", "least"), [("sgd", 1.0, 65), ("lars", 10.0, 50)])
+def test_one_rate_trains_on_all_images(tmp_path, data, weights, optimizer, lr, least):
+    """LARS moves a matrix by a thousandth of its norm at a rate of 1: with so few steps it gets less far."""
+    arguments = pictures(data, tmp_path, *LEARN, "--finetune", weights, "--lr", lr, "--optimizer", optimizer)
+    results = main_lincls.main(arguments)
+    assert (results["num_train"], results["num_held_out"], results["lr"]) == (120, 0, lr)
+    assert results["curve"] == [{"lr": lr, "val_acc1": results["acc1"]}]
+    assert results["acc1"] > least  # 33.3 is chance
+    losses = [line["epoch_loss"] for line in log_lines(tmp_path) if "epoch_loss" in line]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("optimizer", "adapted"), [("lars", True), ("sgd", False)])
+def test_lars_adapts_to_the_norm_even_without_weight_decay(tmp_path, data, weights, monkeypatch, optimizer, adapted):
+    """By hand: the first step moves the matrix by lr * 0.001 of its norm; lr is 2 * 12 / 256."""
+    more = ["--finetune", weights, "--optimizer", optimizer, "--lr", 2, "--warmup_epochs", 0, "--save_minutes", 1e-9]
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 1)
+        main_lincls.main(pictures(data, tmp_path, *more))
+    initial = torch.empty(3, 32).normal_(0, 0.01, generator=generator(0, HEAD))
+    moved = load_newest_checkpoint(tmp_path)["model"]["weights.0"] - initial
+    ratio = (moved.norm() / initial.norm()).item() / (2 * 12 / 256 * 0.001)
+    assert (ratio == pytest.approx(1, rel=1e-3)) == adapted
+
+
+def test_an_untrained_model_can_be_judged(tmp_path, data, weights):
+    results = main_lincls.main(pictures(data, tmp_path / "a", *LEARN, "--finetune", "random"))
+    assert (results["checkpoint"], results["sha256"]) == ("random", None)
+    assert "cls_token" not in load_file(tmp_path / "a" / "model.safetensors")
+    again = main_lincls.main(pictures(data, tmp_path / "b", *LEARN, "--finetune", "random"))
+    other = main_lincls.main(pictures(data, tmp_path / "c", *LEARN, "--finetune", "random", "--seed", 1))
+    assert again == results and other["loss"] != results["loss"]
+    with pytest.raises(InputError) as error:
+        main_lincls.main(pictures(data, tmp_path / "d", *LEARN))
+    assert str(error.value) == "finetune is needed: the weights to judge, or the word random for an untrained model"
+    assert not (tmp_path / "d").exists()
+
+
+# --- several learning rates -------------------------------------------------------------------------------------------
+
+
+def test_held_out_images_choose_and_validation_images_do_not(tmp_path, data, weights, monkeypatch):
+    scripted(monkeypatch, {60: [50, 20, 10], 12: [3, 4, 9]})  # validation would take the first
+    arguments = ["--finetune", weights, "--lr", *RATES, "--eval_epochs", 1]
+    results = main_lincls.main(pictures(data, tmp_path, *arguments))
+    assert (results["lr"], results["correct1"], results["acc1"]) == (3.0, 10, 100 * 10 / 60)
+    assert results["curve"] == [
+        {"lr": 0.03, "val_acc1": 100 * 50 / 60, "held_out_acc1": 25.0},
+        {"lr": 0.3, "val_acc1": 100 * 20 / 60, "held_out_acc1": 100 * 4 / 12},
+        {"lr": 3.0, "val_acc1": 100 * 10 / 60, "held_out_acc1": 75.0},
+    ]
+    # 10 and 9 right are what each line of the log shows, too
+    assert [(line["val_acc1"], line["held_out_acc1"]) for line in evaluations(tmp_path)] == 3 * [(100 * 10 / 60, 75.0)]
+    # and the head that is written is the third
+    saved = load_newest_checkpoint(tmp_path)["model"]
+    scale = (saved["bn.running_var"].double() + 1e-6).rsqrt()
+    weight = saved["weights.2"].double() * scale
+    written = load_file(tmp_path / "model.safetensors")
+    torch.testing.assert_close(written["head.weight"].double(), weight, rtol=1e-6, atol=1e-9)
+    bias = saved["biases.2"].double() - weight @ saved["bn.running_mean"].double()
+    torch.testing.assert_close(written["head.bias"].double(), bias, rtol=1e-6, atol=1e-7)
+
+
+def test_of_equal_rates_the_first_is_chosen(tmp_path, data, weights, monkeypatch):
+    scripted(monkeypatch, {60: [1, 2, 3], 12: [4, 7, 7]})
+    assert main_lincls.main(pictures(data, tmp_path, "--finetune", weights, "--lr", *RATES))["lr"] == 0.3
+
+
+def test_the_held_out_tenth_is_stratified_fixed_by_the_seed_and_never_trained_on(
+    tmp_path, data, weights, monkeypatch
+):
+    splits = []
+    original = main_lincls.split_training_set
+
+    def watched(source, cfg):
+        parts = original(source, cfg)
+        splits.append([{part.name(i) for i in range(len(part))} for part in parts])
+        assert np.bincount(parts[1].labels).tolist() == [4, 4, 4]
+        assert np.bincount(parts[0].labels).tolist() == [36, 36, 36]
+        return parts
+
+    monkeypatch.setattr(main_lincls, "split_training_set", watched)
+    for place, more in enumerate([[], [], ["--seed", 1]]):
+        arguments = ["--finetune", weights, "--lr", *RATES, "--stop_epoch", 1, *more]
+        main_lincls.main(pictures(data, tmp_path / str(place), *arguments))
+    (train, held_out), (_, again), (_, other) = splits
+    assert not train & held_out and len(train | held_out) == 120
+    assert held_out == again != other
+    assert step_losses(tmp_path / "0").keys() == set(range(1, STEPS + 1))
+
+
+def test_a_rate_that_diverges_does_not_disturb_the_others(tmp_path, data, weights):
+    # with weight decay a matrix grows by lr * 0.001 in each step, until it overflows
+    arguments = [*LEARN, "--finetune", weights, "--epochs", 4, "--weight_decay", 1e-3, "--lr"]
+    alone = main_lincls.main(pictures(data, tmp_path / "alone", *arguments, 0.1, 1.0))
+    beside = main_lincls.main(pictures(data, tmp_path / "beside", *arguments, 0.1, 1.0, 1e8))
+    ours, theirs = (load_newest_checkpoint(tmp_path / name)["model"] for name in ("beside", "alone"))
+    assert not ours["weights.2"].isfinite().all()  # it did diverge
+    for one, other in zip(beside["curve"], alone["curve"], strict=False):
+        assert one == pytest.approx(other, abs=1e-6)
+    assert beside["lr"] == alone["lr"] and beside["acc1"] == pytest.approx(alone["acc1"], abs=1e-6)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    losses = [line["loss"] for line in log_lines(tmp_path / "beside") if "loss" in line]
+    assert np.isfinite(losses[-1])  # the log shows the mean of those that go on
+
+
+def test_when_all_rates_diverge_the_run_ends_and_leaves_no_result(tmp_path, data, weights):
+    more = ["--lr", 1e8, "--weight_decay", 1e-3, "--warmup_epochs", 0]
+    with pytest.raises(InputError, match=r"steps in a row up to step \d+ had a non-finite gradient"):
+        main_lincls.main(pictures(data, tmp_path, "--finetune", weights, *more))
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lr", 0.1, 0.1], "lr names a rate twice: 0.1 0.1"),
+        (["--lr", 0.1, 1, "--min_lr", 0.01], "min_lr must be 0 where lr is a list"),
+        (["--lr", 0], "lr: expected > 0, got 0"),
+        (["--optimizer", "adam"], "optimizer: expected one of sgd, lars, got 'adam'"),
+        (["--global_pool", "token", "--class_token", "false"], "global_pool token reads the class token"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path, data, weights, more, message):
+    with pytest.raises(InputError) as error:
+        main_lincls.main(pictures(data, tmp_path / "run", "--finetune", weights, *more))
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Losses by float.hex, heads, momentum and running statistics, the weights and the results."""
+    assert step_losses(one) == step_losses(other)
+    ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
+    assert {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"} < set(ours["model"])
+    for name in ("step", "model", "optimizer", "epoch_losses"):
+        assert_same(ours[name], theirs[name], name)
+    assert_same(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
+    assert results_of(one) == results_of(other)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimizer):
+    """Stopped after an epoch, and cut in the middle of the next; other workers change nothing."""
+    more = ["--finetune", weights, "--optimizer", optimizer, "--weight_decay", 1e-3, "--lr", 0.1, 1]
+    main_lincls.main(pictures(data, tmp_path / "whole", *more))
+    base = pictures(data, tmp_path / "stopped", *more, "--save_minutes", 1e-9)
+    stopped = main_lincls.main([*base, "--stop_epoch", "1"])
+    assert results_of(tmp_path / "stopped") == stopped
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 5)
+        main_lincls.main(base)
+    assert load_newest_checkpoint(tmp_path / "stopped")["step"] == STEPS + 5
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    main_lincls.main([*base, "--num_workers", "2"])
+    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+    assert len(set(step_losses(tmp_path / "whole").values())) == 3 * STEPS
+    buffers = load_newest_checkpoint(tmp_path / "whole")["optimizer"]["state"]
+    assert all(entry["momentum_buffer"].any() for entry in buffers.values())  # there was something to restore
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--lr", 0.03, 0.3], "lr: [0.03, 0.3, 3.0] -> [0.03, 0.3]"),
+        (["--optimizer", "lars"], "optimizer: sgd -> lars"),
+        (["--momentum", 0.5], "momentum: 0.9 -> 0.5"),
+        (["--epochs", 9], "epochs: 8 -> 9"),
+        (["--finetune", "random", "--class_token", "true"], "finetune: weights of sha256 "),
+    ],
+)
+def test_a_changed_setting_is_refused_on_resume(finished, change, message):
+    folder, arguments, results = finished
+    with pytest.raises(InputError) as error:
+        main_lincls.main([*arguments, *map(str, change)])
+    assert message in str(error.value)
+    assert results_of(folder) == results
+
+
+def test_the_readout_follows_the_weights(tmp_path, data, weights, finished, caplog):
+    """Of a fine-tuned classifier the norm after the mean is kept, so the probe sees the feature its head saw."""
+    caplog.set_level(logging.INFO)
+    main_finetune.main(pictures(data, tmp_path / "tuned", "--finetune", weights, "--stop_epoch", 1))
+    tuned = tmp_path / "tuned" / "model.safetensors"
+    main_lincls.main(pictures(data, tmp_path / "probe", "--finetune", tuned, "--stop_epoch", 1))
+    source, ours = load_file(tuned), load_file(tmp_path / "probe" / "model.safetensors")
+    assert ours.keys() == source.keys() and "fc_norm.weight" in ours
+    assert all(torch.equal(ours[name], source[name]) for name in ours if not name.startswith("head."))
+    assert not torch.equal(ours["head.weight"], source["head.weight"])
+    token = main_lincls.main(
+        pictures(data, tmp_path / "token", "--finetune", weights, "--global_pool", "token", "--stop_epoch", 1)
+    )
+    assert token["num_samples"] == 60
