@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
             if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
                 judge(run, state, epoch, evaluator, best)
-        final = judge(run, state, plan.stop_step // plan.steps_per_epoch, evaluator, best)
+        final = judge(run, state, state.step // plan.steps_per_epoch, evaluator, best)
         if run.processes.is_main:
             save_weights(weights_path(run.output_dir), state.model, facts)
         results = {"protocol": "fine-tuning" if cfg.finetune else "from scratch", **origin, **final}

@@ -152,7 +152,7 @@ def list_weights(finetune: str) -> list[str]:
 
 
 def check_origin(cfg: KnnConfig, features: Features) -> None:
-    """Raises: InputError where saved features come from other weights than those that the settings name."""
+    """Raises: InputError where saved features are not those of the weights that the settings name, so read."""
     if cfg.finetune is None:
         return
     sha256 = None if cfg.finetune == RANDOM_WEIGHTS else weights_digest(cfg.finetune)
@@ -160,6 +160,11 @@ def check_origin(cfg: KnnConfig, features: Features) -> None:
         raise InputError(
             f"load_path {cfg.load_path} holds features of {features.facts['checkpoint']} "
             f"(sha256 {features.facts['sha256']}), finetune {cfg.finetune} has sha256 {sha256}"
+        )
+    if cfg.global_pool != features.facts["readout"]:
+        raise InputError(
+            f"load_path {cfg.load_path} holds features read by global_pool {features.facts['readout']}, "
+            f"the settings say {cfg.global_pool}"
         )
 
 

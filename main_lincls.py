@@ -1,4 +1,4 @@
-"""Linear classification on frozen features (paper, section 4 and appendix A.2): one or many learning rates at once.
+"""Linear classification on frozen features (paper, section 4 and appendix A.1): one or many learning rates at once.
 
     sh run_lincls.sh --config cfgs/lincls/ViT-S_SGD_GAP.yaml --data_path /path/to/data --finetune /path/to/weights
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 raise RuntimeError("the frozen backbone has changed: this is a bug, the result would be worthless")
             if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
                 judge(run, state, epoch, backbone, evaluators, cfg.lr)
-        scores = judge(run, state, plan.stop_step // plan.steps_per_epoch, backbone, evaluators, cfg.lr)
+        scores = judge(run, state, state.step // plan.steps_per_epoch, backbone, evaluators, cfg.lr)
         origin = {"checkpoint": cfg.finetune, "sha256": classifier.sha256, "dataset": cfg.dataset}
         results = describe(scores, cfg.lr, evaluators["val"].class_names)
         if run.processes.is_main:

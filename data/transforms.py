@@ -58,17 +58,15 @@ class EvalTransform:
         img_size: of the result, an int or (H, W).
         crop_pct: the image is resized to cover img_size / crop_pct; None is 224/256, and 1 where no side is longer
             than 32 pixels.
-        interpolation: bicubic or bilinear, antialiased.
 
-    Source: paper, appendix A; crop_pct 224/256 as in the public code.
+    Bicubic and antialiased. Source: crop_pct 224/256 as in the public code (which takes 1 above 224 pixels).
     """
 
-    def __init__(self, img_size: int | tuple[int, int], crop_pct: float | None, interpolation: str = "bicubic"):
+    def __init__(self, img_size: int | tuple[int, int], crop_pct: float | None):
         self.size = _pair(img_size)
         if crop_pct is None:
             crop_pct = 1.0 if max(self.size) <= 32 else 224 / 256
         self.cover = tuple(math.floor(side / crop_pct) for side in self.size)
-        self.interpolation = v2.InterpolationMode(interpolation)
 
     def __call__(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
@@ -81,7 +79,7 @@ class EvalTransform:
         else:
             resized = [self.cover[1] * height // width, self.cover[1]]
         if resized != [height, width]:
-            image = F.resize(image, resized, interpolation=self.interpolation, antialias=True)
+            image = F.resize(image, resized, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         return F.center_crop(image, list(self.size))  # (C, H, W)
 
 

@@ -16,11 +16,10 @@ import safetensors
 import torch
 from torch import nn
 
-from models.weights_file import safetensors_bytes
+from models.weights_file import CHECKPOINT_VERSION, safetensors_bytes
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_temporary, write_whole
 
-FORMAT_VERSION = 1
 NAME = re.compile(r"checkpoint-(\d{8,})\.pth")
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 def save_checkpoint(output_dir: Path, step: int, content: dict[str, Any], keep_last: int) -> Path:
     """Writes the state of optimiser step `step` and removes all but the newest `keep_last` checkpoints."""
     path = output_dir / f"checkpoint-{step:08d}.pth"
-    content = {"format_version": FORMAT_VERSION, "step": step, **content}
+    content = {"format_version": CHECKPOINT_VERSION, "step": step, **content}
     temporary = write_temporary(path, lambda target: torch.save(content, target))
     digest = _digest(temporary)
     digest_path = _digest_path(path)
@@ -57,8 +56,9 @@ def load_newest_checkpoint(output_dir: Path) -> dict[str, Any] | None:
         reason = _damage(path)
         if not reason:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            if content["format_version"] != FORMAT_VERSION:
-                raise InputError(f"{path} has format {content['format_version']}, this version reads {FORMAT_VERSION}")
+            found = content["format_version"]
+            if found != CHECKPOINT_VERSION:
+                raise InputError(f"{path} has format {found}, this version reads {CHECKPOINT_VERSION}")
             return content
         logger.warning("passing over the damaged checkpoint %s: %s", path, reason)
         damaged.append(f"{path.name}: {reason}")

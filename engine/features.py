@@ -82,7 +82,7 @@ def load_features(path: Path) -> Features:
         with safetensors.safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        if not isinstance(facts, dict) or not {"checkpoint", "sha256", "class_names"} <= facts.keys():
+        if not isinstance(facts, dict) or not {"checkpoint", "sha256", "readout", "class_names"} <= facts.keys():
             raise KeyError("facts")
         return Features(**tensors, facts=facts)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -46,16 +46,15 @@ def nearest_keys(train_features: Tensor, train_indices: Tensor, features: Tensor
 
     `train_indices` `(n,)` below 2^32 are the rows' places in the whole training set, of which this may be a share.
     """
-    found = []
-    for queries in _normalised(features).split(QUERIES):
-        keys = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-        for start in range(0, len(train_features), TRAIN_ROWS):
-            rows = slice(start, start + TRAIN_ROWS)
-            block = _normalised(train_features[rows]).to(queries.device)
-            fresh = _to_keys(queries @ block.T, train_indices[rows].to(queries.device))  # (Q', rows)
-            keys = _largest(torch.cat([keys, _largest(fresh, k)], dim=1), k)
-        found.append(keys)
-    return torch.cat(found)
+    queries = _normalised(features)
+    keys = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(train_features), TRAIN_ROWS):  # the outer loop, so that each row is normalised once
+        rows = slice(start, start + TRAIN_ROWS)
+        block = _normalised(train_features[rows].to(queries.device))
+        indices = train_indices[rows].to(queries.device)
+        fresh = [_largest(_to_keys(part @ block.T, indices), k) for part in queries.split(QUERIES)]
+        keys = _largest(torch.cat([keys, torch.cat(fresh)], dim=1), k)  # (Q, <= k)
+    return keys
 
 
 def merge_over_processes(keys: Tensor, k: int) -> Tensor:
@@ -78,8 +77,8 @@ def votes(
     total = torch.zeros(len(keys), num_classes, dtype=torch.float64, device=keys.device)
     result: dict[int, Tensor] = {}
     for place in range(keys.shape[1]):  # one neighbour after the other: the order of the sums is fixed
-        total = total.scatter_add(1, labels[:, place, None], weights[:, place, None])
-        result |= {k: total for k in ks if k == place + 1}
+        total.scatter_add_(1, labels[:, place, None], weights[:, place, None])
+        result |= {k: total.clone() for k in ks if k == place + 1}
     return {k: result.get(k, total) for k in ks}
 
 

@@ -79,6 +79,7 @@ def train(
             yield epochs_done
             if saver.due(epochs_done) or state.step == plan.stop_step:
                 saver.save(state, plan.total_batch)
+            stopwatch.open_window()  # an evaluation and a save are not training
 
 
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:

@@ -37,4 +37,5 @@ class BatchMixer:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy with label smoothing, which mixing has put into its shares already."""
-        return F.cross_entropy(logits, targets, label_smoothing=0.0 if self.mix is not None else self.label_smoothing)
+        smoothing = 0.0 if self.mix is not None else self.label_smoothing
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)  # autocast would leave it in half

@@ -1,6 +1,6 @@
 """Linear classification on frozen features: one or many probes that share each forward pass.
 
-A probe is BatchNorm without affine and a linear layer (paper, appendix A.2). Probes differ in their learning rate only
+A probe is BatchNorm without affine and a linear layer (paper, appendix A.1). Probes differ in their learning rate only
 and never touch one another: each has its own parameters, loss, optimiser state and its own skipped steps.
 
 Shapes: `B` batch, `D` width, `H` probes, `C` classes.
@@ -46,10 +46,11 @@ class LinearProbes(nn.Module):
     def folded(self, probe: int) -> tuple[Tensor, Tensor]:
         """Weight `(C, D)` and bias `(C,)` of one probe with the batch normalisation in them."""
         assert self.bn.running_mean is not None and self.bn.running_var is not None
-        scale = (self.bn.running_var.double() + self.bn.eps).rsqrt()  # (D,)
-        weight = self.weights[probe].detach().double() * scale
-        bias = self.biases[probe].detach().double() - weight @ self.bn.running_mean.double()
-        return weight.to(self.weights[probe].dtype), bias.to(self.biases[probe].dtype)
+        tensors = (self.bn.running_mean, self.bn.running_var, self.weights[probe], self.biases[probe])
+        mean, var, matrix, shift = (tensor.detach().cpu().double() for tensor in tensors)  # MPS has no 64 bits
+        weight = matrix * (var + self.bn.eps).rsqrt()
+        dtype = self.weights[probe].dtype
+        return weight.to(dtype), (shift - weight @ mean).to(dtype)
 
 
 def probe_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -104,20 +105,17 @@ def probe_step(optimizer: torch.optim.Optimizer, scaler: GradScaler) -> tuple[Te
     """
     assert not scaler.is_enabled(), "probes are trained without loss scaling"
     groups = optimizer.param_groups
-    norms = []
-    for matrix, bias in zip(groups[::2], groups[1::2], strict=True):  # a probe's two groups
-        parameters = [*matrix["params"], *bias["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if norm.isfinite():  # waits for the device; this stage may
-            norms.append(norm)
-        else:
-            for parameter in parameters:
+    probes = [[*matrix["params"], *bias["params"]] for matrix, bias in zip(groups[::2], groups[1::2], strict=True)]
+    norms = torch.stack([torch.nn.utils.get_total_norm([p.grad for p in probe]) for probe in probes])  # (H,)
+    finite = norms.isfinite()
+    for probe, is_finite in zip(probes, finite.tolist(), strict=True):  # one wait: timm's LARS cannot skip by itself
+        if not is_finite:
+            for parameter in probe:
                 parameter.grad = None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if not norms:
-        return torch.full_like(norm, float("nan")), torch.ones_like(norm)
-    return torch.stack(norms).norm(), torch.zeros_like(norms[0])
+    found_inf = (~finite.any()).float()
+    return torch.where(finite, norms, 0.0).norm() / (1 - found_inf), found_inf  # 0 / 0 is NaN: no norm
 
 
 def tensors_digest(module: nn.Module) -> str:

@@ -43,6 +43,7 @@ class Run:
         """Begins the records of a run, or goes on with them from `step`; lines a killed run wrote past it go."""
         if not self.processes.is_main:
             return
+        remove_leftovers(self.output_dir)  # here, as --eval and k-NN may look into a folder that is in use
         (self.output_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
         for of_an_earlier_stop in (weights_path(self.output_dir), self.results_path):
             of_an_earlier_stop.unlink(missing_ok=True)  # the state behind them is in its checkpoint
@@ -108,7 +109,6 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
         run = Run(cfg, processes)
         if processes.is_main:
             check_writable("output_dir", run.output_dir)
-            remove_leftovers(run.output_dir)
         with _logging_to(run.output_dir / "log.txt" if processes.is_main else None), logging_redirect_tqdm():
             try:
                 yield run

@@ -38,8 +38,7 @@ def load_into_classifier(
     problems = _encoder_problems(model, info)
     if not has_fc_norm and info.fc_norm:
         problems.append(
-            "it holds fc_norm (after the mean) and no norm, the settings' readout needs norm: only fine-tuning with "
-            "global_pool avg fits"
+            "it holds fc_norm (after the mean) and no norm, the settings' readout needs norm: only global_pool avg fits"
         )
     if problems:
         raise _misfit(path, info, problems)

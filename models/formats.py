@@ -141,7 +141,7 @@ def _foreign_info(
         if side * side != num_patches:
             raise InputError(
                 f"{where}: {num_patches} patches of {_by(patch)} make no square image and the file does not say which: "
-                "give img_size (H W); tools/convert_checkpoint.py --format safetensors writes a file that says it"
+                "tools/convert_checkpoint.py --img_size H W --format safetensors writes a file that says it"
             )
         found["img_size"] = (side * patch[0], side * patch[1])
     height, width = found["img_size"]

@@ -390,7 +390,7 @@ def test_features_that_are_not_finite_are_refused():
 def some_features() -> Features:
     """Slices of larger tensors, as gathering them leaves."""
     rows = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    facts = {"checkpoint": "w.pth", "sha256": None, "class_names": ["ä", "b"], "img_size": [28, 28]}
+    facts = {"checkpoint": "w.pth", "sha256": None, "readout": "avg", "class_names": ["ä", "b"], "img_size": [28, 28]}
     return Features(rows[:5], torch.arange(5), rows[5:8], torch.tensor([1, 0, 1]), facts)
 
 

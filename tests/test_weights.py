@@ -122,7 +122,7 @@ def test_own_pretraining_files_say_everything(tmp_path, kwargs):
         assert mae_args(info) == kwargs
         assert (list(info.mean), list(info.std)) == (STATS["mean"], STATS["std"])
         assert info.has_decoder and info.num_classes is None
-    assert weights_file.CHECKPOINT_VERSION == checkpoint.FORMAT_VERSION
+    assert checkpoint.CHECKPOINT_VERSION is weights_file.CHECKPOINT_VERSION
     assert weights_digest(pth) == pth.with_name(pth.name + ".sha256").read_text().split()[0]
 
 
@@ -440,7 +440,7 @@ def test_a_foreign_encoder_becomes_a_file_that_records_its_grid(tmp_path):
     encoder = {name: t for name, t in model.state_dict().items() if not name.startswith("head")}
     torch.save({"model": encoder}, tmp_path / "a.pth")
     message = refusal(read_weights, tmp_path / "a.pth")
-    assert "12 patches of 8x8 make no square image" in message and "give img_size (H W)" in message
+    assert "12 patches of 8x8 make no square image" in message and "--img_size H W" in message
     message = refusal(read_weights, tmp_path / "a.pth", (16, 32))
     assert "images of 16x32 do not have 12 patches of 8x8" in message
     tensors, info = read_weights(tmp_path / "a.pth", (16, 48))

@@ -5,10 +5,11 @@
 #   sh tools/cifar10.sh /path/to/cifar10 output/cifar10
 #
 # The first folder holds train/ and val/ with a folder of images per class, or cifar-10-binary.tar.gz. A shorter form:
-#   PRETRAIN_EPOCHS  of pretraining; default 16
+#   PRETRAIN_EPOCHS  of pretraining, at least 2; default 16
 #   EVAL_EPOCHS      of linear classification and fine-tuning; default 10
 #   SUBSET           training images of fine-tuning, a fixed choice; default 10000
 set -eu
+export NGPU="${NGPU:-1}"  # the recipes' batches are those of one process
 [ $# -eq 2 ] || { echo "error: usage: sh tools/cifar10.sh DATA OUTPUT" >&2; exit 2; }
 root=$(dirname "$0")/..
 . "$root/util/launch.sh"

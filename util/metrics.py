@@ -74,5 +74,9 @@ class Stopwatch:
             "data_wait": self.waited / elapsed,
             "eta_s": (now - self.run_start) / max(self.run_steps, 1) * steps_left,
         }
-        self.window_start, self.window_steps, self.waited = now, 0, 0.0
+        self.open_window()
         return facts
+
+    def open_window(self) -> None:
+        """Begins the next window now."""
+        self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0

@@ -20,7 +20,7 @@ def seeded(seed: int, libraries: bool = False) -> Iterator[None]:
     """Runs its body with torch's CPU generator at `seed`, and restores it; with `libraries`, numpy and `random` too."""
     others = (random.getstate(), np.random.get_state()) if libraries else None
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: in a process that never uses CUDA that one queues a call each time, for ever.
+        # Not torch.manual_seed: that one seeds the devices, too, and a loader process has none in use.
         torch.default_generator.manual_seed(seed)
         if libraries:
             random.seed(seed)

@@ -45,7 +45,7 @@ class LabelledDataConfig(DataConfig):
         min=1,
     )  # fmt: skip
     crop_pct: float | None = knob(
-        None, "evaluation cuts this share of the resized image's sides; null is 224/256, and 1 at 32 pixels and below",
+        None, "evaluation keeps this share of the resized image's sides; null is 224/256, and 1 at 32 pixels and below",
         above=0, max=1,
     )  # fmt: skip
     per_class: bool = knob(False, "write the accuracy of each class into results.json", may_change=True)

@@ -97,7 +97,7 @@ def _to_str(value: Any) -> str:
 def _to_tuple(value: Any, annotation: Any) -> tuple[Any, ...]:
     args = typing.get_args(annotation)
     items = value if isinstance(value, list) else [value]
-    if Ellipsis not in args and len(items) != len(args):
+    if not items or (Ellipsis not in args and len(items) != len(args)):
         raise ValueError
     return tuple(_SCALARS[args[0]](item) for item in items)
 
