@@ -43,13 +43,13 @@ class ClassFolder(FolderSource):
 
     def __init__(self, split: Path, class_names: list[str], in_chans: int):
         super().__init__(str(split), in_chans, prefer_train=False)
-        parts = [Path(os.fsdecode(name)).parts for name in self.names.tolist()]
-        inside = np.array([len(of_one) > 1 for of_one in parts])
+        folders = [os.fsdecode(name).partition(os.sep)[::2] for name in self.names.tolist()]  # (class, rest)
+        inside = np.array([bool(rest) for _, rest in folders])
         if not inside.all():
             logger.warning("%s: %d images lie in no class folder and are left out", split, (~inside).sum())
         self.names = self.names[inside]
         position = {name: index for index, name in enumerate(class_names)}
-        self.labels = np.array([position[of_one[0]] for of_one in parts if len(of_one) > 1], dtype=np.int64)
+        self.labels = np.array([position[folder] for folder, rest in folders if rest], dtype=np.int64)
 
 
 class LabelledArray(ArraySource):

@@ -123,7 +123,7 @@ def images(tmp_path_factory) -> Path:
 
 def test_the_readme_names_only_what_is_there():
     text = (ROOT / "README.md").read_text()
-    assert len(readme_commands()) >= 10
+    assert len(readme_commands()) >= 19
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in re.findall(r"`((?:\w+/)*[\w.-]+\.(?:py|yaml|sh|txt|md))`", text):
         assert name in ("log.txt", "config.yaml") or any(f"/{path}".endswith(f"/{name}") for path in tracked), name

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The CIFAR-10 benchmark: pretraining, then k-NN, linear classification and fine-tuning, each beside the same model
-# untrained, ending in a table. About an hour on 2 CPU cores; the same command goes on where it stopped.
+# untrained, ending in a table. Little more than an hour on 2 CPU cores; the same command goes on where it stopped.
 #
 #   sh tools/cifar10.sh /path/to/cifar10 output/cifar10
 #
