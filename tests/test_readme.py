@@ -140,6 +140,7 @@ def test_single_machine_commands_of_the_readme(images, tmp_path):
         if variables.get("NGPU") == "8":
             variables["NGPU"] = "2"
         output = tmp_path / str(index)
+        output.mkdir()  # the converter writes into a folder that is there
         result = subprocess.run(
             small(words, images, output), cwd=ROOT, env=environment(**variables), capture_output=True, text=True,
             check=False,
