@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data.labelled import LabelledData, LabelledSource, take_subset
 from data.transforms import PixelNormalizer
 from engine.backbone import build_frozen
 from engine.batches import eval_batches
 from engine.classification import open_labelled_data
+from engine.evaluate import percent_by_class
 from engine.features import Features, compute_features, load_features, save_features
 from engine.knn import merge_over_processes, nearest_keys, rank_of_label, votes
 from engine.run import Run, check_writable, open_run
@@ -120,20 +120,14 @@ def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
         "acc1_by_k": {str(k): value for k, value in acc1.items()},
     }
     if cfg.per_class:
-        results["per_class"] = accuracy_by_class(ranks[reported] == 0, labels, features.facts["class_names"])
+        right, total = (torch.bincount(of, minlength=num_classes) for of in (labels[ranks[reported] == 0], labels))
+        results["per_class"] = percent_by_class(features.facts["class_names"], right.tolist(), total.tolist())
     line = "  ".join(f"{k}-NN {value:.2f} %" for k, value in acc1.items())
     name = features.facts["checkpoint"]
     logger.info("%s: %d training and %d validation images  %s", name, num_train, len(labels), line)
     if max(cfg.ks) > num_train:
         logger.warning("k %d is more than the %d training images: it takes all of them", max(cfg.ks), num_train)
     return results
-
-
-def accuracy_by_class(hits: Tensor, labels: Tensor, class_names: list[str]) -> dict[str, float | None]:
-    """Percent right of each class, None for a class without images."""
-    total = torch.bincount(labels, minlength=len(class_names)).tolist()
-    right = torch.bincount(labels[hits], minlength=len(class_names)).tolist()
-    return {name: 100 * r / t if t else None for name, r, t in zip(class_names, right, total, strict=True)}
 
 
 def list_weights(finetune: str) -> list[str]:

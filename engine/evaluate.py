@@ -1,6 +1,6 @@
 """Exact evaluation on any number of processes: every image once, integer counts summed, nothing padded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,14 @@ class Scores:
             "loss": self.loss,
         }
         if class_names is not None:
-            counts = zip(class_names, self.class_correct, self.class_total, strict=True)
-            facts["per_class"] = {name: 100 * right / total if total else None for name, right, total in counts}
+            facts["per_class"] = percent_by_class(class_names, self.class_correct, self.class_total)
         return without_nan(facts)
+
+
+def percent_by_class(class_names: list[str], correct: list[int], total: list[int]) -> dict[str, float | None]:
+    """Percent right of each class, None for a class without images."""
+    counts = zip(class_names, correct, total, strict=True)
+    return {name: 100 * right / of_class if of_class else None for name, right, of_class in counts}
 
 
 @torch.no_grad()
@@ -80,10 +85,7 @@ def evaluate(
     counts = torch.zeros(num_heads, 3, num_classes, dtype=torch.int64, device=device)  # first, among five, images
     losses = torch.zeros(num_heads, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     bad: list[BadSample] = []
-    for batch in batches:
-        bad += batch.bad
-        if batch.bad:
-            break
+    for batch in until_bad(batches, bad):
         labels = batch.labels.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             logits = classify(normalize(batch.images))
@@ -100,6 +102,15 @@ def evaluate(
         dist.all_reduce(counts)
         dist.all_reduce(losses)
     return [_scores(*of_head) for of_head in zip(counts.tolist(), losses.tolist(), strict=True)]
+
+
+def until_bad(batches: Iterable[EvalBatch], bad: list[BadSample]) -> Iterator[EvalBatch]:
+    """The batches up to the first with a file that cannot be decoded, which is added to `bad`: see `raise_bad`."""
+    for batch in batches:
+        bad += batch.bad
+        if batch.bad:
+            return
+        yield batch
 
 
 def raise_bad(bad: list[BadSample]) -> None:

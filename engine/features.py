@@ -13,7 +13,7 @@ from torch import Tensor
 from data.evaluation import EvalBatch
 from data.loaders import BadSample
 from data.transforms import PixelNormalizer
-from engine.evaluate import raise_bad
+from engine.evaluate import raise_bad, until_bad
 from models.vit import VisionTransformer
 from util.dist import all_gather
 from util.errors import InputError
@@ -46,10 +46,7 @@ def compute_features(
     device = normalize.device
     found = []
     bad: list[BadSample] = []
-    for batch in batches:
-        bad += batch.bad
-        if batch.bad:
-            break
+    for batch in until_bad(batches, bad):
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             found.append(backbone.forward_features(normalize(batch.images)).float().cpu())  # (B, D)
     raise_bad(bad)

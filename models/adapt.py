@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from models.blocks import Block
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from models.weights_info import WeightsInfo
+from models.weights_info import WeightsInfo, by
 from util.errors import InputError
 
 DECODER = ("decoder_", "mask_token")  # a classifier has no use for it
@@ -58,7 +58,7 @@ def load_into_classifier(
         say("head of %d classes dropped: the data has %d", info.num_classes, num_classes)
     if info.grid_size != model.grid_size:
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], info.grid_size, model.grid_size, info.class_token)
-        logger.info("positions resized from %s to %s patches", _by(info.grid_size), _by(model.grid_size))
+        logger.info("positions resized from %s to %s patches", by(info.grid_size), by(model.grid_size))
 
     fresh = frozenset(own.keys() - tensors.keys())
     assert all(name.startswith(("fc_norm.", "head.")) for name in fresh), fresh
@@ -73,7 +73,7 @@ def load_into_mae(model: MaskedAutoencoder, tensors: dict[str, Tensor], info: We
     """
     problems = _encoder_problems(model, info)
     if info.img_size != model.img_size:
-        problems.append(f"img_size {_by(info.img_size)} in the file, {_by(model.img_size)} in the settings")
+        problems.append(f"img_size {by(info.img_size)} in the file, {by(model.img_size)} in the settings")
     if not info.has_decoder:
         problems.append("it holds no decoder: take a file of the whole autoencoder, as pretraining writes it")
     else:
@@ -120,7 +120,7 @@ def _encoder_problems(model: VisionTransformer | MaskedAutoencoder, info: Weight
             "depth": (info.depth, len(model.blocks)),
             "num_heads": (info.num_heads, block.attn.num_heads),
             "mlp_ratio": (info.mlp_ratio, info.mlp_ratio if same_mlp else hidden_dim / embed_dim),
-            "patch_size": (_by(info.patch_size), _by(patch_size)),
+            "patch_size": (by(info.patch_size), by(patch_size)),
             "in_chans": (info.in_chans, in_chans),
             "class_token": (info.class_token, model.cls_token is not None),
         }
@@ -150,7 +150,3 @@ def _misfit(path: str | Path, info: WeightsInfo, problems: list[str]) -> InputEr
 
 def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _by(size: tuple[int, int] | list[int] | torch.Size) -> str:
-    return f"{size[0]}x{size[1]}"

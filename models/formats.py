@@ -18,7 +18,7 @@ from models.mae import MaskedAutoencoder
 from models.reference_project import decoder_heads, from_reference, is_reference
 from models.vit import VisionTransformer
 from models.weights_file import RawWeights, read_json
-from models.weights_info import WeightsInfo, expected_shapes, ratio_of
+from models.weights_info import WeightsInfo, by, expected_shapes, ratio_of
 from util.errors import InputError
 
 CANONICAL = re.compile(
@@ -56,7 +56,7 @@ def recognise(
         _check_names(tensors, where)
         info = _foreign_info(tensors, owner, facts, where, img_size)
     if img_size not in (None, info.img_size):
-        raise InputError(f"{where}: its images are {_by(info.img_size)}, img_size {_by(img_size)} was given")
+        raise InputError(f"{where}: its images are {by(info.img_size)}, img_size {by(img_size)} was given")
     _check_shapes(tensors, info, where)
     return tensors, info
 
@@ -140,13 +140,13 @@ def _foreign_info(
         side = round(max(num_patches, 0) ** 0.5)
         if side * side != num_patches:
             raise InputError(
-                f"{where}: {num_patches} patches of {_by(patch)} make no square image and the file does not say which: "
+                f"{where}: {num_patches} patches of {by(patch)} make no square image and the file does not say which: "
                 "tools/convert_checkpoint.py --img_size H W --format safetensors writes a file that says it"
             )
         found["img_size"] = (side * patch[0], side * patch[1])
     height, width = found["img_size"]
     if height % patch[0] or width % patch[1] or (height // patch[0]) * (width // patch[1]) != num_patches:
-        raise InputError(f"{where}: images of {_by((height, width))} do not have {num_patches} patches of {_by(patch)}")
+        raise InputError(f"{where}: images of {by((height, width))} do not have {num_patches} patches of {by(patch)}")
     num_classes = len(tensors["head.weight"]) if "head.weight" in tensors else None
     holds = "autoencoder" if has_decoder else "encoder" if num_classes is None else "classifier"
     return WeightsInfo(
@@ -219,7 +219,3 @@ def _shape(tensors: dict[str, Tensor], name: str, ndim: int, where: str) -> tupl
 def _depth(tensors: dict[str, Tensor], stack: str) -> int:
     """How many blocks there are; a gap in their numbers shows as a missing one later."""
     return len({name.split(".")[1] for name in tensors if name.startswith(stack)})
-
-
-def _by(size: Any) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -5,6 +5,7 @@ None here unless a published size settles them, and `complete` takes them from t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,8 +64,8 @@ class WeightsInfo:
             f"{self.embed_dim} wide",
             f"{self.depth} deep",
             _heads(self.num_heads),
-            f"image {self.img_size[0]}x{self.img_size[1]}",
-            f"patch {self.patch_size[0]}x{self.patch_size[1]}",
+            f"image {by(self.img_size)}",
+            f"patch {by(self.patch_size)}",
             f"{self.in_chans} channels",
             "class token" if self.class_token else "no class token",
         ]
@@ -79,6 +80,11 @@ class WeightsInfo:
                 f"{passed} class token"
             )
         return f"{self.kind}: {', '.join(facts)}"
+
+
+def by(size: Sequence[int]) -> str:
+    """(H, W) in a message."""
+    return f"{size[0]}x{size[1]}"
 
 
 def _heads(count: int | None) -> str:

@@ -7,24 +7,17 @@ SRC is a file or Hugging Face folder of any kind that the README lists. The fact
 and the target needs (heads, target, the size of images that are not square) are given as flags.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from models.weights import FORMATS, WeightsInfo, complete, read_weights, write_weights
-from util.errors import InputError, run_cli
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+from util.errors import InputError, LineParser, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> WeightsInfo:
     """Describes or converts; returns what was found. Raises: InputError."""
-    parser = _Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("source", metavar="SRC", help="file or Hugging Face folder")
     parser.add_argument("target", metavar="DST", nargs="?", help="file or, for huggingface, folder; must not be there")
     parser.add_argument("--format", choices=FORMATS, help="what to write")

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import yaml
 
-from util.errors import InputError
+from util.errors import InputError, LineParser
 from util.schema import sections
 from util.values import check_range, convert, range_text
 
@@ -102,13 +102,8 @@ def changed_settings(old: dict[str, Any], config: StageConfig, skip: set[str]) -
     return differences(old, {name: value for name, value in new.items() if name not in free})
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise InputError(message)
-
-
-def _parser(config_class: type, stage: str) -> _Parser:
-    parser = _Parser(
+def _parser(config_class: type, stage: str) -> LineParser:
+    parser = LineParser(
         prog=f"main_{stage}.py",
         usage="%(prog)s [--config YAML] [--SETTING VALUE ...]",
         description="Settings come from defaults, then --config's `base:`, then --config, then these flags.",

@@ -1,8 +1,10 @@
 """The user's own mistakes: one exception type, and the wrapper that turns it into one line and exit code 2."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -11,6 +13,13 @@ class InputError(ValueError):
 
 class LocalInputError(InputError):
     """An InputError that only one process sees (its own data, say), so that process has to say it."""
+
+
+class LineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are InputErrors, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def run_cli(main: Callable[[], object]) -> None:
