@@ -21,7 +21,7 @@ from engine.batches import eval_batches
 from engine.classification import open_labelled_data
 from engine.evaluate import percent_by_class
 from engine.features import Features, compute_features, load_features, save_features
-from engine.knn import merge_over_processes, nearest_keys, rank_of_label, votes
+from engine.knn import ranks_by_k
 from engine.run import Run, check_writable, open_run
 from models.build import classifier_config_problems
 from models.weights import describe_weights, weights_digest
@@ -96,15 +96,12 @@ def features_of(cfg: KnnConfig, run: Run, weights: str, data: LabelledData, trai
 def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
     """Searches this process's share of the training features, merges, votes and counts."""
     num_classes, num_train = len(features.facts["class_names"]), len(features.train_labels)
-    most = min(max(cfg.ks), num_train)
-    places = torch.arange(num_train)[run.processes.rank :: run.processes.world_size]
     queries = features.val.to(run.device)
-    keys = merge_over_processes(nearest_keys(features.train, places, queries, most), most)
-    labels = features.val_labels.to(keys.device)
-    ranks = {
-        k: rank_of_label(of_k, labels)
-        for k, of_k in votes(keys, features.train_labels, cfg.ks, cfg.temperature, num_classes).items()
-    }
+    ranks = ranks_by_k(
+        features.train, features.train_labels, queries, features.val_labels, cfg.ks, cfg.temperature, num_classes,
+        run.processes.rank, run.processes.world_size,
+    )  # fmt: skip
+    labels = features.val_labels.to(ranks[cfg.ks[0]].device)
     correct = {k: int((of_k == 0).sum()) for k, of_k in ranks.items()}
     acc1 = {k: 100 * count / len(labels) for k, count in correct.items()}
     reported = cfg.ks[0]

@@ -21,6 +21,7 @@ from engine.bad_samples import BadSamples
 from engine.batches import train_batches
 from engine.checkpoint import load_newest_checkpoint, save_weights, weights_path
 from engine.loop import log_start, train
+from engine.monitor import Monitor
 from engine.optim import build_adamw, optimizer_step, param_groups
 from engine.resume import plan_resumable, run_facts
 from engine.run import Run, open_run
@@ -30,8 +31,8 @@ from models.mae import MaskedAutoencoder
 from util.config import load_config
 from util.dist import autocast_dtype, first_process_first
 from util.errors import run_cli
-from util.schema import PretrainConfig
 from util.schema_eval import STAGE_CONFIGS
+from util.schema_pretrain import PretrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         saver = Saver(run, cfg, facts)
         bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
         step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
+        monitor = Monitor.begin(cfg, run, plan, model, source)
+        if state.step == 0:
+            monitor.look(state)
         for _ in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
-            pass
+            monitor.look(state)
         return finish(run, state, facts)
 
 
@@ -81,6 +85,7 @@ def finish(run: Run, state: TrainState, facts: dict[str, Any]) -> dict[str, Any]
     """Writes the weights for others to use unless they are there, and returns what `main` returns."""
     if run.processes.is_main and not weights_path(run.output_dir).exists():
         logger.info("wrote %s", save_weights(weights_path(run.output_dir), state.model, facts))
+    run.record_settings({"final/loss": state.epoch_losses[-1]})
     return {"step": state.step, "loss": state.epoch_losses[-1], "epoch_losses": list(state.epoch_losses)}
 
 

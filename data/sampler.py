@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 # Separate random streams, so that adding one never shifts another.
-ORDER, CROP, MASK, REPLACEMENT, SUBSET, BATCH, HEAD = range(7)
+ORDER, CROP, MASK, REPLACEMENT, SUBSET, BATCH, HEAD, MONITOR = range(8)
 
 
 class SampleKey(NamedTuple):

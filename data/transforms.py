@@ -69,18 +69,30 @@ class EvalTransform:
         self.cover = tuple(math.floor(side / crop_pct) for side in self.size)
 
     def __call__(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
+        cut, resized = self._sizes(*image.shape[-2:])
+        if cut != image.shape[-2:]:
+            image = F.center_crop(image, list(cut))
+        if resized != cut:
+            image = F.resize(image, list(resized), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        return F.center_crop(image, list(self.size))  # (C, H, W)
+
+    def seen(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The part of a (height, width) image that the result shows: top, left, bottom and right in its pixels."""
+        edges = []
+        for side, cut, resized, size in zip((height, width), *self._sizes(height, width), self.size, strict=True):
+            start = _crop_start(side, cut) + _crop_start(resized, size) * cut / resized
+            edges.append((start, start + size * cut / resized))
+        (top, bottom), (left, right) = edges
+        return top, left, bottom, right
+
+    def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What is first cut from the centre of an image, and the size it is resized to."""
         longest = LONGEST_ASPECT * max(self.cover) / min(self.cover) * min(height, width)
         if max(height, width) > longest:  # else resizing a 1 x 5000 image would take a gigabyte
-            image = F.center_crop(image, [min(height, math.ceil(longest)), min(width, math.ceil(longest))])
-            height, width = image.shape[-2:]
+            height, width = min(height, math.ceil(longest)), min(width, math.ceil(longest))
         if self.cover[0] * width >= self.cover[1] * height:  # the height decides; the other side is rounded down
-            resized = [self.cover[0], self.cover[0] * width // height]
-        else:
-            resized = [self.cover[1] * height // width, self.cover[1]]
-        if resized != [height, width]:
-            image = F.resize(image, resized, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        return F.center_crop(image, list(self.size))  # (C, H, W)
+            return (height, width), (self.cover[0], self.cover[0] * width // height)
+        return (height, width), (self.cover[1] * height // width, self.cover[1])
 
 
 class PixelNormalizer:
@@ -99,6 +111,15 @@ class PixelNormalizer:
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True).float() * self.scale + self.shift  # (B, C, H, W)
+
+    def to_unit(self, images: Tensor) -> Tensor:
+        """The way back: float images `(B, C, H, W)` as pixels in [0, 1]; what lies outside is cut off."""
+        return ((images - self.shift) / self.scale / 255).clamp(0, 1)
+
+
+def _crop_start(side: int, size: int) -> int:
+    """Where torchvision's centre crop begins."""
+    return round((side - size) / 2)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Classifiers from weights: what the evaluations judge, with the readout that goes with the weights."""
+"""Models from weights: the classifiers that evaluations judge, and the autoencoders that pictures are made with."""
 
 import logging
 from typing import Any, NamedTuple
@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from data.sampler import HEAD, generator
-from models.adapt import load_into_classifier
+from models.adapt import DECODER, load_into_classifier, load_into_mae
 from models.blocks import init_for_pretraining
-from models.build import build_classifier, model_kwargs
+from models.build import build_classifier, build_mae, model_kwargs
+from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights import WeightsInfo, read_weights, weights_digest
 from util.errors import InputError
@@ -72,6 +73,35 @@ def build_frozen(cfg: Any, weights: str, num_classes: int) -> Classifier:
         _compare_pixels(cfg, info)
     classifier.model.eval().requires_grad_(False)
     return classifier
+
+
+def build_autoencoder(cfg: Any, weights: str, mask_ratio: float) -> MaskedAutoencoder:
+    """The whole autoencoder of `weights`, in eval mode.
+
+    Raises: InputError where the weights have no decoder, do not fit the settings, or predict another target.
+    """
+    tensors, info = read_weights(weights)
+    if info.norm_pix_loss not in (None, cfg.norm_pix_loss):
+        stated, found = (str(value).lower() for value in (cfg.norm_pix_loss, info.norm_pix_loss))
+        raise InputError(f"norm_pix_loss is {stated} in the settings and {found} in {weights}")
+    model = build_mae(cfg, mask_ratio=mask_ratio)
+    load_into_mae(model, tensors, info, weights)
+    _compare_pixels(cfg, info)
+    return model.eval().requires_grad_(False)
+
+
+def encoder_of(model: MaskedAutoencoder, cfg: Any) -> VisionTransformer:
+    """The encoder of a model in training as a frozen classifier, read by the mean of its patch tokens.
+
+    It shares the model's tensors: nothing is copied, and what training changes shows here. The head is idle.
+    """
+    with torch.device("meta"):
+        encoder = build_classifier(cfg, num_classes=1, global_pool="avg", fc_norm=False, drop_path_rate=0.0)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(DECODER)}
+    device = model.pos_embed.device
+    head = {f"head.{name}": torch.zeros(t.shape, device=device) for name, t in encoder.head.state_dict().items()}
+    encoder.load_state_dict(tensors | head, strict=True, assign=True)
+    return encoder.eval().requires_grad_(False)
 
 
 def _build(cfg: Any, num_classes: int, class_token: bool, fc_norm: bool, sha256: str | None = None) -> Classifier:

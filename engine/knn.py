@@ -41,6 +41,31 @@ def knn_predict(
     return votes(keys, train_labels, ks, temperature, num_classes)
 
 
+def ranks_by_k(
+    train_share: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    ks: tuple[int, ...],
+    temperature: float,
+    num_classes: int,
+    rank: int,
+    world_size: int,
+) -> dict[int, Tensor]:
+    """For each k, how many classes come before each query's right one `(Q,)`, by the training rows of all processes.
+
+    Args: as `knn_predict`; `train_share` are the rows rank, rank + world_size, ... of the `(n, D)` training features,
+        `labels` `(Q,)` the right classes. All processes must call, with the same queries.
+    """
+    num_train = len(train_labels)
+    most = min(max(ks), num_train)
+    places = torch.arange(num_train)[rank::world_size]
+    keys = merge_over_processes(nearest_keys(train_share, places, features, most), most)
+    right = labels.to(keys.device)
+    by_k = votes(keys, train_labels, ks, temperature, num_classes)
+    return {k: rank_of_label(of_k, right) for k, of_k in by_k.items()}
+
+
 def nearest_keys(train_features: Tensor, train_indices: Tensor, features: Tensor, k: int) -> Tensor:
     """Keys `(Q, min(k, n))` of each query's nearest training rows, nearest first.
 

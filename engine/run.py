@@ -1,5 +1,6 @@
 """A run's folder and its records: log.txt, log.jsonl, TensorBoard curves, config.yaml and the progress bar."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,13 +16,15 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine.checkpoint import remove_leftovers, weights_path
+from engine.pictures import write_png
 from engine.results import without_nan, write_results
-from util.config import dump_config
+from util.config import dump_config, plain
 from util.dist import Processes, init_processes
 from util.errors import InputError
 from util.files import write_whole
 from util.schema import RunConfig
 
+GROUPS = {"epoch_loss": "epoch", "val_loss": "val", "monitor_s": "monitor"}  # of curves, by a fact that only they have
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +40,7 @@ class Run:
         self.device = processes.device
         self.output_dir = Path(cfg.output_dir)
         self.tensorboard: Any = None
+        self.settings: dict[str, Any] = {}
         self.bar: tqdm[Any] | None = None
 
     def start(self, cfg: Any, step: int, total_steps: int) -> None:
@@ -51,7 +55,8 @@ class Run:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
 
-            self.tensorboard = SummaryWriter(str(self.output_dir / "tb"), purge_step=step + 1)
+            self.tensorboard = SummaryWriter(str(self.output_dir / "tb"), purge_step=step + 1 if step else 0)
+            self.settings = plain(dataclasses.asdict(cfg))
         if sys.stderr.isatty():
             self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True)
 
@@ -66,6 +71,7 @@ class Run:
         if self.processes.is_main:
             write_results(path, results)
             logger.info("wrote %s", path)
+        self.record_settings({f"final/{name}": results[name] for name in ("acc1", "loss") if name in results})
         return results
 
     def advance(self) -> None:
@@ -83,13 +89,27 @@ class Run:
         with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(without_nan(facts)) + "\n")
         if self.tensorboard is not None:
-            prefix = "epoch" if "epoch_loss" in facts else "val" if "val_loss" in facts else "train"
+            prefix = next((group for fact, group in GROUPS.items() if fact in facts), "train")
             for name, value in facts.items():
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(f"{prefix}/{name}", value, facts["step"])
         logger.info(line, extra={"to_terminal": to_terminal or self.bar is None})
         if self.bar is not None and not to_terminal:
             self.bar.set_postfix_str(f"loss {facts['loss']:.4f}", refresh=False)
+
+    def record_picture(self, name: str, picture: Any, step: int) -> None:
+        """Writes a picture, uint8 `(H, W, 3)`, to TensorBoard and, in place of an earlier one, into the folder."""
+        if not self.processes.is_main:
+            return
+        write_png(self.output_dir / name, picture)
+        if self.tensorboard is not None:
+            self.tensorboard.add_image(Path(name).stem, picture, step, dataformats="HWC")
+
+    def record_settings(self, metrics: dict[str, float]) -> None:
+        """Writes the settings with a finished run's figures to TensorBoard, where its HParams page compares runs."""
+        if self.tensorboard is not None:
+            settings = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in self.settings.items()}
+            self.tensorboard.add_hparams(settings, metrics, run_name=".")
 
     def close(self) -> None:
         """Ends bar and curves."""
@@ -162,7 +182,7 @@ def _drop_lines_after(path: Path, step: int, is_end: bool) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             facts = json.loads(line)
-            if facts["step"] < step or (facts["step"] == step and not (is_end and "val_loss" in facts)):
+            if facts["step"] < step or (facts["step"] == step > 0 and not (is_end and "val_loss" in facts)):
                 kept.append(line)
         except json.JSONDecodeError:
             logger.warning("%s: dropping a line that was cut off", path)

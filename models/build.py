@@ -35,9 +35,9 @@ def model_kwargs(model: type | Any, cfg: Any, **overrides: Any) -> dict[str, Any
     return {name: row[name] if value is None and name in row else value for name, value in values.items()}
 
 
-def build_mae(cfg: Any) -> MaskedAutoencoder:
+def build_mae(cfg: Any, **overrides: Any) -> MaskedAutoencoder:
     """The autoencoder of a `PretrainConfig`. Raises: InputError for a geometry that cannot be."""
-    return MaskedAutoencoder(**model_kwargs(MaskedAutoencoder, cfg))
+    return MaskedAutoencoder(**model_kwargs(MaskedAutoencoder, cfg, **overrides))
 
 
 def build_classifier(cfg: Any, **overrides: Any) -> VisionTransformer:
@@ -45,9 +45,9 @@ def build_classifier(cfg: Any, **overrides: Any) -> VisionTransformer:
     return VisionTransformer(**model_kwargs(VisionTransformer, cfg, **overrides))
 
 
-def mae_config_problems(cfg: Any) -> list[str]:
+def mae_config_problems(cfg: Any, **overrides: Any) -> list[str]:
     """What is wrong with the geometry in a `PretrainConfig`, one line each, without building it."""
-    return mae_problems(**model_kwargs(mae_problems, cfg))
+    return mae_problems(**model_kwargs(mae_problems, cfg, **overrides))
 
 
 def classifier_config_problems(cfg: Any) -> list[str]:

@@ -15,8 +15,8 @@ from conftest import ROOT
 from models.build import VIT_SIZES, build_classifier, build_mae, classifier_config_problems, mae_config_problems
 from models.vit import VisionTransformer
 from util.config import load_config
-from util.schema import PretrainConfig
 from util.schema_eval import STAGE_CONFIGS, FinetuneConfig, KnnConfig, LinclsConfig
+from util.schema_pretrain import PretrainConfig
 
 CFGS = ROOT / "cfgs"
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in CFGS.rglob("*.y*ml"))

@@ -13,7 +13,8 @@ from models.build import VIT_SIZES, build_mae, mae_config_problems, model_kwargs
 from models.mae import MaskedAutoencoder
 from util.config import changed_settings, dump_config, load_config, plain
 from util.errors import InputError, LocalInputError, run_cli
-from util.schema import PretrainConfig, knob, sections
+from util.schema import knob, sections
+from util.schema_pretrain import PretrainConfig
 
 DIGITS = ("--dataset", "mnist5k")  # the data set that needs no data_path
 

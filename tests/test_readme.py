@@ -30,9 +30,9 @@ from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from tools import results_table
 from util.config import load_config
-from util.schema import PretrainConfig
 from util.schema_eval import STAGE_CONFIGS as ALL
 from util.schema_eval import FinetuneConfig, LinclsConfig
+from util.schema_pretrain import PretrainConfig
 
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "lincls": main_lincls.main}
 

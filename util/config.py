@@ -22,6 +22,7 @@ from util.errors import InputError, LineParser
 from util.schema import sections
 from util.values import check_range, convert, range_text
 
+PROGRAMS = {stage: f"main_{stage}.py" for stage in ("pretrain", "finetune", "lincls", "knn")}  # all else is a tool
 MAX_BASE_HOPS = 2  # a longer chain cannot be read at a glance
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def load_config(
     checks: Iterable[Callable[[ConfigT], list[str]]] = (),
     siblings: Iterable[type] = (),
 ) -> ConfigT:
-    """Builds the frozen config of one stage from a command line.
+    """Builds the frozen config of one stage, or of a tool, from a command line.
 
     `checks` return the problems that need knowledge of other packages (model geometry); `siblings` are the config
     classes of the other stages, whose keys are skipped. `--help` and `--print_config` print and exit with 0.
@@ -63,7 +64,9 @@ def load_config(
     if known.config is not None:
         layers, file_problems = _read_layers(Path(known.config))
         problems += file_problems
-    values: dict[str, Any] = {"output_dir": f"output/{stage}/{Path(known.config or 'default').stem}"}
+    values: dict[str, Any] = {}
+    if "output_dir" in config_class.__dataclass_fields__:
+        values["output_dir"] = f"output/{stage}/{Path(known.config or 'default').stem}"
     sibling_names = {f.name for sibling in siblings for f in dataclasses.fields(sibling)}
     for source, content in [*layers, ("command line", given)]:
         problems += _merge(values, config_class, source, content, sibling_names)
@@ -104,7 +107,7 @@ def changed_settings(old: dict[str, Any], config: StageConfig, skip: set[str]) -
 
 def _parser(config_class: type, stage: str) -> LineParser:
     parser = LineParser(
-        prog=f"main_{stage}.py",
+        prog=PROGRAMS.get(stage, f"{stage}.py"),
         usage="%(prog)s [--config YAML] [--SETTING VALUE ...]",
         description="Settings come from defaults, then --config's `base:`, then --config, then these flags.",
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""Every knob of pretraining, and what it shares with the other stages (`util/schema_eval.py`).
+"""The knobs that stages share; each stage adds its own in `util/schema_pretrain.py` and `util/schema_eval.py`.
 
 Settings are flat, typed, frozen dataclasses, composed by inheritance. A field is at once a YAML key, a command-line
 flag and (for models) the constructor's keyword. Its metadata carry the help text, the unit and the legal range;
@@ -34,17 +34,23 @@ def knob(
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class DeviceConfig:
+    """Device"""
+
+    device: str = knob(
+        "auto", "where to compute; auto takes CUDA, then MPS, then CPU",
+        choices=("auto", "cuda", "mps", "cpu"), may_change=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunConfig(DeviceConfig):
     """Run"""
 
     output_dir: str | None = knob(
         None, "folder of the run; null is output/<stage>/<config name>; the same command resumes there", may_change=True
     )
     seed: int = knob(0, "decides the initial weights, the sample order, crops, flips and masks", min=0, max=2**31 - 1)
-    device: str = knob(
-        "auto", "where to compute; auto takes CUDA, then MPS, then CPU",
-        choices=("auto", "cuda", "mps", "cpu"), may_change=True,
-    )  # fmt: skip
     precision: str = knob(
         "auto", "bf16 and fp16 are autocast; auto is bf16 where the device has it, else fp16 on CUDA, else fp32",
         choices=("auto", "bf16", "fp16", "fp32"),
@@ -70,7 +76,15 @@ class TrainRunConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class PixelConfig:
+    """Pixels"""
+
+    mean: tuple[float, ...] = knob(IMAGENET_MEAN, "per channel, subtracted from pixels in [0, 1]", unit="pixel value")
+    std: tuple[float, ...] = knob(IMAGENET_STD, "per channel, divides pixels in [0, 1]", unit="pixel value", above=0)
+
+
+@dataclass(frozen=True)
+class DataConfig(PixelConfig):
     """Data"""
 
     dataset: str = knob(
@@ -81,8 +95,6 @@ class DataConfig:
         may_change=True,  # the resume compares the list of images instead
     )  # fmt: skip
     download: bool = knob(False, "fetch CIFAR into data_path where it is not there", may_change=True)
-    mean: tuple[float, ...] = knob(IMAGENET_MEAN, "per channel, subtracted from pixels in [0, 1]", unit="pixel value")
-    std: tuple[float, ...] = knob(IMAGENET_STD, "per channel, divides pixels in [0, 1]", unit="pixel value", above=0)
     num_workers: int | None = knob(
         None, "loader processes per training process; null is the cores it can have, at most 8", min=0, may_change=True
     )
@@ -104,20 +116,6 @@ class ModelConfig:
     depth: int | None = knob(None, "encoder blocks", min=1)
     num_heads: int | None = knob(None, "encoder attention heads", min=1)
     mlp_ratio: float = knob(4.0, "MLP width over embed_dim", above=0)
-
-
-@dataclass(frozen=True)
-class MAEConfig(ModelConfig):
-    """Masked autoencoder"""
-
-    class_token: bool = knob(True, "a class token goes through the encoder")
-    decoder_embed_dim: int = knob(512, "width of the decoder", min=4)
-    decoder_depth: int = knob(8, "decoder blocks", min=1)
-    decoder_num_heads: int = knob(16, "decoder attention heads", min=1)
-    decoder_class_token: bool = knob(True, "the class token goes on through the decoder; needs class_token")
-    mask_ratio: float = knob(0.75, "share of the patches that is removed", unit="in [0, 1]", above=0, below=1)
-    norm_pix_loss: bool = knob(True, "the target is each patch's pixels, normalised by their own mean and variance")
-    shared_mask: bool = knob(False, "one mask per optimiser step for all images, instead of one per image")
 
 
 @dataclass(frozen=True)
@@ -165,15 +163,6 @@ class AugmentConfig:
     crop_min: float = knob(0.2, "smallest random resized crop; the largest is 1", unit="share of area", above=0, max=1)
     interpolation: str = knob("bicubic", "of the resized crop", choices=("bicubic", "bilinear"))
     hflip: float = knob(0.5, "probability of a horizontal flip", unit="in [0, 1]", min=0, max=1)
-
-
-@dataclass(frozen=True)
-class PretrainConfig(AdamWConfig, MAEConfig, AugmentConfig, DataConfig, TrainRunConfig):
-    """Everything `main_pretrain.py` takes."""
-
-    def problems(self) -> list[str]:
-        """Values that are legal alone and wrong together, one line each."""
-        return data_problems(self, self.in_chans) + schedule_problems(self)
 
 
 def data_problems(cfg: DataConfig, in_chans: int) -> list[str]:

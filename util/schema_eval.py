@@ -8,7 +8,7 @@ from util.schema import (
     AugmentConfig,
     DataConfig,
     ModelConfig,
-    PretrainConfig,
+    PixelConfig,
     RunConfig,
     ScheduleConfig,
     TrainRunConfig,
@@ -16,6 +16,7 @@ from util.schema import (
     knob,
     schedule_problems,
 )
+from util.schema_pretrain import PretrainConfig
 
 RAND_AUGMENT = re.compile(r"rand(-(m|n|p|t|mstd|mmax|inc)\d+(\.\d+)?)*")  # timm's words
 RANDOM_WEIGHTS = "random"  # what `finetune` says for an untrained model
@@ -37,16 +38,22 @@ class ClassifierConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class LabelledDataConfig(DataConfig):
+class EvalCropConfig(PixelConfig):
+    """Evaluation crop"""
+
+    crop_pct: float | None = knob(
+        None, "evaluation keeps this share of the resized image's sides; null is 224/256, and 1 at 32 pixels and below",
+        above=0, max=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LabelledDataConfig(EvalCropConfig, DataConfig):
     """Labelled data"""
 
     subset: int | None = knob(
         None, "train on so many images only: a fixed choice by seed, with each class in proportion", unit="images",
         min=1,
-    )  # fmt: skip
-    crop_pct: float | None = knob(
-        None, "evaluation keeps this share of the resized image's sides; null is 224/256, and 1 at 32 pixels and below",
-        above=0, max=1,
     )  # fmt: skip
     per_class: bool = knob(False, "write the accuracy of each class into results.json", may_change=True)
 

@@ -34,7 +34,7 @@ def type_name(annotation: Any) -> str:
         return " or ".join(type_name(member) for member in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
         args = typing.get_args(annotation)
-        item = {float: "numbers", int: "whole numbers"}[args[0]]
+        item = {float: "numbers", int: "whole numbers", str: "texts"}[args[0]]
         return f"a list of {item}" if Ellipsis in args else f"{len(args)} {item}"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}[
         annotation

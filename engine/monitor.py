@@ -1,0 +1,211 @@
+"""A look at a model in training: what it paints, where it attends, and what its features know already.
+
+Always the same images under the same masks. Nothing here draws from the training's random state or changes a weight:
+losses are equal bit for bit with and without (tested).
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.datasets import FolderSource, ImageSource
+from data.evaluation import build_eval_loader
+from data.images import BadImageError
+from data.labelled import LabelledData, LabelledSource, Subset, build_labelled_data, stratified_choice
+from data.loaders import loader_settings
+from data.pictures import spread
+from data.sampler import MONITOR, generator
+from data.transforms import EvalTransform, PixelNormalizer
+from engine.backbone import encoder_of
+from engine.features import compute_features
+from engine.knn import ranks_by_k
+from engine.pictures import draw_grid, heat_over, to_picture
+from engine.reconstruction import COLUMNS, reconstruct, target_caption
+from engine.rollout import rollout
+from engine.run import Run
+from engine.schedule import Plan
+from engine.state import TrainState
+from models.mae import MaskedAutoencoder
+from models.masking import draw_mask
+from util.dist import autocast_dtype, gather_rows
+from util.errors import InputError
+from util.schema_pretrain import PretrainConfig
+
+K, TEMPERATURE = 10, 0.07  # of the k-NN, as main_knn.py reports it
+VAL_SHARE = 4  # training images of the k-NN for each validation image
+PROBE_STEPS, PROBE_DECAY = 50, 1e-3  # L-BFGS iterations; L2 penalty of the standardised features' weights
+PICTURE = "monitor.png"
+ATTENTION = "Attention: rollout over all layers, each map in its own range."
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Monitor:
+    """Call `look` before the first step and after each epoch; it looks when a look is due."""
+
+    cfg: PretrainConfig
+    run: Run
+    plan: Plan
+    model: MaskedAutoencoder
+    images: dict[str, Tensor] = field(default_factory=dict)  # uint8 (C, H, W) by name, as the model takes them
+    train: LabelledSource | None = None
+    val: LabelledSource | None = None
+    ended: float = field(default_factory=time.monotonic)  # when the last look ended
+
+    @classmethod
+    def begin(
+        cls, cfg: PretrainConfig, run: Run, plan: Plan, model: MaskedAutoencoder, source: ImageSource
+    ) -> "Monitor":
+        """Chooses the images; what the data cannot give is left out and said so."""
+        monitor = cls(cfg, run, plan, model)
+        if not cfg.monitor_epochs:
+            return monitor
+        labelled = _labelled_data(cfg)
+        shown = labelled.val if labelled is not None else _validation_images(cfg) or source
+        monitor.images = _pictures(shown, cfg)
+        if labelled is not None and cfg.monitor_knn:
+            monitor.train = _choice(labelled.train, cfg.monitor_knn, cfg.seed)
+            monitor.val = _choice(labelled.val, cfg.monitor_knn // VAL_SHARE, cfg.seed)
+        return monitor
+
+    def look(self, state: TrainState) -> None:
+        """Where one is due: draws, classifies, records, and says what it cost. All processes must call."""
+        epoch = state.step // self.plan.steps_per_epoch
+        interval = self.cfg.monitor_epochs
+        if not interval or (epoch % interval and state.step < self.plan.stop_step):
+            return
+        started = time.monotonic()
+        facts: dict[str, Any] = {"step": state.step, "epoch": float(epoch)}
+        facts |= self.classify()
+        words = [f"{name} {facts[key]:.2f} %" for name, key in ((f"{K}-NN", "knn_acc1"), ("linear", "probe_acc1"))
+                 if key in facts]  # fmt: skip
+        if self.images and self.run.processes.is_main:
+            facts["psnr"] = self.draw(state.step)
+            words.append(f"reconstructions PSNR {facts['psnr']:.2f} dB")
+        now = time.monotonic()
+        facts["monitor_s"] = now - started
+        share = 100 * facts["monitor_s"] / (now - self.ended)
+        since = f", {share:.1f} % of the time since the last" if state.step else ""
+        self.ended = now
+        words.append(f"({facts['monitor_s']:.1f} s{since})")
+        self.run.record(facts, f"epoch {epoch} monitor  {'  '.join(words)}", to_terminal=True)
+
+    def draw(self, step: int) -> float:
+        """Writes the picture of reconstructions and attention; returns their mean PSNR in dB over removed patches."""
+        normalize = PixelNormalizer(self.cfg.mean, self.cfg.std, self.run.device)
+        encoder = encoder_of(self.model, self.cfg)
+        rows, labels, psnr = [], [], []
+        for place, (name, image) in enumerate(self.images.items()):
+            stream = generator(self.cfg.seed, MONITOR, place)
+            mask = draw_mask("random", self.model.grid_size, self.cfg.mask_ratio, stream)
+            found = reconstruct(self.model, image[None], [mask], normalize)
+            with torch.no_grad():
+                attentions = encoder.attention_maps(normalize(image[None]))
+            heat = rollout(attentions, "mean", 0.0, encoder.cls_token is not None).view(encoder.grid_size)
+            row = [to_picture(getattr(found, column)[0]) for column in COLUMNS]
+            rows.append([*row, heat_over(row[0], heat.cpu().numpy())])
+            psnr.append(float(found.psnr[0]))
+            labels.append(f"{name}  PSNR {psnr[-1]:.2f} dB")
+        caption = f"{target_caption(self.model)} {ATTENTION}"
+        self.run.record_picture(PICTURE, draw_grid(rows, [*COLUMNS, "attention"], labels, caption), step)
+        return sum(psnr) / len(psnr)
+
+    def classify(self) -> dict[str, float]:
+        """Top-1 accuracies in percent of the k-NN and the linear layer; {} where there are no labels."""
+        if self.train is None or self.val is None:
+            return {}
+        encoder = encoder_of(self.model, self.cfg)
+        try:
+            train, val = (self.features(encoder, source) for source in (self.train, self.val))
+        except InputError as error:
+            logger.warning("k-NN is off from here on: %s", error)
+            self.train = self.val = None
+            return {}
+        train_labels, val_labels = (torch.from_numpy(source.labels) for source in (self.train, self.val))
+        rank, world_size = self.run.processes.rank, self.run.processes.world_size
+        num_classes = int(train_labels.max()) + 1
+        ranks = ranks_by_k(
+            train[rank::world_size], train_labels, val.to(self.run.device), val_labels, (K,), TEMPERATURE, num_classes,
+            rank, world_size,
+        )  # fmt: skip
+        accuracies = {"knn_acc1": 100 * (ranks[K] == 0).float().mean().item()}
+        if self.cfg.monitor_probe:
+            predicted = fit_linear(train, train_labels, val, num_classes)
+            accuracies["probe_acc1"] = 100 * (predicted == val_labels).float().mean().item()
+        return accuracies
+
+    def features(self, encoder: Any, source: LabelledSource) -> Tensor:
+        """Features `(n, D)` of all images of a source, on every process."""
+        run, cfg = self.run, self.cfg
+        batches = build_eval_loader(
+            source, EvalTransform(cfg.img_size, None), cfg.batch_size, run.processes.rank, run.processes.world_size,
+            loader_settings(cfg, run.processes),
+        )  # fmt: skip
+        normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
+        rows = compute_features(encoder, batches, normalize, autocast_dtype(cfg.precision, run.device))
+        return gather_rows(rows, len(source))
+
+
+def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> Tensor:
+    """Classes `(m,)` that logistic regression on standardised features `(n, D)` gives to `(m, D)`, on the CPU.
+
+    Starts from zero and draws nothing: a function of its arguments.
+    """
+    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
+    inputs = (train - mean) / std
+    weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=PROBE_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(inputs, weight, bias), labels) + PROBE_DECAY * weight.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        return F.linear((val - mean) / std, weight, bias).argmax(dim=1)
+
+
+def _labelled_data(cfg: PretrainConfig) -> LabelledData | None:
+    try:
+        return build_labelled_data(cfg.dataset, cfg.data_path, cfg.in_chans, False, None)
+    except InputError as error:
+        if cfg.monitor_knn:
+            logger.info("no k-NN while training, as it needs labels: %s", error)
+        return None
+
+
+def _validation_images(cfg: PretrainConfig) -> ImageSource | None:
+    """The images of a folder's val/ without classes."""
+    folder = Path(cfg.data_path or "") / "val"
+    try:
+        return FolderSource(str(folder), cfg.in_chans, prefer_train=False)
+    except InputError:
+        return None
+
+
+def _pictures(source: ImageSource, cfg: PretrainConfig) -> dict[str, Tensor]:
+    """Evenly spaced images of a source by name, broken ones left out."""
+    fit = EvalTransform(cfg.img_size, crop_pct=1.0)
+    found = {}
+    for index in spread(len(source), cfg.monitor_images):
+        try:
+            found[Path(source.name(index)).name] = fit(source.read(index))
+        except BadImageError as error:
+            logger.warning("not shown by the monitor: %s %s", source.name(index), error)
+    return found
+
+
+def _choice(source: LabelledSource, count: int, seed: int) -> LabelledSource:
+    """About `count` images of a source, all of it where there are no more."""
+    if count >= len(source):
+        return source
+    return Subset(source, stratified_choice(source.labels, max(count, 1), seed))

@@ -1,0 +1,83 @@
+"""Pictures of what a masked autoencoder paints (arXiv 2111.06377, figures 2 to 4 and 6).
+
+    python tools/run_mae_vis.py --config cfgs/pretrain/ViT-B_400E_Norm_GAP.yaml \\
+        --save_path output/reconstructions --model_path /path/to/pretrain/model --img_path /path/to/image
+
+Of each image, and for each --mask_ratio and --seed, four PNGs: original, masked, prediction, and pasted (the visible
+patches with the prediction in the gaps); and grid.png, all of them with the PSNR of the removed patches. --img_path
+takes several images and folders, --mask random, block or grid. The image is resized as a whole and its centre cropped.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.pictures import find_images, read_image
+from data.sampler import MASK, generator
+from data.transforms import EvalTransform, PixelNormalizer
+from engine.backbone import build_autoencoder
+from engine.pictures import draw_grid, to_picture, write_png
+from engine.reconstruction import COLUMNS, reconstruct, target_caption
+from engine.run import check_writable
+from models.build import mae_config_problems
+from models.masking import draw_mask
+from util.config import load_config
+from util.dist import init_processes
+from util.errors import run_cli
+from util.schema_eval import STAGE_CONFIGS
+from util.schema_tools import MaeVisConfig
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Writes the pictures; returns `grid` (the path of grid.png) and `psnr` in dB by the pictures' names."""
+    cfg = load_config(MaeVisConfig, "run_mae_vis", argv, checks=[mask_problems], siblings=STAGE_CONFIGS)
+    assert cfg.model_path is not None, "the config checks that there are weights"
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    folder = Path(cfg.save_path)
+    check_writable("save_path", folder)
+    files = find_images("img_path", cfg.img_path, cfg.num_images)
+    images = {name: read_image("img_path", path, cfg.in_chans) for name, path in files.items()}
+    with init_processes(cfg.device) as processes:
+        model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)
+        normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
+        fit = EvalTransform(cfg.img_size, crop_pct=1.0)
+        rows, labels, psnr = [], [], {}
+        for place, (name, image) in enumerate(images.items()):
+            for seed in cfg.seed:
+                for ratio in cfg.mask_ratio:
+                    mask = draw_mask(cfg.mask, model.grid_size, ratio, generator(seed, MASK, place))
+                    found = reconstruct(model, fit(image)[None], [mask], normalize)
+                    row = [to_picture(getattr(found, column)[0]) for column in COLUMNS]
+                    full_name = full_name_of(cfg, name, seed, ratio)
+                    for column, picture in zip(COLUMNS, row, strict=True):
+                        write_png(folder / f"{full_name}_{column}.png", picture)
+                    psnr[full_name] = float(found.psnr[0])
+                    rows.append(row)
+                    facts = f"{100 * mask.mask_ratio:.3g} % removed ({cfg.mask}, seed {seed})"
+                    labels.append(f"{name}  {facts}  PSNR {psnr[full_name]:.2f} dB")
+                    print(labels[-1])
+    grid = write_png(folder / "grid.png", draw_grid(rows, COLUMNS, labels, target_caption(model)))
+    print(f"wrote {grid} and {len(COLUMNS) * len(rows)} single pictures beside it")
+    return {"grid": grid, "psnr": psnr}
+
+
+def mask_problems(cfg: MaeVisConfig) -> list[str]:
+    """What is wrong with the geometry, or with a mask ratio, one line each."""
+    found = [problem for ratio in cfg.mask_ratio for problem in mae_config_problems(cfg, mask_ratio=ratio)]
+    return list(dict.fromkeys(found))
+
+
+def full_name_of(cfg: MaeVisConfig, name: str, seed: int, ratio: float) -> str:
+    """The image's name, with what tells its pictures apart where there are several."""
+    words = [name]
+    if len(cfg.seed) > 1:
+        words.append(f"seed{seed}")
+    if len(cfg.mask_ratio) > 1:
+        words.append(f"{ratio:g}")
+    return "_".join(words)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,64 @@
+"""Every knob of pretraining (see `util/schema.py`)."""
+
+from dataclasses import dataclass
+
+from util.schema import (
+    AdamWConfig,
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    TrainRunConfig,
+    data_problems,
+    knob,
+    schedule_problems,
+)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(ModelConfig):
+    """Autoencoder"""
+
+    class_token: bool = knob(True, "a class token goes through the encoder")
+    decoder_embed_dim: int = knob(512, "width of the decoder", min=4)
+    decoder_depth: int = knob(8, "decoder blocks", min=1)
+    decoder_num_heads: int = knob(16, "decoder attention heads", min=1)
+    decoder_class_token: bool = knob(True, "the class token goes on through the decoder; needs class_token")
+    norm_pix_loss: bool = knob(True, "the target is each patch's pixels, normalised by their own mean and variance")
+
+
+@dataclass(frozen=True)
+class MAEConfig(AutoencoderConfig):
+    """Masking"""
+
+    mask_ratio: float = knob(0.75, "share of the patches that is removed", unit="in [0, 1]", above=0, below=1)
+    shared_mask: bool = knob(False, "one mask per optimiser step for all images, instead of one per image")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Monitoring"""
+
+    monitor_epochs: int = knob(
+        10, "between two looks; one comes before the first step and one at the end; 0 is off", unit="epochs", min=0,
+        may_change=True,
+    )  # fmt: skip
+    monitor_images: int = knob(
+        6, "fixed validation images (training images where there are none) whose reconstruction and attention are "
+        "drawn; 0 is off", unit="images", min=0, may_change=True,
+    )  # fmt: skip
+    monitor_knn: int = knob(
+        2000, "k-NN among a fixed choice of so many labelled training images, for a quarter as many validation images; "
+        "0 is off", unit="images", min=0, may_change=True,
+    )  # fmt: skip
+    monitor_probe: bool = knob(
+        False, "also classify with a linear layer fitted to the features of the k-NN's images", may_change=True
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(AdamWConfig, MAEConfig, AugmentConfig, DataConfig, MonitorConfig, TrainRunConfig):
+    """Everything `main_pretrain.py` takes."""
+
+    def problems(self) -> list[str]:
+        """Values that are legal alone and wrong together, one line each."""
+        return data_problems(self, self.in_chans) + schedule_problems(self)
