@@ -9,7 +9,7 @@ TEST_WORKERS ?= 2
 .PHONY: help quickstart test test-long test-all lint clean
 
 help:
-	@echo "make quickstart  install, pretrain on 4,000 embedded digits (no download), evaluate"
+	@echo "make quickstart  install, pretrain on 4,000 embedded digits (no download), evaluate, draw"
 	@echo "make test        install, then the newcomer's tests (under 5 minutes on 2 cores)"
 	@echo "make test-all    the newcomer's tests and the long ones (under 45 minutes)"
 	@echo "make lint        ruff and mypy"
@@ -34,6 +34,8 @@ WEIGHTS = $(OUTPUT)/pretrain/model.safetensors
 KNN = $(PY) main_knn.py --config cfgs/quickstart/knn.yaml
 LINCLS = $(PY) main_lincls.py --config cfgs/quickstart/lincls.yaml
 FINETUNE = $(PY) main_finetune.py --config cfgs/quickstart/finetune.yaml
+MAE_VIS = $(PY) tools/run_mae_vis.py --config cfgs/quickstart/pretrain.yaml
+EXPLAIN = $(PY) tools/vit_explain.py --config cfgs/quickstart/finetune.yaml
 
 quickstart: .venv/.run
 	$(PY) main_pretrain.py --config cfgs/quickstart/pretrain.yaml --output_dir $(OUTPUT)/pretrain
@@ -44,6 +46,9 @@ quickstart: .venv/.run
 	$(FINETUNE) --finetune $(WEIGHTS) --output_dir $(OUTPUT)/finetune
 	$(FINETUNE) --class_token true --layer_decay 1 --output_dir $(OUTPUT)/finetune_untrained
 	$(PY) tools/results_table.py $(OUTPUT)
+	$(MAE_VIS) --model_path $(WEIGHTS) --num_images 6 --save_path $(OUTPUT)/reconstructions
+	$(EXPLAIN) --finetune $(OUTPUT)/finetune/model.safetensors --num_images 6 --save_path $(OUTPUT)/rollout
+	$(PY) tools/plot_run.py $(OUTPUT)/pretrain
 
 test: .venv/.dev
 	$(PYTEST) -m "not long"

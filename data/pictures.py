@@ -1,4 +1,4 @@
-"""Images that a picture tool is given by name: files, or folders of them."""
+"""Images to make pictures of: those that are named, files or folders of them, or a data set's validation images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +6,35 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from data.datasets import FolderSource
+from data.datasets import FolderSource, ImageSource
 from data.images import BadImageError, decode_image
+from data.labelled import build_labelled_data
 from util.errors import InputError
+
+
+def open_images(
+    setting: str, paths: Sequence[str], dataset: str, data_path: str | None, num_images: int, in_chans: int
+) -> dict[str, Tensor]:
+    """Images, uint8 `(C, H, W)`, by unique names to call files by; without `paths` those of the data set.
+
+    Raises: InputError naming `setting` for a path that is not there, is no image, or a folder without any.
+    """
+    if paths:
+        return {name: _read(setting, path, in_chans) for name, path in find_images(setting, paths, num_images).items()}
+    source = validation_source(dataset, data_path, in_chans)
+    try:
+        return {f"val_{index:05d}": source.read(index) for index in spread(len(source), num_images)}
+    except BadImageError as error:
+        raise InputError(f"a validation image of {data_path} {error}") from error
+
+
+def validation_source(dataset: str, data_path: str | None, in_chans: int) -> ImageSource:
+    """The validation images of a data set; all of a folder that has no val/. Raises: InputError."""
+    if dataset != "folder":
+        return build_labelled_data(dataset, data_path, in_chans, False, None).val
+    assert data_path is not None, "the config checks that data_path is given"
+    split = Path(data_path) / "val"
+    return FolderSource(str(split if split.is_dir() else data_path), in_chans, prefer_train=False)
 
 
 def find_images(setting: str, paths: Sequence[str], num_images: int) -> dict[str, Path]:
@@ -29,7 +55,7 @@ def find_images(setting: str, paths: Sequence[str], num_images: int) -> dict[str
     return {file.stem if alone else f"{place}_{file.stem}": file for place, file in enumerate(files)}
 
 
-def read_image(setting: str, path: Path, in_chans: int) -> Tensor:
+def _read(setting: str, path: Path, in_chans: int) -> Tensor:
     """One image, uint8 `(C, H, W)`. Raises: InputError naming `setting` for a file that is no readable image."""
     try:
         return decode_image(path.read_bytes(), in_chans)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.datasets import FolderSource, ImageSource
+from data.datasets import ImageSource
 from data.evaluation import build_eval_loader
 from data.images import BadImageError
 from data.labelled import LabelledData, LabelledSource, Subset, build_labelled_data, stratified_choice
 from data.loaders import loader_settings
-from data.pictures import spread
+from data.pictures import spread, validation_source
 from data.sampler import MONITOR, generator
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.backbone import encoder_of
@@ -67,8 +67,7 @@ class Monitor:
         if not cfg.monitor_epochs:
             return monitor
         labelled = _labelled_data(cfg)
-        shown = labelled.val if labelled is not None else _validation_images(cfg) or source
-        monitor.images = _pictures(shown, cfg)
+        monitor.images = _pictures(labelled.val if labelled is not None else _unlabelled(cfg, source), cfg)
         if labelled is not None and cfg.monitor_knn:
             monitor.train = _choice(labelled.train, cfg.monitor_knn, cfg.seed)
             monitor.val = _choice(labelled.val, cfg.monitor_knn // VAL_SHARE, cfg.seed)
@@ -134,10 +133,10 @@ class Monitor:
             train[rank::world_size], train_labels, val.to(self.run.device), val_labels, (K,), TEMPERATURE, num_classes,
             rank, world_size,
         )  # fmt: skip
-        accuracies = {"knn_acc1": 100 * (ranks[K] == 0).float().mean().item()}
+        accuracies = {"knn_acc1": 100 * int((ranks[K] == 0).sum()) / len(val_labels)}
         if self.cfg.monitor_probe:
             predicted = fit_linear(train, train_labels, val, num_classes)
-            accuracies["probe_acc1"] = 100 * (predicted == val_labels).float().mean().item()
+            accuracies["probe_acc1"] = 100 * int((predicted == val_labels).sum()) / len(val_labels)
         return accuracies
 
     def features(self, encoder: Any, source: LabelledSource) -> Tensor:
@@ -183,13 +182,15 @@ def _labelled_data(cfg: PretrainConfig) -> LabelledData | None:
         return None
 
 
-def _validation_images(cfg: PretrainConfig) -> ImageSource | None:
-    """The images of a folder's val/ without classes."""
-    folder = Path(cfg.data_path or "") / "val"
+def _unlabelled(cfg: PretrainConfig, source: ImageSource) -> ImageSource:
+    """The images of a folder's val/, or the training images where it has none."""
+    if not (Path(cfg.data_path or "") / "val").is_dir():
+        return source
     try:
-        return FolderSource(str(folder), cfg.in_chans, prefer_train=False)
-    except InputError:
-        return None
+        return validation_source(cfg.dataset, cfg.data_path, cfg.in_chans)
+    except InputError as error:
+        logger.warning("the monitor shows training images: %s", error)
+        return source
 
 
 def _pictures(source: ImageSource, cfg: PretrainConfig) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ def draw_overlay(picture: np.ndarray, heat: np.ndarray, box: Box, label: str) ->
     colorbar = figure.colorbar(ScalarMappable(norm, COLORS), cax=axes)
     colorbar.ax.tick_params(labelsize=9 * scale)
     colorbar.set_label(label, fontsize=9 * scale)
-    result = _pixels(figure)
+    result = figure_picture(figure)
     result[:height, :width] = image
     return result
 
@@ -149,10 +149,11 @@ def _write(canvas: np.ndarray, texts: Sequence[tuple[int, int, str]]) -> np.ndar
     figure.figimage(canvas)
     for x, y, text in texts:
         figure.text(x / width, 1 - (y + TEXT / 2) / height, text, fontsize=8, va="center", parse_math=False)
-    return _pixels(figure)
+    return figure_picture(figure)
 
 
-def _pixels(figure: Figure) -> np.ndarray:
+def figure_picture(figure: Figure) -> np.ndarray:
+    """A figure of matplotlib as a picture."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # (H, W, 3)

@@ -41,6 +41,7 @@ class Run:
         self.output_dir = Path(cfg.output_dir)
         self.tensorboard: Any = None
         self.settings: dict[str, Any] = {}
+        self.last_step = 0
         self.bar: tqdm[Any] | None = None
 
     def start(self, cfg: Any, step: int, total_steps: int) -> None:
@@ -86,12 +87,13 @@ class Run:
         """
         if not self.processes.is_main:
             return
+        self.last_step = facts["step"]
         with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(without_nan(facts)) + "\n")
         if self.tensorboard is not None:
             prefix = next((group for fact, group in GROUPS.items() if fact in facts), "train")
             for name, value in facts.items():
-                if isinstance(value, float):
+                if isinstance(value, float) and name != "epoch":
                     self.tensorboard.add_scalar(f"{prefix}/{name}", value, facts["step"])
         logger.info(line, extra={"to_terminal": to_terminal or self.bar is None})
         if self.bar is not None and not to_terminal:
@@ -109,7 +111,7 @@ class Run:
         """Writes the settings with a finished run's figures to TensorBoard, where its HParams page compares runs."""
         if self.tensorboard is not None:
             settings = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in self.settings.items()}
-            self.tensorboard.add_hparams(settings, metrics, run_name=".")
+            self.tensorboard.add_hparams(settings, metrics, run_name=".", global_step=self.last_step)
 
     def close(self) -> None:
         """Ends bar and curves."""

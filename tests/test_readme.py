@@ -28,7 +28,6 @@ from engine.resume import run_facts
 from models.build import build_classifier, build_mae, model_kwargs
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from tools import results_table
 from util.config import load_config
 from util.schema_eval import STAGE_CONFIGS as ALL
 from util.schema_eval import FinetuneConfig, LinclsConfig
@@ -39,6 +38,14 @@ MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "lincls
 # eight images are one step on any number of processes up to four
 TRAINING = shlex.split("--epochs 1 --warmup_epochs 0 --total_batch_size 8 --tensorboard false")
 SMALL = shlex.split("--size debug --batch_size 2 --num_workers 0 --device cpu --precision fp32")
+
+DECODER = shlex.split("--decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2")
+SMALLEST = ["--size", "debug", "--device", "cpu"]
+PICTURE_TOOLS = {
+    "tools/run_mae_vis.py": SMALLEST + DECODER,
+    "tools/draw_overview.py": SMALLEST + DECODER,
+    "tools/vit_explain.py": SMALLEST,
+}
 
 
 def readme_commands() -> list[str]:
@@ -67,6 +74,8 @@ def small(words: list[str], images: Path, output: Path) -> list[str]:
     """The command's own words with its paths replaced, then the flags that make it small (later flags win)."""
     stage = re.search(r"(?:run|main)_(pretrain|finetune|lincls|knn)\.", " ".join(words))
     replaced = [replaced_path(word, images, output, words) for word in words]
+    if words[1] in PICTURE_TOOLS:
+        return [*replaced, *PICTURE_TOOLS[words[1]]]
     if stage is None:
         return replaced
     return [*replaced, *SMALL, *([] if stage[1] == "knn" else TRAINING), "--output_dir", str(output)]
@@ -74,12 +83,18 @@ def small(words: list[str], images: Path, output: Path) -> list[str]:
 
 def replaced_path(word: str, images: Path, output: Path, words: list[str]) -> str:
     """`word`, or what stands in for a path that a reader has to fill in or that an earlier command has written."""
-    if word == "/path/to/pretrain/model" or word.endswith("pretrain/model.safetensors"):
+    if word == "/path/to/pretrain/model" or re.search(r"(pretrain|finetune)/model.safetensors$", word):
         return str(weights_for(words, images.parent))
     if word.endswith("best.safetensors"):
         return str(classifier_for(images.parent))
     if word in ("/path/to/save/result", "/path/to/converted"):
         return str(output / "saved")
+    if word == "/path/to/image":
+        return str(images / "val" / "cat" / "0.jpg")
+    if word == "/path/to/runs":
+        return str(runs_for(images))
+    if words[1].startswith("tools/") and word.startswith("output/"):
+        return str(output / Path(word).name)
     if word.startswith("/path/to/"):
         return str(images)
     return word
@@ -88,18 +103,30 @@ def replaced_path(word: str, images: Path, output: Path, words: list[str]) -> st
 def weights_for(words: list[str], folder: Path) -> Path:
     """Untrained weights of a debug-size autoencoder with the geometry of a command's recipe."""
     config = ROOT / words[words.index("--config") + 1] if "--config" in words else None
-    geometry = {}
-    if config is not None:
+    small = {"size": "debug", "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+    if config is None:
+        cfg = PretrainConfig(**small, mean=(0.5,), std=(0.5,))
+    elif "pretrain" in config.parts:
+        flags = ["--config", str(config), "--data_path", "x", *SMALLEST, *DECODER]
+        cfg = load_config(PretrainConfig, "pretrain", flags, siblings=ALL)
+    else:
         stage = LinclsConfig if "lincls" in config.parts else FinetuneConfig
         arguments = ["--config", str(config), "--data_path", "x", "--finetune", "y"]
-        cfg = load_config(stage, "evaluation", arguments, siblings=ALL)
+        read = load_config(stage, "evaluation", arguments, siblings=ALL)
         names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mean", "std")
-        geometry = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
-    geometry = {"mean": (0.5,), "std": (0.5,)} | geometry
+        geometry = {name: getattr(read, name) for name in names}
+        cfg = PretrainConfig(**small, **{name: value for name, value in geometry.items() if value is not None})
     path = folder / f"{config.stem if config else 'model'}-{len(list(folder.iterdir()))}.safetensors"
-    cfg = PretrainConfig(size="debug", decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, **geometry)
     facts = run_facts(cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
     return save_weights(path, build_mae(cfg), facts)
+
+
+def runs_for(images: Path) -> Path:
+    """A folder with a small pretraining run."""
+    folder = images.parent / "runs"
+    arguments = ["--data_path", str(images), *SMALL, *DECODER, *TRAINING, "--output_dir", str(folder / "one")]
+    main_pretrain.main(arguments)
+    return folder
 
 
 def classifier_for(folder: Path) -> Path:
@@ -123,7 +150,7 @@ def images(tmp_path_factory) -> Path:
 
 def test_the_readme_names_only_what_is_there():
     text = (ROOT / "README.md").read_text()
-    assert len(readme_commands()) >= 19
+    assert len(readme_commands()) >= 26
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in re.findall(r"`((?:\w+/)*[\w.-]+\.(?:py|yaml|sh|txt|md))`", text):
         assert name in ("log.txt", "config.yaml") or any(f"/{path}".endswith(f"/{name}") for path in tracked), name
@@ -152,6 +179,10 @@ def test_single_machine_commands_of_the_readme(images, tmp_path):
             assert read_results(output / "eval.json")["num_samples"] == 4, line
         elif re.search(r"run_(finetune|lincls|knn)", line):
             assert read_results(output / "results.json")["num_samples"] == 4, line
+        elif words[1] in PICTURE_TOOLS:
+            assert list(output.rglob("*.png")), line
+        elif "plot_run" in line:
+            assert (images.parent / "runs" / "one" / "report.html").exists()
         seen += 1
     assert seen == len(single_machine_commands())
 
@@ -185,23 +216,6 @@ def test_the_cifar_command_of_the_readme(tmp_path, monkeypatch, server):  # noqa
     monkeypatch.chdir(ROOT)
     arguments = small(words, tmp_path / "cifar", tmp_path / "run")[2:]
     assert main_pretrain.main(arguments)["step"] == 2
-
-
-@pytest.mark.long
-def test_make_quickstart_works_and_works_again(tmp_path):
-    for _ in range(2):
-        result = subprocess.run(
-            ["make", "quickstart", f"OUTPUT={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False,
-            env=environment(MAKEFLAGS=""),
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-    assert result.stdout.count("already finished") == 5  # pretraining, linear and fine-tuning; k-NN computes again
-    table = results_table.main([str(tmp_path)])
-    assert f"{table['knn']['pretrained']:.2f}" in result.stdout
-    for stage, of_stage in table.items():
-        assert of_stage["pretrained"] > of_stage["untrained"] + 3, stage
-    epochs = [line["epoch_loss"] for line in log_lines(tmp_path / "pretrain") if "epoch_loss" in line]
-    assert epochs[-1] < 0.6 * epochs[0]
 
 
 def config_heads() -> list[Path]:

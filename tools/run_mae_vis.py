@@ -5,7 +5,8 @@
 
 Of each image, and for each --mask_ratio and --seed, four PNGs: original, masked, prediction, and pasted (the visible
 patches with the prediction in the gaps); and grid.png, all of them with the PSNR of the removed patches. --img_path
-takes several images and folders, --mask random, block or grid. The image is resized as a whole and its centre cropped.
+takes several images and folders, and without it validation images of the data set are taken; --mask is random, block
+or grid. The image is resized as a whole and its centre cropped.
 """
 
 import logging
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.pictures import find_images, read_image
+from data.pictures import open_images
 from data.sampler import MASK, generator
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.backbone import build_autoencoder
@@ -37,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = Path(cfg.save_path)
     check_writable("save_path", folder)
-    files = find_images("img_path", cfg.img_path, cfg.num_images)
-    images = {name: read_image("img_path", path, cfg.in_chans) for name, path in files.items()}
+    images = open_images("img_path", cfg.img_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans)
     with init_processes(cfg.device) as processes:
         model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)

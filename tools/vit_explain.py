@@ -4,8 +4,9 @@
         --image_path /path/to/image --head_fusion max --discard_ratio 0.9
 
 Of each image: <name>_rollout.png, the map over the image with a colour bar; <name>_rollout.npy, the map itself, a row
-per row of patches; <name>_heads.png, each head of the last layer (or of --layer_index). --category_index asks what
-speaks for one class, by the gradient (arXiv 2103.15679), and needs a classifier with a head.
+per row of patches; <name>_heads.png, each head of the last layer (or of --layer_index). rollouts.png shows all images
+as the model takes them, with their maps. --category_index asks what speaks for one class, by the gradient
+(arXiv 2103.15679), and needs a classifier with a head. Without --image_path it takes validation images of the data set.
 """
 
 import logging
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.pictures import find_images, read_image
+from data.pictures import open_images
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.backbone import build_frozen
 from engine.pictures import draw_grid, draw_overlay, heat_over, square_rows, to_picture, write_png
@@ -35,17 +36,16 @@ from util.schema_tools import ExplainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Writes the pictures and maps; returns `overlays`, the paths of the rollouts' pictures."""
+    """Writes the pictures and maps; returns the paths `grid` of rollouts.png and `overlays` of each image's picture."""
     checks = [classifier_config_problems]
     cfg = load_config(ExplainConfig, "vit_explain", argv, checks=checks, siblings=STAGE_CONFIGS)
     assert cfg.finetune is not None, "the config checks that there are weights"
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = Path(cfg.save_path)
     check_writable("save_path", folder)
-    files = find_images("image_path", cfg.image_path, cfg.num_images)
-    images = {name: read_image("image_path", path, cfg.in_chans) for name, path in files.items()}
+    images = open_images("image_path", cfg.image_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans)
     num_classes = check_category(cfg, cfg.finetune)
-    overlays = []
+    overlays, pairs = [], []
     with init_processes(cfg.device) as processes:
         model = build_frozen(cfg, cfg.finetune, num_classes).model.to(processes.device)
         check_layer(cfg, len(model.blocks))
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             label = "attention rollout" if cfg.layer_index is None else f"attention, layer {cfg.layer_index}"
             overlay = draw_overlay(to_picture(image), heat, fit.seen(*image.shape[-2:]), label)
             overlays.append(write_png(Path(f"{stem}_rollout.png"), overlay))
+            pairs.append([to_picture(shown), heat_over(to_picture(shown), heat)])
             layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
             heads = read_patches(attentions[layer][0], has_cls)  # (heads, N)
             maps = [heat_over(to_picture(shown), to_map(of_head, model)) for of_head in heads]
@@ -70,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             labels = [title] + [""] * (len(rows) - 1)
             write_png(Path(f"{stem}_heads.png"), draw_grid(rows, [], labels))
             print(f"wrote {overlays[-1]}, the map as .npy, and {stem.name}_heads.png")
-    return {"overlays": overlays}
+    grid = write_png(folder / f"rollouts{suffix(cfg)}.png", draw_grid(pairs, ["image", "rollout"], list(images)))
+    print(f"wrote {grid}")
+    return {"grid": grid, "overlays": overlays}
 
 
 def look(cfg: ExplainConfig, model: VisionTransformer, images: Tensor) -> list[Tensor]:

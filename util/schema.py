@@ -84,8 +84,8 @@ class PixelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig(PixelConfig):
-    """Data"""
+class DatasetConfig:
+    """Data set"""
 
     dataset: str = knob(
         "folder", "folder of images, or one of the known sets", choices=("folder", "mnist5k", "cifar10", "cifar100")
@@ -94,6 +94,12 @@ class DataConfig(PixelConfig):
         None, "folder of images (its train/, where there is one); for CIFAR the folder of the binary version's .tar.gz",
         may_change=True,  # the resume compares the list of images instead
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig(DatasetConfig, PixelConfig):
+    """Data"""
+
     download: bool = knob(False, "fetch CIFAR into data_path where it is not there", may_change=True)
     num_workers: int | None = knob(
         None, "loader processes per training process; null is the cores it can have, at most 8", min=0, may_change=True

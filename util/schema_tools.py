@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
-from util.schema import DeviceConfig, PixelConfig, channel_problems, knob
+from util.schema import DatasetConfig, DeviceConfig, PixelConfig, channel_problems, knob
 from util.schema_eval import ClassifierConfig, EvalCropConfig
 from util.schema_pretrain import AutoencoderConfig
 
 
 @dataclass(frozen=True)
-class PictureConfig(DeviceConfig):
+class PictureConfig(DatasetConfig, DeviceConfig):
     """Pictures"""
 
-    num_images: int = knob(16, "of a folder of images, take so many, evenly spaced", unit="images", min=1)
+    num_images: int = knob(16, "of a folder or data set, take so many, evenly spaced", unit="images", min=1)
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
     """Reconstruction pictures"""
 
     model_path: str | None = knob(None, "weights of an autoencoder, of any kind that README lists")
-    img_path: tuple[str, ...] = knob((), "images, or folders of images")
+    img_path: tuple[str, ...] = knob((), "images, or folders of images; none is the data set's validation images")
     save_path: str = knob("output/reconstructions", "folder to write the pictures to")
     mask: str = knob(
         "random", "what is removed: patches at random, large blocks, or all but one patch of every 4 (9, 16)",
@@ -33,7 +33,7 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
     def problems(self) -> list[str]:
         """Values that are legal alone and wrong together, one line each."""
         found = channel_problems(self.in_chans, self.mean, self.std)
-        found += missing("model_path", self.model_path, "PATH") + missing("img_path", self.img_path, "PATH")
+        found += missing("model_path", self.model_path) + no_images("img_path", self.img_path, self)
         for name, values in (("mask_ratio", self.mask_ratio), ("seed", self.seed)):
             if len(set(values)) < len(values):
                 found.append(f"{name} names a number twice: {' '.join(f'{value:g}' for value in values)}")
@@ -47,7 +47,7 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     finetune: str | None = knob(
         None, "weights to look into, of any kind that README lists, or the word random for an untrained model"
     )
-    image_path: tuple[str, ...] = knob((), "images, or folders of images")
+    image_path: tuple[str, ...] = knob((), "images, or folders of images; none is the data set's validation images")
     save_path: str = knob("output/rollout", "folder to write the pictures and maps to")
     head_fusion: str = knob("mean", "how the heads of a layer become one matrix", choices=("mean", "max", "min"))
     discard_ratio: float = knob(
@@ -62,9 +62,14 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     def problems(self) -> list[str]:
         """Values that are legal alone and wrong together, one line each."""
         found = channel_problems(self.in_chans, self.mean, self.std)
-        return found + missing("finetune", self.finetune, "PATH") + missing("image_path", self.image_path, "PATH")
+        return found + missing("finetune", self.finetune) + no_images("image_path", self.image_path, self)
 
 
-def missing(name: str, value: object, placeholder: str) -> list[str]:
+def missing(name: str, value: object) -> list[str]:
     """That a setting without a default is given."""
-    return [] if value else [f"{name} is needed: give --{name} {placeholder}"]
+    return [] if value else [f"{name} is needed: give --{name} PATH"]
+
+
+def no_images(name: str, paths: tuple[str, ...], cfg: DatasetConfig) -> list[str]:
+    """That there are images, named or of a data set."""
+    return [] if paths or cfg.dataset == "mnist5k" or cfg.data_path else missing(name, None)
