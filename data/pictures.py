@@ -1,5 +1,6 @@
 """Images to make pictures of: those that are named, files or folders of them, or a data set's validation images."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +23,13 @@ def open_images(
     if paths:
         return {name: _read(setting, path, in_chans) for name, path in find_images(setting, paths, num_images).items()}
     source = validation_source(dataset, data_path, in_chans)
-    try:
-        return {f"val_{index:05d}": source.read(index) for index in spread(len(source), num_images)}
-    except BadImageError as error:
-        raise InputError(f"a validation image of {data_path} {error}") from error
+    found = {}
+    for index in spread(len(source), num_images):
+        try:
+            found[f"val_{index:05d}"] = source.read(index)
+        except BadImageError as error:
+            raise InputError(f"validation image {source.name(index)}: {error}") from error
+    return found
 
 
 def validation_source(dataset: str, data_path: str | None, in_chans: int) -> ImageSource:
@@ -38,27 +42,29 @@ def validation_source(dataset: str, data_path: str | None, in_chans: int) -> Ima
 
 
 def find_images(setting: str, paths: Sequence[str], num_images: int) -> dict[str, Path]:
-    """Image files by unique names, in order; of a folder `num_images`, evenly spaced.
+    """Image files by unique, printable names, in order; of a folder `num_images`, evenly spaced.
 
-    Raises: InputError naming `setting` for a path that is not there or a folder without images.
+    Raises: InputError for a folder without images.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{setting} {path} does not exist")
-        if path.is_dir():
-            source = FolderSource(str(path), in_chans=3, prefer_train=False)
+    for path in paths:
+        if os.path.isdir(path):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
+            source = FolderSource(path, in_chans=3, prefer_train=False)
             files += [Path(source.name(index)) for index in spread(len(source), num_images)]
         else:
-            files.append(path)
-    alone = len({file.stem for file in files}) == len(files)
-    return {file.stem if alone else f"{place}_{file.stem}": file for place, file in enumerate(files)}
+            files.append(Path(path))
+    names = [file.stem.encode(errors="replace").decode() for file in files]  # a file's name may be no text
+    alone = len(set(names)) == len(names)
+    return {name if alone else f"{place}_{name}": file
+            for place, (name, file) in enumerate(zip(names, files, strict=True))}  # fmt: skip
 
 
 def _read(setting: str, path: Path, in_chans: int) -> Tensor:
     """One image, uint8 `(C, H, W)`. Raises: InputError naming `setting` for a file that is no readable image."""
     try:
         return decode_image(path.read_bytes(), in_chans)
+    except FileNotFoundError as error:
+        raise InputError(f"{setting} {path} does not exist") from error
     except OSError as error:
         raise InputError(f"{setting} {path} cannot be read: {error.strerror}") from error
     except BadImageError as error:

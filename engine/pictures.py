@@ -148,7 +148,8 @@ def _write(canvas: np.ndarray, texts: Sequence[tuple[int, int, str]]) -> np.ndar
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure.figimage(canvas)
     for x, y, text in texts:
-        figure.text(x / width, 1 - (y + TEXT / 2) / height, text, fontsize=8, va="center", parse_math=False)
+        readable = text.encode(errors="replace").decode()  # a file's name may be no text
+        figure.text(x / width, 1 - (y + TEXT / 2) / height, readable, fontsize=8, va="center", parse_math=False)
     return figure_picture(figure)
 
 

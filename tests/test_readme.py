@@ -75,7 +75,8 @@ def small(words: list[str], images: Path, output: Path) -> list[str]:
     stage = re.search(r"(?:run|main)_(pretrain|finetune|lincls|knn)\.", " ".join(words))
     replaced = [replaced_path(word, images, output, words) for word in words]
     if words[1] in PICTURE_TOOLS:
-        return [*replaced, *PICTURE_TOOLS[words[1]]]
+        place = [] if "--save_path" in words else ["--save_path", str(output)]
+        return [*replaced, *PICTURE_TOOLS[words[1]], *place]
     if stage is None:
         return replaced
     return [*replaced, *SMALL, *([] if stage[1] == "knn" else TRAINING), "--output_dir", str(output)]

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, crop_pct=1.0)
+        for ratio in cfg.mask_ratio:  # what cannot be is refused before anything is drawn
+            draw_mask(cfg.mask, model.grid_size, ratio, generator(0))
         rows, labels, psnr = [], [], {}
         for place, (name, image) in enumerate(images.items()):
             for seed in cfg.seed:

@@ -35,7 +35,7 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
         found = channel_problems(self.in_chans, self.mean, self.std)
         found += missing("model_path", self.model_path) + no_images("img_path", self.img_path, self)
         for name, values in (("mask_ratio", self.mask_ratio), ("seed", self.seed)):
-            if len(set(values)) < len(values):
+            if len({f"{value:g}" for value in values}) < len(values):  # as in the pictures' names
                 found.append(f"{name} names a number twice: {' '.join(f'{value:g}' for value in values)}")
         return found
 
