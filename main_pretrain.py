@@ -20,7 +20,7 @@ from data.transforms import PixelNormalizer, pretrain_transform
 from engine.bad_samples import BadSamples
 from engine.batches import train_batches
 from engine.checkpoint import load_newest_checkpoint, save_weights, weights_path
-from engine.loop import log_start, train
+from engine.loop import log_start, prepare_model, train
 from engine.monitor import Monitor
 from engine.optim import build_adamw, optimizer_step, param_groups
 from engine.resume import plan_resumable, run_facts
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         plan = plan_resumable(cfg, run, len(source), saved, facts)
 
         torch.manual_seed(cfg.seed)
-        model = build_mae(cfg).to(run.device)
+        model = prepare_model(build_mae(cfg).to(run.device), cfg, run.device)
         optimizer = build_adamw(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
         state = TrainState.begin(model, optimizer, run.device, autocast_dtype(cfg.precision, run.device))
         if state.resume(saved, run, plan.stop_step):

@@ -4,6 +4,8 @@ It yields at the end of each epoch, so that an entry script can evaluate between
 """
 
 import logging
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -80,6 +82,20 @@ def train(
             if saver.due(epochs_done) or state.step == plan.stop_step:
                 saver.save(state, plan.total_batch)
             stopwatch.open_window()  # an evaluation and a save are not training
+
+
+def prepare_model(model: Any, cfg: Any, device: torch.device) -> Any:
+    """Sets what `checkpointing` and `compile` ask for on a model, in place; its state stays under the same names.
+
+    Raises: InputError where compiling needs a compiler that this machine has not.
+    """
+    model.checkpointing = cfg.checkpointing
+    if cfg.compile:
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+        if cfg.compile_backend == "inductor" and device.type == "cpu" and not any(map(shutil.which, compilers)):
+            raise InputError("compile on a CPU needs a C++ compiler: install g++, or leave compile out")
+        model.compile(backend=cfg.compile_backend, fullgraph=True, dynamic=False)
+    return model
 
 
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:

@@ -5,7 +5,7 @@ Pictures are uint8 `(H, W, 3)` numpy arrays, heat maps float `(rows, columns)` o
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -51,15 +51,15 @@ def heat_over(picture: np.ndarray, heat: np.ndarray, box: Box | None = None) -> 
     """The picture with a heat map over its part `box`; None is all of it."""
     height, width = picture.shape[:2]
     top, left, bottom, right = (round(edge) for edge in box or (0, 0, height, width))
-    size = (bottom - top, right - left)
+    top, left = min(top, height - 1), min(left, width - 1)
+    bottom, right = max(bottom, top + 1), max(right, left + 1)  # rounded, a box may be less than a pixel
     values = torch.from_numpy(unit_range(heat)).float()[None, None]
-    smooth = F.interpolate(values, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
-    colors = COLORS(smooth)[..., :3] * 255
+    smooth = F.interpolate(values, size=(bottom - top, right - left), mode="bilinear", align_corners=False)[0, 0]
+    colors = COLORS(smooth.numpy(), bytes=True)[..., :3]
     result = picture.copy()
-    # a box may reach a pixel past the image, where it was rounded
-    part = result[max(top, 0) : bottom, max(left, 0) : right]
+    part = result[max(top, 0) : bottom, max(left, 0) : right]  # or reach a pixel past the image
     colors = colors[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]]
-    part[:] = np.round((1 - OPACITY) * part + OPACITY * colors)
+    part[:] = np.round(np.float32(1 - OPACITY) * part + np.float32(OPACITY) * colors)
     return result
 
 
@@ -125,8 +125,22 @@ def square_rows(pictures: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 def write_png(path: Path, picture: np.ndarray) -> Path:
     """Writes a picture. Raises: InputError where that is not possible."""
+    return _write_file(path, lambda target: Image.fromarray(picture).save(target, format="PNG"))
+
+
+def write_npy(path: Path, array: np.ndarray) -> Path:
+    """Writes an array in numpy's format. Raises: InputError where that is not possible."""
+
+    def write(target: Path) -> None:
+        with target.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+
+    return _write_file(path, write)
+
+
+def _write_file(path: Path, write: Callable[[Path], object]) -> Path:
     try:
-        write_whole(path, lambda target: Image.fromarray(picture).save(target, format="PNG"))
+        write_whole(path, write)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
     return path

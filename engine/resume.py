@@ -6,7 +6,7 @@ from typing import Any
 from data.datasets import ImageSource
 from engine.run import Run
 from engine.schedule import Plan, choose_accum_iter, plan_run
-from util.config import changed_settings, differences, plain
+from util.config import changed_settings, differences, plain, with_defaults
 from util.dist import all_gather
 from util.errors import InputError
 
@@ -43,7 +43,7 @@ def check_resumable(cfg: Any, saved: dict[str, Any] | None, facts: dict[str, Any
     if saved is None:
         return
     new_args = facts["model_args"]
-    changes = differences(saved["model_args"], new_args)
+    changes = differences(with_defaults(saved["model_args"], cfg), new_args)
     changes += changed_settings(saved["config"], cfg, skip={"size", *new_args})
     if saved["data"] != facts["data"]:
         old, new = saved["data"]["num_images"], facts["data"]["num_images"]

@@ -1,4 +1,4 @@
-"""Attention rollout (arXiv 2005.00928): how much each patch contributes to what the classifier reads, over all layers.
+"""Attention rollout (arXiv 2005.00928): how much each patch contributes to the class token, over all layers.
 
 Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `L` layers.
 """
@@ -14,7 +14,12 @@ HEAD_FUSIONS = ("mean", "max", "min")
 
 
 def rollout(
-    attentions: Sequence[Tensor], head_fusion: str, discard_ratio: float, class_token: bool, layer: int | None = None
+    attentions: Sequence[Tensor],
+    head_fusion: str,
+    discard_ratio: float,
+    class_token: bool,
+    layer: int | None = None,
+    reader: str = "token",
 ) -> Tensor:
     """What the class token (without one: the mean patch) takes from each patch, `(B, N)`.
 
@@ -25,6 +30,7 @@ def rollout(
             column stays. 0 is the paper.
         class_token: the first token is one.
         layer: only this one, in place of all.
+        reader: see `read_patches`.
 
     With fused, thinned attention W of layer l: A_l = (W + I) / 2, rows normalised to sum to 1, R_l = A_l R_(l-1).
     Source: arXiv 2005.00928, section 3, equation 1 and the paragraph before it.
@@ -37,7 +43,7 @@ def rollout(
         fused = discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token)
         mixed = (fused + identity) / 2
         result = mixed / mixed.sum(dim=-1, keepdim=True) @ result
-    return read_patches(result, class_token)
+    return read_patches(result, class_token, reader)
 
 
 def fuse_heads(attention: Tensor, head_fusion: str) -> Tensor:
@@ -59,9 +65,15 @@ def discard_lowest(fused: Tensor, discard_ratio: float, class_token: bool) -> Te
     return torch.cat([fused[:, :, :1], thinned[:, :, 1:]], dim=2) if class_token else thinned
 
 
-def read_patches(matrices: Tensor, class_token: bool) -> Tensor:
-    """What is read of matrices `(..., T, T)` over the patches: the class token's row, or the mean row, `(..., N)`."""
-    return matrices[..., 0, 1:] if class_token else matrices.mean(dim=-2)
+def read_patches(matrices: Tensor, class_token: bool, reader: str = "token") -> Tensor:
+    """What is read of matrices `(..., T, T)` over the patches, `(..., N)`.
+
+    `reader` "token" is the class token's row, or the mean row where there is none; "avg" the mean of the patches' rows,
+    which is what a classifier with `global_pool: avg` goes by, whether it has a class token or not.
+    """
+    if not class_token:
+        return matrices.mean(dim=-2)
+    return matrices[..., 0, 1:] if reader == "token" else matrices[..., 1:, 1:].mean(dim=-2)
 
 
 def class_attentions(model: VisionTransformer, images: Tensor, category: int) -> tuple[Tensor, list[Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks import Block
+from models.blocks import Block, CrossBlock
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights_info import WeightsInfo, by
@@ -77,12 +77,14 @@ def load_into_mae(model: MaskedAutoencoder, tensors: dict[str, Tensor], info: We
     if not info.has_decoder:
         problems.append("it holds no decoder: take a file of the whole autoencoder, as pretraining writes it")
     else:
-        block = model.decoder_blocks[0] if len(model.decoder_blocks) else None
+        block = model.decoder_blocks[0]
+        assert isinstance(block, Block | CrossBlock)
         sides = {
             "decoder_embed_dim": (info.decoder_embed_dim, model.decoder_pos_embed.shape[-1]),
             "decoder_depth": (info.decoder_depth, len(model.decoder_blocks)),
-            "decoder_num_heads": (info.decoder_num_heads, block.attn.num_heads if isinstance(block, Block) else None),
+            "decoder_num_heads": (info.decoder_num_heads, block.attn.num_heads),
             "decoder_class_token": (info.decoder_class_token, model.decoder_class_token),
+            "decoder": (info.decoder, model.decoder),
         }
         problems += _differences(sides)
     if problems:

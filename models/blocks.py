@@ -12,31 +12,12 @@ from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-Size = int | tuple[int, int]
+from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-6
 # On CPU the fused kernel's backward is several times slower on short sequences, and its memory saving only matters
 # on long ones.
 CPU_FUSED_FROM_TOKENS = 512
-
-
-def pair(size: Size) -> tuple[int, int]:
-    """(H, W) of an int or a pair."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def vit_problems(img_size: Size, patch_size: Size, embed_dim: int, num_heads: int, part: str = "") -> list[str]:
-    """What is wrong with a transformer's geometry, one line each; `part` is a prefix of the names, as `decoder_`."""
-    found = []
-    for side, image, patch in zip(("height", "width"), pair(img_size), pair(patch_size), strict=True):
-        if image % patch:
-            found.append(f"patch_size {patch} does not divide the image {side} {image}")
-    if embed_dim % num_heads:
-        found.append(f"{part}embed_dim {embed_dim} is not divisible by {part}num_heads {num_heads}")
-    if embed_dim % 4:
-        found.append(f"{part}embed_dim {embed_dim} is not divisible by 4, which the position table needs")
-    return found
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -58,6 +39,19 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)  # (B, N, D)
 
 
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`(B, heads, T, d)`, two of `(B, heads, S, d)` -> out `(B, heads, T, d)` and weights `(B, heads, T, S)`."""
+    attention = ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+    return attention.to(v.dtype) @ v, attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The first half of `explicit_attention`, by the path that is fastest on the device at this length."""
+    if q.device.type == "cpu" and k.shape[2] < CPU_FUSED_FROM_TOKENS:
+        return explicit_attention(q, k, v, scale)[0]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (arXiv 1706.03762, equation 1) with one projection for q, k and v."""
 
@@ -72,23 +66,33 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
         return q, k, v  # each (B, heads, T, D / heads)
 
-    def _explicit(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = self._split(x)
-        attention = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, T, T)
-        out = rearrange(attention.to(v.dtype) @ v, "b h t d -> b t (h d)")
-        return self.proj(out), attention  # (B, T, D), (B, heads, T, T)
-
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, D)` -> `(B, T, D)`."""
-        if x.device.type == "cpu" and x.shape[1] < CPU_FUSED_FROM_TOKENS:
-            return self._explicit(x)[0]
-        q, k, v = self._split(x)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = attend(*self._split(x), self.scale)
         return self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
 
     def forward_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, and the attention weights `(B, heads, T, T)` with their graph."""
-        return self._explicit(x)
+        out, attention = explicit_attention(*self._split(x), self.scale)
+        return self.proj(rearrange(out, "b h t d -> b t (h d)")), attention
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to a memory (arXiv 1706.03762, equation 1)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """`(B, T, D)` queries, `(B, S, D)` memory -> `(B, T, D)`."""
+        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads)  # (B, heads, T, D / heads)
+        k, v = rearrange(self.kv(memory), "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
+        return self.proj(rearrange(attend(q, k, v, self.scale), "b h t d -> b t (h d)"))  # (B, T, D)
 
 
 class Mlp(nn.Module):
@@ -125,6 +129,32 @@ class Block(nn.Module):
         attended, attention = self.attn.forward_with_attention(self.norm1(x))
         x = x + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x))), attention
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block of a cross-attention decoder: x + cross(norm(x), memory), then x + mlp(norm(x)).
+
+    The queries do not attend to one another. Source: arXiv 2401.14391, section 3.2.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = CrossAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """`(B, T, D)` queries, `(B, S, D)` memory -> `(B, T, D)`."""
+        x = x + self.attn(self.norm1(x), memory)
+        return x + self.mlp(self.norm2(x))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, *memory: Tensor, checkpointing: bool) -> Tensor:
+    """`x` through all blocks; with `checkpointing` each block is computed again for its gradient instead of kept."""
+    for block in blocks:
+        x = checkpoint(block, x, *memory, use_reentrant=False) if checkpointing else block(x, *memory)
+    return x
 
 
 def init_patch_embed(patch_embed: PatchEmbed) -> None:

@@ -7,8 +7,8 @@ carries under the same name is passed on, so nothing is renamed on the way.
 import inspect
 from typing import Any
 
-from models.blocks import vit_problems
-from models.mae import MaskedAutoencoder, mae_problems
+from models.geometry import mae_problems, vit_problems
+from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer, readout_problems
 
 # tiny and debug: DeiT (arXiv 2012.12877, table 1) and a size for tests. small: DeiT. base, large, huge: ViT

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from models.blocks import LAYER_NORM_EPS, pair
+from models.blocks import LAYER_NORM_EPS
 from models.build import VIT_SIZES
+from models.geometry import pair
 from models.huggingface import MARK, from_huggingface, huggingface_facts
 from models.mae import MaskedAutoencoder
 from models.reference_project import decoder_heads, from_reference, is_reference
@@ -111,6 +112,7 @@ def _own_info(raw: RawWeights, where: str) -> WeightsInfo:
             "has_decoder": has_decoder,
             "num_classes": args.get("num_classes") or None,
             "fc_norm": use_fc_norm,
+            "decoder": args.get("decoder", "self") if has_decoder else None,
             **{name: tuple(raw.facts[name]) for name in ("mean", "std") if raw.facts[name] is not None},
         }
     except (TypeError, IndexError) as error:
@@ -130,6 +132,7 @@ def _foreign_info(
     heads = [row["num_heads"] for row in VIT_SIZES.values() if (row["embed_dim"], row["depth"]) == (embed_dim, depth)]
     found: dict[str, Any] = {"num_heads": heads[0] if heads else None, "img_size": img_size}
     if has_decoder:
+        found["decoder"] = "self"
         width = _shape(tensors, "decoder_embed.weight", 2, where)[0]
         from_width = decoder_heads if owner == "reference project" else PAPER_DECODER.get
         found["decoder_num_heads"] = from_width(width)

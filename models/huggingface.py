@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.blocks import LAYER_NORM_EPS, pair
+from models.blocks import LAYER_NORM_EPS
+from models.geometry import pair
 from models.weights_info import PAPER_MASK_RATIO, WeightsInfo, mae_args
 from util.errors import InputError
 
@@ -156,6 +157,7 @@ def huggingface_problems(info: WeightsInfo) -> list[str]:
         "it has no head": info.num_classes is None,
         "it needs a class token in the encoder": info.class_token,
         "it needs the class token in the decoder": not info.has_decoder or bool(info.decoder_class_token),
+        "it needs the standard decoder": info.decoder != "cross",
         "it needs square images": info.img_size[0] == info.img_size[1],
         "it needs square patches": info.patch_size[0] == info.patch_size[1],
     }

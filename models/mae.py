@@ -3,6 +3,9 @@
 The decoder works on the shuffled order [kept, removed], with positions gathered in that order: attention does not
 care, and nothing has to be unshuffled in training. Only removed patches go through the prediction head.
 
+`decoder: cross` is the cheaper one of arXiv 2401.14391: queries of the predicted patches attend to the encoder's output
+and not to one another, so that some of the removed patches are enough.
+
 Shapes: `B` batch, `N` patches, `K` kept patches, `D` width, `P` patch side, `C` channels; a `+` before a token count
 stands for the class token where there is one.
 """
@@ -13,42 +16,20 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.blocks import LAYER_NORM_EPS, Block, PatchEmbed, Size, init_for_pretraining, pair, patchify, vit_problems
+from models.blocks import (
+    LAYER_NORM_EPS,
+    Block,
+    CrossBlock,
+    PatchEmbed,
+    init_for_pretraining,
+    patchify,
+    run_blocks,
+)
+from models.geometry import Size, mae_problems, num_kept, num_predicted, pair
 from models.pos_embed import sincos_pos_embed
 from util.errors import InputError
 
 TARGET_VAR_EPS = 1e-6  # added to a patch's variance under the root
-
-
-def num_kept(num_patches: int, mask_ratio: float) -> int:
-    """K = floor(N * (1 - mask_ratio)), safe against float noise (N = 10, ratio 0.9 keeps 1)."""
-    return math.floor(num_patches * (1 - mask_ratio) + 1e-6)
-
-
-def mae_problems(
-    img_size: Size,
-    patch_size: Size,
-    embed_dim: int,
-    num_heads: int,
-    class_token: bool,
-    decoder_embed_dim: int,
-    decoder_num_heads: int,
-    decoder_class_token: bool,
-    mask_ratio: float,
-) -> list[str]:
-    """What is wrong with an autoencoder's geometry, one line each."""
-    found = vit_problems(img_size, patch_size, embed_dim, num_heads)
-    found += [p for p in vit_problems(img_size, patch_size, decoder_embed_dim, decoder_num_heads, "decoder_")
-              if p not in found]  # fmt: skip
-    if decoder_class_token and not class_token:
-        found.append("decoder_class_token true needs class_token true: there is no class token to pass on")
-    num_patches = math.prod(i // p for i, p in zip(pair(img_size), pair(patch_size), strict=True))
-    kept = num_kept(num_patches, mask_ratio)
-    if num_patches and not 0 < kept < num_patches:
-        found.append(
-            f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: at least one must stay and one must go"
-        )
-    return found
 
 
 class MaskedAutoencoder(nn.Module):
@@ -63,6 +44,10 @@ class MaskedAutoencoder(nn.Module):
         decoder_class_token: the class token goes on through the decoder (the paper); otherwise it leaves after `norm`.
         mask_ratio: share of the patches removed, in (0, 1).
         norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
+        decoder: "self", the paper's, or "cross".
+        pred_ratio: "cross" only: share of all N patches that is predicted, of the removed; None is all of those.
+
+    `checkpointing` may be set on a model: blocks then keep nothing for the gradient but are computed again.
 
     Raises: InputError for a geometry that cannot be.
     """
@@ -83,11 +68,13 @@ class MaskedAutoencoder(nn.Module):
         decoder_class_token: bool,
         mask_ratio: float,
         norm_pix_loss: bool,
+        decoder: str = "self",
+        pred_ratio: float | None = None,
     ):
         super().__init__()
         problems = mae_problems(
             img_size, patch_size, embed_dim, num_heads, class_token,
-            decoder_embed_dim, decoder_num_heads, decoder_class_token, mask_ratio,
+            decoder_embed_dim, decoder_num_heads, decoder_class_token, mask_ratio, decoder, pred_ratio,
         )  # fmt: skip
         if problems:
             raise InputError("; ".join(problems))
@@ -99,6 +86,9 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.decoder_class_token = decoder_class_token
+        self.decoder = decoder
+        self.pred_ratio = pred_ratio
+        self.checkpointing = False
 
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -111,8 +101,9 @@ class MaskedAutoencoder(nn.Module):
         self.register_buffer(
             "decoder_pos_embed", sincos_pos_embed(decoder_embed_dim, self.grid_size, decoder_class_token)
         )
+        block: type[Block] | type[CrossBlock] = CrossBlock if decoder == "cross" else Block
         self.decoder_blocks = nn.ModuleList(
-            [Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
+            [block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(decoder_embed_dim, math.prod(self.patch_size) * in_chans)
@@ -144,27 +135,29 @@ class MaskedAutoencoder(nn.Module):
         if self.cls_token is not None:
             cls = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
             x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+K, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)  # (B, +K, D)
+        return self.norm(run_blocks(self.blocks, x, checkpointing=self.checkpointing))  # (B, +K, D)
 
-    def forward_decoder(self, latent: Tensor, ids_shuffle: Tensor) -> Tensor:
-        """Decodes all patches in shuffled order: `(B, +K, D)`, `(B, N)` -> `(B, N, decoder D)`, kept ones first."""
-        batch, num_patches = ids_shuffle.shape
+    def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_pred: Tensor) -> Tensor:
+        """Decodes the patches `ids_pred` `(B, M)` from `latent` `(B, +K, D)`; they come last in the result.
+
+        The standard decoder takes all removed patches and gives the kept ones too, `(B, K+M, decoder D)`. To the cross
+        decoder each patch is on its own: any will do, `(B, M, decoder D)`.
+        """
         if self.cls_token is not None and not self.decoder_class_token:
             latent = latent[:, 1:]  # (B, K, D)
-        x = self.decoder_embed(latent)  # (B, +K, decoder D)
-        has_cls = int(self.decoder_class_token)
-        num_masked = num_patches + has_cls - x.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(batch, num_masked, -1)
-        positions = self.decoder_pos_embed[0, has_cls:][ids_shuffle]  # (B, N, decoder D)
-        if has_cls:
-            cls_pos = self.decoder_pos_embed[:, :1].expand(batch, -1, -1)
-            positions = torch.cat([cls_pos, positions], dim=1)  # (B, 1+N, decoder D)
-        x = torch.cat([x, mask_tokens], dim=1) + positions  # (B, +N, decoder D)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return x[:, has_cls:]  # (B, N, decoder D)
+        embedded = self.decoder_embed(latent)  # (B, +K, decoder D)
+        memory = embedded + self._decoder_positions(ids_keep, self.decoder_class_token)
+        queries = self.mask_token.to(embedded.dtype) + self._decoder_positions(ids_pred, False)  # (B, M, decoder D)
+        if self.decoder == "cross":
+            return run_blocks(self.decoder_blocks, queries, memory, checkpointing=self.checkpointing)
+        x = torch.cat([memory, queries], dim=1)  # (B, +K+M, decoder D)
+        return run_blocks(self.decoder_blocks, x, checkpointing=self.checkpointing)[:, int(self.decoder_class_token) :]
+
+    def _decoder_positions(self, ids: Tensor, with_cls: bool) -> Tensor:
+        """Positions of patches `(B, M)`, after the class token's if wanted: `(B, +M, decoder D)`."""
+        table = self.decoder_pos_embed[0]
+        positions = table[ids + int(self.decoder_class_token)]  # (B, M, decoder D)
+        return torch.cat([table[:1].expand(len(ids), 1, -1), positions], dim=1) if with_cls else positions
 
     def target(self, patches: Tensor) -> Tensor:
         """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised per patch."""
@@ -174,7 +167,7 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / std
 
     def forward(self, images: Tensor, ids_shuffle: Tensor | None = None) -> Tensor:
-        """Mean over removed patches of the mean squared error per patch, a scalar (paper, "Reconstruction target").
+        """Mean over predicted patches of the mean squared error per patch, a scalar (paper, "Reconstruction target").
 
         Args:
             images: `(B, C, H, W)` float, already normalised.
@@ -185,10 +178,12 @@ class MaskedAutoencoder(nn.Module):
         if ids_shuffle is None:
             ids_shuffle = self._draw_shuffle(images)
         kept = num_kept(self.num_patches, self.mask_ratio)
-        latent = self.forward_encoder(patches, ids_shuffle[:, :kept])
-        masked = self.forward_decoder(latent, ids_shuffle)[:, kept:]  # (B, N-K, decoder D)
-        pred = self.decoder_pred(self.decoder_norm(masked))  # (B, N-K, P*P*C)
-        target = self.target(_gather(patches, ids_shuffle[:, kept:]))  # (B, N-K, P*P*C)
+        ids_keep = ids_shuffle[:, :kept]  # (B, K)
+        ids_pred = ids_shuffle[:, kept:][:, : num_predicted(self.num_patches, self.mask_ratio, self.pred_ratio)]
+        latent = self.forward_encoder(patches, ids_keep)
+        decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -ids_pred.shape[1] :]  # (B, M, decoder D)
+        pred = self.decoder_pred(self.decoder_norm(decoded))  # (B, M, P*P*C)
+        target = self.target(_gather(patches, ids_pred))  # (B, M, P*P*C)
         return (pred.to(target.dtype) - target).square().mean()
 
     def reconstruct(
@@ -204,8 +199,11 @@ class MaskedAutoencoder(nn.Module):
         kept = num_kept(self.num_patches, self.mask_ratio if mask_ratio is None else mask_ratio)
         if not 0 < kept < self.num_patches:
             raise ValueError(f"mask_ratio {mask_ratio} keeps {kept} of {self.num_patches} patches")
-        latent = self.forward_encoder(patches, ids_shuffle[:, :kept])
-        shuffled = self.decoder_pred(self.decoder_norm(self.forward_decoder(latent, ids_shuffle)))  # (B, N, P*P*C)
+        ids_keep = ids_shuffle[:, :kept]  # (B, K)
+        latent = self.forward_encoder(patches, ids_keep)
+        ids_pred = ids_shuffle if self.decoder == "cross" else ids_shuffle[:, kept:]
+        decoded = self.forward_decoder(latent, ids_keep, ids_pred)  # (B, N, decoder D), in shuffled order
+        shuffled = self.decoder_pred(self.decoder_norm(decoded))  # (B, N, P*P*C)
         ids_restore = ids_shuffle.argsort(dim=1)  # (B, N)
         mask = (ids_restore >= kept).to(images.dtype)  # (B, N)
         return _gather(shuffled, ids_restore).to(images.dtype), mask

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.mae import num_kept
+from models.geometry import num_kept
 from util.errors import InputError
 
 BLOCK_SHARE = 16 / 196  # smallest block over all patches: 16 of 14 x 14 in arXiv 2106.08254, algorithm 1

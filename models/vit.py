@@ -7,7 +7,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models.blocks import LAYER_NORM_EPS, Block, PatchEmbed, Size, init_patch_embed, pair, patchify, vit_problems
+from models.blocks import LAYER_NORM_EPS, Block, PatchEmbed, init_patch_embed, patchify
+from models.geometry import Size, pair, vit_problems
 from models.pos_embed import sincos_pos_embed
 from util.errors import InputError
 

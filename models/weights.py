@@ -88,6 +88,7 @@ def _write_mae(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> Non
     needs = {
         "it needs a class token in the encoder": info.class_token,
         "it needs the class token in the decoder": not info.has_decoder or bool(info.decoder_class_token),
+        "it needs the standard decoder": info.decoder != "cross",
         "it needs square images": info.img_size[0] == info.img_size[1],
         "it needs square patches": info.patch_size[0] == info.patch_size[1],
     }

@@ -43,6 +43,8 @@ class WeightsInfo:
     decoder_depth: int | None = None
     decoder_num_heads: int | None = None
     decoder_class_token: bool | None = None
+    decoder: str | None = None
+    pred_ratio: float | None = None
     mask_ratio: float | None = None
     norm_pix_loss: bool | None = None
     mean: tuple[float, ...] | None = None
@@ -75,8 +77,9 @@ class WeightsInfo:
             facts.append(f"head of {self.num_classes} classes")
         if self.has_decoder:
             passed = "with" if self.decoder_class_token else "without"
+            kind = "cross-attention decoder" if self.decoder == "cross" else "decoder"
             facts.append(
-                f"decoder {self.decoder_embed_dim} wide, {self.decoder_depth} deep, {_heads(self.decoder_num_heads)}, "
+                f"{kind} {self.decoder_embed_dim} wide, {self.decoder_depth} deep, {_heads(self.decoder_num_heads)}, "
                 f"{passed} class token"
             )
         return f"{self.kind}: {', '.join(facts)}"
@@ -114,6 +117,8 @@ def mae_args(info: WeightsInfo) -> dict[str, Any]:
         "decoder_class_token": info.decoder_class_token,
         "mask_ratio": PAPER_MASK_RATIO if info.mask_ratio is None else info.mask_ratio,
         "norm_pix_loss": info.norm_pix_loss,
+        "decoder": info.decoder,
+        "pred_ratio": info.pred_ratio,
     }
 
 

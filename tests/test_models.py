@@ -10,7 +10,8 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.blocks import Attention, Block
-from models.mae import MaskedAutoencoder, num_kept
+from models.geometry import num_kept
+from models.mae import MaskedAutoencoder
 from models.pos_embed import sincos_pos_embed
 from models.vit import VisionTransformer
 from util.errors import InputError

@@ -39,7 +39,7 @@ from util.errors import InputError
 MAE = {
     "img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0,
     "class_token": True, "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 1,
-    "decoder_class_token": True, "mask_ratio": 0.75, "norm_pix_loss": True,
+    "decoder_class_token": True, "mask_ratio": 0.75, "norm_pix_loss": True, "decoder": "self", "pred_ratio": None,
 }  # fmt: skip
 NO_TOKEN = MAE | {"class_token": False, "decoder_class_token": False}
 TOKEN_LEAVES = MAE | {"decoder_class_token": False}

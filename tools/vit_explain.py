@@ -22,7 +22,7 @@ from torch import Tensor
 from data.pictures import open_images
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.backbone import build_frozen
-from engine.pictures import draw_grid, draw_overlay, heat_over, square_rows, to_picture, write_png
+from engine.pictures import draw_grid, draw_overlay, heat_over, square_rows, to_picture, write_npy, write_png
 from engine.rollout import class_attentions, read_patches, rollout
 from engine.run import check_writable
 from models.build import classifier_config_problems
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     num_classes = check_category(cfg, cfg.finetune)
     overlays, pairs = [], []
     with init_processes(cfg.device) as processes:
-        model = build_frozen(cfg, cfg.finetune, num_classes).model.to(processes.device)
+        model = build_frozen(cfg, cfg.finetune, num_classes or 1).model.to(processes.device)
         check_layer(cfg, len(model.blocks))
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, cfg.crop_pct)
@@ -55,16 +55,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             shown = fit(image)
             attentions = look(cfg, model, normalize(shown[None]))
             has_cls = model.cls_token is not None
-            patches = rollout(attentions, cfg.head_fusion, cfg.discard_ratio, has_cls, cfg.layer_index)  # (1, N)
-            heat = to_map(patches[0], model)
+            # what speaks for a class goes by what the head reads: the gradient of a class token it ignores is 0
+            reader = "token" if cfg.category_index is None else cfg.global_pool
+            patches = rollout(attentions, cfg.head_fusion, cfg.discard_ratio, has_cls, cfg.layer_index, reader)
+            heat = to_map(patches[0], model)  # (rows, columns)
             stem = folder / (name + suffix(cfg))
-            np.save(f"{stem}_rollout.npy", heat)
+            write_npy(Path(f"{stem}_rollout.npy"), heat)
             label = "attention rollout" if cfg.layer_index is None else f"attention, layer {cfg.layer_index}"
             overlay = draw_overlay(to_picture(image), heat, fit.seen(*image.shape[-2:]), label)
             overlays.append(write_png(Path(f"{stem}_rollout.png"), overlay))
             pairs.append([to_picture(shown), heat_over(to_picture(shown), heat)])
             layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
-            heads = read_patches(attentions[layer][0], has_cls)  # (heads, N)
+            heads = read_patches(attentions[layer][0], has_cls, reader)  # (heads, N)
             maps = [heat_over(to_picture(shown), to_map(of_head, model)) for of_head in heads]
             title = f"{name}: the {len(maps)} heads of layer {layer}"
             rows = square_rows(maps)
@@ -96,6 +98,8 @@ def check_category(cfg: ExplainConfig, weights: str) -> int:
     """The number of classes of the weights. Raises: InputError where they cannot say what speaks for a class."""
     info = None if weights == RANDOM_WEIGHTS else describe_weights(weights)
     num_classes = 0 if info is None else info.num_classes or 0
+    if num_classes and cfg.num_classes not in (None, num_classes):
+        raise InputError(f"num_classes is {cfg.num_classes} in the settings and {num_classes} in {weights}")
     if cfg.category_index is None:
         return num_classes
     if info is None or not num_classes:

@@ -102,7 +102,12 @@ def changed_settings(old: dict[str, Any], config: StageConfig, skip: set[str]) -
     """The settings, less `skip`, that alter a run's result and differ from a checkpoint's, as `name: old -> new`."""
     free = {f.name for f in dataclasses.fields(config) if f.metadata["may_change"]} | skip
     new = plain(dataclasses.asdict(config))
-    return differences(old, {name: value for name, value in new.items() if name not in free})
+    return differences(with_defaults(old, config), {name: value for name, value in new.items() if name not in free})
+
+
+def with_defaults(old: dict[str, Any], config: StageConfig) -> dict[str, Any]:
+    """An older run's settings, with those that did not exist then at their defaults."""
+    return plain({f.name: f.default for f in dataclasses.fields(config)}) | old
 
 
 def _parser(config_class: type, stage: str) -> LineParser:

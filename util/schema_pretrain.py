@@ -23,6 +23,14 @@ class AutoencoderConfig(ModelConfig):
     decoder_depth: int = knob(8, "decoder blocks", min=1)
     decoder_num_heads: int = knob(16, "decoder attention heads", min=1)
     decoder_class_token: bool = knob(True, "the class token goes on through the decoder; needs class_token")
+    decoder: str = knob(
+        "self", "the paper's, or the cheaper one whose queries attend to the encoder's output only",
+        choices=("self", "cross"),
+    )  # fmt: skip
+    pred_ratio: float | None = knob(
+        None, "decoder cross: share of all patches that is predicted, drawn among the removed; null is all of those",
+        unit="in [0, 1]", above=0, max=1,
+    )  # fmt: skip
     norm_pix_loss: bool = knob(True, "the target is each patch's pixels, normalised by their own mean and variance")
 
 
@@ -56,7 +64,22 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(AdamWConfig, MAEConfig, AugmentConfig, DataConfig, MonitorConfig, TrainRunConfig):
+class SpeedConfig:
+    """Speed and memory"""
+
+    compile: bool = knob(False, "compile the model with torch.compile, for speed on GPUs", may_change=True)
+    compile_backend: str = knob(
+        "inductor", "of compile; aot_eager and eager are for finding faults",
+        choices=("inductor", "aot_eager", "eager"), may_change=True,
+    )  # fmt: skip
+    checkpointing: bool = knob(
+        False, "compute activations again for the gradient instead of keeping them: less memory, a third more work",
+        may_change=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainConfig(AdamWConfig, MAEConfig, AugmentConfig, DataConfig, MonitorConfig, SpeedConfig, TrainRunConfig):
     """Everything `main_pretrain.py` takes."""
 
     def problems(self) -> list[str]:
