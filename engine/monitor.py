@@ -110,7 +110,7 @@ class Monitor:
             row = [to_picture(getattr(found, column)[0]) for column in COLUMNS]
             rows.append([*row, heat_over(row[0], heat.cpu().numpy())])
             psnr.append(float(found.psnr[0]))
-            labels.append(f"{name}  PSNR {psnr[-1]:.2f} dB")
+            labels.append(f"{Path(name).name}  PSNR {psnr[-1]:.2f} dB")
         caption = f"{target_caption(self.model)} {ATTENTION}"
         self.run.record_picture(PICTURE, draw_grid(rows, [*COLUMNS, "attention"], labels, caption), step)
         return sum(psnr) / len(psnr)
@@ -128,7 +128,7 @@ class Monitor:
             return {}
         train_labels, val_labels = (torch.from_numpy(source.labels) for source in (self.train, self.val))
         rank, world_size = self.run.processes.rank, self.run.processes.world_size
-        num_classes = int(train_labels.max()) + 1
+        num_classes = int(max(train_labels.max(), val_labels.max())) + 1  # a small choice may lack some
         ranks = ranks_by_k(
             train[rank::world_size], train_labels, val.to(self.run.device), val_labels, (K,), TEMPERATURE, num_classes,
             rank, world_size,
@@ -156,7 +156,7 @@ def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> 
 
     Starts from zero and draws nothing: a function of its arguments.
     """
-    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0) + 1e-6
     inputs = (train - mean) / std
     weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
     bias = torch.zeros(num_classes, requires_grad=True)
@@ -199,7 +199,7 @@ def _pictures(source: ImageSource, cfg: PretrainConfig) -> dict[str, Tensor]:
     found = {}
     for index in spread(len(source), cfg.monitor_images):
         try:
-            found[Path(source.name(index)).name] = fit(source.read(index))
+            found[source.name(index)] = fit(source.read(index))
         except BadImageError as error:
             logger.warning("not shown by the monitor: %s %s", source.name(index), error)
     return found

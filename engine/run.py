@@ -109,7 +109,9 @@ class Run:
 
     def record_settings(self, metrics: dict[str, float]) -> None:
         """Writes the settings with a finished run's figures to TensorBoard, where its HParams page compares runs."""
-        if self.tensorboard is not None:
+        # once only, as the first settings stay: not at a stop on the way
+        is_whole = self.settings.get("stop_epoch") in (None, self.settings.get("epochs"))
+        if self.tensorboard is not None and is_whole:
             settings = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in self.settings.items()}
             self.tensorboard.add_hparams(settings, metrics, run_name=".", global_step=self.last_step)
 

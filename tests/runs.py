@@ -24,7 +24,7 @@ from util.schema import DataConfig
 DIGITS = shlex.split("""
 --dataset mnist5k --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --hflip 0 --size debug --patch_size 4
 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --precision fp32 --device cpu --num_workers 0
---batch_size 64 --total_batch_size 64 --epochs 2 --warmup_epochs 0.5 --lr 1e-3 --tensorboard false
+--batch_size 64 --total_batch_size 64 --epochs 2 --warmup_epochs 0.5 --lr 1e-3 --tensorboard false --monitor_epochs 0
 """)
 STEPS_PER_EPOCH = 62  # 4000 // 64
 
@@ -115,10 +115,16 @@ def pictures(data: Path, output_dir: Path, *more: Any, training: bool = True) ->
     return [*flags, "--data_path", str(data), "--output_dir", str(output_dir), *map(str, more)]
 
 
+def pretraining(data: Path, output_dir: Path, *more: Any) -> list[str]:
+    """The command line of two epochs of pretraining on such a folder, with a checkpoint after each."""
+    decoder = ["--decoder_embed_dim", 16, "--decoder_depth", 1, "--decoder_num_heads", 2]
+    schedule = ["--lr", 1e-2, "--epochs", 2, "--save_epochs", 1, "--monitor_epochs", 0]
+    return pictures(data, output_dir, *decoder, *schedule, *more)
+
+
 def pretrain_pictures(data: Path, output_dir: Path, *more: Any) -> Path:
-    """Pretrains for two epochs on such a folder, with a checkpoint after each; returns `output_dir`."""
-    decoder = ["--decoder_embed_dim", 16, "--decoder_depth", 1, "--decoder_num_heads", 2, "--lr", 1e-2]
-    main_pretrain.main(pictures(data, output_dir, *decoder, "--epochs", 2, "--save_epochs", 1, *more))
+    """Runs that; returns `output_dir`."""
+    main_pretrain.main(pretraining(data, output_dir, *more))
     return output_dir
 
 

@@ -433,8 +433,8 @@ def test_help_lists_every_setting_with_its_section_unit_and_default(capsys, monk
     bodies = dict(re.findall(r"^(\S[^\n]*):\n((?: +[^\n]*\n)+)", help_text(capsys, monkeypatch), re.MULTILINE))
     groups = dict(sections(PretrainConfig))
     assert list(groups) == [
-        "Run", "Logging and checkpoints", "Data", "Augmentation", "Model", "Masked autoencoder", "Batch and schedule",
-        "Optimiser",
+        "Device", "Run", "Logging and checkpoints", "Speed and memory", "Monitoring", "Pixels", "Data set", "Data",
+        "Augmentation", "Model", "Autoencoder", "Masking", "Batch and schedule", "Optimiser",
     ]  # fmt: skip
     assert sum(map(len, groups.values())) == len(dataclasses.fields(PretrainConfig))
     for title, group in groups.items():
@@ -524,7 +524,7 @@ def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.lr = 1.0
     parts = [cls for cls in PretrainConfig.__mro__ if dataclasses.is_dataclass(cls)]
-    assert len(parts) == 9
+    assert len(parts) == 15
     assert all(cls.__dataclass_params__.frozen for cls in parts)
 
 
@@ -542,7 +542,7 @@ def test_choices_of_size_are_the_rows_of_the_size_table():
 
 def test_fields_carry_the_constructors_keyword_names():
     parameters = set(inspect.signature(MaskedAutoencoder).parameters)
-    assert len(parameters) == 14
+    assert len(parameters) == 16
     assert parameters - {f.name for f in dataclasses.fields(PretrainConfig)} == set()
 
 
@@ -550,7 +550,7 @@ def test_every_model_key_of_a_file_reaches_the_constructor_unchanged(recipe):
     given = {
         "img_size": (32, 48), "patch_size": (8, 16), "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 2,
         "mlp_ratio": 2.0, "class_token": True, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 4,
-        "decoder_class_token": False, "mask_ratio": 0.5, "norm_pix_loss": False,
+        "decoder_class_token": False, "mask_ratio": 0.5, "norm_pix_loss": False, "decoder": "cross", "pred_ratio": 0.25,
     }  # fmt: skip
     lines = [f"{name}: {str(list(v) if isinstance(v, tuple) else v).lower()}" for name, v in given.items()]
     cfg = load("--config", recipe("\n".join([*lines, "mean: [0.5]", "std: [0.5]", ""])))
@@ -576,10 +576,10 @@ def test_changed_settings_lists_what_alters_the_result_as_old_and_new():
     ]
     assert changed_settings(plain(dataclasses.asdict(load())), cfg, skip={"mean", "lr"}) == ["epochs: 100 -> 200"]
     assert changed_settings(plain(dataclasses.asdict(cfg)), cfg, skip=set()) == []
-    older = {
-        name: value for name, value in plain(dataclasses.asdict(cfg)).items() if name != "shared_mask"
-    }  # a key of a later version
-    assert changed_settings(older, cfg, skip=set()) == ["shared_mask: None -> False"]
+    older = {name: value for name, value in plain(dataclasses.asdict(cfg)).items() if name != "shared_mask"}
+    assert changed_settings(older, cfg, skip=set()) == []  # it came later, and is at its default
+    shared = dataclasses.replace(cfg, shared_mask=True)
+    assert changed_settings(older, shared, skip=set()) == ["shared_mask: False -> True"]
 
 
 def test_the_settings_that_a_resumed_run_may_change():
@@ -588,5 +588,6 @@ def test_the_settings_that_a_resumed_run_may_change():
         "output_dir", "device", "log_interval", "save_minutes", "save_epochs", "keep_last", "max_bad_steps",
         "tensorboard", "data_path", "download", "num_workers", "prefetch_factor",
         "batch_size", "accum_iter", "total_batch_size",  # the resulting total is compared instead
-        "stop_epoch",
+        "stop_epoch", "monitor_epochs", "monitor_images", "monitor_knn", "monitor_probe",
+        "compile", "compile_backend", "checkpointing",
     }  # fmt: skip

@@ -371,6 +371,6 @@ def test_a_read_only_output_folder_is_refused(tmp_path):
 def test_help_names_every_section():
     result = run(command("--help"))
     assert result.returncode == 0
-    for section in ("Run:", "Data:", "Augmentation:", "Model:", "Masked autoencoder:", "Batch and schedule:"):
+    for section in ("Run:", "Monitoring:", "Data:", "Augmentation:", "Model:", "Masking:", "Batch and schedule:"):
         assert section in result.stdout
     assert str(ROOT) not in result.stdout
