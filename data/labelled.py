@@ -1,7 +1,7 @@
 """Labelled images for the evaluations: training and validation split of a folder or a known set.
 
-A folder holds `train/<class>/...` and `val/<class>/...`. Both splits must have the same classes, none of them empty:
-a wrong layout would only show as a bad accuracy.
+A folder holds `train/<class>/...` and `val/<class>/...`, or packed shards of them. Both splits must have the same
+classes, none of them empty: a wrong layout would only show as a bad accuracy.
 """
 
 import logging
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from data.cifar import read_cifar
 from data.datasets import ArraySource, FolderSource, ImageSource, check_folder, read_mnist5k
+from data.packed import LabelledPack
 from data.sampler import SUBSET, generator
 from util.errors import InputError
 
+SPLITS = ("train", "val")
 SHOWN = 5  # names in a message
 logger = logging.getLogger(__name__)
 
@@ -43,13 +45,12 @@ class ClassFolder(FolderSource):
 
     def __init__(self, split: Path, class_names: list[str], in_chans: int):
         super().__init__(str(split), in_chans, prefer_train=False)
-        folders = [os.fsdecode(name).partition(os.sep)[::2] for name in self.names.tolist()]  # (class, rest)
-        inside = np.array([bool(rest) for _, rest in folders])
+        labels = folder_labels(self.names, class_names)
+        inside = labels >= 0
         if not inside.all():
             logger.warning("%s: %d images lie in no class folder and are left out", split, (~inside).sum())
         self.names = self.names[inside]
-        position = {name: index for index, name in enumerate(class_names)}
-        self.labels = np.array([position[folder] for folder, rest in folders if rest], dtype=np.int64)
+        self.labels = labels[inside]
 
 
 class LabelledArray(ArraySource):
@@ -67,6 +68,7 @@ class Subset:
         self.source = source
         self.indices = indices
         self.labels = source.labels[indices]
+        self.block_size = getattr(source, "block_size", 1)  # neighbours stay neighbours
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -92,6 +94,9 @@ def build_labelled_data(
     if dataset == "folder":
         assert data_path is not None, "the config checks that data_path is given"
         data = _read_class_folders(Path(data_path), in_chans)
+    elif dataset == "packed":
+        assert data_path is not None, "the config checks that data_path is given"
+        data = _read_packs(Path(data_path), in_chans)
     else:
         splits = []
         for train in (True, False):
@@ -129,7 +134,8 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * count / len(labels)
     quota = np.floor(exact).astype(int)
-    largest_rest = np.argsort(quota - exact, kind="stable")[: count - quota.sum()]
+    tied = torch.randperm(len(classes), generator=generator(seed, SUBSET)).numpy()  # else the first classes would win
+    largest_rest = tied[np.argsort((quota - exact)[tied], kind="stable")][: count - quota.sum()]
     quota[largest_rest] += 1
     chosen = []
     for label, number in zip(classes, quota, strict=True):
@@ -139,33 +145,80 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _read_class_folders(root: Path, in_chans: int) -> LabelledData:
-    check_folder(root)
-    names = {}
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            raise InputError(f"data_path {root} has no {split}/: it must hold train/ and val/, with a folder per class")
-        try:
-            names[split] = sorted(
-                path.name for path in (root / split).iterdir() if path.is_dir() and not path.name.startswith(".")
-            )
-        except OSError as error:
-            raise InputError(f"cannot list {root / split}: {error.strerror}") from error
-        if not names[split]:
-            raise InputError(f"{root / split} has no class folders: it must hold a folder per class")
+def class_folders(split: Path) -> list[str]:
+    """The class names of a split, in the order of their labels. Raises: InputError where it cannot be listed."""
+    try:
+        return sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"cannot list {split}: {error.strerror}") from error
+
+
+def folder_labels(names: np.ndarray, class_names: list[str]) -> np.ndarray:
+    """Labels `(n,)` int64 of images by their paths below a split, -1 for those in no class folder."""
+    position = {name: label for label, name in enumerate(class_names)}
+    folders = [os.fsdecode(name).partition(os.sep)[::2] for name in names.tolist()]  # (class, rest)
+    return np.array([position[folder] if rest else -1 for folder, rest in folders], dtype=np.int64)
+
+
+def check_same_classes(root: Path, names: dict[str, list[str]], noun: str = "class folders") -> None:
+    """Raises: InputError where the splits' class names differ."""
     for one, other in (("train", "val"), ("val", "train")):
         alone = sorted(set(names[one]) - set(names[other]))
         if alone:
-            raise InputError(f"{len(alone)} class folders are in {root / one} and not in {other}/: {_some(alone)}")
+            raise InputError(f"{len(alone)} {noun} are in {root / one} and not in {other}/: {_some(alone)}")
+
+
+def _read_class_folders(root: Path, in_chans: int) -> LabelledData:
+    check_folder(root)
+    names = {}
+    for split in SPLITS:
+        if not (root / split).is_dir():
+            raise InputError(f"data_path {root} has no {split}/: it must hold train/ and val/, with a folder per class")
+        names[split] = class_folders(root / split)
+        if not names[split]:
+            raise InputError(f"{root / split} has no class folders: it must hold a folder per class")
+    check_same_classes(root, names)
     splits = []
-    for split in ("train", "val"):
+    for split in SPLITS:
         source = ClassFolder(root / split, names[split], in_chans)
-        filled = np.bincount(source.labels, minlength=len(names[split])) > 0
-        empty = [name for name, is_filled in zip(names[split], filled, strict=True) if not is_filled]
-        if empty:
-            raise InputError(f"{len(empty)} class folders in {root / split} hold no image: {_some(empty)}")
+        _check_filled(root / split, source.labels, names[split], "class folders")
         splits.append(source)
     return LabelledData(splits[0], splits[1], names["train"])
+
+
+def _read_packs(root: Path, in_chans: int) -> LabelledData:
+    """Both splits of a folder of packs; classes that no index names are called by their labels."""
+    check_folder(root)
+    packs = {}
+    for split in SPLITS:
+        if not (root / split).is_dir():
+            raise InputError(f"data_path {root} has no {split}/: it must hold train/ and val/, each with shards")
+        packs[split] = LabelledPack(root / split, in_chans)
+    named = {split: pack.index.class_names for split, pack in packs.items() if pack.index.class_names is not None}
+    if len(named) == len(SPLITS):
+        check_same_classes(root, named, "classes")
+    highest = max(int(pack.labels.max()) for pack in packs.values())
+    if named:
+        class_names = next(iter(named.values()))
+    elif highest < len(packs["train"]):
+        class_names = [str(label) for label in range(highest + 1)]
+    else:
+        raise InputError(f"the labels in {root} go up to {highest}, with {len(packs['train'])} images to train on")
+    sources: list[LabelledSource] = []
+    for split, pack in packs.items():
+        _check_filled(root / split, pack.labels, class_names, "classes")
+        labelled = np.flatnonzero(pack.labels >= 0)
+        if len(labelled) < len(pack):
+            logger.warning("%s: %d images have no label and are left out", root / split, len(pack) - len(labelled))
+        sources.append(pack if len(labelled) == len(pack) else Subset(pack, labelled))
+    return LabelledData(sources[0], sources[1], class_names)
+
+
+def _check_filled(split: Path, labels: np.ndarray, class_names: list[str], noun: str) -> None:
+    filled = set(np.unique(labels).tolist())
+    empty = [name for label, name in enumerate(class_names) if label not in filled]
+    if empty:
+        raise InputError(f"{len(empty)} {noun} in {split} hold no image: {_some(empty)}")
 
 
 def _some(names: list[str]) -> str:

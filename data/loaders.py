@@ -5,7 +5,6 @@ function of its key, and the file is reported in the batch; what happens then is
 (`engine/bad_samples.py`).
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from data.images import BadImageError
 from data.labelled import LabelledSource
 from data.sampler import CROP, MASK, REPLACEMENT, SampleKey, StepSampler, derive_seed, generator
 from util.dist import Processes
+from util.pool import available_cores
 from util.rng import seeded
 from util.schema import DataConfig
 
@@ -157,8 +157,7 @@ def _stack(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SampleKey], list
 
 def default_num_workers(processes_here: int) -> int:
     """The cores that each of this machine's training processes can have for loading, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores // processes_here)
+    return min(8, available_cores() // processes_here)
 
 
 def build_train_loader(

@@ -10,6 +10,7 @@ from torch import Tensor
 from data.datasets import FolderSource, ImageSource
 from data.images import BadImageError, decode_image
 from data.labelled import build_labelled_data
+from data.packed import open_pack
 from util.errors import InputError
 
 
@@ -21,7 +22,7 @@ def open_images(
     Raises: InputError naming `setting` for a path that is not there, is no image, or a folder without any.
     """
     if paths:
-        return {name: _read(setting, path, in_chans) for name, path in find_images(setting, paths, num_images).items()}
+        return {name: _read(setting, path, in_chans) for name, path in find_images(paths, num_images).items()}
     source = validation_source(dataset, data_path, in_chans)
     found = {}
     for index in spread(len(source), num_images):
@@ -33,15 +34,20 @@ def open_images(
 
 
 def validation_source(dataset: str, data_path: str | None, in_chans: int) -> ImageSource:
-    """The validation images of a data set; all of a folder that has no val/. Raises: InputError."""
-    if dataset != "folder":
+    """The validation images of a data set; all of a folder, the training images of a pack, that has no val/.
+
+    Raises: InputError.
+    """
+    if dataset not in ("folder", "packed"):
         return build_labelled_data(dataset, data_path, in_chans, False, None).val
     assert data_path is not None, "the config checks that data_path is given"
+    if dataset == "packed":
+        return open_pack(data_path, in_chans, ("val", "train"))
     split = Path(data_path) / "val"
     return FolderSource(str(split if split.is_dir() else data_path), in_chans, prefer_train=False)
 
 
-def find_images(setting: str, paths: Sequence[str], num_images: int) -> dict[str, Path]:
+def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:
     """Image files by unique, printable names, in order; of a folder `num_images`, evenly spaced.
 
     Raises: InputError for a folder without images.

@@ -1,8 +1,9 @@
 """Which image goes where: a pure function of (seed, epoch, position), whatever the number of processes or workers.
 
-An epoch is a permutation of the data set; `position` counts through it. Optimiser step s of an epoch takes positions
-[s * total, (s + 1) * total); micro-batches and processes share them out. What is left at the end of an epoch is not
-decoded and differs each time. One integer, the step, is enough to continue anywhere.
+An epoch is a permutation of the data set, by blocks where the images lie in large files; `position` counts through it.
+Optimiser step s of an epoch takes positions [s * total, (s + 1) * total); micro-batches and processes share them out.
+What is left at the end of an epoch is not decoded and differs each time. One integer, the step, is enough to continue
+anywhere.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import torch
 from torch.utils.data import Sampler
 
 # Separate random streams, so that adding one never shifts another.
-ORDER, CROP, MASK, REPLACEMENT, SUBSET, BATCH, HEAD, MONITOR = range(8)
+ORDER, CROP, MASK, REPLACEMENT, SUBSET, BATCH, HEAD, MONITOR, PACK = range(9)
+GROUP = 64  # blocks that are mixed with one another, where a data set is read by blocks
 
 
 class SampleKey(NamedTuple):
@@ -38,6 +40,24 @@ def generator(*coordinates: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*coordinates))
 
 
+def epoch_order(num_images: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of an epoch, `(num_images,)` int64: a pure function of the arguments.
+
+    With `block_size` 1 any permutation may come. Else blocks of so many neighbours are put into a random order, and
+    images are mixed within each 64 blocks that follow one another in it: what is read at a time lies in 64 places.
+    """
+    stream = generator(seed, ORDER, epoch)
+    if block_size == 1:
+        return torch.randperm(num_images, generator=stream).numpy()
+    blocks = torch.randperm(-(-num_images // block_size), generator=stream)
+    order = []
+    for group in blocks.split(GROUP):
+        images = (group[:, None] * block_size + torch.arange(block_size)).flatten()
+        images = images[images < num_images]  # the last block may be shorter
+        order.append(images[torch.randperm(len(images), generator=stream)])
+    return torch.cat(order).numpy()
+
+
 class StepSampler(Sampler[list[SampleKey]]):
     """The micro-batches of one process from `start_step` to `stop_step`, across epochs.
 
@@ -48,6 +68,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         rank, world_size: this process, and how many there are.
         seed: of the run.
         start_step, stop_step: optimiser steps of the whole run, counted from 0.
+        block_size: see `epoch_order`.
     """
 
     def __init__(
@@ -60,6 +81,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         seed: int,
         start_step: int,
         stop_step: int,
+        block_size: int = 1,
     ):
         self.num_images = num_images
         self.batch_size = batch_size
@@ -69,6 +91,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         self.seed = seed
         self.start_step = start_step
         self.stop_step = stop_step
+        self.block_size = block_size
         self.total_batch = batch_size * accum_iter * world_size
         self.steps_per_epoch = num_images // self.total_batch
         assert self.steps_per_epoch > 0, "the entry script checks that an epoch has a step"
@@ -81,7 +104,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         for step in range(self.start_step, self.stop_step):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order = torch.randperm(self.num_images, generator=generator(self.seed, ORDER, epoch)).numpy()
+                order = epoch_order(self.num_images, self.block_size, self.seed, epoch)
                 order_epoch = epoch
             for micro in range(self.accum_iter):
                 share = micro * self.world_size + self.rank

@@ -84,7 +84,7 @@ def build_autoencoder(cfg: Any, weights: str, mask_ratio: float) -> MaskedAutoen
     if info.norm_pix_loss not in (None, cfg.norm_pix_loss):
         stated, found = (str(value).lower() for value in (cfg.norm_pix_loss, info.norm_pix_loss))
         raise InputError(f"norm_pix_loss is {stated} in the settings and {found} in {weights}")
-    model = build_mae(cfg, mask_ratio=mask_ratio)
+    model = build_mae(cfg, mask_ratio=mask_ratio, pred_ratio=None)  # which matters in training only
     load_into_mae(model, tensors, info, weights)
     _compare_pixels(cfg, info)
     return model.eval().requires_grad_(False)

@@ -84,16 +84,16 @@ def train(
             stopwatch.open_window()  # an evaluation and a save are not training
 
 
-def prepare_model(model: Any, cfg: Any, device: torch.device) -> Any:
+def prepare_model(model: Any, cfg: Any) -> Any:
     """Sets what `checkpointing` and `compile` ask for on a model, in place; its state stays under the same names.
 
     Raises: InputError where compiling needs a compiler that this machine has not.
     """
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
-        compilers = (os.environ.get("CXX", "g++"), "clang++")
-        if cfg.compile_backend == "inductor" and device.type == "cpu" and not any(map(shutil.which, compilers)):
-            raise InputError("compile on a CPU needs a C++ compiler: install g++, or leave compile out")
+        compilers = [os.environ.get(variable, default) for variable, default in (("CXX", "g++"), ("CC", "gcc"))]
+        if cfg.compile_backend == "inductor" and not any(map(shutil.which, [*compilers, "clang++", "clang"])):
+            raise InputError("compile needs a C++ compiler: install g++, or leave compile out")
         model.compile(backend=cfg.compile_backend, fullgraph=True, dynamic=False)
     return model
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,13 +34,15 @@ from engine.schedule import Plan
 from engine.state import TrainState
 from models.mae import MaskedAutoencoder
 from models.masking import draw_mask
-from util.dist import autocast_dtype, gather_rows
+from util.dist import all_gather, autocast_dtype, gather_rows
 from util.errors import InputError
 from util.schema_pretrain import PretrainConfig
 
 K, TEMPERATURE = 10, 0.07  # of the k-NN, as main_knn.py reports it
 VAL_SHARE = 4  # training images of the k-NN for each validation image
 PROBE_STEPS, PROBE_DECAY = 50, 1e-3  # L-BFGS iterations; L2 penalty of the standardised features' weights
+IMAGES_PER_CLASS = 20  # at least, of the k-NN: with fewer, hardly a neighbour could be of the right class
+FIGURES = ("knn_acc1", "probe_acc1", "psnr")
 PICTURE = "monitor.png"
 ATTENTION = "Attention: rollout over all layers, each map in its own range."
 logger = logging.getLogger(__name__)
@@ -57,20 +60,22 @@ class Monitor:
     train: LabelledSource | None = None
     val: LabelledSource | None = None
     ended: float = field(default_factory=time.monotonic)  # when the last look ended
+    facts: dict[str, float] = field(default_factory=dict)  # what it found
 
     @classmethod
     def begin(
         cls, cfg: PretrainConfig, run: Run, plan: Plan, model: MaskedAutoencoder, source: ImageSource
     ) -> "Monitor":
-        """Chooses the images; what the data cannot give is left out and said so."""
+        """Chooses the images; what the data cannot give is left out and said so. All processes must call."""
         monitor = cls(cfg, run, plan, model)
         if not cfg.monitor_epochs:
             return monitor
-        labelled = _labelled_data(cfg)
-        monitor.images = _pictures(labelled.val if labelled is not None else _unlabelled(cfg, source), cfg)
-        if labelled is not None and cfg.monitor_knn:
-            monitor.train = _choice(labelled.train, cfg.monitor_knn, cfg.seed)
-            monitor.val = _choice(labelled.val, cfg.monitor_knn // VAL_SHARE, cfg.seed)
+        labelled = _labelled_data(cfg) if cfg.monitor_knn else None
+        if labelled is not None:
+            monitor.train, monitor.val = _choose(labelled, cfg)
+        if cfg.monitor_images and run.processes.is_main:
+            monitor.images = _pictures(labelled.val if labelled is not None else _unlabelled(cfg, source), cfg)
+        monitor.ended = time.monotonic()
         return monitor
 
     def look(self, state: TrainState) -> None:
@@ -78,6 +83,8 @@ class Monitor:
         epoch = state.step // self.plan.steps_per_epoch
         interval = self.cfg.monitor_epochs
         if not interval or (epoch % interval and state.step < self.plan.stop_step):
+            return
+        if not self.cfg.monitor_images and self.train is None:
             return
         started = time.monotonic()
         facts: dict[str, Any] = {"step": state.step, "epoch": float(epoch)}
@@ -91,7 +98,7 @@ class Monitor:
         facts["monitor_s"] = now - started
         share = 100 * facts["monitor_s"] / (now - self.ended)
         since = f", {share:.1f} % of the time since the last" if state.step else ""
-        self.ended = now
+        self.ended, self.facts = now, {name: facts[name] for name in FIGURES if name in facts}
         words.append(f"({facts['monitor_s']:.1f} s{since})")
         self.run.record(facts, f"epoch {epoch} monitor  {'  '.join(words)}", to_terminal=True)
 
@@ -105,8 +112,8 @@ class Monitor:
             mask = draw_mask("random", self.model.grid_size, self.cfg.mask_ratio, stream)
             found = reconstruct(self.model, image[None], [mask], normalize)
             with torch.no_grad():
-                attentions = encoder.attention_maps(normalize(image[None]))
-            heat = rollout(attentions, "mean", 0.0, encoder.cls_token is not None).view(encoder.grid_size)
+                attentions = encoder.iterate_attention(normalize(image[None]))
+                heat = rollout(attentions, "mean", 0.0, encoder.cls_token is not None).view(encoder.grid_size)
             row = [to_picture(getattr(found, column)[0]) for column in COLUMNS]
             rows.append([*row, heat_over(row[0], heat.cpu().numpy())])
             psnr.append(float(found.psnr[0]))
@@ -134,7 +141,7 @@ class Monitor:
             rank, world_size,
         )  # fmt: skip
         accuracies = {"knn_acc1": 100 * int((ranks[K] == 0).sum()) / len(val_labels)}
-        if self.cfg.monitor_probe:
+        if self.cfg.monitor_probe and self.run.processes.is_main:
             predicted = fit_linear(train, train_labels, val, num_classes)
             accuracies["probe_acc1"] = 100 * int((predicted == val_labels).sum()) / len(val_labels)
         return accuracies
@@ -160,7 +167,7 @@ def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> 
     inputs = (train - mean) / std
     weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
     bias = torch.zeros(num_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=PROBE_STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=PROBE_STEPS, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -174,12 +181,33 @@ def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> 
 
 
 def _labelled_data(cfg: PretrainConfig) -> LabelledData | None:
+    """Both splits, or None on all processes where one of them does not find them, or finds others."""
+    found, problem = None, ""
     try:
-        return build_labelled_data(cfg.dataset, cfg.data_path, cfg.in_chans, False, None)
+        found = build_labelled_data(cfg.dataset, cfg.data_path, cfg.in_chans, False, None)
     except InputError as error:
-        if cfg.monitor_knn:
-            logger.info("no k-NN while training, as it needs labels: %s", error)
+        problem = str(error)
+    sizes = all_gather(None if found is None else (len(found.train), len(found.val), len(found.class_names)))
+    if len(set(sizes)) > 1:
+        problem = f"the processes find different images and classes: {sizes}"
+    if problem:
+        logger.info("no k-NN while training, as it needs labels: %s", problem)
         return None
+    return found
+
+
+def _choose(data: LabelledData, cfg: PretrainConfig) -> tuple[LabelledSource, LabelledSource]:
+    """Training and validation images of the k-NN, each of the same classes: a fixed choice by seed."""
+    total = len(data.class_names)
+    order = torch.randperm(total, generator=generator(cfg.seed, MONITOR))
+    classes = order[: max(2, cfg.monitor_knn // IMAGES_PER_CLASS)].sort().values.numpy()
+    train = _choice(data.train, classes, cfg.monitor_knn, cfg.seed)
+    val = _choice(data.val, classes, cfg.monitor_knn // VAL_SHARE, cfg.seed)
+    logger.info(
+        "monitor: %d-NN among %d images of %d of the %d classes, for %d validation images",
+        K, len(train), len(classes), total, len(val),
+    )  # fmt: skip
+    return train, val
 
 
 def _unlabelled(cfg: PretrainConfig, source: ImageSource) -> ImageSource:
@@ -205,8 +233,9 @@ def _pictures(source: ImageSource, cfg: PretrainConfig) -> dict[str, Tensor]:
     return found
 
 
-def _choice(source: LabelledSource, count: int, seed: int) -> LabelledSource:
-    """About `count` images of a source, all of it where there are no more."""
-    if count >= len(source):
-        return source
-    return Subset(source, stratified_choice(source.labels, max(count, 1), seed))
+def _choice(source: LabelledSource, classes: np.ndarray, count: int, seed: int) -> LabelledSource:
+    """About `count` images of some classes, all of theirs where there are no more."""
+    members = np.flatnonzero(np.isin(source.labels, classes))
+    if count < len(members):
+        members = members[stratified_choice(source.labels[members], max(count, 1), seed)]
+    return Subset(source, members)

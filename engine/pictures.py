@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,6 +112,7 @@ def draw_overlay(picture: np.ndarray, heat: np.ndarray, box: Box, label: str) ->
     norm = Normalize(float(heat.min()), float(heat.max()))
     colorbar = figure.colorbar(ScalarMappable(norm, COLORS), cax=axes)
     colorbar.ax.tick_params(labelsize=9 * scale)
+    colorbar.formatter = FuncFormatter(lambda value, _: f"{value:.3g}")  # whole numbers, no factor above the bar
     colorbar.set_label(label, fontsize=9 * scale)
     result = figure_picture(figure)
     result[:height, :width] = image

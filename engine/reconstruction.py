@@ -17,7 +17,7 @@ COLUMNS = ("original", "masked", "prediction", "pasted")
 REMOVED = 0.5  # grey of a removed patch
 NORMALISED_TARGET = "The model predicts normalised pixels: each patch's mean and variance are taken from the original."
 RAW_TARGET = "The model predicts pixels as they are."
-NO_LOSS = "Nothing in training asks for the prediction of visible patches."
+NO_LOSS = "Nothing in training asks for the prediction of visible patches; the PSNR is of the removed ones."
 
 
 class Reconstruction(NamedTuple):

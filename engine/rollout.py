@@ -3,18 +3,16 @@
 Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `L` layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from models.vit import VisionTransformer
 
-HEAD_FUSIONS = ("mean", "max", "min")
-
 
 def rollout(
-    attentions: Sequence[Tensor],
+    attentions: Iterable[Tensor],
     head_fusion: str,
     discard_ratio: float,
     class_token: bool,
@@ -35,14 +33,15 @@ def rollout(
     With fused, thinned attention W of layer l: A_l = (W + I) / 2, rows normalised to sum to 1, R_l = A_l R_(l-1).
     Source: arXiv 2005.00928, section 3, equation 1 and the paragraph before it.
     """
-    chosen = attentions if layer is None else [attentions[layer]]
-    num_tokens = chosen[0].shape[-1]
-    identity = torch.eye(num_tokens, dtype=chosen[0].dtype, device=chosen[0].device)
-    result = identity.expand(chosen[0].shape[0], -1, -1)  # (B, T, T)
-    for attention in chosen:
+    result = None
+    for index, attention in enumerate(attentions):  # one at a time: large models need not hold all of them
+        if layer not in (None, index):
+            continue
         fused = discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token)
-        mixed = (fused + identity) / 2
-        result = mixed / mixed.sum(dim=-1, keepdim=True) @ result
+        mixed = (fused + torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)) / 2
+        mixed = mixed / mixed.sum(dim=-1, keepdim=True)  # (B, T, T)
+        result = mixed if result is None else mixed @ result
+    assert result is not None, "there is such a layer"
     return read_patches(result, class_token, reader)
 
 
@@ -60,6 +59,8 @@ def discard_lowest(fused: Tensor, discard_ratio: float, class_token: bool) -> Te
     """
     flat = fused.flatten(1)  # (B, T * T)
     count = int(discard_ratio * flat.shape[1] + 1e-6)
+    if not count:
+        return fused
     lowest = flat.sort(dim=1, stable=True).indices[:, :count]
     thinned = flat.scatter(1, lowest, 0.0).view_as(fused)  # (B, T, T)
     return torch.cat([fused[:, :, :1], thinned[:, :, 1:]], dim=2) if class_token else thinned

@@ -134,7 +134,8 @@ class Block(nn.Module):
 class CrossBlock(nn.Module):
     """Pre-norm block of a cross-attention decoder: x + cross(norm(x), memory), then x + mlp(norm(x)).
 
-    The queries do not attend to one another. Source: arXiv 2401.14391, section 3.2.
+    The queries do not attend to one another. Source: arXiv 2401.14391, section 3.2, without its inter-block attention
+    (each block choosing among the encoder's layers).
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
@@ -153,7 +154,10 @@ class CrossBlock(nn.Module):
 def run_blocks(blocks: nn.ModuleList, x: Tensor, *memory: Tensor, checkpointing: bool) -> Tensor:
     """`x` through all blocks; with `checkpointing` each block is computed again for its gradient instead of kept."""
     for block in blocks:
-        x = checkpoint(block, x, *memory, use_reentrant=False) if checkpointing else block(x, *memory)
+        if checkpointing:  # no block draws anything here: stochastic depth belongs to the classifier
+            x = checkpoint(block, x, *memory, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *memory)
     return x
 
 

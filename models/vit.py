@@ -3,6 +3,8 @@
 Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width, `C` channels.
 """
 
+from collections.abc import Iterator
+
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -123,4 +125,12 @@ class VisionTransformer(nn.Module):
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """Per block, the attention weights `(B, heads, T, T)` with their graph."""
-        return self.forward_with_attention(images)[1]
+        return list(self.iterate_attention(images))
+
+    def iterate_attention(self, images: Tensor) -> Iterator[Tensor]:
+        """As `attention_maps`, one block after the other, so that not all of them are in memory."""
+        x = self._embed(images)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x, attention = block.forward_with_attention(x)
+            yield attention

@@ -288,8 +288,11 @@ def test_a_choice_holds_each_class_in_proportion(count, seed):
 def test_quotas_by_hand():
     """200 images, 20 asked for: 10, 5, 3.1, 1.7, 0.2; the missing one goes to the class of the largest rest."""
     assert np.bincount(LABELS[stratified_choice(LABELS, 20, 0)], minlength=5).tolist() == [10, 5, 3, 2, 0]
-    equal = np.repeat(np.arange(4), 10)  # 10 of 40: 2.5 each; of equal rests the lower labels get one more
-    assert np.bincount(equal[stratified_choice(equal, 10, 0)]).tolist() == [3, 3, 2, 2]
+    equal = np.repeat(np.arange(4), 10)  # 10 of 40: 2.5 each; of equal rests chance gives one more, by the seed
+    quotas = [tuple(np.bincount(equal[stratified_choice(equal, 10, seed)])) for seed in range(12)]
+    assert {tuple(sorted(quota)) for quota in quotas} == {(2, 2, 3, 3)} and len(set(quotas)) > 2
+    many = np.repeat(np.arange(1000), 5)  # fewer than classes: not the first ones
+    assert 400 < np.mean(many[stratified_choice(many, 500, 0)]) < 600
 
 
 def test_another_seed_chooses_others_and_the_same_seed_the_same(digits):

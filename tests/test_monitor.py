@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ import main_knn
 import main_lincls
 import main_pretrain
 from data.images import decode_image
-from data.labelled import stratified_choice
+from data.labelled import LabelledArray, LabelledData, stratified_choice
 from data.sampler import MONITOR, generator
 from data.transforms import EvalTransform, PixelNormalizer
 from engine import monitor as module
@@ -52,8 +53,10 @@ from models.build import build_mae
 from models.mae import MaskedAutoencoder
 from models.masking import draw_mask
 from util.dist import Processes
+from util.errors import InputError
 from util.rng import seed_libraries
 from util.schema_eval import KnnConfig
+from util.schema_pretrain import PretrainConfig
 
 CPU = torch.device("cpu")
 GREY = PixelNormalizer((0.1307,), (0.3081,), CPU)
@@ -249,6 +252,7 @@ def test_zero_is_off(tmp_path, data):
 def test_a_stopped_run_goes_on_looking_and_repeats_no_look(tmp_path, data, stop, expected):
     more = [*FAST, "--epochs", 5, "--monitor_epochs", 2, "--tensorboard", "true"]
     pretrain_pictures(data, tmp_path, *more, "--stop_epoch", stop)
+    next_second()
     first = looks_of(tmp_path)
     assert [look["epoch"] for look in first] == [0, stop]  # one before the first step, and one at its end
     pretrain_pictures(data, tmp_path, *more)
@@ -273,6 +277,11 @@ def test_other_knobs_may_come_with_a_resume(tmp_path, data):
     assert step_losses(tmp_path / "run") == step_losses(tmp_path / "whole")
 
 
+def next_second() -> None:
+    """TensorBoard reads a run's event files in the order of their names, which begin with the second."""
+    time.sleep(1.1)
+
+
 def dying(*_):
     raise KeyboardInterrupt
 
@@ -285,6 +294,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_one_first_
             pretrain_pictures(data, tmp_path, *more)
         assert places(tmp_path) == [(0, 0)] + [(10, 1)] * (name == "save_checkpoint")
         assert not list(tmp_path.glob("checkpoint-*"))
+        next_second()
     pretrain_pictures(data, tmp_path, *more)
     assert places(tmp_path) == [(0, 0), (10, 1), (20, 2)]
     events = events_of(tmp_path)
@@ -299,6 +309,7 @@ def test_a_run_that_died_between_a_look_and_its_checkpoint_looks_again_and_keeps
         patch.setattr(state_module, "save_checkpoint", lambda *of: (save if of[1] < 20 else dying)(*of))
         pretrain_pictures(data, tmp_path, *more)
     assert places(tmp_path) == [(0, 0), (10, 1), (20, 2)]  # the last one lies past the newest checkpoint
+    next_second()
     pretrain_pictures(data, tmp_path, *more)
     assert places(tmp_path) == [(0, 0), (10, 1), (20, 2), (30, 3)]
     assert steps_of(events_of(tmp_path), "monitor") == [0, 10, 20, 30]
@@ -554,7 +565,9 @@ def test_tensorboard_has_every_curve_in_its_group(finished):
     folder, _ = finished
     events = events_of(folder)
     names = {f"{group}/{name}" for group, members in GROUPS.items() for name in members}
-    assert set(events.Tags()["scalars"]) == names | {"train/eta_s", "final/loss"}
+    assert set(events.Tags()["scalars"]) == names | {"train/eta_s"} | {
+        f"final/{name}" for name in ("loss", "knn_acc1", "probe_acc1", "psnr")
+    }
     facts = {"train": "lr", "epoch": "epoch_loss", "monitor": "monitor_s"}
     for group, members in GROUPS.items():
         lines = [line for line in log_lines(folder) if facts[group] in line]
@@ -688,14 +701,32 @@ def test_weights_that_are_not_numbers_end_the_knn_and_not_the_run(tmp_path, data
 def test_each_part_can_be_off(tmp_path, data):
     for name, more, facts in (
         ("images", ("--monitor_images", 0), {"knn_acc1"}),
-        ("knn", ("--monitor_knn", 0, "--monitor_probe"), {"psnr"}),
-        ("both", ("--monitor_images", 0, "--monitor_knn", 0), set()),
+        ("knn", ("--monitor_knn", 0), {"psnr"}),
     ):
         folder = tmp_path / name
         look_at(data, folder, *more)
         assert all(look.keys() == {"step", "epoch", "monitor_s"} | facts for look in looks_of(folder))
         assert (folder / "monitor.png").exists() == ("psnr" in facts)
         assert reasons(folder) == [] and "WARNING" not in text_of(folder)
+    pretrain_pictures(data, tmp_path / "both", *LOOKING, "--monitor_images", 0, "--monitor_knn", 0)
+    assert looks_of(tmp_path / "both") == []  # nothing to look at
+    with pytest.raises(InputError, match="monitor_probe fits a layer to the features of monitor_knn's images"):
+        pretrain_pictures(data, tmp_path / "probe", "--monitor_knn", 0, "--monitor_probe")
+
+
+def test_many_classes_are_thinned_to_a_choice_that_neighbours_can_belong_to(tmp_path):
+    """One class for every 20 images, the same ones in training and validation, and not the first ones."""
+    labels = np.repeat(np.arange(100), 30)
+    source = LabelledArray("many", np.zeros((3000, 1, 1, 1), np.uint8), labels, 1)
+    data = LabelledData(source, source, [str(label) for label in range(100)])
+    choices = []
+    for seed in (0, 0, 1):
+        train, val = module._choose(data, PretrainConfig(monitor_knn=200, seed=seed, data_path="x"))
+        sizes = np.bincount(train.labels, minlength=100)
+        assert (len(train), len(val), np.unique(sizes).tolist()) == (200, 50, [0, 20])
+        assert set(val.labels) == set(train.labels) and len(set(val.labels)) == 10
+        choices.append(tuple(np.unique(train.labels)))
+    assert choices[0] == choices[1] != choices[2] and max(choices[0]) > 50
 
 
 def test_without_knn_nobody_asks_for_labels(tmp_path):

@@ -463,7 +463,7 @@ def images(tmp_path) -> Path:
 
 def test_named_images_keep_their_order_and_get_unique_names(images):
     def found(*paths, num_images=16):
-        files = find_images("image_path", [str(images / path) for path in paths], num_images)
+        files = find_images([str(images / path) for path in paths], num_images)
         return [(name, path.relative_to(images).as_posix()) for name, path in files.items()]
 
     assert found("x/b.png", "x/a.png") == [("b", "x/b.png"), ("a", "x/a.png")]
@@ -478,7 +478,7 @@ def test_named_images_keep_their_order_and_get_unique_names(images):
     no_text = [(images / "x" / os.fsdecode(name)) for name in (b"caf\xe9.png", b"caf\xe8.png")]
     for path in no_text:
         path.write_bytes((images / "x" / "a.png").read_bytes())
-    assert list(find_images("image_path", [str(path) for path in no_text], 16)) == ["0_caf?", "1_caf?"]
+    assert list(find_images([str(path) for path in no_text], 16)) == ["0_caf?", "1_caf?"]
     for path in no_text:
         path.unlink()
     assert [name for name, _ in found("x", "y")] == ["0_a", "1_b", "2_1_a", "3_a", "4_c"]

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -93,6 +94,30 @@ def test_a_run_that_goes_on_can_be_looked_at(tmp_path):
         file.write('{"step": 3, "epo')
     page = plot_run.main([str(folder)])["reports"][0].read_text()
     assert ">step 2, epoch 1, not finished</div>" in page and len(embedded(page)) == 1
+
+
+def test_a_run_that_has_only_looked_has_a_page(tmp_path):
+    folder = log(tmp_path / "run", {"step": 0, "epoch": 0.0, "psnr": 11.0, "monitor_s": 0.5})
+    assert len(embedded(plot_run.main([str(folder)])["reports"][0].read_text())) == 1
+
+
+def test_a_run_that_stopped_on_its_schedule_is_not_finished(tmp_path):
+    folder = log(tmp_path / "run", {"step": 1, "epoch": 1.0, "loss": 0.5})
+    (folder / "config.yaml").write_text("epochs: 2\n")
+    (folder / "model.safetensors").write_bytes(b"")
+    page = plot_run.main([str(folder)])["reports"][0].read_text()
+    assert ">step 1, epoch 1, stopped, of 2 epochs</div>" in page
+
+
+def test_evaluations_are_found_in_the_default_folders_and_strange_files_passed_over(finished, tmp_path):
+    run = tmp_path / "output" / "pretrain" / "one"
+    shutil.copytree(finished / "pretrain", run)
+    shutil.copytree(finished / "knn", tmp_path / "output" / "knn" / "two")
+    (tmp_path / "output" / "knn" / "broken").mkdir()
+    (tmp_path / "output" / "knn" / "broken" / "results.json").write_bytes(b"\xff{")
+    made = plot_run.main([str(tmp_path / "output")])  # a folder above
+    assert made["reports"] == [run / "report.html"]
+    assert "<tr><td>../knn/two</td><td>k-NN, cosine" in made["reports"][0].read_text()
 
 
 def test_names_and_settings_cannot_break_the_page(tmp_path):

@@ -28,6 +28,7 @@ from engine.resume import run_facts
 from models.build import build_classifier, build_mae, model_kwargs
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
+from tools import pack_dataset
 from util.config import load_config
 from util.schema_eval import STAGE_CONFIGS as ALL
 from util.schema_eval import FinetuneConfig, LinclsConfig
@@ -73,13 +74,20 @@ def words_of(line: str) -> tuple[dict[str, str], list[str]]:
 def small(words: list[str], images: Path, output: Path) -> list[str]:
     """The command's own words with its paths replaced, then the flags that make it small (later flags win)."""
     stage = re.search(r"(?:run|main)_(pretrain|finetune|lincls|knn)\.", " ".join(words))
-    replaced = [replaced_path(word, images, output, words) for word in words]
+    replaced = [path for word in words for path in replaced_paths(word, images, output, words)]
     if words[1] in PICTURE_TOOLS:
         place = [] if "--save_path" in words else ["--save_path", str(output)]
         return [*replaced, *PICTURE_TOOLS[words[1]], *place]
     if stage is None:
         return replaced
     return [*replaced, *SMALL, *([] if stage[1] == "knn" else TRAINING), "--output_dir", str(output)]
+
+
+def replaced_paths(word: str, images: Path, output: Path, words: list[str]) -> list[str]:
+    """As `replaced_path`; the shell would make several words of a pattern."""
+    if "*" not in word:
+        return [replaced_path(word, images, output, words)]
+    return [str(path) for path in sorted((packed_for(images) / "train").glob(Path(word).name))]
 
 
 def replaced_path(word: str, images: Path, output: Path, words: list[str]) -> str:
@@ -92,6 +100,8 @@ def replaced_path(word: str, images: Path, output: Path, words: list[str]) -> st
         return str(output / "saved")
     if word == "/path/to/image":
         return str(images / "val" / "cat" / "0.jpg")
+    if word == "/path/to/packed":
+        return str(output / "packed" if "pack_dataset" in words[1] else packed_for(images))
     if word == "/path/to/runs":
         return str(runs_for(images))
     if words[1].startswith("tools/") and word.startswith("output/"):
@@ -120,6 +130,14 @@ def weights_for(words: list[str], folder: Path) -> Path:
     path = folder / f"{config.stem if config else 'model'}-{len(list(folder.iterdir()))}.safetensors"
     facts = run_facts(cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
     return save_weights(path, build_mae(cfg), facts)
+
+
+def packed_for(images: Path) -> Path:
+    """The images in shards."""
+    folder = images.parent / "packed"
+    if not folder.exists():
+        pack_dataset.main([str(images), str(folder), "--workers", "1"])
+    return folder
 
 
 def runs_for(images: Path) -> Path:
@@ -151,7 +169,7 @@ def images(tmp_path_factory) -> Path:
 
 def test_the_readme_names_only_what_is_there():
     text = (ROOT / "README.md").read_text()
-    assert len(readme_commands()) >= 26
+    assert len(readme_commands()) >= 29
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in re.findall(r"`((?:\w+/)*[\w.-]+\.(?:py|yaml|sh|txt|md))`", text):
         assert name in ("log.txt", "config.yaml") or any(f"/{path}".endswith(f"/{name}") for path in tracked), name
@@ -182,6 +200,8 @@ def test_single_machine_commands_of_the_readme(images, tmp_path):
             assert read_results(output / "results.json")["num_samples"] == 4, line
         elif words[1] in PICTURE_TOOLS:
             assert list(output.rglob("*.png")), line
+        elif "pack_dataset" in line:
+            assert list((packed_for(images) if "--index" in words else output / "packed").rglob("index.json")), line
         elif "plot_run" in line:
             assert (images.parent / "runs" / "one" / "report.html").exists()
         seen += 1

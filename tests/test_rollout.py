@@ -512,6 +512,13 @@ def test_one_layer_and_its_heads(weights, photo, tmp_path):
     assert y0 == y1 and x0 + 3 * 48 <= x1
 
 
+def test_the_mean_patch_may_be_read_in_place_of_the_class_token(weights, photo, tmp_path):
+    explain(weights.avg_with_token, photo, tmp_path, "--reader", "avg")
+    layers = own_forward(load_file(weights.avg_with_token), model_input(photo), 2, "avg")[1]
+    expected = loops_matrix(layers, "mean", "0", True, 0)[1:, 1:].mean(axis=0).reshape(4, 6)
+    np.testing.assert_allclose(np.load(tmp_path / "photo_rollout.npy"), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["classifier", "avg_classifier", "avg_with_token"])
 def test_what_speaks_for_a_class(name, weights, photo, tmp_path, capsys):
     path, pool = getattr(weights, name), "token" if name == "classifier" else "avg"
@@ -663,7 +670,7 @@ def test_it_needs_no_display(weights, photo, tmp_path):
         ("pretrained", "--category_index 0", r"category_index needs a classifier, and \S+pretrained\S+ \(.+\)"),
         ("pretrained", "--category_index 0", "has no head: name a fine-tuned model"),
         ("random", "--category_index 0", "category_index needs a classifier, and random has no head"),
-        ("classifier", "--category_index 5", r"category_index 5 is not one of the 5 classes of \S+classifier"),
+        ("classifier", "--global_pool token --category_index 5", r"5 is not one of the 5 classes of \S+classifier"),
         ("classifier", "--category_index -1", "category_index: expected >= 0, got -1"),
         ("classifier", "--category_index 1", "global_pool is avg and .+ was trained with token"),
         ("pretrained", "--discard_ratio -0.1", "discard_ratio: expected >= 0, < 1, got -0.1"),

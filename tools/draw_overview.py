@@ -3,7 +3,7 @@
     python tools/draw_overview.py --config cfgs/pretrain/ViT-Ti_CIFAR10.yaml --model_path /path/to/pretrain/model \\
         --img_path /path/to/image --save_path figures/overview.png
 
-Takes the settings of tools/run_mae_vis.py; --save_path is the picture.
+Takes the settings of tools/run_mae_vis.py, for one image under one mask; --save_path is the picture.
 """
 
 import logging
@@ -29,7 +29,7 @@ from util.config import load_config
 from util.dist import init_processes
 from util.errors import run_cli
 from util.schema_eval import STAGE_CONFIGS
-from util.schema_tools import MaeVisConfig
+from util.schema_tools import OverviewConfig
 
 WIDTH, HEIGHT = 121, 36  # units of the drawing
 ENCODER, DECODER, REMOVED, INK = "#3b6ea5", "#d98c3f", "#c9c9c9", "#333333"
@@ -39,7 +39,7 @@ TOKEN, COLUMN, LONGEST = 1.5, 16, 8  # side of a token, tokens one above the oth
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Writes the picture and returns its path."""
-    cfg = load_config(MaeVisConfig, "draw_overview", argv, siblings=STAGE_CONFIGS)
+    cfg = load_config(OverviewConfig, "draw_overview", argv, siblings=STAGE_CONFIGS)
     assert cfg.model_path is not None, "the config checks that there are weights"
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     path = Path(cfg.save_path)
@@ -70,16 +70,16 @@ def draw(model: MaskedAutoencoder, mask: Mask, found: Reconstruction) -> np.ndar
     patches = cut.reshape(total, patch_rows, patch_columns, 3)
     visible = set(mask.ids_shuffle[:kept].tolist())
     tokens(axes, [patches[index] for index in sorted(visible)], 48)
-    trapezoid(axes, 53, 13, 22, 17, ENCODER, f"encoder\n{len(model.blocks)} blocks")
+    trapezoid(axes, 53, 13, 22, 17, ENCODER, f"encoder\ndepth {len(model.blocks)}")
     tokens(axes, [patches[index] if index in visible else None for index in range(total)], 75)
-    trapezoid(axes, 84, 11, 13, 18, DECODER, f"decoder\n{len(model.decoder_blocks)} blocks")
+    trapezoid(axes, 84, 11, 13, 18, DECODER, f"decoder\ndepth {len(model.decoder_blocks)}")
     show(axes, pasted, 100, "reconstruction", "kept patches pasted in")
     for start, end in ((20.5, 24.5), (43.5, 46.5), (49.5, 52.5), (66.5, 70.5), (79.5, 83.5), (95.5, 99.5)):
         axes.add_patch(FancyArrowPatch((start, MIDDLE), (end, MIDDLE), arrowstyle="-|>", mutation_scale=11, color=INK))
     notes = (
         (57, ENCODER, "sees the kept patches only;\nstays after pretraining"),
         (75, INK, "mask tokens\nin the gaps"),
-        (89.5, DECODER, "sees all;\ngoes after pretraining"),
+        (89.5, DECODER, f"{'asks for each' if model.decoder == 'cross' else 'sees all'};\ngoes after pretraining"),
         (109, INK, "loss: squared error of\nthe removed patches"),
     )
     for x, color, words in notes:
@@ -108,8 +108,10 @@ def tokens(axes: Axes, patches: Sequence[np.ndarray | None], center: float) -> N
 
 
 def put(axes: Axes, picture: np.ndarray, left: float, bottom: float, side: float) -> None:
-    """A picture in a square, without moving the drawing's limits."""
-    extent = (left, left + side, bottom, bottom + side)
+    """A picture in the middle of a square, in its own aspect, without moving the drawing's limits."""
+    height, width = (side * length / max(picture.shape[:2]) for length in picture.shape[:2])
+    left, bottom = left + (side - width) / 2, bottom + (side - height) / 2
+    extent = (left, left + width, bottom, bottom + height)
     axes.imshow(picture, extent=extent, interpolation="nearest", aspect="auto")
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
 

@@ -39,6 +39,7 @@ ACCURACIES = {  # in log.jsonl: in words
 LOSS = {"loss": "", "val_loss": "validation"}
 COMPARED = {"loss": LOSS, "top-1 %": ACCURACIES}
 OF_ONE_RUN = COMPARED | {
+    "PSNR of reconstructions, dB": {"psnr": ""},
     "learning rate": {"lr": ""},
     "gradient norm": {"grad_norm": ""},
     "images per second": {"images_per_s": ""},
@@ -96,7 +97,7 @@ def find_runs(path: Path) -> list[Path]:
     """The folder itself where it is a run's, else the runs' folders in it. Raises: InputError where there is none."""
     if (path / "log.jsonl").is_file():
         return [path]
-    found = sorted(log.parent for log in path.glob("*/log.jsonl"))
+    found = sorted(log.parent for log in path.rglob("log.jsonl"))
     if not found:
         raise InputError(f"{path} is no run's folder and holds none: there is no log.jsonl")
     return found
@@ -109,7 +110,7 @@ def name_of(folder: Path, common: Path) -> str:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log.jsonl; a last one that is still being written is left out. Raises: InputError."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -127,6 +128,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
     """A PNG with a panel for each kind of curve that the runs have, over epochs."""
     present = {title: facts for title, facts in panels.items() if any(run.series(f)[0] for run in runs for f in facts)}
+    present = present or {"loss": LOSS}  # nothing yet: an empty panel
     rows = -(-len(present) // COLUMNS)
     figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
@@ -158,30 +160,47 @@ def report(run: RunLog) -> str:
     picture = run.folder / PICTURE
     settings = run.folder / "config.yaml"
     bad = run.folder / "bad_samples.jsonl"
+    values = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=run.name,
         step=run.lines[-1]["step"],
         epoch=run.lines[-1]["epoch"],
-        finished=(run.folder / "model.safetensors").exists(),
+        state=state_of(run, values),
         figures={words: run.last(fact) for fact, words in FIGURES.items() if run.last(fact) is not None},
         curves=as_url(draw([run], OF_ONE_RUN)),
         pictures=as_url(picture.read_bytes()) if picture.exists() else None,
         looks=[line for line in run.lines if "monitor_s" in line],
         evaluations=evaluations_of(run.folder),
-        settings=yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {},
+        settings=values,
         num_bad=len(bad.read_text(encoding="utf-8").splitlines()) if bad.exists() else 0,
     )
 
 
 def evaluations_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results beside a run that judge its final weights, by their folders' names."""
+    """The results that judge a run's final weights and lie beside it or beside its folder, by their folders' names."""
     weights = folder / "model.safetensors"
     if not weights.exists():
         return {}
     digest = weights_digest(weights)
-    found = {path.parent.name: read_results(path) for path in sorted(folder.parent.glob("*/results.json"))}
-    return {name: results for name, results in found.items() if results.get("sha256") == digest}
+    found = {}
+    near = [*folder.parent.glob("*/results.json"), *folder.parent.parent.glob("*/*/results.json")]
+    for path in sorted(set(near)):
+        try:
+            results = read_results(path)
+        except ValueError:  # no JSON, or no text: somebody else's file
+            continue
+        if results.get("sha256") == digest:
+            found[os.path.relpath(path.parent, folder.parent)] = results
+    return found
+
+
+def state_of(run: RunLog, settings: dict[str, Any]) -> str:
+    """How far a run is, in words."""
+    epoch, epochs = run.lines[-1]["epoch"], settings.get("epochs")
+    if not (run.folder / "model.safetensors").exists():
+        return "not finished"
+    return "finished" if epochs is None or epoch >= epochs else f"stopped, of {epochs} epochs"
 
 
 def as_url(png: bytes) -> str:

@@ -67,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def mask_problems(cfg: MaeVisConfig) -> list[str]:
     """What is wrong with the geometry, or with a mask ratio, one line each."""
-    found = [problem for ratio in cfg.mask_ratio for problem in mae_config_problems(cfg, mask_ratio=ratio)]
-    return list(dict.fromkeys(found))
+    found: dict[str, None] = {}
+    for ratio in cfg.mask_ratio:
+        found |= dict.fromkeys(mae_config_problems(cfg, mask_ratio=ratio, pred_ratio=None))
+    return list(found)
 
 
 def full_name_of(cfg: MaeVisConfig, name: str, seed: int, ratio: float) -> str:

@@ -56,13 +56,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             attentions = look(cfg, model, normalize(shown[None]))
             has_cls = model.cls_token is not None
             # what speaks for a class goes by what the head reads: the gradient of a class token it ignores is 0
-            reader = "token" if cfg.category_index is None else cfg.global_pool
+            reader = cfg.reader or ("token" if cfg.category_index is None else cfg.global_pool)
             patches = rollout(attentions, cfg.head_fusion, cfg.discard_ratio, has_cls, cfg.layer_index, reader)
             heat = to_map(patches[0], model)  # (rows, columns)
             stem = folder / (name + suffix(cfg))
             write_npy(Path(f"{stem}_rollout.npy"), heat)
-            label = "attention rollout" if cfg.layer_index is None else f"attention, layer {cfg.layer_index}"
-            overlay = draw_overlay(to_picture(image), heat, fit.seen(*image.shape[-2:]), label)
+            overlay = draw_overlay(to_picture(image), heat, fit.seen(*image.shape[-2:]), label_of(cfg))
             overlays.append(write_png(Path(f"{stem}_rollout.png"), overlay))
             pairs.append([to_picture(shown), heat_over(to_picture(shown), heat)])
             layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
@@ -98,6 +97,8 @@ def check_category(cfg: ExplainConfig, weights: str) -> int:
     """The number of classes of the weights. Raises: InputError where they cannot say what speaks for a class."""
     info = None if weights == RANDOM_WEIGHTS else describe_weights(weights)
     num_classes = 0 if info is None else info.num_classes or 0
+    if info is not None and info.global_pool not in (None, cfg.global_pool):
+        raise InputError(f"global_pool is {cfg.global_pool} and {weights} was trained with {info.global_pool}")
     if num_classes and cfg.num_classes not in (None, num_classes):
         raise InputError(f"num_classes is {cfg.num_classes} in the settings and {num_classes} in {weights}")
     if cfg.category_index is None:
@@ -107,8 +108,6 @@ def check_category(cfg: ExplainConfig, weights: str) -> int:
         raise InputError(f"category_index needs a classifier, and {kind} has no head: name a fine-tuned model")
     if cfg.category_index >= num_classes:
         raise InputError(f"category_index {cfg.category_index} is not one of the {num_classes} classes of {weights}")
-    if info.global_pool not in (None, cfg.global_pool):
-        raise InputError(f"global_pool is {cfg.global_pool} and {weights} was trained with {info.global_pool}")
     return num_classes
 
 
@@ -116,6 +115,16 @@ def check_layer(cfg: ExplainConfig, depth: int) -> None:
     """Raises: InputError where the layer that is asked for does not exist."""
     if cfg.layer_index is not None and cfg.layer_index >= depth:
         raise InputError(f"layer_index {cfg.layer_index} is not one of the {depth} layers, counted from 0")
+
+
+def label_of(cfg: ExplainConfig) -> str:
+    """What a map shows, beside its colour bar."""
+    words = ["attention rollout"]
+    if cfg.layer_index is not None:
+        words.append(f"of layer {cfg.layer_index} alone")
+    if cfg.category_index is not None:
+        words.append(f"for class {cfg.category_index}")
+    return " ".join(words)
 
 
 def suffix(cfg: ExplainConfig) -> str:

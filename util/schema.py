@@ -88,10 +88,12 @@ class DatasetConfig:
     """Data set"""
 
     dataset: str = knob(
-        "folder", "folder of images, or one of the known sets", choices=("folder", "mnist5k", "cifar10", "cifar100")
-    )
+        "folder", "folder of images, packed shards of them, or one of the known sets",
+        choices=("folder", "packed", "mnist5k", "cifar10", "cifar100"),
+    )  # fmt: skip
     data_path: str | None = knob(
-        None, "folder of images (its train/, where there is one); for CIFAR the folder of the binary version's .tar.gz",
+        None, "folder of images or shards; where it has train/ and val/, training and judging read those; for CIFAR "
+        "that of the binary version's .tar.gz",
         may_change=True,  # the resume compares the list of images instead
     )  # fmt: skip
 

@@ -55,8 +55,8 @@ class MonitorConfig:
         "drawn; 0 is off", unit="images", min=0, may_change=True,
     )  # fmt: skip
     monitor_knn: int = knob(
-        2000, "k-NN among a fixed choice of so many labelled training images, for a quarter as many validation images; "
-        "0 is off", unit="images", min=0, may_change=True,
+        2000, "k-NN among a fixed choice of so many labelled training images, for a quarter as many validation images, "
+        "of one class for every 20 images at most; 0 is off", unit="images", min=0, may_change=True,
     )  # fmt: skip
     monitor_probe: bool = knob(
         False, "also classify with a linear layer fitted to the features of the k-NN's images", may_change=True
@@ -84,4 +84,7 @@ class PretrainConfig(AdamWConfig, MAEConfig, AugmentConfig, DataConfig, MonitorC
 
     def problems(self) -> list[str]:
         """Values that are legal alone and wrong together, one line each."""
-        return data_problems(self, self.in_chans) + schedule_problems(self)
+        found = data_problems(self, self.in_chans) + schedule_problems(self)
+        if self.monitor_probe and not self.monitor_knn:
+            found.append("monitor_probe fits a layer to the features of monitor_knn's images, and monitor_knn is 0")
+        return found

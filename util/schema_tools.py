@@ -41,6 +41,21 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
 
 
 @dataclass(frozen=True)
+class OverviewConfig(MaeVisConfig):
+    """Overview"""
+
+    save_path: str = knob("output/overview.png", "the picture")
+
+    def problems(self) -> list[str]:
+        """As for reconstructions; and it shows one image under one mask."""
+        found = super().problems()
+        for name in ("img_path", "mask_ratio", "seed"):
+            if len(getattr(self, name)) > 1:
+                found.append(f"{name} names {len(getattr(self, name))}: the overview shows one image under one mask")
+        return found
+
+
+@dataclass(frozen=True)
 class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     """Attention rollout"""
 
@@ -54,6 +69,10 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
         0.0, "share of each layer's matrix, its lowest entries, that is left out", unit="in [0, 1]", min=0, below=1
     )
     layer_index: int | None = knob(None, "only this layer, counted from 0; null rolls out over all", min=0)
+    reader: str | None = knob(
+        None, "whose row is read, the class token's or the mean patch's; null is the class token's where there is one, "
+        "and with category_index that of global_pool", choices=("token", "avg"),
+    )  # fmt: skip
     category_index: int | None = knob(
         None, "what speaks for this class, counted from 0, by the gradient; needs a classifier's weights", min=0
     )

@@ -1,0 +1,24 @@
+"""Times that compare on a busy machine: every variant runs once in each round, in turn."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+Variants = dict[str, Callable[[], object]]
+
+
+def interleaved(variants: Variants, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
+    """How many times faster `fast` is: the median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))

@@ -1,0 +1,126 @@
+"""`tools/benchmark.py`: what it counts is right, and every part runs and says its figures (on tiny shapes here)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from engine.benchmarks import memory, models, step, timing
+from engine.benchmarks.models import SHAPES, Shape
+from tools import benchmark
+from util.errors import InputError
+
+TINY = Shape(2, 32, 8, (32, 2, 2), (16, 1, 2))
+
+
+@pytest.mark.parametrize(("name", "gflops"), [("small/16", 9.2), ("base/16", 57.8), ("192/4 at 32", 0.65)])
+def test_flops_of_the_three_steps(name, gflops):
+    """Forward and backward of one image, as counted by hand."""
+    assert abs(step.step_flops(SHAPES[name]) / 1e9 / gflops - 1) < 0.03
+
+
+def test_live_bytes_are_those_of_tensors_alive_at_once():
+    kept = torch.zeros(1000)  # made before: not counted
+    with memory.LiveBytes() as live:
+        a = torch.ones(100)  # 400 bytes
+        view = a[:50]  # none
+        b = a + kept[:100]  # 800
+        del a, view
+        c = torch.cat([b, b])  # 400 + 800
+        del b
+        c.add_(1)
+        kept.add_(1)
+    assert (live.peak, live.live) == (1200, 800)
+    del c
+    assert live.live == 0
+
+
+def test_activations_fall_with_checkpointing_and_are_the_same_every_time(monkeypatch):
+    monkeypatch.setitem(SHAPES, "base/16", Shape(4, 32, 4, (64, 4, 2), (64, 4, 2)))
+    found = benchmark.main(["memory"])["base/16"]
+    peaks = found["activations_mib"]
+    assert set(peaks) == {"ours bf16", "ours bf16 checkpointing", "peer fp32"}
+    assert peaks["ours bf16 checkpointing"] < 0.5 * peaks["ours bf16"]
+    assert found["activations_over_peer"]["ours bf16"] == peaks["ours bf16"] / peaks["peer fp32"]
+    assert benchmark.main(["memory"])["base/16"]["activations_mib"] == peaks
+
+
+def test_variants_take_turns_and_the_first_round_does_not_count():
+    order = []
+    seconds = timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 4 and [len(s) for s in seconds.values()] == [3, 3]
+    assert timing.ratio({"slow": [4.0, 9.0, 2.0], "fast": [2.0, 3.0, 2.0]}, "slow", "fast") == 2.0
+
+
+def test_the_peer_is_the_same_model():
+    ours, theirs = models.build(TINY), models.build_peer(TINY, "eager")
+    count = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
+    assert count[0] == count[1]
+
+
+def test_step_gives_rates_ratios_and_the_share_of_the_peak(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(SHAPES, "base/16", TINY)
+    monkeypatch.setattr(step, "peak_flops", lambda: 1e9)
+    found = benchmark.main(["step", "--shapes", "base/16", "--rounds", "1", "--json", str(tmp_path / "f.json")])
+    assert json.loads((tmp_path / "f.json").read_text()) == found
+    facts = found["base/16"]
+    assert set(facts["images_per_s"]) == {"ours bf16", "ours cross bf16"} | {
+        f"peer {word} {attention}" for word in ("fp32", "bf16") for attention in ("sdpa", "eager")
+    }
+    rate = facts["images_per_s"]["ours bf16"]
+    assert facts["share_of_peak"] == pytest.approx(rate * step.step_flops(TINY) / 1e9)
+    fastest = max(facts["images_per_s"][f"peer fp32 {attention}"] for attention in ("sdpa", "eager"))
+    assert facts["over_peer_fp32"] == pytest.approx(rate / fastest)  # of one round
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out and "threads" in out and "step, base/16" in out
+
+
+def test_a_peer_that_is_not_installed_leaves_its_columns_out(monkeypatch, capsys):
+    monkeypatch.setitem(SHAPES, "base/16", TINY)
+    monkeypatch.setattr(step, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(step, "build_peer", lambda *_: None)
+    monkeypatch.setattr(memory, "build_peer", lambda *_: None)
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    facts = benchmark.main(["step", "--shapes", "base/16", "--rounds", "1"])["base/16"]
+    assert set(facts["images_per_s"]) == {"ours bf16", "ours cross bf16"} and "over_peer_fp32" not in facts
+    assert "activations_over_peer" not in benchmark.main(["memory"])["base/16"]
+    assert capsys.readouterr().out.count("transformers is not installed") == 2
+
+
+def test_loader_compares_the_same_images(tmp_path):
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    found = benchmark.main(["loader", "--images", str(tmp_path), "--rounds", "1"])["one core"]
+    assert set(found["images_per_s"]) == {"pillow", "folder"}
+    rates = found["images_per_s"]
+    assert found["over_pillow"]["folder"] == pytest.approx(rates["folder"] / rates["pillow"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", ["knn", "probe"])
+def test_the_evaluations_are_timed(part):
+    (found,) = benchmark.main([part, "--rounds", "1"]).values()
+    if part == "knn":
+        assert found["gain"] > 1.5  # one search for four numbers of neighbours
+    else:
+        assert 0.5 < found["time_of_13_over_1"] < 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["loader"], "loader needs photographs: give --images FOLDER"),
+        (["loader", "--images", "nowhere"], "nowhere does not exist"),
+        (["step", "--rounds", "0"], "rounds must be 1 or more"),
+        (["step", "--shapes", "huge"], "invalid choice: 'huge'"),
+        (["speed"], "invalid choice: 'speed'"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match=words):
+        benchmark.main(flags)

@@ -1,0 +1,588 @@
+"""`dataset: packed`: reading at an index, labels, the order of an epoch, and training and evaluating from shards."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packs import (
+    PACKED,
+    Killed,
+    member,
+    pack,
+    patched,
+    png,
+    shards,
+    write_tar,
+)
+from runs import (
+    CLASSES,
+    PICTURE_STEPS,
+    launch,
+    loading,
+    log_lines,
+    make_pictures,
+    pictures,
+    pretrain_pictures,
+    step_losses,
+)
+
+import main_finetune
+import main_knn
+import main_lincls
+import main_pretrain
+from data import pack_index, packed
+from data.datasets import FolderSource, build_pretrain_source
+from data.images import BadImageError
+from data.labelled import LabelledData, build_labelled_data
+from data.loaders import PretrainDataset, build_train_loader
+from data.packed import LabelledPack, PackedSource
+from data.pictures import validation_source
+from data.sampler import StepSampler, epoch_order
+from data.shards import index_shard
+from data.transforms import pretrain_transform
+from engine import batches as batches_module
+from util.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """120 + 60 digits of 3 classes."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory, data) -> Path:
+    """The same, packed into six and three shards."""
+    return pack(data, tmp_path_factory.mktemp("packs") / "digits")
+
+
+@pytest.fixture
+def own(tmp_path, packs) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(packs, tmp_path / "own")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_shows_the_images_of_the_folder(data, packs):
+    source, folder = PackedSource(packs / "train", 3), FolderSource(str(data / "train"), 3, prefer_train=False)
+    assert len(source) == len(folder) == 120
+    by_name = {folder.name(i).removeprefix(f"{data}/train/").replace("/", "_"): folder.read(i) for i in range(120)}
+    for index in range(120):
+        shard, name = source.name(index).removeprefix(f"{packs}/train/").split("/")
+        assert re.fullmatch(r"shard-00000\d\.tar", shard)
+        assert torch.equal(source.read(index), by_name[name.split("-", 1)[1]])
+        assert (packs / "train" / shard).read_bytes().count(name.encode()) == 1
+    assert PackedSource(packs / "train", 1).read(7).shape == (1, 28, 28)
+
+
+def test_the_fingerprint_is_that_of_the_images_not_of_the_shards(tmp_path, data, packs):
+    def fingerprint(folder: Path) -> str:
+        return PackedSource(folder, 1).fingerprint()
+
+    first = fingerprint(packs / "train")
+    assert fingerprint(pack(data, tmp_path / "one shard", "--shard_mb", 256) / "train") == first
+    seen = {first, fingerprint(packs / "val")}
+    source = shutil.copytree(data / "train", tmp_path / "in")
+    seen.add(fingerprint(pack(source, tmp_path / "unlabelled")))
+    (source / "one/003.png").write_bytes((source / "one/004.png").read_bytes())
+    seen.add(fingerprint(pack(source, tmp_path / "other content")))
+    (source / "one/003.png").unlink()
+    seen.add(fingerprint(pack(source, tmp_path / "one less")))
+    assert len(seen) == 5
+
+
+def place_of(folder: Path, index: int) -> tuple[Path, int, int]:
+    """Shard, offset and length of an image."""
+    source = PackedSource(folder, 1)
+    entry = source.index.entries[index]
+    return folder / source.index.shards[entry["shard"]].name, int(entry["offset"]), int(entry["length"])
+
+
+def flip_bit(folder: Path, index: int) -> str:
+    """Damages an image; returns how a message should name the place."""
+    path, offset, length = place_of(folder, index)
+    content = bytearray(path.read_bytes())
+    content[offset + length // 2] ^= 4
+    path.write_bytes(content)
+    return f"{path.name} at byte {offset}, member {Path(PackedSource(folder, 1).name(index)).name}"
+
+
+def test_a_damaged_image_is_a_bad_image_that_names_its_place(own):
+    folder = own / "train"
+    source = PackedSource(folder, 1)
+    where = flip_bit(folder, 50)
+    with pytest.raises(BadImageError, match=rf"is damaged: {where}, has the crc32 \w{{8}}, expected \w{{8}}$"):
+        source.read(50)
+    assert source.read(49).shape == (1, 28, 28)
+    path, offset, length = place_of(folder, 60)
+    os.truncate(path, offset + length - 1)
+    expected = rf"is cut off: {path.name} at byte {offset}, .*has {length - 1} of {length} bytes"
+    with pytest.raises(BadImageError, match=expected):
+        source.read(60)
+    fresh = PackedSource(own / "val", 1)
+    shards(own / "val")[0].unlink()
+    with pytest.raises(BadImageError, match=r"cannot be read: shard-000000.tar at byte 512, member 0.*: No such file"):
+        fresh.read(0)
+
+
+def test_what_an_index_says_is_not_believed(own):
+    """A length of 2^62 is refused before memory is asked for."""
+    entries = np.load(own / "train/index.npy")
+    entries["length"][3] = 2**62
+    np.save(own / "train/index.npy", entries)
+    with pytest.raises(BadImageError, match="would end behind the shard"):
+        PackedSource(own / "train", 1).read(3)
+
+
+def test_an_index_that_does_not_fit_its_shards_is_refused(own, packs):
+    folder = own / "train"
+    again = f"python tools/pack_dataset.py --index {folder}/*.tar"
+
+    def refusal() -> str:
+        with pytest.raises(InputError) as error:
+            PackedSource(folder, 1)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def restore() -> None:
+        shutil.copytree(packs / "train", folder, dirs_exist_ok=True)
+
+    second = shards(folder)[1]
+    second.unlink()
+    assert refusal() == f"1 of the 6 shards in {folder} are missing: shard-000001.tar"
+    older = f"the index of {folder} is older than its shards (shard-000001.tar): index them again, {again}"
+    restore()
+    with second.open("ab") as file:
+        file.write(bytes(512))
+    assert refusal() == older  # another size
+    restore()
+    shutil.copy(shards(folder)[0], second)
+    assert refusal() == older  # another shard
+    restore()
+    content = second.read_bytes()
+    patched(second, 0, b"9", header=0)
+    assert len(second.read_bytes()) == len(content) and refusal() == older  # another name, all else equal
+    for name in ("index.json", "index.npy", "names.npy"):
+        restore()
+        (folder / name).unlink()
+        assert refusal() == (
+            f"{folder} has no {name}: give the command that packed it again, or for shards from elsewhere {again}"
+        )
+        (folder / name).write_bytes(b"{}" if name == "index.json" else b"x")
+        assert f"the index of {folder} is damaged (" in refusal()
+    restore()
+    np.save(folder / "index.npy", np.load(folder / "index.npy")[:-1])
+    assert "do not fit one another" in refusal()
+    restore()
+    np.save(folder / "names.npy", np.array([None, {}], dtype=object))  # a pickle
+    assert "is damaged (Array can't be memory-mapped: Python objects in dtype" in refusal()
+    restore()
+    facts = json.loads((folder / "index.json").read_text())
+    for change in ({"version": 2}, {"shards": [{**facts["shards"][0], "name": "../x.tar"}, *facts["shards"][1:]]}):
+        (folder / "index.json").write_text(json.dumps({**facts, **change}))
+        assert "do not fit one another" in refusal()
+
+
+def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
+    with pytest.raises(InputError, match=r"data_path .*nowhere does not exist"):
+        build_pretrain_source("packed", str(tmp_path / "nowhere"), 3, False)
+    with pytest.raises(InputError, match=r"train has no index\.json: give the command that packed it again, or for sh"):
+        build_pretrain_source("packed", str(data), 3, False)
+
+
+def loaded(source: PackedSource, context: str | None, num_workers: int = 2) -> list[torch.Tensor]:
+    dataset = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
+    sampler = StepSampler(len(source), 10, 1, 0, 1, 0, 0, 8, block_size=16)
+    settings = loading(num_workers) | ({"multiprocessing_context": context} if context else {})
+    return [batch.images for batch in build_train_loader(dataset, sampler, settings)]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_processes_that_are_forked_or_spawned_read_the_same(packs, context):
+    source = PackedSource(packs / "train", 1)
+    expected = loaded(source, None, 0)
+    assert source.files  # is open when the processes start
+    for images, others in zip(expected, loaded(source, context), strict=True):
+        assert torch.equal(images, others)
+
+
+def test_a_pickled_source_holds_no_data_and_opens_its_own_files(packs):
+    source = LabelledPack(packs / "train", 1)
+    source.reads_ahead = True
+    source.read(3)
+    copy = pickle.loads(pickle.dumps(source))
+    assert len(pickle.dumps(source)) < 500
+    assert (type(copy), copy.reads_ahead, len(copy.files)) == (LabelledPack, True, 0)
+    assert torch.equal(copy.read(100), source.read(100))
+    assert copy.labels.tolist() == source.labels.tolist()
+
+
+def test_few_shards_are_open_at_a_time(packs, monkeypatch):
+    monkeypatch.setattr(packed, "RECENT", 2)
+    source = PackedSource(packs / "train", 1)
+    assert not source.files
+    for index in [0, 119, 60, 0, 119, *range(120)]:
+        source.read(index)
+        assert len(source.files) <= 2
+    assert list(source.files) == [4, 5]
+    source.read(int(np.flatnonzero(source.index.entries["shard"] == 4)[0]))  # used again: the other one goes next
+    source.read(0)
+    assert list(source.files) == [4, 0]
+
+
+def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
+    """The images of block 2 of 32, which lie in three shards, and nothing before it is asked for."""
+    announced = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: announced.append(arguments))
+    source = PackedSource(packs / "train", 1)
+    source.block_size = 32
+    source.read(70)
+    assert announced == []  # only where all images will be read
+    source.reads_ahead = True
+    for index in (70, 64, 95, 70):
+        source.read(index)
+    entries = source.index.entries[64:96]
+    expected = {}
+    for entry in entries:
+        start, end = expected.get(int(entry["shard"]), (int(entry["offset"]), 0))
+        expected[int(entry["shard"])] = (start, int(entry["offset"] + entry["length"]))
+    assert len(expected) >= 2
+    assert [(offset, offset + length) for _, offset, length, _ in announced] == list(expected.values())
+    assert [descriptor for descriptor, *_ in announced] == [source.files[shard].fileno() for shard in expected]
+    assert {advice for *_, advice in announced} == {os.POSIX_FADV_WILLNEED}
+    source.read(63)
+    assert len(announced) > len(expected)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def labelled(root: Path, num_classes: int | None = None) -> LabelledData:
+    return build_labelled_data("packed", str(root), 1, download=False, num_classes=num_classes)
+
+
+def refusal_of(root: Path, num_classes: int | None = None) -> str:
+    with pytest.raises(InputError) as error:
+        labelled(root, num_classes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def make_pack(folder: Path, labels: list[int | None], class_names: list[str] | None = None) -> None:
+    """Shades of grey, each with the shade of ten times its label."""
+    members = []
+    for number, label in enumerate(labels):
+        members.append(member(f"{number}.png", png(number if label is None else 10 * label)))
+        members += [] if label is None else [member(f"{number}.cls", str(label).encode())]
+    path = write_tar(folder / "a.tar", members)
+    pack_index.write_index(folder, [("a.tar", index_shard(path))], class_names)
+
+
+def test_both_splits_with_the_class_names_of_the_index(packs):
+    data = labelled(packs, num_classes=3)
+    assert data.class_names == list(CLASSES)
+    assert Counter(data.train.labels.tolist()) == {0: 40, 1: 40, 2: 40}
+    assert Counter(data.val.labels.tolist()) == {0: 20, 1: 20, 2: 20}
+    assert data.train.labels.dtype == np.int64
+    for index in range(0, 120, 7):
+        assert CLASSES[data.train.labels[index]] in data.train.name(index)
+    assert refusal_of(packs, num_classes=4) == "num_classes is 4 and the data has 3 classes: leave num_classes out"
+
+
+def test_packs_that_evaluation_cannot_take_are_refused_in_exact_words(tmp_path, own, data):
+    make_pack(tmp_path / "a/train", [0, 1])
+    assert refusal_of(tmp_path / "a") == (
+        f"data_path {tmp_path}/a has no val/: it must hold train/ and val/, each with shards"
+    )
+    make_pack(tmp_path / "a/val", [None, None])
+    assert refusal_of(tmp_path / "a") == (
+        f"the images in {tmp_path}/a/val have no labels, which evaluation needs: pack a folder with class folders"
+    )
+    make_pack(tmp_path / "a/val", [0, 0])
+    assert refusal_of(tmp_path / "a") == f"1 classes in {tmp_path}/a/val hold no image: 1"
+    make_pack(tmp_path / "a/val", [0, 1, 999_999_999])
+    assert refusal_of(tmp_path / "a") == (f"the labels in {tmp_path}/a go up to 999999999, with 2 images to train on")
+    make_pack(tmp_path / "a/train", [0, 1], ["cat", "dog"])
+    assert "the val split of packed has the label 999999999, outside its 2 classes" in refusal_of(tmp_path / "a")
+    make_pack(tmp_path / "a/val", [0, 1], ["cat", "mouse"])
+    assert refusal_of(tmp_path / "a") == f"1 classes are in {tmp_path}/a/train and not in val/: dog"
+    make_pack(tmp_path / "a/val", [0, 0], ["cat", "dog"])
+    assert refusal_of(tmp_path / "a") == f"1 classes in {tmp_path}/a/val hold no image: dog"
+    flat = pack(data / "train", tmp_path / "flat")
+    assert refusal_of(flat) == f"data_path {flat} has no train/: it must hold train/ and val/, each with shards"
+    assert refusal_of(tmp_path / "nowhere") == f"data_path {tmp_path}/nowhere does not exist"
+
+
+def test_classes_without_names_are_called_by_their_labels(tmp_path):
+    make_pack(tmp_path / "train", [2, 0, 1, 0])
+    make_pack(tmp_path / "val", [0, 1, 2])
+    assert labelled(tmp_path).class_names == ["0", "1", "2"]
+    make_pack(tmp_path / "val", [0, 1, 2], ["cat", "dog", "cow"])
+    assert labelled(tmp_path).class_names == ["cat", "dog", "cow"]  # one split's names are both splits'
+
+
+def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
+    make_pack(tmp_path / "train", [2, None, 0, None, 1])
+    make_pack(tmp_path / "val", [0, 1, 2])
+    data = labelled(tmp_path)
+    assert (len(data.train), data.train.labels.tolist()) == (3, [2, 0, 1])
+    assert [int(data.train.read(index)[0, 0, 0]) for index in range(3)] == [20, 0, 10]
+    assert f"{tmp_path}/train: 2 images have no label and are left out" in caplog.text
+    assert len(build_pretrain_source("packed", str(tmp_path), 1, False)) == 5
+
+
+def test_what_pictures_are_made_of(tmp_path, packs, data):
+    assert validation_source("packed", str(packs), 1).name(0).startswith(f"{packs}/val/shard-000000.tar/000000000-")
+    assert len(validation_source("packed", str(packs), 1)) == 60
+    flat = pack(data / "val", tmp_path / "flat")
+    assert validation_source("packed", str(flat), 1).name(0).startswith(f"{flat}/shard-000000.tar/")
+    shutil.copytree(packs / "train", tmp_path / "half/train")
+    assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 120
+    make_pack(tmp_path / "half/val", [None])  # labels are not needed
+    assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 1
+
+
+# --- the order of an epoch --------------------------------------------------------------------------------------------
+
+
+def test_golden_order_by_blocks():
+    """The order belongs to every checkpoint: when these numbers change, no run on packed data can be resumed."""
+    assert epoch_order(10, 4, 42, 0).tolist() == [3, 6, 2, 8, 4, 5, 7, 9, 0, 1]
+    assert epoch_order(100_000, 256, 0, 3)[[0, 1, 20_000, 99_999]].tolist() == [50752, 8242, 6793, 65846]
+
+
+@pytest.mark.parametrize(("num_images", "block_size"), [(1, 4), (3, 4), (4, 4), (1000, 7), (5000, 16), (40_000, 256)])
+def test_an_epoch_by_blocks_is_a_permutation_of_its_own(num_images, block_size):
+    orders = [epoch_order(num_images, block_size, seed, epoch) for seed in range(2) for epoch in range(3)]
+    for order in orders:
+        assert np.array_equal(np.sort(order), np.arange(num_images))
+    if num_images >= 1000:
+        assert len({order.tobytes() for order in orders}) == 6
+    assert np.array_equal(orders[0], epoch_order(num_images, block_size, 0, 0))
+
+
+def test_64_blocks_are_read_at_a_time_and_mixed():
+    """10,000 blocks of 8: each 512 positions hold 64 whole blocks, from all over the data set, in no order."""
+    order = epoch_order(80_000, 8, 0, 0)
+    first_blocks = []
+    for start in range(0, 80_000, 512):
+        images = order[start : start + 512]
+        counts = Counter((images // 8).tolist())
+        assert set(counts.values()) == {8}
+        assert len(counts) == min(64, len(images) // 8)
+        first_blocks.append(min(counts))
+        if len(images) == 512:
+            assert np.ptp(images) > 60_000
+            correlation = np.corrcoef(np.arange(512), np.argsort(np.argsort(images)))[0, 1]
+            assert abs(correlation) < 0.2
+            assert np.mean(np.diff(images) == 1) < 0.05
+    assert len(set(first_blocks)) > 50
+    short = epoch_order(1003, 10, 0, 0)  # the last block has three images; it may come anywhere
+    assert np.flatnonzero(short >= 1000).max() < 643 or np.flatnonzero(short >= 1000).min() >= 640
+
+
+def test_a_block_size_of_one_is_any_permutation():
+    sampler = StepSampler(1000, 5, 1, 0, 1, 42, 0, 1, block_size=1)
+    assert [key.image for key in next(iter(sampler))] == [333, 887, 105, 55, 224]  # as for every other data set
+
+
+def keys_of(world_size: int, accum_iter: int, start: int = 0, stop: int = 40) -> list[list]:
+    """The samples of each step over all processes, by position: 6 steps an epoch of 400 images in blocks of 5."""
+    gathered: list[list] = [[] for _ in range(stop - start)]
+    for rank in range(world_size):
+        batch_size = 64 // world_size // accum_iter
+        steps = StepSampler(400, batch_size, accum_iter, rank, world_size, 3, start, stop, block_size=5)
+        for number, batch in enumerate(steps):
+            gathered[number // accum_iter] += batch
+    return [sorted(keys, key=lambda key: key.position) for keys in gathered]
+
+
+def test_a_step_by_blocks_is_the_same_however_it_is_shared_out_and_wherever_it_starts():
+    whole = keys_of(1, 1)
+    order = epoch_order(400, 5, 3, 2)
+    assert [key.image for key in whole[13]] == order[64:128].tolist()
+    assert whole == keys_of(2, 1) == keys_of(4, 2)
+    for start in (1, 5, 6, 7, 23):
+        assert keys_of(2, 2, start) == whole[start:]
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> list[int]:
+    """Blocks of 8, 4 to a group; collects the block sizes that runs take."""
+    monkeypatch.setattr(PackedSource, "block_size", 8)
+    monkeypatch.setattr("data.sampler.GROUP", 4)
+    taken = []
+
+    class Seen(StepSampler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            taken.append(self.block_size)
+
+    monkeypatch.setattr(batches_module, "StepSampler", Seen)
+    return taken
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, packs, small_blocks):
+    """Stopped after the first epoch of two; then with loader processes, and after a move to another folder."""
+    pretrain_pictures(packs, tmp_path / "whole", *PACKED)
+    pretrain_pictures(packs, tmp_path / "parts", *PACKED, "--stop_epoch", 1)
+    moved = shutil.copytree(packs, tmp_path / "moved")
+    pretrain_pictures(moved, tmp_path / "parts", *PACKED, "--num_workers", 2)
+    losses = step_losses(tmp_path / "whole")
+    assert len(set(losses.values())) == 2 * PICTURE_STEPS
+    assert step_losses(tmp_path / "parts") == losses
+    assert (tmp_path / "parts/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert small_blocks == [8, 8, 8]
+
+
+def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(tmp_path, packs, small_blocks, monkeypatch):
+    """Saved at every line; the process ends in place of step 16, the checkpoint is of step 15 of 20."""
+    often = ("--save_minutes", 1e-9, "--log_interval", 5)
+    pretrain_pictures(packs, tmp_path / "whole", *PACKED, "--log_interval", 1)
+    original, taken = main_pretrain.optimizer_step, []
+
+    def counted(*arguments, **keywords):
+        taken.append(None)
+        if len(taken) == 16:
+            raise Killed
+        return original(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main_pretrain, "optimizer_step", counted)
+        with pytest.raises(Killed):
+            pretrain_pictures(packs, tmp_path / "parts", *PACKED, *often)
+    assert (tmp_path / "parts/checkpoint-00000015.pth").exists()
+    pretrain_pictures(packs, tmp_path / "parts", *PACKED, "--log_interval", 1)
+    losses = step_losses(tmp_path / "whole")
+    assert {step: loss for step, loss in step_losses(tmp_path / "parts").items() if step > 15} == {
+        step: losses[step] for step in range(16, 21)
+    }
+    assert (tmp_path / "parts/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_run_on_other_images_is_not_gone_on_with(tmp_path, packs, data):
+    pretrain_pictures(packs, tmp_path / "run", *PACKED, "--stop_epoch", 1)
+    with pytest.raises(InputError, match="dataset: packed -> folder"):
+        pretrain_pictures(data, tmp_path / "run")
+    source = shutil.copytree(data, tmp_path / "in")
+    shutil.copy(source / "train/one/001.png", source / "train/one/002.png")
+    other = pack(source, tmp_path / "other")
+    with pytest.raises(InputError, match="images: a list of 120 -> another list of 120"):
+        pretrain_pictures(other, tmp_path / "run", *PACKED)
+
+
+@pytest.mark.long
+def test_two_processes_train_as_one_and_go_on_as_one(tmp_path, packs):
+    """12 images a step: by one process; by two; and by one, two and one again, an epoch each."""
+    decoder = ["--decoder_embed_dim", 16, "--decoder_depth", 1, "--decoder_num_heads", 2]
+    more = [*PACKED, *decoder, "--lr", 1e-2, "--save_epochs", 1, "--monitor_epochs", 0, "--num_workers", 1]
+
+    def start(folder: str, processes: int, *flags) -> None:
+        arguments = pictures(packs, tmp_path / folder, *more, "--batch_size", 12 // processes, *flags)
+        result = launch(arguments, processes)
+        assert result.returncode == 0, result.stderr
+
+    start("one", 1)
+    start("two", 2)
+    for epoch, processes in ((1, 1), (2, 2), (3, 1)):
+        start("both", processes, "--stop_epoch", epoch)
+    losses = step_losses(tmp_path / "one")
+    for folder in ("two", "both"):
+        others = step_losses(tmp_path / folder)
+        assert others.keys() == losses.keys() == set(range(1, 31))
+        for step, loss in losses.items():
+            assert float.fromhex(others[step]) == pytest.approx(float.fromhex(loss), abs=1e-5), step
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, packs) -> Path:
+    return pretrain_pictures(packs, tmp_path_factory.mktemp("pretrained"), *PACKED) / "model.safetensors"
+
+
+def test_the_evaluations_take_a_pack(tmp_path, data, packs, weights):
+    """k-NN sees the same images as in the folder; the others learn from them."""
+    arguments = ["--finetune", weights, "--ks", 1, 5]
+    by_folder = main_knn.main(pictures(data, tmp_path / "folder", *arguments, training=False))
+    results = main_knn.main(pictures(packs, tmp_path / "knn", *PACKED, *arguments, training=False))
+    assert results["acc1_by_k"] == by_folder["acc1_by_k"]
+    assert results["acc1"] > 65  # 33.3 is chance
+    assert (results["dataset"], results["num_train"], results["num_samples"]) == ("packed", 120, 60)
+    learn = ["--crop_min", 0.8, "--epochs", 8, "--warmup_epochs", 1, "--finetune", weights]
+    linear = main_lincls.main(pictures(packs, tmp_path / "lincls", *PACKED, *learn, "--lr", 0.3, 3))
+    assert linear["acc1"] > 65
+    assert (linear["num_train"], linear["num_held_out"]) == (108, 12)
+    gentle = ["--lr", 0.1, "--label_smoothing", 0, "--drop_path_rate", 0, "--clip_grad", 1]
+    tuned = main_finetune.main(pictures(packs, tmp_path / "finetune", *PACKED, *learn, *gentle, "--per_class"))
+    assert tuned["acc1"] > 65
+    assert list(tuned["per_class"]) == list(CLASSES)
+
+
+def test_the_order_by_blocks_reaches_every_stage_and_only_there(tmp_path, packs, data, weights, small_blocks):
+    """A part of a pack keeps its blocks, too."""
+    learn = ["--epochs", 1, "--warmup_epochs", 0, "--finetune", weights]
+    main_lincls.main(pictures(packs, tmp_path / "1", *PACKED, *learn, "--lr", 0.3))
+    main_lincls.main(pictures(packs, tmp_path / "2", *PACKED, *learn, "--lr", 0.3, 3))
+    main_finetune.main(pictures(packs, tmp_path / "3", *PACKED, *learn))
+    main_lincls.main(pictures(data, tmp_path / "4", *learn, "--lr", 0.3, 3))
+    assert small_blocks == [8, 8, 8, 1]
+
+
+def test_the_monitor_looks_at_a_pack(tmp_path, packs, data):
+    """With labels it classifies; without, it draws."""
+    looking = ["--monitor_epochs", 1, "--monitor_images", 3]
+    pretrain_pictures(packs, tmp_path / "labelled", *PACKED, *looking)
+    looks = [line for line in log_lines(tmp_path / "labelled") if "monitor_s" in line]
+    assert [look["epoch"] for look in looks] == [0, 1, 2]
+    assert all("knn_acc1" in look and "psnr" in look for look in looks)
+    flat = pack(data / "train", tmp_path / "flat")
+    pretrain_pictures(flat, tmp_path / "unlabelled", *PACKED, *looking)
+    looks = [line for line in log_lines(tmp_path / "unlabelled") if "monitor_s" in line]
+    assert len(looks) == 3
+    assert all("knn_acc1" not in look and "psnr" in look for look in looks)
+
+
+def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, own, weights):
+    where = flip_bit(own / "train", 50)
+    pretrain_pictures(own, tmp_path / "run", *PACKED)
+    (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
+    bad = json.loads(line)
+    assert bad["path"] == PackedSource(own / "train", 1).name(50)
+    assert bad["reason"].startswith(f"is damaged: {where}, has the crc32 ")
+    assert log_lines(tmp_path / "run")[-1]["step"] == 2 * PICTURE_STEPS
+    in_val = flip_bit(own / "val", 33)
+    commands = (
+        (main_knn.main, where, pictures(own, tmp_path / "knn", training=False)),
+        (main_finetune.main, in_val, pictures(own, tmp_path / "tune", "--epochs", 1, "--warmup_epochs", 0)),
+    )
+    for main, damaged, arguments in commands:
+        with pytest.raises(InputError) as error:
+            main([*arguments, *PACKED, "--finetune", str(weights)])
+        assert f" is damaged: {damaged}, has the crc32 " in str(error.value)
+        assert str(error.value).startswith(f"evaluation leaves no image out, and {own}/")
+
+
+def test_a_shard_that_goes_away_while_training_stops_the_run(tmp_path, own):
+    """As an unmounted disk does."""
+    source = build_pretrain_source("packed", str(own), 1, False)
+    shutil.rmtree(own)
+    images = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
+    batch = next(iter(build_train_loader(images, StepSampler(120, 10, 1, 0, 1, 0, 0, 8, 8), loading(0))))
+    assert batch.failed
+    assert "No such file or directory" in batch.bad[0].reason
+
+
+def test_the_settings_ask_for_the_folder():
+    with pytest.raises(InputError, match="data_path is needed for dataset packed: give --data_path FOLDER"):
+        main_pretrain.main(["--dataset", "packed"])

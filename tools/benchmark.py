@@ -1,0 +1,85 @@
+"""How fast the parts are, beside what users would run otherwise, in one interleaved run.
+
+    python tools/benchmark.py step
+    python tools/benchmark.py memory
+    python tools/benchmark.py loader --images /path/to/images --packed /path/to/packed
+    python tools/benchmark.py knn
+    python tools/benchmark.py probe
+
+Times are medians of rounds in which every variant runs once, in turn, so that a busy machine slows all alike; ratios
+are medians of the rounds' ratios. `step` also gives the share of the peak of matrix products, measured in the same run.
+The peer of step and memory is `transformers.ViTMAEForPreTraining`, left out where it is not installed; that of the
+loader is Pillow with torchvision's transforms. --json writes the figures as one JSON object.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+
+from engine.benchmarks.evaluation import benchmark_knn, benchmark_probe
+from engine.benchmarks.loader import benchmark_loader
+from engine.benchmarks.memory import benchmark_memory
+from engine.benchmarks.models import SHAPES
+from engine.benchmarks.step import benchmark_step
+from util.errors import InputError, LineParser, run_cli
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "step": lambda args: {name: benchmark_step(name, args.rounds) for name in args.shapes},
+    "memory": lambda args: {"base/16": benchmark_memory("base/16")},
+    "loader": lambda args: {"one core": benchmark_loader(args.images, args.packed, args.rounds)},
+    "knn": lambda args: {"50,000 x 384, k = 10, 20, 100, 200": benchmark_knn(args.rounds)},
+    "probe": lambda args: {"small/16 at 224, 1,000 classes, LARS": benchmark_probe(args.rounds)},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs one part, prints its figures and returns them. Raises: InputError."""
+    parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=5, help="in which each variant runs once (default 5)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="step: which (default all)")
+    parser.add_argument("--images", help="loader: folder of photographs")
+    parser.add_argument("--packed", help="loader: the same, packed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise InputError(f"rounds must be 1 or more, got {args.rounds}")
+    if args.part == "loader" and args.images is None:
+        raise InputError("loader needs photographs: give --images FOLDER")
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, timm {timm.__version__}"
+    )
+    if args.part in ("step", "memory") and importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: its columns are left out")
+    figures = PARTS[args.part](args)
+    for title, found in figures.items():
+        print(f"\n{args.part}, {title}")
+        show(found, "  ")
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def show(found: dict[str, Any], indent: str) -> None:
+    """Figures, one a line."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            show(value, indent + "  ")
+        else:
+            print(f"{indent}{name:<{34 - len(indent)}}{value:>10.4g}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.ERROR)
+    run_cli(main)

@@ -1,0 +1,196 @@
+"""Packs a folder of images into tar shards in WebDataset's format, or indexes such shards of others.
+
+    python tools/pack_dataset.py SRC DST --side 256
+    python tools/pack_dataset.py --index /path/to/shards/train/*.tar
+
+SRC is a folder as training takes it: its train/ and val/ (class folders become labels), or any folder of images. Train
+on the shards with --dataset packed --data_path DST. The same command goes on where a killed one stopped. SRC must not
+change meanwhile. With --index nothing is written but the index beside the shards.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from data.datasets import check_folder
+from data.labelled import SPLITS, check_same_classes
+from data.loaders import BadSample
+from data.pack_index import INDEX, earlier_class_names, open_index, write_index
+from data.packing import STILL, Listing, MadeShard, ShardTask, list_images, make_shard, shard_starts
+from data.shards import index_shard
+from util.config import differences
+from util.errors import InputError, LineParser, run_cli
+from util.files import TEMPORARY, write_whole
+from util.pool import available_cores, in_processes
+
+PLAN, BAD_SAMPLES = "packing.json", "bad_samples.jsonl"
+VERSION = 1
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, int]:
+    """Packs or indexes; returns the number of images by folder. Raises: InputError."""
+    parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("source", metavar="SRC", nargs="?", type=Path, help="folder of images")
+    parser.add_argument("target", metavar="DST", nargs="?", type=Path, help="folder to pack into")
+    parser.add_argument(
+        "--side", type=int, choices=(0, 256, 384, 512), default=256,
+        help="larger images are reduced to this short side, in pixels; 0 keeps every file as it is (default 256)",
+    )  # fmt: skip
+    parser.add_argument("--shard_mb", type=positive, default=256.0, help="about so much, in MiB (default 256)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: the cores)")
+    parser.add_argument("--index", nargs="+", type=Path, metavar="TAR", help="index these shards, all in one folder")
+    args = parser.parse_args(argv)
+    if bool(args.index) == (args.target is not None) or (args.index and args.source):
+        raise InputError("give either SRC and DST, or --index with tar files")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if args.index:
+        return {str(args.index[0].parent): index_shards(args.index, args.workers)}
+    return pack(args)
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def pack(args: argparse.Namespace) -> dict[str, int]:
+    """Packs train/ and val/ of a folder, or all of a folder that has no train/."""
+    check_folder(args.source)
+    if args.target.resolve() == args.source.resolve():
+        raise InputError(f"{args.target} is the folder of images: give another one to pack into")
+    has_splits = (args.source / SPLITS[0]).is_dir()
+    splits = [name for name in SPLITS if (args.source / name).is_dir()] if has_splits else [""]
+    listings = {name: list_images(args.source / name, has_splits) for name in splits}
+    class_names = {name: listing.class_names for name, listing in listings.items() if listing.class_names}
+    if len(class_names) == len(SPLITS):  # else a label would mean another class in train/ than in val/
+        check_same_classes(args.source, class_names)
+    return {
+        str(args.target / name): pack_split(listing, args.target / name, args) for name, listing in listings.items()
+    }
+
+
+def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
+    """Packs one split, or what an earlier process has left of it; returns the number of images."""
+    starts = shard_starts(listing.sizes, args.side, args.shard_mb).tolist()
+    paths = [folder / f"shard-{number:06d}.tar" for number in range(len(starts))]
+    tasks = [
+        ShardTask(path, listing.part(start, end), args.side)
+        for path, start, end in zip(paths, starts, [*starts[1:], len(listing.names)], strict=True)
+    ]
+    with claimed(folder, listing, args):
+        if (folder / INDEX).exists() and all(path.exists() for path in paths):
+            num_images = len(open_index(folder).entries)
+            logger.info("%s is packed already: %d images in %d shards", folder, num_images, len(paths))
+            return num_images
+        made = list(reported(in_processes(make_shard, tasks, args.workers), tasks, folder))
+        if list_images(listing.root, listing.class_names is not None).digest() != listing.digest():
+            raise InputError(f"the images in {listing.root} changed while they were packed: {STILL}")
+        bad = [entry for shard in made for entry in shard.bad]
+        finish(folder, bad)
+        shards = [(path.name, shard.content) for path, shard in zip(paths, made, strict=True)]
+        num_images = write_index(folder, shards, listing.class_names, args.side, len(bad))
+    size = sum(path.stat().st_size for path in paths)
+    logger.info("%s: %d images in %d shards, %.1f MiB", folder, num_images, len(paths), size / 2**20)
+    if listing.class_names is None:
+        logger.info("%s has no labels: they come from class folders in train/ and val/", folder)
+    elif (listing.labels < 0).any():
+        logger.warning("%d images lie in no class folder and have no label", (listing.labels < 0).sum())
+    if bad:
+        logger.warning("%d images were left out, see %s; first %s %s", len(bad), folder / BAD_SAMPLES, *bad[0])
+    return num_images
+
+
+@contextmanager
+def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterator[None]:
+    """Writes down what is packed into a folder and keeps other processes out of it.
+
+    Raises: InputError where the folder holds something else, or a process that packs.
+    """
+    plan = {
+        "version": VERSION,
+        "side": args.side,
+        "shard_mb": args.shard_mb,
+        "num_images": len(listing.names),
+        "images": listing.digest(),
+    }
+    path = folder / PLAN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any(entry.name != PLAN + TEMPORARY for entry in folder.iterdir()):
+                raise InputError(f"{folder} is not empty, and no pack was begun there: give a new folder")
+            write_whole(path, lambda target: target.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8"))
+        with path.open("r+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another process packs into {folder}") from error
+            changes = differences(json.load(file), plan)
+            if changes:
+                raise InputError(
+                    f"{folder} holds a pack of other images or settings (old -> new): {'; '.join(changes)}: give "
+                    "another folder"
+                )
+            yield
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}): give another folder") from error
+
+
+def reported(shards: Iterator[MadeShard], tasks: list[ShardTask], folder: Path) -> Iterator[MadeShard]:
+    """Says a line for each shard."""
+    started, num_new = time.monotonic(), 0
+    for number, (shard, task) in enumerate(zip(shards, tasks, strict=True), start=1):
+        count = len(task.source.names)
+        num_new += 0 if shard.was_there else count
+        rate = num_new / (time.monotonic() - started)
+        how = "there already" if shard.was_there else f"{rate:.0f} images/s"
+        left_out = f", {len(shard.bad)} left out" if shard.bad else ""
+        logger.info("%s: shard %d of %d, %d images%s, %s", folder, number, len(tasks), count, left_out, how)
+        yield shard
+
+
+def finish(folder: Path, bad: list[BadSample]) -> None:
+    """Lists the images that were left out, and removes what killed processes left behind."""
+    lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in bad)
+    if bad:
+        write_whole(folder / BAD_SAMPLES, lambda target: target.write_text(lines, encoding="utf-8"))
+    for leftover in folder.glob(f"*{TEMPORARY}"):
+        leftover.unlink()
+
+
+def index_shards(paths: list[Path], workers: int) -> int:
+    """Writes the index of shards, which lie in one folder; returns the number of images.
+
+    Class names are those of an earlier index, where the labels fit them.
+    """
+    folder = paths[0].parent
+    elsewhere = [path for path in paths if path.parent != folder]
+    if elsewhere:
+        raise InputError(f"shards of one index lie in one folder: {paths[0]} and {elsewhere[0]} do not")
+    paths = sorted(set(paths))
+    shards = [(path.name, shard) for path, shard in zip(paths, in_processes(index_shard, paths, workers), strict=True)]
+    labels = np.concatenate([shard.entries["label"] for _, shard in shards])
+    class_names = earlier_class_names(folder)
+    if class_names is not None and labels.max(initial=-1) != len(class_names) - 1:
+        class_names = None
+    num_images = write_index(folder, shards, class_names)
+    logger.info("%s: %d images in %d shards, %d with a label", folder, num_images, len(paths), (labels >= 0).sum())
+    return num_images
+
+
+if __name__ == "__main__":
+    run_cli(main)
