@@ -708,7 +708,7 @@ def test_each_part_can_be_off(tmp_path, data):
         assert all(look.keys() == {"step", "epoch", "monitor_s"} | facts for look in looks_of(folder))
         assert (folder / "monitor.png").exists() == ("psnr" in facts)
         assert reasons(folder) == [] and "WARNING" not in text_of(folder)
-    pretrain_pictures(data, tmp_path / "both", *LOOKING, "--monitor_images", 0, "--monitor_knn", 0)
+    pretrain_pictures(data, tmp_path / "both", "--monitor_epochs", 1, "--monitor_images", 0, "--monitor_knn", 0)
     assert looks_of(tmp_path / "both") == []  # nothing to look at
     with pytest.raises(InputError, match="monitor_probe fits a layer to the features of monitor_knn's images"):
         pretrain_pictures(data, tmp_path / "probe", "--monitor_knn", 0, "--monitor_probe")
