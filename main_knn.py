@@ -79,7 +79,8 @@ def features_of(cfg: KnnConfig, run: Run, weights: str, data: LabelledData, trai
     normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
     dtype = autocast_dtype(cfg.precision, run.device)
     train_rows, val_rows = (
-        compute_features(backbone, eval_batches(cfg, run, source), normalize, dtype) for source in (train, data.val)
+        compute_features(backbone, eval_batches(cfg, run, source, cfg.crop_pct), normalize, dtype)
+        for source in (train, data.val)
     )
     facts = {
         "checkpoint": weights,

@@ -28,9 +28,9 @@ def train_batches(
     return build_train_loader(dataset, sampler, loader_settings(cfg, run.processes))
 
 
-def eval_batches(cfg: Any, run: Run, source: LabelledSource) -> DataLoader[Any]:
-    """This process's share of `source`, through the evaluation transform of the settings."""
+def eval_batches(cfg: Any, run: Run, source: LabelledSource, crop_pct: float | None) -> DataLoader[Any]:
+    """This process's share of `source`, through the evaluation transform; `crop_pct` as `EvalTransform` takes it."""
     return build_eval_loader(
-        source, EvalTransform(cfg.img_size, cfg.crop_pct), cfg.batch_size, run.processes.rank,
+        source, EvalTransform(cfg.img_size, crop_pct), cfg.batch_size, run.processes.rank,
         run.processes.world_size, loader_settings(cfg, run.processes),
     )  # fmt: skip

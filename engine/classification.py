@@ -24,7 +24,7 @@ class Evaluator:
     """Scores classifiers on one labelled source; `class_names` are those to report one by one, None is none."""
 
     def __init__(self, cfg: Any, run: Run, source: LabelledSource, class_names: list[str]):
-        self.batches = eval_batches(cfg, run, source)
+        self.batches = eval_batches(cfg, run, source, cfg.crop_pct)
         self.normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
         self.dtype = autocast_dtype(cfg.precision, run.device)
         self.num_classes = len(class_names)

@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.datasets import ImageSource
-from data.evaluation import build_eval_loader
 from data.images import BadImageError
 from data.labelled import LabelledData, LabelledSource, Subset, build_labelled_data, stratified_choice
-from data.loaders import loader_settings
 from data.pictures import spread, validation_source
 from data.sampler import MONITOR, generator
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.backbone import encoder_of
+from engine.batches import eval_batches
 from engine.features import compute_features
 from engine.knn import ranks_by_k
 from engine.pictures import draw_grid, heat_over, to_picture
@@ -128,34 +127,32 @@ class Monitor:
             return {}
         encoder = encoder_of(self.model, self.cfg)
         try:
-            train, val = (self.features(encoder, source) for source in (self.train, self.val))
+            train, val = (self.features(encoder, source) for source in (self.train, self.val))  # this process's shares
         except InputError as error:
             logger.warning("k-NN is off from here on: %s", error)
             self.train = self.val = None
             return {}
         train_labels, val_labels = (torch.from_numpy(source.labels) for source in (self.train, self.val))
-        rank, world_size = self.run.processes.rank, self.run.processes.world_size
+        val = gather_rows(val, len(val_labels))
         num_classes = int(max(train_labels.max(), val_labels.max())) + 1  # a small choice may lack some
         ranks = ranks_by_k(
-            train[rank::world_size], train_labels, val.to(self.run.device), val_labels, (K,), TEMPERATURE, num_classes,
-            rank, world_size,
+            train, train_labels, val.to(self.run.device), val_labels, (K,), TEMPERATURE, num_classes,
+            self.run.processes.rank, self.run.processes.world_size,
         )  # fmt: skip
         accuracies = {"knn_acc1": 100 * int((ranks[K] == 0).sum()) / len(val_labels)}
-        if self.cfg.monitor_probe and self.run.processes.is_main:
-            predicted = fit_linear(train, train_labels, val, num_classes)
-            accuracies["probe_acc1"] = 100 * int((predicted == val_labels).sum()) / len(val_labels)
+        if self.cfg.monitor_probe:
+            train = gather_rows(train, len(train_labels))
+            if self.run.processes.is_main:
+                predicted = fit_linear(train, train_labels, val, num_classes)
+                accuracies["probe_acc1"] = 100 * int((predicted == val_labels).sum()) / len(val_labels)
         return accuracies
 
     def features(self, encoder: Any, source: LabelledSource) -> Tensor:
-        """Features `(n, D)` of all images of a source, on every process."""
+        """Features `(share, D)` of this process's share of a source."""
         run, cfg = self.run, self.cfg
-        batches = build_eval_loader(
-            source, EvalTransform(cfg.img_size, None), cfg.batch_size, run.processes.rank, run.processes.world_size,
-            loader_settings(cfg, run.processes),
-        )  # fmt: skip
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
-        rows = compute_features(encoder, batches, normalize, autocast_dtype(cfg.precision, run.device))
-        return gather_rows(rows, len(source))
+        dtype = autocast_dtype(cfg.precision, run.device)
+        return compute_features(encoder, eval_batches(cfg, run, source, None), normalize, dtype)
 
 
 def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> Tensor:

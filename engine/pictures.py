@@ -5,7 +5,7 @@ Pictures are uint8 `(H, W, 3)` numpy arrays, heat maps float `(rows, columns)` o
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from util.errors import InputError
-from util.files import write_whole
+from util.files import write_output
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right, in pixels
 
@@ -101,10 +100,10 @@ def draw_overlay(picture: np.ndarray, heat: np.ndarray, box: Box, label: str) ->
 
     The bar is in the map's own values, and `label` says what they are.
     """
-    factor = enlarged(picture, OVERLAY).shape[0] // picture.shape[0]
-    top, left, bottom, right = (edge * factor for edge in box)
-    image = heat_over(enlarged(picture, OVERLAY), heat, (top, left, bottom, right))
-    height, width = image.shape[:2]
+    large = enlarged(picture, OVERLAY)
+    height, width = large.shape[:2]
+    top, left, bottom, right = (edge * (height // picture.shape[0]) for edge in box)
+    image = heat_over(large, heat, (top, left, bottom, right))
     scale = max(1.0, height / 600)  # of bar and text, so that they can be read beside a large image
     bar, figure_width = round(20 * scale), width + round(150 * scale)
     figure = Figure(figsize=(figure_width / DPI, height / DPI), dpi=DPI)
@@ -112,7 +111,7 @@ def draw_overlay(picture: np.ndarray, heat: np.ndarray, box: Box, label: str) ->
     norm = Normalize(float(heat.min()), float(heat.max()))
     colorbar = figure.colorbar(ScalarMappable(norm, COLORS), cax=axes)
     colorbar.ax.tick_params(labelsize=9 * scale)
-    colorbar.formatter = FuncFormatter(lambda value, _: f"{value:.3g}")  # whole numbers, no factor above the bar
+    colorbar.formatter = FuncFormatter(lambda value, _: f"{value:.3g}")  # no factor above the bar
     colorbar.set_label(label, fontsize=9 * scale)
     result = figure_picture(figure)
     result[:height, :width] = image
@@ -127,7 +126,7 @@ def square_rows(pictures: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 def write_png(path: Path, picture: np.ndarray) -> Path:
     """Writes a picture. Raises: InputError where that is not possible."""
-    return _write_file(path, lambda target: Image.fromarray(picture).save(target, format="PNG"))
+    return write_output(path, lambda target: Image.fromarray(picture).save(target, format="PNG"))
 
 
 def write_npy(path: Path, array: np.ndarray) -> Path:
@@ -137,15 +136,7 @@ def write_npy(path: Path, array: np.ndarray) -> Path:
         with target.open("wb") as file:
             np.save(file, array, allow_pickle=False)
 
-    return _write_file(path, write)
-
-
-def _write_file(path: Path, write: Callable[[Path], object]) -> Path:
-    try:
-        write_whole(path, write)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    return path
+    return write_output(path, write)
 
 
 def _fitted(picture: np.ndarray) -> np.ndarray:

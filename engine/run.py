@@ -16,7 +16,6 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine.checkpoint import remove_leftovers, weights_path
-from engine.pictures import write_png
 from engine.results import without_nan, write_results
 from util.config import dump_config, plain
 from util.dist import Processes, init_processes
@@ -103,6 +102,8 @@ class Run:
         """Writes a picture, uint8 `(H, W, 3)`, to TensorBoard and, in place of an earlier one, into the folder."""
         if not self.processes.is_main:
             return
+        from engine.pictures import write_png  # here, as matplotlib takes most of a second and most stages draw nothing
+
         write_png(self.output_dir / name, picture)
         if self.tensorboard is not None:
             self.tensorboard.add_image(Path(name).stem, picture, step, dataformats="HWC")

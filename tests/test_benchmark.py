@@ -100,6 +100,12 @@ def test_loader_compares_the_same_images(tmp_path):
     assert found["over_pillow"]["folder"] == pytest.approx(rates["folder"] / rates["pillow"])
 
 
+def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmark.PARTS, "knn", lambda args: {"a": {"b": 1.0}})
+    with pytest.raises(InputError, match="cannot be written"):
+        benchmark.main(["knn", "--json", str(tmp_path / "nowhere" / "f.json")])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("part", ["knn", "probe"])
 def test_the_evaluations_are_timed(part):

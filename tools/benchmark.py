@@ -31,6 +31,7 @@ from engine.benchmarks.memory import benchmark_memory
 from engine.benchmarks.models import SHAPES
 from engine.benchmarks.step import benchmark_step
 from util.errors import InputError, LineParser, run_cli
+from util.files import write_output
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "step": lambda args: {name: benchmark_step(name, args.rounds) for name in args.shapes},
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"\n{args.part}, {title}")
         show(found, "  ")
     if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(figures, indent=2) + "\n"
+        write_output(args.json, lambda target: target.write_text(text, encoding="utf-8"))
     return figures
 
 

@@ -2,10 +2,10 @@
 
     python tools/plot_run.py output/pretrain/Vit-S_100E_GAP output/pretrain/ViT-B_400E_Norm_GAP
 
-An argument is a run's folder, or a folder of runs. Writes curves.png (loss and accuracy, where --save_path says, else
-into the folder that the runs have in common) and into each run's folder report.html: figures, curves, reconstructions
-with attention, the k-NN while training, evaluations of its weights that lie beside it, and the settings. It may be
-called while a run goes on.
+An argument is a run's folder, or any folder above runs. Writes curves.png (loss and accuracy, where --save_path says,
+else into the folder that the runs have in common) and into each run's folder report.html: figures, curves,
+reconstructions with attention, the k-NN while training, evaluations of its weights that lie beside it, and the
+settings. It may be called while a run goes on.
 """
 
 import base64
@@ -25,7 +25,7 @@ from engine.monitor import PICTURE
 from engine.results import read_results
 from models.weights import weights_digest
 from util.errors import InputError, LineParser, run_cli
-from util.files import write_whole
+from util.files import write_output
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 ACCURACIES = {  # in log.jsonl: in words
@@ -78,7 +78,7 @@ class RunLog(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Writes the picture and the pages; returns their paths, `curves` and `reports`. Raises: InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", metavar="OUTPUT", nargs="+", type=Path, help="a run's folder, or a folder of runs")
+    parser.add_argument("runs", metavar="OUTPUT", nargs="+", type=Path, help="a run's folder, or any folder above runs")
     parser.add_argument("--save_path", type=Path, metavar="PNG", help="where the picture of all runs goes")
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(folder.resolve() for path in args.runs for folder in find_runs(path)))
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The folder itself where it is a run's, else the runs' folders in it. Raises: InputError where there is none."""
+    """The folder itself where it is a run's, else those of the runs below it. Raises: InputError if there is none."""
     if (path / "log.jsonl").is_file():
         return [path]
     found = sorted(log.parent for log in path.rglob("log.jsonl"))
@@ -210,11 +210,7 @@ def as_url(png: bytes) -> str:
 
 def write(path: Path, content: bytes) -> Path:
     """Writes a file whole. Raises: InputError where that is not possible."""
-    try:
-        write_whole(path, lambda target: target.write_bytes(content))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
-    return path
+    return write_output(path, lambda target: target.write_bytes(content))
 
 
 if __name__ == "__main__":

@@ -51,22 +51,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         check_layer(cfg, len(model.blocks))
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, cfg.crop_pct)
+        has_cls = model.cls_token is not None
+        # what speaks for a class goes by what the head reads: the gradient of a class token it ignores is 0
+        reader = cfg.reader or ("token" if cfg.category_index is None else cfg.global_pool)
         for name, image in images.items():
             shown = fit(image)
+            picture = to_picture(shown)
             attentions = look(cfg, model, normalize(shown[None]))
-            has_cls = model.cls_token is not None
-            # what speaks for a class goes by what the head reads: the gradient of a class token it ignores is 0
-            reader = cfg.reader or ("token" if cfg.category_index is None else cfg.global_pool)
             patches = rollout(attentions, cfg.head_fusion, cfg.discard_ratio, has_cls, cfg.layer_index, reader)
             heat = to_map(patches[0], model)  # (rows, columns)
             stem = folder / (name + suffix(cfg))
             write_npy(Path(f"{stem}_rollout.npy"), heat)
             overlay = draw_overlay(to_picture(image), heat, fit.seen(*image.shape[-2:]), label_of(cfg))
             overlays.append(write_png(Path(f"{stem}_rollout.png"), overlay))
-            pairs.append([to_picture(shown), heat_over(to_picture(shown), heat)])
+            pairs.append([picture, heat_over(picture, heat)])
             layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
             heads = read_patches(attentions[layer][0], has_cls, reader)  # (heads, N)
-            maps = [heat_over(to_picture(shown), to_map(of_head, model)) for of_head in heads]
+            maps = [heat_over(picture, to_map(of_head, model)) for of_head in heads]
             title = f"{name}: the {len(maps)} heads of layer {layer}"
             rows = square_rows(maps)
             labels = [title] + [""] * (len(rows) - 1)

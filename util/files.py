@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from util.errors import InputError
+
 TEMPORARY = ".tmp"  # ending of a file that is not whole yet
 
 
@@ -24,6 +26,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill the file that becomes `path`."""
     write_temporary(path, write).replace(path)
     flush_folder(path.parent)
+
+
+def write_output(path: Path, write: Callable[[Path], object]) -> Path:
+    """As `write_whole`, for a place that the user has chosen. Raises: InputError where nothing can be written there."""
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    return path
 
 
 def flush_folder(folder: Path) -> None:

@@ -39,7 +39,7 @@ def build(shape: Shape, **decoder: Any) -> MaskedAutoencoder:
 def build_peer(shape: Shape, attention: str) -> nn.Module | None:
     """The peer's model of a shape; None where it is not installed."""
     try:
-        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+        from transformers import AutoModelForPreTraining, ViTMAEConfig
     except ImportError:
         return None
     (width, depth, heads), (decoder_width, decoder_depth, decoder_heads) = shape.encoder, shape.decoder
@@ -49,8 +49,7 @@ def build_peer(shape: Shape, attention: str) -> nn.Module | None:
         decoder_num_hidden_layers=decoder_depth, decoder_num_attention_heads=decoder_heads,
         decoder_intermediate_size=4 * decoder_width, mask_ratio=0.75, norm_pix_loss=True,
     )  # fmt: skip
-    config._attn_implementation = attention
-    return ViTMAEForPreTraining(config)
+    return AutoModelForPreTraining.from_config(config, attn_implementation=attention)
 
 
 def loss_fn_of(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> Callable[[], Tensor]:
