@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from data.labelled import take_subset
@@ -30,8 +31,11 @@ from engine.optim import build_adamw, optimizer_step, param_groups
 from engine.results import read_results
 from engine.resume import plan_resumable, run_facts
 from engine.run import Run, open_run
-from engine.state import Saver, TrainState
+from engine.saving import Saver
+from engine.sharding import to_device, whole_model
+from engine.state import TrainState
 from models.build import classifier_config_problems
+from models.vit import VisionTransformer
 from util.config import load_config
 from util.dist import autocast_dtype
 from util.errors import run_cli
@@ -49,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         data = open_labelled_data(cfg, run)
         source = take_subset(data.train, cfg.subset, cfg.seed)
         classifier = build_finetuned(cfg, len(data.class_names))
-        model = classifier.model.to(run.device)
+        model = classifier.model
         evaluator = Evaluator(cfg, run, data.val, data.class_names)
         origin = {"checkpoint": cfg.finetune, "sha256": classifier.sha256, "dataset": cfg.dataset}
         if cfg.eval:
-            (scores,) = evaluator(model.eval())
+            (scores,) = evaluator(model.to(run.device).eval())
             logger.info("%s: %d images, top-1 %.2f %%", cfg.finetune, scores.num_samples, scores.acc1)
             results = {"protocol": "evaluation", **origin, **scores.as_dict(evaluator.class_names)}
             return run.finish(results, run.output_dir / "eval.json")
@@ -61,12 +65,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         saved = load_newest_checkpoint(run.output_dir)
         facts = run_facts(cfg, classifier.model_args, source, classifier.sha256)
         plan = plan_resumable(cfg, run, len(source), saved, facts)
+        to_device(model, cfg, run)
         optimizer = build_adamw(param_groups(model, cfg.weight_decay, cfg.layer_decay), cfg.beta1, cfg.beta2)
         ema = build_ema(model, cfg.ema_decay)
         state = TrainState.begin(model, optimizer, run.device, autocast_dtype(cfg.precision, run.device), ema)
         if state.resume(saved, run, plan.stop_step) and run.results_path.exists():
             return read_results(run.results_path)
-        run.start(cfg, state.step, plan.stop_step)
+        run.start(cfg, state.step, plan.stop_step, state.owes_look)
         log_start(run, plan, len(source), model, cfg)
 
         dataset = LabelledDataset(source, finetune_transform(cfg), cfg.seed)
@@ -84,13 +89,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         best = Best(run, facts, resumed=saved is not None)
         step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
         bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
-        saver = Saver(run, cfg, facts)
-        for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
-            if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
-                judge(run, state, epoch, evaluator, best)
+        with Saver(run, cfg, facts, state, plan) as saver:
+            for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
+                if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
+                    judge(run, state, epoch, evaluator, best)
         final = judge(run, state, state.step // plan.steps_per_epoch, evaluator, best)
+        build = partial(VisionTransformer, **facts["model_args"])
+        trained = whole_model(state.model, build, torch.device("cpu"), keep=run.processes.is_main)
         if run.processes.is_main:
-            save_weights(weights_path(run.output_dir), state.model, facts)
+            save_weights(weights_path(run.output_dir), trained, facts)
         results = {"protocol": "fine-tuning" if cfg.finetune else "from scratch", **origin, **final}
         return run.finish({**results, "num_train": len(source), "best_acc1": best.acc1, "best_epoch": best.epoch})
 
@@ -100,7 +107,7 @@ def judge(run: Run, state: TrainState, epoch: int, evaluator: Evaluator, best: B
 
     Logs the accuracies, keeps the best weights, and returns them for results.json.
     """
-    model = state.model
+    model = whole_model(state.model, partial(VisionTransformer, **best.facts["model_args"]), run.device)
     (scores,) = evaluator(model.eval())
     model.train()
     facts = {"step": state.step, "epoch": float(epoch), "val_loss": scores.loss, "acc1": scores.acc1}

@@ -59,17 +59,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             describe_weights(path)  # a broken file is found before the others are computed
         table = []
         for weights in paths:
-            features = features_of(cfg, run, weights, data, train)
+            folder = None
             if cfg.save_path is not None:
-                whole = features._replace(train=gather_rows(features.train, len(train)))
                 folder = Path(cfg.save_path) / (Path(weights).name if len(paths) > 1 else "")
-                if run.processes.is_main:
-                    logger.info("wrote %s", save_features(folder, whole))
-            table.append(classify(cfg, run, features))
+            table.append(judge(cfg, run, weights, data, train, folder))
         if len(table) == 1:
             return run.finish(table[0])
         log_table(table, cfg)
         return run.finish({**table[-1], "checkpoints": table})
+
+
+def judge(
+    cfg: KnnConfig, run: Run, weights: str, data: LabelledData, train: LabelledSource, folder: Path | None
+) -> dict[str, Any]:
+    """Results of the frozen model of `weights`; its features, which are gone afterwards, are kept in `folder`."""
+    features = features_of(cfg, run, weights, data, train)
+    if folder is not None:
+        keep_features(folder, run, features)
+    return classify(cfg, run, features)
+
+
+def keep_features(folder: Path, run: Run, features: Features) -> None:
+    """Writes the features with the training rows of all processes."""
+    whole = features._replace(train=gather_rows(features.train, len(features.train_labels), everywhere=False))
+    if run.processes.is_main:
+        logger.info("wrote %s", save_features(folder, whole))
 
 
 def features_of(cfg: KnnConfig, run: Run, weights: str, data: LabelledData, train: LabelledSource) -> Features:

@@ -39,7 +39,8 @@ from engine.probe import (
 from engine.results import read_results
 from engine.resume import plan_resumable, run_facts
 from engine.run import Run, open_run
-from engine.state import Saver, TrainState
+from engine.saving import Saver
+from engine.state import TrainState
 from models.build import classifier_config_problems
 from models.vit import VisionTransformer
 from util.config import load_config
@@ -71,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         head = generator(cfg.seed, HEAD)
         probes = LinearProbes(backbone.head.in_features, len(data.class_names), len(cfg.lr), head).to(run.device)
         state = TrainState.begin(probes, build_probe_optimizer(probes, cfg), run.device)
+        state.may_diverge = len(cfg.lr) > 1
         if state.resume(saved, run, plan.stop_step) and run.results_path.exists():
             return read_results(run.results_path)
-        run.start(cfg, state.step, plan.stop_step)
+        run.start(cfg, state.step, plan.stop_step, state.owes_look)
         log_start(run, plan, len(source), probes, cfg)
 
         augment = pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
@@ -90,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             average_statistics(probes)
             return probe_step(optimizer, scaler)
 
-        saver = Saver(run, cfg, facts)
         bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
-        for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
-            if tensors_digest(backbone) != digest:
-                raise RuntimeError("the frozen backbone has changed: this is a bug, the result would be worthless")
-            if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
-                judge(run, state, epoch, backbone, evaluators, cfg.lr)
+        with Saver(run, cfg, facts, state, plan) as saver:
+            for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
+                if tensors_digest(backbone) != digest:
+                    raise RuntimeError("the frozen backbone has changed: this is a bug, the result would be worthless")
+                if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
+                    judge(run, state, epoch, backbone, evaluators, cfg.lr)
         scores = judge(run, state, state.step // plan.steps_per_epoch, backbone, evaluators, cfg.lr)
         origin = {"checkpoint": cfg.finetune, "sha256": classifier.sha256, "dataset": cfg.dataset}
         results = describe(scores, cfg.lr, evaluators["val"].class_names)
@@ -115,9 +117,7 @@ def split_training_set(source: LabelledSource, cfg: LinclsConfig) -> tuple[Label
     return Subset(source, np.setdiff1d(np.arange(len(source)), held_out)), Subset(source, held_out)
 
 
-def describe(
-    scores: dict[str, list[Scores]], lrs: tuple[float, ...], class_names: list[str] | None
-) -> dict[str, Any]:
+def describe(scores: dict[str, list[Scores]], lrs: tuple[float, ...], class_names: list[str] | None) -> dict[str, Any]:
     """The chosen probe's results on the validation set, and the accuracies of all as a curve over the rates."""
     chosen = choose_probe(scores.get("held_out", scores["val"]))
     curve = [

@@ -25,11 +25,13 @@ from engine.monitor import Monitor
 from engine.optim import build_adamw, optimizer_step, param_groups
 from engine.resume import plan_resumable, run_facts
 from engine.run import Run, open_run
-from engine.state import Saver, TrainState
+from engine.saving import Saver
+from engine.sharding import whole_model
+from engine.state import TrainState
 from models.build import build_mae, mae_config_problems, model_kwargs
 from models.mae import MaskedAutoencoder
 from util.config import load_config
-from util.dist import autocast_dtype, first_process_first
+from util.dist import autocast_dtype, broadcast, first_process_first
 from util.errors import run_cli
 from util.schema_eval import STAGE_CONFIGS
 from util.schema_pretrain import PretrainConfig
@@ -48,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         plan = plan_resumable(cfg, run, len(source), saved, facts)
 
         torch.manual_seed(cfg.seed)
-        model = prepare_model(build_mae(cfg).to(run.device), cfg)
+        model = prepare_model(build_mae(cfg), cfg, run)
         optimizer = build_adamw(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
         state = TrainState.begin(model, optimizer, run.device, autocast_dtype(cfg.precision, run.device))
-        if state.resume(saved, run, plan.stop_step):
+        if state.resume(saved, run, plan.stop_step) and weights_path(run.output_dir).exists():
             return finish(run, state, facts)
-        run.start(cfg, state.step, plan.stop_step)
+        run.start(cfg, state.step, plan.stop_step, state.owes_look)
         log_start(run, plan, len(source), model, cfg)
 
         dataset = PretrainDataset(
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             model.num_patches,
             cfg.shared_mask,
             cfg.seed,
+            cfg.aug_repeats,
         )
         loader = train_batches(cfg, run, plan, dataset, state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
@@ -70,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             images = normalize(batch.images)  # (B, C, H, W) float
             return model(images, batch.ids_shuffle.to(run.device, non_blocking=True)), {}
 
-        saver = Saver(run, cfg, facts)
         bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
         step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
         monitor = Monitor.begin(cfg, run, plan, model, source)
         if state.step == 0:
             monitor.look(state)
-        for _ in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
-            monitor.look(state)
+        with Saver(run, cfg, facts, state, plan) as saver:
+            for _ in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
+                monitor.look(state)
         return finish(run, state, facts, monitor.facts)
 
 
@@ -85,8 +88,11 @@ def finish(
     run: Run, state: TrainState, facts: dict[str, Any], figures: dict[str, float] | None = None
 ) -> dict[str, Any]:
     """Writes the weights for others to use unless they are there, and returns what `main` returns."""
-    if run.processes.is_main and not weights_path(run.output_dir).exists():
-        logger.info("wrote %s", save_weights(weights_path(run.output_dir), state.model, facts))
+    if broadcast(not weights_path(run.output_dir).exists()):
+        build = partial(MaskedAutoencoder, **facts["model_args"])
+        model = whole_model(state.model, build, torch.device("cpu"), keep=run.processes.is_main)
+        if run.processes.is_main:
+            logger.info("wrote %s", save_weights(weights_path(run.output_dir), model, facts))
     last = {"loss": state.epoch_losses[-1], **(figures or {})}
     run.record_settings({f"final/{name}": value for name, value in last.items()})
     return {"step": state.step, "loss": state.epoch_losses[-1], "epoch_losses": list(state.epoch_losses)}

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from data.cifar import read_cifar
 from data.images import BadImageError, decode_image, to_channels
+from data.listing import IMAGE_ENDINGS, image_names
 from data.packed import open_pack
-from util.errors import InputError
+from util.errors import DataError, InputError
 
-# What counts as an image when a folder is listed; what it really holds is found out when it is decoded.
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MNIST_TRAIN_PER_CLASS = 400
 
 
@@ -58,9 +57,9 @@ class FolderSource:
         check_folder(root)
         self.root = root / "train" if prefer_train and (root / "train").is_dir() else root
         self.in_chans = in_chans
-        names = sorted(_list_images(self.root))
+        names = image_names(self.root)
         if not names:
-            raise InputError(f"no images under {self.root}: none of its files ends in {' '.join(IMAGE_ENDINGS)}")
+            raise DataError(f"no images under {self.root}: none of its files ends in {' '.join(IMAGE_ENDINGS)}")
         # One flat array: a list of a million strings would be copied into every loader process by reference counts.
         self.names = np.array([os.fsencode(name) for name in names])
 
@@ -79,28 +78,6 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(b"\0".join(self.names.tolist())).hexdigest()
-
-
-def _list_images(root: Path) -> list[str]:
-    """Paths relative to `root`, hidden files and folders left out, links followed, cycles cut."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"cannot list {error.filename}: {error.strerror}") from error
-
-    found = []
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        found += [
-            str(relative / name) for name in files if not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS)
-        ]
-    return found
 
 
 class ArraySource:

@@ -18,7 +18,7 @@ from data.cifar import read_cifar
 from data.datasets import ArraySource, FolderSource, ImageSource, check_folder, read_mnist5k
 from data.packed import LabelledPack
 from data.sampler import SUBSET, generator
-from util.errors import InputError
+from util.errors import DataError, InputError
 
 SPLITS = ("train", "val")
 SHOWN = 5  # names in a message
@@ -115,7 +115,7 @@ def build_labelled_data(
         outside = (source.labels < 0) | (source.labels >= found)
         if outside.any():
             bad = int(source.labels[outside][0])
-            raise InputError(f"the {split} split of {dataset} has the label {bad}, outside its {found} classes")
+            raise DataError(f"the {split} split of {dataset} has the label {bad}, outside its {found} classes")
     return data
 
 
@@ -165,7 +165,7 @@ def check_same_classes(root: Path, names: dict[str, list[str]], noun: str = "cla
     for one, other in (("train", "val"), ("val", "train")):
         alone = sorted(set(names[one]) - set(names[other]))
         if alone:
-            raise InputError(f"{len(alone)} {noun} are in {root / one} and not in {other}/: {_some(alone)}")
+            raise DataError(f"{len(alone)} {noun} are in {root / one} and not in {other}/: {_some(alone)}")
 
 
 def _read_class_folders(root: Path, in_chans: int) -> LabelledData:
@@ -173,10 +173,10 @@ def _read_class_folders(root: Path, in_chans: int) -> LabelledData:
     names = {}
     for split in SPLITS:
         if not (root / split).is_dir():
-            raise InputError(f"data_path {root} has no {split}/: it must hold train/ and val/, with a folder per class")
+            raise DataError(f"data_path {root} has no {split}/: it must hold train/ and val/, with a folder per class")
         names[split] = class_folders(root / split)
         if not names[split]:
-            raise InputError(f"{root / split} has no class folders: it must hold a folder per class")
+            raise DataError(f"{root / split} has no class folders: it must hold a folder per class")
     check_same_classes(root, names)
     splits = []
     for split in SPLITS:
@@ -192,7 +192,7 @@ def _read_packs(root: Path, in_chans: int) -> LabelledData:
     packs = {}
     for split in SPLITS:
         if not (root / split).is_dir():
-            raise InputError(f"data_path {root} has no {split}/: it must hold train/ and val/, each with shards")
+            raise DataError(f"data_path {root} has no {split}/: it must hold train/ and val/, each with shards")
         packs[split] = LabelledPack(root / split, in_chans)
     named = {split: pack.index.class_names for split, pack in packs.items() if pack.index.class_names is not None}
     if len(named) == len(SPLITS):
@@ -203,7 +203,7 @@ def _read_packs(root: Path, in_chans: int) -> LabelledData:
     elif highest < len(packs["train"]):
         class_names = [str(label) for label in range(highest + 1)]
     else:
-        raise InputError(f"the labels in {root} go up to {highest}, with {len(packs['train'])} images to train on")
+        raise DataError(f"the labels in {root} go up to {highest}, with {len(packs['train'])} images to train on")
     sources: list[LabelledSource] = []
     for split, pack in packs.items():
         _check_filled(root / split, pack.labels, class_names, "classes")
@@ -218,7 +218,7 @@ def _check_filled(split: Path, labels: np.ndarray, class_names: list[str], noun:
     filled = set(np.unique(labels).tolist())
     empty = [name for label, name in enumerate(class_names) if label not in filled]
     if empty:
-        raise InputError(f"{len(empty)} {noun} in {split} hold no image: {_some(empty)}")
+        raise DataError(f"{len(empty)} {noun} in {split} hold no image: {_some(empty)}")
 
 
 def _some(names: list[str]) -> str:

@@ -6,12 +6,12 @@ function of its key, and the file is reported in the batch; what happens then is
 """
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.datasets import ImageSource
 from data.images import BadImageError
@@ -77,21 +77,48 @@ class PretrainDataset(Dataset[Sample]):
         num_patches: N.
         shared_mask: one mask per optimiser step for all images.
         seed: of the run.
+        aug_repeats: samples that are made of each decoded image, as `StepSampler` has it.
     """
 
-    def __init__(self, source: ImageSource, transform: v2.Transform, num_patches: int, shared_mask: bool, seed: int):
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Callable[[Tensor], Tensor],
+        num_patches: int,
+        shared_mask: bool,
+        seed: int,
+        aug_repeats: int = 1,
+    ):
         self.source = source
         self.transform = transform
         self.num_patches = num_patches
         self.shared_mask = shared_mask
         self.seed = seed
+        self.aug_repeats = aug_repeats
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> Sample:
+        return self._augment(*self._read(key), key)
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
+        """The samples of a batch, each image decoded once."""
+        samples = []
+        for _, group in groupby(keys, key=lambda key: (key.image, key.position // self.aug_repeats)):
+            sharing = list(group)
+            image, bad = self._read(sharing[0])
+            samples += [self._augment(image, bad, key) for key in sharing]
+        return samples
+
+    def _read(self, key: SampleKey) -> tuple[Tensor, list[BadSample]]:
+        """The image of a key, and of those that share it: they share its replacement, too."""
+        shared = key._replace(position=key.position - key.position % self.aug_repeats)
+        image, _, bad = read_or_replace(self.source, shared, self.seed)
+        return image, bad
+
+    def _augment(self, image: Tensor, bad: list[BadSample], key: SampleKey) -> Sample:
         where = (key.epoch, key.position)
-        image, _, bad = read_or_replace(self.source, key, self.seed)
         with seeded(derive_seed(self.seed, CROP, *where)):
             image = self.transform(image)
         mask_coordinates = (key.step,) if self.shared_mask else where
@@ -149,10 +176,22 @@ def collate_labelled(samples: list[Sample]) -> LabelledBatch:
 def _stack(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SampleKey], list[BadSample], bool]:
     bad = [entry for sample in samples for entry in sample.bad]
     exhausted = any(len(sample.bad) > MAX_REPLACEMENTS for sample in samples)
-    failed = exhausted or (len(samples) > 1 and all(sample.bad for sample in samples))
-    images = torch.empty(0, dtype=torch.uint8) if failed else torch.stack([sample.image for sample in samples])
+    several = len({sample.key.image for sample in samples}) > 1
+    failed = exhausted or (several and all(sample.bad for sample in samples))
+    images = torch.empty(0, dtype=torch.uint8) if failed else _stack_images([sample.image for sample in samples])
     targets = torch.stack([sample.target for sample in samples])  # (B, N) or (B,)
     return images, targets, [sample.key for sample in samples], bad, failed
+
+
+def _stack_images(images: list[Tensor]) -> Tensor:
+    """`(B, C, H, W)` in the memory layout of its images: another one would cost a third of their crops.
+
+    torch's own collate writes to shared memory at once where it runs in a loader process.
+    """
+    pixels = [image.permute(1, 2, 0) for image in images]  # (H, W, C)
+    if all(part.is_contiguous() for part in pixels):
+        return default_collate(pixels).permute(0, 3, 1, 2)  # channels-last, (B, C, H, W)
+    return default_collate(images)
 
 
 def default_num_workers(processes_here: int) -> int:

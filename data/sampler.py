@@ -4,6 +4,11 @@ An epoch is a permutation of the data set, by blocks where the images lie in lar
 Optimiser step s of an epoch takes positions [s * total, (s + 1) * total); micro-batches and processes share them out.
 What is left at the end of an epoch is not decoded and differs each time. One integer, the step, is enough to continue
 anywhere.
+
+With `aug_repeats` M (repeated augmentation, arXiv 1901.09335) each M positions that follow one another show one image,
+cropped, flipped and masked M times. Epochs are counted in samples, that is in crops: an epoch has as many steps as
+without and decodes one M-th of the images, and one permutation lasts for M epochs. So over the same number of epochs
+an image is seen as often, and decoded one M-th as often.
 """
 
 from collections.abc import Iterator
@@ -41,7 +46,7 @@ def generator(*coordinates: int) -> torch.Generator:
 
 
 def epoch_order(num_images: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of an epoch, `(num_images,)` int64: a pure function of the arguments.
+    """The images of an epoch (of several, with `aug_repeats`), `(num_images,)` int64: a function of the arguments.
 
     With `block_size` 1 any permutation may come. Else blocks of so many neighbours are put into a random order, and
     images are mixed within each 64 blocks that follow one another in it: what is read at a time lies in 64 places.
@@ -69,6 +74,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         seed: of the run.
         start_step, stop_step: optimiser steps of the whole run, counted from 0.
         block_size: see `epoch_order`.
+        aug_repeats: samples of an image, which follow one another; divides `batch_size`, so that they share a batch.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class StepSampler(Sampler[list[SampleKey]]):
         start_step: int,
         stop_step: int,
         block_size: int = 1,
+        aug_repeats: int = 1,
     ):
         self.num_images = num_images
         self.batch_size = batch_size
@@ -92,24 +99,28 @@ class StepSampler(Sampler[list[SampleKey]]):
         self.start_step = start_step
         self.stop_step = stop_step
         self.block_size = block_size
+        self.aug_repeats = aug_repeats
         self.total_batch = batch_size * accum_iter * world_size
         self.steps_per_epoch = num_images // self.total_batch
         assert self.steps_per_epoch > 0, "the entry script checks that an epoch has a step"
+        assert batch_size % aug_repeats == 0, "the config checks that the samples of an image are in one batch"
 
     def __len__(self) -> int:
         return (self.stop_step - self.start_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order_epoch, order = -1, np.empty(0, dtype=np.int64)
+        order_number, order = -1, np.empty(0, dtype=np.int64)
+        decoded_per_epoch = self.steps_per_epoch * self.total_batch // self.aug_repeats
         for step in range(self.start_step, self.stop_step):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order = epoch_order(self.num_images, self.block_size, self.seed, epoch)
-                order_epoch = epoch
+            if epoch // self.aug_repeats != order_number:
+                order_number = epoch // self.aug_repeats
+                order = epoch_order(self.num_images, self.block_size, self.seed, order_number)
+            start = epoch % self.aug_repeats * decoded_per_epoch
             for micro in range(self.accum_iter):
                 share = micro * self.world_size + self.rank
                 first = step_in_epoch * self.total_batch + share * self.batch_size
                 yield [
-                    SampleKey(int(order[position]), epoch, position, step)
+                    SampleKey(int(order[start + position // self.aug_repeats]), epoch, position, step)
                     for position in range(first, first + self.batch_size)
                 ]

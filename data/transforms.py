@@ -5,31 +5,54 @@ the transforms of torchvision and timm are pure functions of the sample and leav
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.data import create_transform
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 LONGEST_ASPECT = 4  # of an image that is resized as a whole for evaluation; more is cut off, as no centre crop sees it
 
 
+@dataclass(frozen=True)
+class CropAndFlip:
+    """A random resized crop, flipped horizontally with probability `hflip`; uint8 `(C, h, w)` to uint8 `(C, H, W)`.
+
+    The draws and pixels are those of torchvision's transforms one after the other, in two thirds of the time. The
+    result has channels-last memory.
+    """
+
+    crop: v2.RandomResizedCrop
+    hflip: float
+
+    def __call__(self, image: Tensor) -> Tensor:
+        box = self.crop.make_params([image])
+        part = image[:, box["top"] : box["top"] + box["height"], box["left"] : box["left"] + box["width"]]
+        # a resize is fastest from and to channels-last memory, which a part of an image only is after a copy
+        part = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        size, interpolation = list(self.crop.size), self.crop.interpolation
+        resized = F.resize(part, size, interpolation=interpolation, antialias=True)  # (C, H, W)
+        return resized.flip(-1) if torch.rand(1) < self.hflip else resized
+
+
 def pretrain_transform(
     img_size: int | tuple[int, int], crop_min: float, interpolation: str, hflip: float
-) -> v2.Compose:
+) -> CropAndFlip:
     """Random resized crop of area share [crop_min, 1] and aspect 3/4 to 4/3, then a horizontal flip; uint8 in and out.
 
     Source: paper, appendix A.1 ("random-sized cropping only"); crop_min 0.2 as in the public code.
     """
     crop = v2.RandomResizedCrop(
-        _pair(img_size), scale=(crop_min, 1.0), interpolation=v2.InterpolationMode(interpolation), antialias=True
+        _pair(img_size), scale=(crop_min, 1.0), interpolation=v2.InterpolationMode(interpolation)
     )
-    return v2.Compose([crop, v2.RandomHorizontalFlip(hflip)])
+    return CropAndFlip(crop, hflip)
 
 
-def finetune_transform(cfg: Any) -> nn.Module:
+def finetune_transform(cfg: Any) -> Callable[[Tensor], Tensor]:
     """The augmentation of a `FinetuneConfig`, uint8 `(C, H, W)` in and out; erasing comes later, on the device.
 
     Without RandAugment and colour jitter it is `pretrain_transform`. Source: paper, table 9; timm's RandAugment.

@@ -9,10 +9,15 @@ from pathlib import Path
 
 from data.loaders import BadSample, LabelledBatch, PretrainBatch
 from util.dist import all_gather
-from util.errors import InputError, LocalInputError
+from util.errors import DataError, LocalDataError
 
 MIN_LIMIT = 10
 LIMIT_SHARE = 0.001
+
+
+def tolerated(num_images: int) -> int:
+    """How many distinct bad files training replaces, of so many images, before it stops."""
+    return max(MIN_LIMIT, int(LIMIT_SHARE * num_images))
 
 
 class BadSamples:
@@ -20,7 +25,7 @@ class BadSamples:
 
     def __init__(self, path: Path, num_images: int, is_main: bool):
         self.path = path
-        self.limit = max(MIN_LIMIT, int(LIMIT_SHARE * num_images))
+        self.limit = tolerated(num_images)
         self.is_main = is_main
         self.new: list[BadSample] = []
         self.known: dict[str, str] = {}
@@ -34,18 +39,18 @@ class BadSamples:
                 self.known[entry["path"]] = entry["reason"]
 
     def collect(self, batch: PretrainBatch | LabelledBatch) -> None:
-        """Takes note of a batch's bad files. Raises: LocalInputError at once where the whole batch is bad."""
+        """Takes note of a batch's bad files. Raises: LocalDataError at once where the whole batch is bad."""
         self.new += batch.bad
         if batch.failed:
             first = batch.bad[0]
             num_files = len({path for path, _ in batch.bad})
-            raise LocalInputError(
+            raise LocalDataError(
                 f"a whole batch could not be read ({num_files} files, first {first.path}: {first.reason}): "
                 f"is the disk still there?"
             )
 
     def exchange(self) -> int:
-        """Brings all processes to the same set and returns its size. Raises: InputError where it passes the limit."""
+        """Brings all processes to the same set and returns its size. Raises: DataError where it passes the limit."""
         fresh = {path: reason for entries in all_gather(self.new) for path, reason in entries if path not in self.known}
         self.new = []
         self.known |= fresh
@@ -56,8 +61,16 @@ class BadSamples:
                 file.writelines(json.dumps({"path": p, "reason": r}) + "\n" for p, r in fresh.items())
         if len(self.known) > self.limit:
             path, reason = next(iter(self.known.items()))
-            raise InputError(
+            raise DataError(
                 f"{len(self.known)} bad files, more than the {self.limit} that are tolerated; all are in {self.path}, "
                 f"the first is {path}: {reason}"
             )
         return len(self.known)
+
+
+def why_training_stops(num_bad: int, num_images: int) -> str | None:
+    """What ends a training run with so many bad files; None where nothing does."""
+    if num_bad == num_images:
+        return f"none of the {num_images:,} images can be read"
+    limit = tolerated(num_images)
+    return f"{num_bad:,} bad files, more than the {limit:,} that are tolerated" if num_bad > limit else None

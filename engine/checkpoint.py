@@ -2,7 +2,8 @@
 
 A checkpoint is `checkpoint-<step>.pth`, one dict of tensors and plain values, with `checkpoint-<step>.pth.sha256`
 beside it, and counts when both agree (a flipped bit would load silently otherwise). Both are written under a temporary
-name, flushed to disk and renamed. The newest complete one is found by scanning the folder.
+name and flushed to disk; then the checksum is renamed and the state after it, which is the moment from which the
+checkpoint counts. The newest complete one is found by scanning the folder.
 """
 
 import hashlib
@@ -20,39 +21,48 @@ from models.weights_file import CHECKPOINT_VERSION, safetensors_bytes
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_temporary, write_whole
 
-NAME = re.compile(r"checkpoint-(\d{8,})\.pth")
+NAME = re.compile(r"checkpoint-(\d{8,})\.pth(\.sha256)?")
+DAMAGED = ".damaged"  # ending of a checkpoint that was set aside
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(output_dir: Path, step: int, content: dict[str, Any], keep_last: int) -> Path:
-    """Writes the state of optimiser step `step` and removes all but the newest `keep_last` checkpoints."""
-    path = output_dir / f"checkpoint-{step:08d}.pth"
+def save_checkpoint(output_dir: Path, step: int, content: dict[str, Any], keep_last: int, keep_every: int = 0) -> Path:
+    """Writes the state of optimiser step `step`; of the others those stay that `kept_steps` names.
+
+    Raises: OSError or RuntimeError where it cannot be written; then nothing has changed.
+    """
+    path = _path(output_dir, step)
     content = {"format_version": CHECKPOINT_VERSION, "step": step, **content}
     temporary = write_temporary(path, lambda target: torch.save(content, target))
-    digest = _digest(temporary)
-    digest_path = _digest_path(path)
-    temporary_digest = write_temporary(digest_path, lambda t: t.write_text(f"{digest}  {path.name}\n"))
+    try:
+        line = f"{_digest(temporary)}  {path.name}\n"
+        temporary_digest = write_temporary(_digest_path(path), lambda target: target.write_text(line))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary_digest.replace(_digest_path(path))
     temporary.replace(path)
-    temporary_digest.replace(digest_path)
     flush_folder(output_dir)
-    for old in _checkpoints(output_dir)[keep_last:]:
-        for name in (_digest_path(old), old):
-            try:
-                name.unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning("cannot remove the old checkpoint %s: %s", name, error.strerror)
+    _prune(output_dir, keep_last, keep_every)
     return path
+
+
+def kept_steps(steps: list[int], keep_last: int, keep_every: int) -> set[int]:
+    """Which checkpoints stay: the newest `keep_last`, and those of every `keep_every`-th step (0 is none)."""
+    newest = sorted(steps)[-keep_last:]
+    return {step for step in steps if step in newest or (keep_every and step % keep_every == 0)}
 
 
 def load_newest_checkpoint(output_dir: Path) -> dict[str, Any] | None:
     """The newest complete checkpoint of a run's folder, on the CPU; None where there is none yet.
 
-    A damaged one is passed over with a warning that names the file and the reason.
+    A damaged one is passed over with a warning that names the file and the reason; nothing is changed.
 
     Raises: InputError where checkpoints exist and all of them are damaged.
     """
     damaged = []
-    for path in _checkpoints(output_dir):
+    for step in _steps(output_dir):
+        path = _path(output_dir, step)
         reason = _damage(path)
         if not reason:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -61,7 +71,8 @@ def load_newest_checkpoint(output_dir: Path) -> dict[str, Any] | None:
                 raise InputError(f"{path} has format {found}, this version reads {CHECKPOINT_VERSION}")
             return content
         logger.warning("passing over the damaged checkpoint %s: %s", path, reason)
-        damaged.append(f"{path.name}: {reason}")
+        if path.exists():  # a checksum alone is what a first save leaves that was cut off
+            damaged.append(f"{path.name}: {reason}")
     if damaged:
         raise InputError(
             f"every checkpoint in {output_dir} is damaged ({'; '.join(damaged)}): "
@@ -70,10 +81,20 @@ def load_newest_checkpoint(output_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Removes the temporary files of a save that was cut off."""
+def tidy(output_dir: Path, step: int) -> None:
+    """Clears up before a run goes on from `step`, which loaded: for the main process, once all have loaded it.
+
+    What a save that was cut off has left is removed. Newer checkpoints were found damaged: they get another name, so
+    that the run can save these steps again and whoever wants to can look into them.
+    """
     for path in output_dir.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+    for newer in [found for found in _steps(output_dir) if found > step]:
+        path = _path(output_dir, newer)
+        if path.exists():
+            path.replace(path.with_name(path.name + DAMAGED))
+            logger.warning("set aside the damaged checkpoint as %s", path.name + DAMAGED)
+        _digest_path(path).unlink(missing_ok=True)
 
 
 def save_weights(path: Path, model: nn.Module, facts: dict[str, Any], **more: Any) -> Path:
@@ -105,21 +126,39 @@ def best_path(output_dir: Path) -> Path:
     return output_dir / "best.safetensors"
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Every checkpoint file, newest first, complete or not."""
-    found = [path for path in output_dir.iterdir() if NAME.fullmatch(path.name)] if output_dir.is_dir() else []
-    return sorted(found, key=lambda path: int(path.stem.split("-")[1]), reverse=True)
+def _steps(output_dir: Path) -> list[int]:
+    """The steps of all checkpoints, newest first, complete or not."""
+    names = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
+    return sorted({int(match[1]) for match in map(NAME.fullmatch, names) if match}, reverse=True)
 
 
 def _damage(path: Path) -> str:
     """Why a checkpoint does not count, or nothing."""
     try:
         expected = _digest_path(path).read_text().split()
-    except FileNotFoundError:
-        return f"{_digest_path(path).name} is missing"
-    if not expected or expected[0] != _digest(path):
-        return "its sha256 does not agree"
+        if not expected or expected[0] != _digest(path):
+            return "its sha256 does not agree"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"it cannot be read ({error})"
     return ""
+
+
+def _prune(output_dir: Path, keep_last: int, keep_every: int) -> None:
+    """Removes what `kept_steps` does not name; a file that stays in spite of that is no reason to stop."""
+    steps = _steps(output_dir)
+    for step in set(steps) - kept_steps(steps, keep_last, keep_every):
+        path = _path(output_dir, step)
+        for name in (path, _digest_path(path)):
+            try:
+                name.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("cannot remove the old checkpoint %s: %s", name, error.strerror)
+
+
+def _path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step:08d}.pth"
 
 
 def _digest_path(path: Path) -> Path:

@@ -13,8 +13,10 @@ from data.evaluation import EvalBatch
 from data.loaders import BadSample
 from data.transforms import PixelNormalizer
 from engine.results import without_nan
+from engine.signals import Stopped, received
 from util.dist import all_gather
-from util.errors import InputError
+from util.errors import DataError
+from util.watchdog import alive
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def evaluate(
         batches: this process's share; all processes must call.
         dtype: what to autocast to, or None.
 
-    Raises: InputError on all processes where a file cannot be decoded.
+    Raises: DataError on all processes where a file cannot be decoded.
     """
     device = normalize.device
     counts = torch.zeros(num_heads, 3, num_classes, dtype=torch.int64, device=device)  # first, among five, images
@@ -105,20 +107,34 @@ def evaluate(
 
 
 def until_bad(batches: Iterable[EvalBatch], bad: list[BadSample]) -> Iterator[EvalBatch]:
-    """The batches up to the first with a file that cannot be decoded, which is added to `bad`: see `raise_bad`."""
-    for batch in batches:
-        bad += batch.bad
-        if batch.bad:
-            return
-        yield batch
+    """The batches up to the first with a file that cannot be decoded, which is added to `bad`: see `raise_bad`.
+
+    A signal that stops the run ends them, too.
+    """
+    try:
+        for batch in batches:
+            alive()
+            bad += batch.bad
+            if batch.bad or received():
+                return
+            yield batch
+    except (RuntimeError, OSError, EOFError):  # a scheduler sends its signal to loader processes as well
+        if not received():
+            raise
 
 
 def raise_bad(bad: list[BadSample]) -> None:
-    """Stops all processes together where one met a file that cannot be decoded. Raises: InputError."""
-    everywhere = [sample for of_one in all_gather(bad) for sample in of_one]
+    """Stops all processes together where one met a file that cannot be decoded, or got a signal.
+
+    Raises: DataError, Stopped.
+    """
+    said = all_gather((bad, received()))
+    everywhere = [sample for of_one, _ in said for sample in of_one]
     if everywhere:
         path, reason = everywhere[0]
-        raise InputError(f"evaluation leaves no image out, and {path} {reason}: mend or remove the file")
+        raise DataError(f"evaluation leaves no image out, and {path} {reason}: mend or remove the file")
+    if signum := max(signum for _, signum in said):
+        raise Stopped(signum)
 
 
 def _scores(counts: list[list[int]], loss_sum: float) -> Scores:

@@ -1,7 +1,6 @@
 """Features of frozen models: computed once per image, saved, and loaded again."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +8,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from data.evaluation import EvalBatch
 from data.loaders import BadSample
 from data.transforms import PixelNormalizer
 from engine.evaluate import raise_bad, until_bad
@@ -37,23 +36,31 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def compute_features(
-    backbone: VisionTransformer, batches: Iterable[EvalBatch], normalize: PixelNormalizer, dtype: torch.dtype | None
+    backbone: VisionTransformer, batches: DataLoader[Any], normalize: PixelNormalizer, dtype: torch.dtype | None
 ) -> Tensor:
     """The pooled, normalised features of this process's share of the images, `(share, D)` float32, on the CPU.
+
+    Args:
+        batches: an evaluation loader, whose first batch is its largest.
 
     Raises: InputError on all processes where a file cannot be decoded or a feature is not finite.
     """
     device = normalize.device
-    found = []
+    features = torch.empty(0, backbone.head.in_features)
+    count, all_finite = 0, True
     bad: list[BadSample] = []
     for batch in until_bad(batches, bad):
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            found.append(backbone.forward_features(normalize(batch.images)).float().cpu())  # (B, D)
+            found = backbone.forward_features(normalize(batch.images)).float().cpu()  # (B, D)
+        if not count:  # room for all of them: joining them at the end would need it twice
+            features = torch.empty(len(batches) * len(found), found.shape[1])
+        features[count : count + len(found)] = found
+        count += len(found)
+        all_finite &= bool(found.isfinite().all())
     raise_bad(bad)
-    features = torch.cat(found) if found else torch.empty(0, backbone.head.in_features)
-    if not all(all_gather(bool(features.isfinite().all()))):
+    if not all(all_gather(all_finite)):
         raise InputError("the features are not finite: the weights are broken, or precision fp32 is needed")
-    return features
+    return features[:count]
 
 
 def save_features(folder: Path, features: Features) -> Path:
@@ -70,7 +77,11 @@ def save_features(folder: Path, features: Features) -> Path:
 
 
 def load_features(path: Path) -> Features:
-    """What `save_features` wrote; `path` is the folder or the file. Raises: InputError for anything else."""
+    """What `save_features` wrote; `path` is the folder or the file. Raises: InputError for anything else.
+
+    The tensors are views of the file (safetensors maps it): only what is read comes into memory, and once for all
+    processes of a machine.
+    """
     if path.is_dir():
         path = path / FEATURES_FILE
     if not path.is_file():

@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.sampler import SampleKey
 from engine.bad_samples import BadSamples
+from engine.bad_steps import BadSteps
 from engine.ema import update_ema
 from engine.optim import StepFn, set_lr
+from engine.prefetch import on_device
 from engine.run import Run, duration
+from engine.saving import Saver
 from engine.schedule import Plan
-from engine.state import Saver, TrainState
+from engine.sharding import asks_for_shards, blocks_of, is_sharded, to_device
+from engine.stall import StallMeter
+from engine.state import TrainState
 from util.dist import autocast_dtype
 from util.errors import InputError
 from util.metrics import Stopwatch
@@ -43,18 +49,31 @@ def train(
     dtype = autocast_dtype(cfg.precision, run.device)
     model = wrap_model(state.model, run.device, plan.accum_iter, run.processes.world_size)
     model.train()
-    stopwatch = Stopwatch()
-    iterator = iter(batches)
-    while state.step < plan.stop_step:
+    stopwatch, stall = Stopwatch(), StallMeter(cfg, run.processes)
+    bad_steps = BadSteps(run.output_dir / "bad_steps.jsonl", cfg.max_bad_steps, cfg.log_interval, run.processes.is_main)
+    iterator = on_device(batches, run.device)
+    while True:
+        if state.owes_look:
+            saver.wait()  # an evaluation forks loader processes, which is not safe while another thread writes
+            yield state.step // plan.steps_per_epoch
+            state.owes_look = False
+            if saver.due(state.step // plan.steps_per_epoch):
+                saver.save()
+            stopwatch.open_window()  # an evaluation and a save are not training
+        if state.step == plan.stop_step:
+            return
+        saver.check()
         lr = plan.lr(state.step)
         set_lr(state.optimizer, lr)
         loss_sum = torch.zeros((), device=run.device)
+        keys: list[SampleKey] = []
         waited = 0.0
         for micro in range(plan.accum_iter):
             asked = time.monotonic()
             batch = next(iterator)
             waited += time.monotonic() - asked
             bad_samples.collect(batch)
+            keys += batch.keys
             is_last = micro == plan.accum_iter - 1
             with nullcontext() if is_last or model is state.model else model.no_sync():
                 with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
@@ -67,40 +86,44 @@ def train(
         state.epoch_meter.update(loss_sum, grad_norm, found_inf)
         state.window_meter.update(loss_sum, grad_norm, found_inf)
         state.step += 1
+        bad_steps.add(state.step, lr, keys, loss_sum)
         stopwatch.step(waited)
         run.advance()
 
         ends_epoch = state.step % plan.steps_per_epoch == 0
         if state.step % cfg.log_interval == 0 or ends_epoch:
-            log_window(run, plan, state, stopwatch, lr, bad_samples.exchange(), cfg.max_bad_steps)
+            bad_in_a_row = log_window(run, plan, state, stopwatch, stall, lr, bad_samples.exchange())
+            bad_steps.check(bad_in_a_row, state.step)
             if not ends_epoch and saver.due(None):
-                saver.save(state, plan.total_batch)
+                saver.save()
         if ends_epoch:
             log_epoch(run, plan, state)
-            epochs_done = state.step // plan.steps_per_epoch
-            yield epochs_done
-            if saver.due(epochs_done) or state.step == plan.stop_step:
-                saver.save(state, plan.total_batch)
-            stopwatch.open_window()  # an evaluation and a save are not training
+            state.owes_look = True
 
 
-def prepare_model(model: Any, cfg: Any) -> Any:
-    """Sets what `checkpointing` and `compile` ask for on a model, in place; its state stays under the same names.
+def prepare_model(model: Any, cfg: Any, run: Run) -> Any:
+    """Does what `checkpointing`, `compile` and `parallel` ask for, in place, and moves the model onto its device.
 
-    Raises: InputError where compiling needs a compiler that this machine has not.
+    Its state stays under the same names. Raises: InputError where compiling needs a compiler that this machine has not.
     """
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
         compilers = [os.environ.get(variable, default) for variable, default in (("CXX", "g++"), ("CC", "gcc"))]
         if cfg.compile_backend == "inductor" and not any(map(shutil.which, [*compilers, "clang++", "clang"])):
             raise InputError("compile needs a C++ compiler: install g++, or leave compile out")
-        model.compile(backend=cfg.compile_backend, fullgraph=True, dynamic=False)
+        for part in blocks_of(model) if asks_for_shards(cfg, run) else [model]:  # no graph can span a gathering
+            part.compile(backend=cfg.compile_backend, fullgraph=True, dynamic=False)
+    to_device(model, cfg, run)
     return model
 
 
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:
-    """DistributedDataParallel where there are several processes, else the model itself."""
-    if world_size == 1:
+    """DistributedDataParallel where there are several processes, else the model itself.
+
+    Also a sharded one, which averages its gradient after each micro-batch: to keep it whole for the last, as `no_sync`
+    does, would take the memory that sharding saves.
+    """
+    if world_size == 1 or is_sharded(model):
         return model
     return DistributedDataParallel(
         model,
@@ -127,9 +150,9 @@ def log_start(run: Run, plan: Plan, num_images: int, model: nn.Module, cfg: Any)
 
 
 def log_window(
-    run: Run, plan: Plan, state: TrainState, stopwatch: Stopwatch, lr: float, num_bad: int, max_bad_steps: int
-) -> None:
-    """Writes the line of the steps since the last one. Raises: InputError after too many bad steps in a row."""
+    run: Run, plan: Plan, state: TrainState, stopwatch: Stopwatch, stall: StallMeter, lr: float, num_bad: int
+) -> int:
+    """Writes the line of the steps since the last one; returns how many of the last steps in a row were skipped."""
     means = state.window_meter.read()
     state.window_meter.reset()
     bad_in_a_row = int(means.pop("bad_in_a_row"))
@@ -142,13 +165,10 @@ def log_window(
         f"data_wait {100 * times['data_wait']:.0f}%  eta {duration(times['eta_s'])}"
     )
     run.record(facts, line + (f"  bad_files {num_bad}" if num_bad else ""), to_terminal=False)
+    stall.update(times["data_wait"])
     if bad_in_a_row:
         logger.warning("%d steps in a row had a non-finite gradient and were skipped", bad_in_a_row)
-    if bad_in_a_row >= max_bad_steps:
-        raise InputError(
-            f"{bad_in_a_row} steps in a row up to step {state.step} had a non-finite gradient: "
-            f"lower lr, set clip_grad, or use precision bf16 or fp32; the last checkpoint is from before"
-        )
+    return bad_in_a_row
 
 
 def log_epoch(run: Run, plan: Plan, state: TrainState) -> None:

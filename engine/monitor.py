@@ -7,6 +7,7 @@ losses are equal bit for bit with and without (tested).
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from engine.reconstruction import COLUMNS, reconstruct, target_caption
 from engine.rollout import rollout
 from engine.run import Run
 from engine.schedule import Plan
+from engine.sharding import whole_model
 from engine.state import TrainState
+from models.build import build_mae
 from models.mae import MaskedAutoencoder
 from models.masking import draw_mask
 from util.dist import all_gather, autocast_dtype, gather_rows
@@ -87,11 +90,12 @@ class Monitor:
             return
         started = time.monotonic()
         facts: dict[str, Any] = {"step": state.step, "epoch": float(epoch)}
-        facts |= self.classify()
+        model = whole_model(self.model, partial(build_mae, self.cfg), self.run.device)
+        facts |= self.classify(model)
         words = [f"{name} {facts[key]:.2f} %" for name, key in ((f"{K}-NN", "knn_acc1"), ("linear", "probe_acc1"))
                  if key in facts]  # fmt: skip
         if self.images and self.run.processes.is_main:
-            facts["psnr"] = self.draw(state.step)
+            facts["psnr"] = self.draw(model, state.step)
             words.append(f"reconstructions PSNR {facts['psnr']:.2f} dB")
         now = time.monotonic()
         facts["monitor_s"] = now - started
@@ -101,15 +105,15 @@ class Monitor:
         words.append(f"({facts['monitor_s']:.1f} s{since})")
         self.run.record(facts, f"epoch {epoch} monitor  {'  '.join(words)}", to_terminal=True)
 
-    def draw(self, step: int) -> float:
+    def draw(self, model: MaskedAutoencoder, step: int) -> float:
         """Writes the picture of reconstructions and attention; returns their mean PSNR in dB over removed patches."""
         normalize = PixelNormalizer(self.cfg.mean, self.cfg.std, self.run.device)
-        encoder = encoder_of(self.model, self.cfg)
+        encoder = encoder_of(model, self.cfg)
         rows, labels, psnr = [], [], []
         for place, (name, image) in enumerate(self.images.items()):
             stream = generator(self.cfg.seed, MONITOR, place)
-            mask = draw_mask("random", self.model.grid_size, self.cfg.mask_ratio, stream)
-            found = reconstruct(self.model, image[None], [mask], normalize)
+            mask = draw_mask("random", model.grid_size, self.cfg.mask_ratio, stream)
+            found = reconstruct(model, image[None], [mask], normalize)
             with torch.no_grad():
                 attentions = encoder.iterate_attention(normalize(image[None]))
                 heat = rollout(attentions, "mean", 0.0, encoder.cls_token is not None).view(encoder.grid_size)
@@ -117,15 +121,15 @@ class Monitor:
             rows.append([*row, heat_over(row[0], heat.cpu().numpy())])
             psnr.append(float(found.psnr[0]))
             labels.append(f"{Path(name).name}  PSNR {psnr[-1]:.2f} dB")
-        caption = f"{target_caption(self.model)} {ATTENTION}"
+        caption = f"{target_caption(model)} {ATTENTION}"
         self.run.record_picture(PICTURE, draw_grid(rows, [*COLUMNS, "attention"], labels, caption), step)
         return sum(psnr) / len(psnr)
 
-    def classify(self) -> dict[str, float]:
+    def classify(self, model: MaskedAutoencoder) -> dict[str, float]:
         """Top-1 accuracies in percent of the k-NN and the linear layer; {} where there are no labels."""
         if self.train is None or self.val is None:
             return {}
-        encoder = encoder_of(self.model, self.cfg)
+        encoder = encoder_of(model, self.cfg)
         try:
             train, val = (self.features(encoder, source) for source in (self.train, self.val))  # this process's shares
         except InputError as error:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from engine.sharding import whole
+
 StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
 
@@ -62,13 +64,13 @@ def optimizer_step(
     """Clips, and steps unless the gradient is not finite; clears the gradients. Never waits for the device.
 
     The optimiser must be a fused one. Gradients are already the mean over processes, so one process's NaN is
-    everyone's and all decide alike.
+    everyone's; where they are sharded, the norm is of all parts. So all decide alike.
 
     Returns: the L2 norm of the gradient before clipping, and 1.0 where the step was skipped, both scalars.
     """
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
     found_inf = (~grad_norm.isfinite()).float()
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_grad, grad_norm)

@@ -23,9 +23,7 @@ def run_facts(cfg: Any, model_args: dict[str, Any], source: ImageSource, weights
     return facts if weights is None else {**facts, "weights": weights}
 
 
-def plan_resumable(
-    cfg: Any, run: Run, num_images: int, saved: dict[str, Any] | None, facts: dict[str, Any]
-) -> Plan:
+def plan_resumable(cfg: Any, run: Run, num_images: int, saved: dict[str, Any] | None, facts: dict[str, Any]) -> Plan:
     """The plan of a run, new or gone on with from the checkpoint `saved`. Raises: InputError, see below."""
     check_resumable(cfg, saved, facts)
     world_size = run.processes.world_size

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from engine.checkpoint import remove_leftovers, weights_path
+from engine.checkpoint import tidy, weights_path
+from engine.lock import locked
 from engine.results import without_nan, write_results
 from util.config import dump_config, plain
-from util.dist import Processes, init_processes
-from util.errors import InputError
+from util.dist import Processes, broadcast, init_processes
+from util.errors import DataError, InputError, LocalInputError
 from util.files import write_whole
-from util.schema import RunConfig
+from util.schema import DatasetConfig, RunConfig, TrainRunConfig
 
 GROUPS = {"epoch_loss": "epoch", "val_loss": "val", "monitor_s": "monitor"}  # of curves, by a fact that only they have
 logger = logging.getLogger(__name__)
@@ -43,15 +45,16 @@ class Run:
         self.last_step = 0
         self.bar: tqdm[Any] | None = None
 
-    def start(self, cfg: Any, step: int, total_steps: int) -> None:
+    def start(self, cfg: Any, step: int, total_steps: int, owes_look: bool) -> None:
         """Begins the records of a run, or goes on with them from `step`; lines a killed run wrote past it go."""
         if not self.processes.is_main:
             return
-        remove_leftovers(self.output_dir)  # here, as --eval and k-NN may look into a folder that is in use
+        tidy(self.output_dir, step)  # here, as --eval and k-NN may look into a folder that is in use
         (self.output_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
         for of_an_earlier_stop in (weights_path(self.output_dir), self.results_path):
             of_an_earlier_stop.unlink(missing_ok=True)  # the state behind them is in its checkpoint
-        _drop_lines_after(self.output_dir / "log.jsonl", step, is_end=step == total_steps)
+        again = {"val_loss", "monitor_s"} if owes_look else {"val_loss"} if step == total_steps else set()
+        _drop_lines_after(self.output_dir / "log.jsonl", step, again)
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
 
@@ -87,8 +90,11 @@ class Run:
         if not self.processes.is_main:
             return
         self.last_step = facts["step"]
-        with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(without_nan(facts)) + "\n")
+        try:
+            with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(without_nan(facts)) + "\n")
+        except OSError as error:  # a full disk
+            raise LocalInputError(f"{self.output_dir / 'log.jsonl'} cannot be written: {error.strerror}") from error
         if self.tensorboard is not None:
             prefix = next((group for fact, group in GROUPS.items() if fact in facts), "train")
             for name, value in facts.items():
@@ -128,15 +134,30 @@ class Run:
 def open_run(cfg: RunConfig) -> Iterator[Run]:
     """Joins the other processes, claims the output folder and starts logging; undoes all of it at the end.
 
-    Raises: InputError where the device is absent or the folder cannot be written, before any compute.
+    Training claims the folder for itself alone; k-NN and --eval only look, and may do so while a run is under way.
+    An error about the images gets a note of how to look at them. Raises: InputError where the device is absent or the
+    folder is in use or cannot be written, before any compute.
     """
-    with init_processes(cfg.device) as processes:
+    with init_processes(cfg.device, cfg.timeout) as processes, ExitStack() as claim:
         run = Run(cfg, processes)
-        if processes.is_main:
-            check_writable("output_dir", run.output_dir)
+        problem = ""
+        try:
+            if processes.is_main:
+                check_writable("output_dir", run.output_dir)
+                if isinstance(cfg, TrainRunConfig) and not getattr(cfg, "eval", False):
+                    claim.enter_context(locked(run.output_dir))
+        except InputError as error:
+            problem = str(error)
+        if problem := broadcast(problem):
+            raise InputError(problem)
         with _logging_to(run.output_dir / "log.txt" if processes.is_main else None), logging_redirect_tqdm():
             try:
                 yield run
+            except DataError as error:
+                if isinstance(cfg, DatasetConfig) and cfg.dataset in ("folder", "packed"):
+                    path = shlex.quote(str(cfg.data_path))
+                    error.add_note(f"look at the data with: python tools/check_dataset.py {path}")
+                raise
             finally:
                 run.close()
 
@@ -176,10 +197,11 @@ def _logging_to(path: Path | None) -> Iterator[None]:
         root.setLevel(previous)
 
 
-def _drop_lines_after(path: Path, step: int, is_end: bool) -> None:
+def _drop_lines_after(path: Path, step: int, again: set[str]) -> None:
     """Removes the lines of a log.jsonl that lie past `step`, and a last line that was cut off.
 
-    At a run's end only the last evaluation is left to do, which comes after the last checkpoint: its line goes, too.
+    Of those of `step` itself the ones go, too, that have a fact named in `again`: their evaluation is still to come, as
+    that of a run's end, which is after the last checkpoint.
     """
     if not path.exists():
         return
@@ -187,7 +209,7 @@ def _drop_lines_after(path: Path, step: int, is_end: bool) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             facts = json.loads(line)
-            if facts["step"] < step or (facts["step"] == step > 0 and not (is_end and "val_loss" in facts)):
+            if facts["step"] < step or (facts["step"] == step > 0 and not again & facts.keys()):
                 kept.append(line)
         except json.JSONDecodeError:
             logger.warning("%s: dropping a line that was cut off", path)

@@ -1,27 +1,31 @@
-"""What a run's training consists of between two steps, and when it is saved."""
+"""What a run's training consists of between two steps."""
 
 import logging
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from engine.checkpoint import save_checkpoint
 from engine.run import Run
-from util.dist import broadcast
+from engine.sharding import own_part, shard_model_state, shard_optimizer_state
+from util.dist import all_gather
+from util.errors import InputError
 from util.metrics import StepMeter
-from util.schema import TrainRunConfig
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainState:
-    """Exactly what a checkpoint restores: `step` counts finished optimiser steps of the whole run."""
+    """Exactly what a checkpoint restores: `step` counts finished optimiser steps of the whole run.
+
+    owes_look: whether the evaluation or look after the epoch that ends here is still to come, as a signal cut it short.
+    may_diverge: whether some tensors may hold values that are not finite, as of several probes one may diverge.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -31,6 +35,8 @@ class TrainState:
     ema: ModelEmaV3 | None = None
     step: int = 0
     epoch_losses: list[float] = field(default_factory=list)
+    owes_look: bool = False
+    may_diverge: bool = False
 
     @classmethod
     def begin(
@@ -55,7 +61,24 @@ class TrainState:
             "epoch_meter": self.epoch_meter.state_dict(),
             "window_meter": self.window_meter.state_dict(),
             "epoch_losses": self.epoch_losses,
+            "owes_look": self.owes_look,
         }
+
+    def check(self) -> None:
+        """Waits for the device. Raises: InputError on all processes alike where a parameter or moment is not finite."""
+        if self.may_diverge:
+            return
+        groups = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
+        if self.ema is not None:
+            groups["ema"] = self.ema.module.state_dict()
+        for name, values in groups.items():
+            tensors = [own_part(tensor) for tensor in _tensors(values) if tensor.is_floating_point()]
+            is_finite = not tensors or bool(torch.stack([tensor.isfinite().all().cpu() for tensor in tensors]).all())
+            if not all(all_gather(is_finite)):  # of sharded tensors each process sees its parts only
+                raise InputError(
+                    f"the {name} state is not finite after step {self.step}, so it is not saved: "
+                    f"lower lr, set clip_grad, or use precision bf16 or fp32; the last checkpoint is from before"
+                )
 
     def resume(self, saved: dict[str, Any] | None, run: Run, stop_step: int) -> bool:
         """Takes over a checkpoint where there is one; whether the run is at its end already."""
@@ -69,48 +92,23 @@ class TrainState:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes over a checkpoint's content."""
-        self.model.load_state_dict(saved["model"], strict=True)
+        self.model.load_state_dict(shard_model_state(saved["model"], self.model), strict=True)
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"], strict=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.load_state_dict(shard_optimizer_state(saved["optimizer"], self.optimizer))
         if saved["scaler"]:  # empty where the precision needs none, as after a move from fp16 to bf16 hardware
             self.scaler.load_state_dict(saved["scaler"])
         self.epoch_meter.load_state_dict(saved["epoch_meter"])
         self.window_meter.load_state_dict(saved["window_meter"])
         self.epoch_losses = list(saved["epoch_losses"])
+        self.owes_look = saved.get("owes_look", False)  # a checkpoint of an earlier version has none
         self.step = saved["step"]
 
 
-@dataclass
-class Saver:
-    """When to save and what goes beside the state: `facts` are the checkpoint's constant entries."""
-
-    run: Run
-    cfg: TrainRunConfig
-    facts: dict[str, Any]
-    last_time: float = field(default_factory=time.monotonic)
-    last_step: int = -1
-
-    def due(self, epochs_done: int | None) -> bool:
-        """Whether a save is due, after `epochs_done` epochs or (None) within one; processes must ask together."""
-        if epochs_done is not None and self.cfg.save_epochs and epochs_done % self.cfg.save_epochs == 0:
-            return True
-        minutes = (time.monotonic() - self.last_time) / 60
-        return bool(broadcast(self.cfg.save_minutes > 0 and minutes >= self.cfg.save_minutes))
-
-    def save(self, state: TrainState, total_batch: int) -> None:
-        """Writes a checkpoint of this step unless there is one."""
-        if state.step == self.last_step:
-            return
-        state.epoch_meter.average()
-        state.window_meter.average()
-        content = {
-            **state.content(),
-            **self.facts,
-            "total_batch": total_batch,
-            "samples_seen": state.step * total_batch,
-        }
-        if self.run.processes.is_main:
-            path = save_checkpoint(self.run.output_dir, state.step, content, self.cfg.keep_last)
-            logger.info("saved %s", path)
-        self.last_time, self.last_step = time.monotonic(), state.step
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors of nested dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)

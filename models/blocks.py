@@ -8,16 +8,21 @@ Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width,
 
 from typing import Any
 
+import torch
 from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.lean import gelu_linear, is_lean, linear
+
 LAYER_NORM_EPS = 1e-6
 # On CPU the fused kernel's backward is several times slower on short sequences, and its memory saving only matters
 # on long ones.
 CPU_FUSED_FROM_TOKENS = 512
+# From here on attention weights are what a block keeps most of; they are then computed again for the gradient.
+WEIGHTS_AGAIN_FROM_TOKENS = 128
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -39,15 +44,28 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)  # (B, N, D)
 
 
+class Linear(nn.Linear):
+    """A linear layer that keeps little for its gradient where `is_lean`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(*, D)` -> `(*, D')`."""
+        return linear(x, self.weight, self.bias) if is_lean(x) else super().forward(x)
+
+
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`(B, heads, T, d)`, two of `(B, heads, S, d)` -> out `(B, heads, T, d)` and weights `(B, heads, T, S)`."""
-    attention = ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+    shape = (*q.shape[:-1], k.shape[2])
+    # in one product with its scale: a scaled copy of q would be kept for the gradient
+    scores = torch.baddbmm(q.new_zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale)
+    attention = scores.softmax(dim=-1).view(shape)
     return attention.to(v.dtype) @ v, attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The first half of `explicit_attention`, by the path that is fastest on the device at this length."""
     if q.device.type == "cpu" and k.shape[2] < CPU_FUSED_FROM_TOKENS:
+        if is_lean(q) and k.shape[2] >= WEIGHTS_AGAIN_FROM_TOKENS:
+            return checkpoint(explicit_attention, q, k, v, scale, use_reentrant=False, preserve_rng_state=False)[0]
         return explicit_attention(q, k, v, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
@@ -59,8 +77,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
@@ -84,9 +102,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """`(B, T, D)` queries, `(B, S, D)` memory -> `(B, T, D)`."""
@@ -100,12 +118,15 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, D)` -> `(B, T, D)`."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc1(x)
+        if is_lean(x):
+            return gelu_linear(x, self.fc2.weight, self.fc2.bias)
+        return self.fc2(F.gelu(x))
 
 
 class Block(nn.Module):

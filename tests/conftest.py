@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_table import FaultTable
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED_SKIPS: tuple[str, ...] = ()  # reasons that may skip where MAE_TEST_STRICT is set: none so far
 
 torch.set_num_threads(1)  # results must not depend on the machine's core count
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(FaultTable())
 
 
 @pytest.hookimpl(hookwrapper=True)

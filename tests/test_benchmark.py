@@ -1,6 +1,8 @@
 """`tools/benchmark.py`: what it counts is right, and every part runs and says its figures (on tiny shapes here)."""
 
 import json
+import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -8,9 +10,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from engine.benchmarks import memory, models, step, timing
+from engine.benchmarks import memory, models, processes, step, timing
 from engine.benchmarks.models import SHAPES, Shape
-from tools import benchmark
+from tools import benchmark, pack_dataset
 from util.errors import InputError
 
 TINY = Shape(2, 32, 8, (32, 2, 2), (16, 1, 2))
@@ -46,6 +48,21 @@ def test_activations_fall_with_checkpointing_and_are_the_same_every_time(monkeyp
     assert peaks["ours bf16 checkpointing"] < 0.5 * peaks["ours bf16"]
     assert found["activations_over_peer"]["ours bf16"] == peaks["ours bf16"] / peaks["peer fp32"]
     assert benchmark.main(["memory"])["base/16"]["activations_mib"] == peaks
+
+
+@pytest.mark.long
+def test_the_readmes_commands_with_tiny_models(monkeypatch, tmp_path):
+    for name in SHAPES:
+        monkeypatch.setitem(SHAPES, name, Shape(4, 32, 8, (32, 2, 2), (16, 1, 2)))
+    monkeypatch.setattr(step, "peak_flops", lambda: 1e9)
+    Image.fromarray(np.zeros((300, 400, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    pack_dataset.main([str(tmp_path), str(tmp_path / "packed")])
+    commands = re.findall(r"^python tools/benchmark.py (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert [line.split()[0] for line in commands] == list(benchmark.PARTS)
+    places = {"/path/to/images": str(tmp_path), "/path/to/packed": str(tmp_path / "packed")}
+    for line in commands:
+        words = [places.get(word, word) for word in line.split()]
+        assert benchmark.main([*words, "--rounds", "1"])
 
 
 def test_variants_take_turns_and_the_first_round_does_not_count():
@@ -98,6 +115,26 @@ def test_loader_compares_the_same_images(tmp_path):
     assert set(found["images_per_s"]) == {"pillow", "folder"}
     rates = found["images_per_s"]
     assert found["over_pillow"]["folder"] == pytest.approx(rates["folder"] / rates["pillow"])
+
+
+@pytest.mark.long
+def test_two_processes_are_timed_beside_one(monkeypatch):
+    monkeypatch.setitem(SHAPES, "small/16", Shape(4, 32, 8, (32, 2, 2), (16, 1, 2)))
+    found = benchmark.main(["processes", "--rounds", "1"])["small/16"]
+    one, two = (found["images_per_s"][team] for team in (processes.ONE, processes.TWO))
+    assert found["two_over_one"] == pytest.approx(two / one)  # of one round
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.long
+def test_a_team_whose_member_dies_says_so_and_leaves_nobody_behind(tmp_path):
+    team = processes.Team(Shape(4, 32, 8, (32, 2, 2), (16, 1, 2)), 2, tmp_path / "meeting")
+    team.work()
+    team.members[1].kill()
+    with pytest.raises((EOFError, ConnectionError)):
+        team.work()
+    team.end()
+    assert multiprocessing.active_children() == []
 
 
 def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path, monkeypatch):

@@ -433,8 +433,8 @@ def test_help_lists_every_setting_with_its_section_unit_and_default(capsys, monk
     bodies = dict(re.findall(r"^(\S[^\n]*):\n((?: +[^\n]*\n)+)", help_text(capsys, monkeypatch), re.MULTILINE))
     groups = dict(sections(PretrainConfig))
     assert list(groups) == [
-        "Device", "Run", "Logging and checkpoints", "Speed and memory", "Monitoring", "Pixels", "Data set", "Data",
-        "Augmentation", "Model", "Autoencoder", "Masking", "Batch and schedule", "Optimiser",
+        "Device", "Run", "Logging and checkpoints", "Parallelism", "Speed and memory", "Monitoring", "Pixels",
+        "Data set", "Data", "Augmentation", "Model", "Autoencoder", "Masking", "Batch and schedule", "Optimiser",
     ]  # fmt: skip
     assert sum(map(len, groups.values())) == len(dataclasses.fields(PretrainConfig))
     for title, group in groups.items():
@@ -524,7 +524,7 @@ def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         cfg.lr = 1.0
     parts = [cls for cls in PretrainConfig.__mro__ if dataclasses.is_dataclass(cls)]
-    assert len(parts) == 15
+    assert len(parts) == 16
     assert all(cls.__dataclass_params__.frozen for cls in parts)
 
 
@@ -585,9 +585,9 @@ def test_changed_settings_lists_what_alters_the_result_as_old_and_new():
 def test_the_settings_that_a_resumed_run_may_change():
     free = {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["may_change"]}
     assert free == {
-        "output_dir", "device", "log_interval", "save_minutes", "save_epochs", "keep_last", "max_bad_steps",
-        "tensorboard", "data_path", "download", "num_workers", "prefetch_factor",
+        "output_dir", "device", "timeout", "log_interval", "save_minutes", "save_epochs", "keep_last", "keep_every",
+        "max_bad_steps", "tensorboard", "data_path", "download", "num_workers", "prefetch_factor",
         "batch_size", "accum_iter", "total_batch_size",  # the resulting total is compared instead
         "stop_epoch", "monitor_epochs", "monitor_images", "monitor_knn", "monitor_probe",
-        "compile", "compile_backend", "checkpointing",
+        "compile", "compile_backend", "checkpointing", "parallel",
     }  # fmt: skip

@@ -11,6 +11,7 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -130,15 +131,14 @@ def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch, see
         (tmp_path / alias).symlink_to(tmp_path / "c")
     expected = [f"{folder}/{name}.jpg" for folder in "abd" for name in "xyz"]
     assert listed(tmp_path) == expected
-    chance, walk = random.Random(seed), os.walk
+    chance, scandir = random.Random(seed), os.scandir
 
-    def walk_in_any_order(*args, **kwargs):
-        for folder, subfolders, files in walk(*args, **kwargs):
-            chance.shuffle(subfolders)
-            chance.shuffle(files)
-            yield folder, subfolders, files
+    @contextmanager
+    def scandir_in_any_order(path):
+        with scandir(path) as entries:
+            yield chance.sample(found := list(entries), len(found))
 
-    monkeypatch.setattr(os, "walk", walk_in_any_order)
+    monkeypatch.setattr(os, "scandir", scandir_in_any_order)
     assert listed(tmp_path) == expected
 
 
@@ -507,11 +507,14 @@ def test_a_bad_file_is_reported_with_the_batch_that_met_it(folder):
 def test_when_a_batch_counts_as_failed(folder):
     spoil(folder, *range(10))
     dataset = dataset_of(folder)
-    bad, good = (dataset[SampleKey(index, 0, index, 0)] for index in (0, 20))
+    bad, other, good = (dataset[SampleKey(index, 0, index, 0)] for index in (0, 1, 20))
     assert 1 <= len(bad.bad) <= MAX_REPLACEMENTS
+    assert other.bad
     assert not good.bad
-    # one bad file in a batch of one proves nothing about the disk
-    for samples, failed in (([bad], False), ([bad, bad], True), ([bad, good], False), ([good, good], False)):
+    # one bad file in a batch of one image proves nothing about the disk
+    for samples, failed in (
+        ([bad], False), ([bad, bad], False), ([bad, other], True), ([bad, good], False), ([good, good], False),
+    ):  # fmt: skip
         batch = collate(samples)
         assert batch.failed == failed
         assert len(batch.images) == (0 if failed else len(samples))

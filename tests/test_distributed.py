@@ -31,6 +31,7 @@ def assert_losses_agree(one, other, epochs=2):
         assert float.fromhex(loss) == pytest.approx(float.fromhex(theirs[step]), abs=1e-5), step
 
 
+@pytest.mark.fault("R25")
 @pytest.mark.parametrize(("batch_size", "accumulated"), [(32, 1), (16, 2)])
 def test_two_processes_equal_one(alone, tmp_path, batch_size, accumulated):
     arguments = digits(tmp_path, "--log_interval", 1, "--clip_grad", 0.5, "--batch_size", batch_size)
@@ -44,6 +45,7 @@ def test_two_processes_equal_one(alone, tmp_path, batch_size, accumulated):
     assert result.stdout.count("epoch 1 done") == 1  # only rank 0 speaks
 
 
+@pytest.mark.fault("R4")
 def test_resume_on_another_number_of_processes(tmp_path):
     """1, then 2, then 1 process; 64 images per step throughout, accum_iter follows."""
     arguments = digits(tmp_path, "--log_interval", 1, "--clip_grad", 0.5, "--epochs", 3, "--save_epochs", 1)
@@ -58,6 +60,7 @@ def test_resume_on_another_number_of_processes(tmp_path):
     assert (saved["total_batch"], saved["samples_seen"]) == (64, 3 * STEPS_PER_EPOCH * 64)
 
 
+@pytest.mark.fault("R6")
 def test_another_total_is_refused_with_the_numbers(tmp_path):
     arguments = digits(tmp_path)
     arguments[arguments.index("--total_batch_size") + 1] = "null"
@@ -68,6 +71,7 @@ def test_another_total_is_refused_with_the_numbers(tmp_path):
     assert result.stderr.count("error: ") == 1
 
 
+@pytest.mark.fault("R3")
 def test_two_processes_resume_bit_for_bit(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     common = ["--log_interval", 1, "--save_epochs", 1, "--batch_size", 32]
@@ -119,3 +123,14 @@ def test_the_launcher_refuses_a_bad_environment(env, message):
     result = run(["sh", str(ROOT / "run_pretrain.sh")], **env)
     assert result.returncode == 2
     assert re.match(re.escape(message), result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "33554432 17179869184"), ({"MALLOC_TRIM_THRESHOLD_": "1"}, "33554432 1")]
+)
+def test_the_launcher_keeps_freed_memory_unless_told_otherwise(tmp_path, given, expected):
+    interpreter = tmp_path / "python"
+    interpreter.write_text('#!/bin/sh\necho "$MALLOC_MMAP_THRESHOLD_ $MALLOC_TRIM_THRESHOLD_"\n')
+    interpreter.chmod(0o755)
+    result = run(["sh", str(ROOT / "run_pretrain.sh")], PYTHON=str(interpreter), NGPU="1", **given)
+    assert result.stdout.split() == expected.split()

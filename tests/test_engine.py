@@ -9,14 +9,16 @@ from test_models import MAE, VIT
 from torch import nn
 from torch.amp import GradScaler
 
-from engine.checkpoint import load_newest_checkpoint, remove_leftovers, save_checkpoint, save_weights, weights_header
+from engine.checkpoint import load_newest_checkpoint, save_checkpoint, save_weights, tidy, weights_header
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
+from engine.run import Run
 from engine.schedule import choose_accum_iter, plan_run, warmup_cosine
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
+from util.dist import Processes
 from util.errors import InputError
 from util.metrics import StepMeter
-from util.schema import AdamWConfig
+from util.schema import AdamWConfig, RunConfig
 
 
 def test_schedule_by_hand():
@@ -149,6 +151,7 @@ def test_clipping_scales_the_whole_gradient_and_reports_the_norm_before():
     assert [g.item() for g in kept] == pytest.approx([0.6, 0.8], abs=1e-6)
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("clip_grad", [None, 1.0])
 def test_a_non_finite_gradient_skips_the_step_and_its_count(bad, clip_grad):
@@ -164,6 +167,7 @@ def test_a_non_finite_gradient_skips_the_step_and_its_count(bad, clip_grad):
     assert [optimizer.state[w]["step"].item() for w in weights] == [1.0, 1.0]
 
 
+@pytest.mark.fault("R17")
 def test_the_fp16_scaler_backs_off_and_goes_on():
     weight = nn.Parameter(torch.tensor([2.0]))
     optimizer = adamw_on([weight])
@@ -189,6 +193,7 @@ def test_meter_leaves_bad_steps_out_and_counts_them_in_a_row():
     assert math.isnan(meter.read()["loss"])
 
 
+@pytest.mark.fault("R20")
 def test_checkpoint_round_trip_and_retention(tmp_path):
     for step in (3, 20, 100):
         save_checkpoint(
@@ -213,6 +218,7 @@ def flip_bit(path):
 
 
 DAMAGE = {
+    "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "100 bytes": lambda path: path.write_bytes(path.read_bytes()[:100]),
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -223,18 +229,37 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, damage):
     older = save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(100)}}, keep_last=5)
     newest = save_checkpoint(tmp_path, 2, {"model": {"w": torch.zeros(100)}}, keep_last=5)
     damage(newest)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert load_newest_checkpoint(tmp_path)["step"] == 1
-    assert str(newest) in caplog.text and "sha256" in caplog.text
+    reasons = f"{newest.name} is missing", f"{newest.name}.sha256 is missing", "its sha256 does not agree"
+    assert f"passing over the damaged checkpoint {newest}: " in caplog.text
+    assert any(reason in caplog.text for reason in reasons)
     damage(older)
-    with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
-        load_newest_checkpoint(tmp_path)
+    if newest.exists():
+        with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
+            load_newest_checkpoint(tmp_path)
+    else:  # a lone checksum is what a first save leaves that was cut off
+        assert load_newest_checkpoint(tmp_path) is None
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {name for name in before if before[name] != after.get(name)} <= {older.name, f"{older.name}.sha256"}
 
 
+def test_what_cannot_be_read_is_passed_over_as_well(tmp_path, caplog):
+    save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
+    newest = save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=5)
+    newest.unlink()
+    newest.mkdir()
+    assert load_newest_checkpoint(tmp_path)["step"] == 1
+    assert f"{newest}: it cannot be read ([Errno 21] Is a directory" in caplog.text
+
+
+@pytest.mark.fault("R9")
 def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
 
@@ -250,7 +275,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_half_written(tmp_
 
 def test_leftovers_of_a_cut_off_save_are_removed(tmp_path):
     (tmp_path / "checkpoint-00000007.pth.tmp").write_bytes(b"half")
-    remove_leftovers(tmp_path)
+    tidy(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,3 +293,10 @@ def test_weights_file_carries_its_facts(tmp_path):
         }  # fmt: skip
     assert weights_header(path) == {"model_args": {"depth": 2}, "mean": [0.5], "std": [0.25], "epoch": 3}
     assert path.stat().st_mode & stat.S_IRUSR
+
+
+def test_a_disk_that_is_full_when_a_line_is_logged_is_one_clear_line(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    run = Run(RunConfig(output_dir=str(tmp_path)), Processes(0, 1, 0, 1, torch.device("cpu")))
+    with pytest.raises(InputError, match="log.jsonl cannot be written: No space left on device"):
+        run.record({"step": 1, "loss": 1.0}, "step 1", to_terminal=True)

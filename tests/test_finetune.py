@@ -132,7 +132,7 @@ def test_it_learns_and_its_results_say_what_and_from_where(finished, pretrained)
     assert list(results["per_class"]) == list(CLASSES)
     assert sum(results["per_class"].values()) * 20 / 100 == pytest.approx(results["correct1"])
     assert sorted(path.name for path in folder.iterdir()) == [
-        "best.safetensors",
+        ".lock", "best.safetensors",
         "checkpoint-00000060.pth", "checkpoint-00000060.pth.sha256",
         "checkpoint-00000070.pth", "checkpoint-00000070.pth.sha256",
         "checkpoint-00000080.pth", "checkpoint-00000080.pth.sha256",
@@ -489,9 +489,7 @@ def cut_after(monkeypatch, stage, name: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 14])
-def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(
-    tmp_path, data, pretrained, all_on, monkeypatch, steps
-):
+def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(tmp_path, data, pretrained, all_on, monkeypatch, steps):
     """After its first step, before the last of an epoch, at its end, and in the middle of the next."""
     base = pictures(data, tmp_path, *ALL_ON, "--finetune", pretrained / "model.safetensors", "--save_minutes", 1e-9)
     with monkeypatch.context() as patch, pytest.raises(Cut):
@@ -848,8 +846,9 @@ def test_the_written_config_repeats_the_run(finished, tmp_path):
 
 def test_the_weights_that_are_read_are_those_named(pretrained, data):
     """The fixtures are what the tests take them for."""
-    assert load_weights(pretrained / "checkpoint-00000020.pth").keys() == load_weights(
-        pretrained / "model.safetensors"
-    ).keys()
+    assert (
+        load_weights(pretrained / "checkpoint-00000020.pth").keys()
+        == load_weights(pretrained / "model.safetensors").keys()
+    )
     found = build_labelled_data("folder", str(data), 1, False, None)
     assert (len(found.train), len(found.val), found.class_names) == (120, 60, list(CLASSES))

@@ -1,13 +1,31 @@
-"""k-NN against a brute force in numpy, ties and all; chunks and shares of the training set change no bit of it."""
+"""k-NN against a brute force in numpy, ties and all; chunks and shares of the training set change no bit of it.
+
+And its memory: features, results, and a budget beside them, however many images there are.
+"""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from runs import environment, loading
+from test_evaluation import free_port
+from torch import multiprocessing
 
+from data.evaluation import build_eval_loader
+from data.labelled import LabelledArray
+from data.transforms import PixelNormalizer
 from engine import knn
-from engine.knn import knn_predict, merge_over_processes, nearest_keys, rank_of_label, votes
+from engine.benchmarks.memory import LiveBytes
+from engine.features import Features, compute_features, load_features, save_features
+from engine.knn import chunk_sizes, knn_predict, merge_over_processes, nearest_keys, rank_of_label, ranks_by_k, votes
+from util import dist as util_dist
+from util.dist import gather_rows, init_processes
 
 TEMPERATURE = 0.07
 
@@ -150,8 +168,7 @@ def test_chunks_change_no_bit(monkeypatch, data, queries_at_once, rows_at_once, 
     ks = (1, 10, 200, 301)
     expected = nearest_keys(train, torch.arange(300), test, 200)
     expected_votes = knn_predict(train, labels, test, ks, TEMPERATURE, 6)
-    monkeypatch.setattr(knn, "QUERIES", queries_at_once)
-    monkeypatch.setattr(knn, "TRAIN_ROWS", rows_at_once)
+    monkeypatch.setattr(knn, "chunk_sizes", lambda *_: (queries_at_once, rows_at_once))
     assert torch.equal(nearest_keys(train, torch.arange(300), test, 200), expected)
     found = knn_predict(train, labels, test, ks, TEMPERATURE, 6)
     assert all(torch.equal(found[k], expected_votes[k]) for k in ks)
@@ -184,3 +201,197 @@ def test_ranks_by_hand():
     assert rank_of_label(class_votes, torch.arange(5)).tolist() == [2, 0, 1, 3, 4]
     assert rank_of_label(torch.zeros(3, 3), torch.tensor([0, 1, 2])).tolist() == [0, 1, 2]
     assert rank_of_label(torch.tensor([[0.1, 0.2]]), torch.tensor([0])).tolist() == [1]
+
+
+def test_similarities_are_exact_so_that_the_order_of_their_sums_plays_no_part():
+    """Products of another shape, or another kernel, add in another order: in plain 64 bits the last bits differ."""
+    chance = torch.Generator().manual_seed(0)
+    queries, train = (torch.randn(200, 768, generator=chance) for _ in range(2))
+    for scale in (1.0, 1e-6, 1e30):
+        a, b = knn._unit_vectors(queries * scale), knn._unit_vectors(train * scale)
+        shuffled = torch.randperm(768, generator=chance)
+        assert torch.equal(a @ b.T, a[:, shuffled] @ b[:, shuffled].T)
+        assert torch.equal(a @ b.T, (a.flip(1)[:, None] * b.flip(1)).sum(dim=2))
+        plain = torch.nn.functional.normalize(queries.double(), dim=1)
+        torch.testing.assert_close(a, plain, rtol=0, atol=2e-8)
+    assert not torch.equal(plain @ train.double().T, plain[:, shuffled] @ train.double()[:, shuffled].T)
+    alone = torch.cat([knn._unit_vectors(row) for row in queries.split(1)])
+    shares = [knn._unit_vectors(queries[rank::3]) for rank in range(3)]
+    assert torch.equal(alone, knn._unit_vectors(queries)) and torch.equal(alone[1::3], shares[1])
+    doubles = queries.double()
+    assert torch.equal(knn._unit_vectors(doubles), knn._unit_vectors(queries))
+    assert torch.equal(doubles, queries.double())  # what comes in stays as it is
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [100, 3000, 20_000])
+@pytest.mark.parametrize(("queries", "width", "k"), [(3, 5, 10), (700, 16, 20), (300, 256, 1), (50, 8, 500)])
+def test_a_search_stays_within_its_budget(monkeypatch, n, queries, width, k):
+    """Counted by storage: what is there at once beside the features and the keys that are returned."""
+    budget = 2**20
+    monkeypatch.setattr(knn, "BUDGET", budget)
+    chance = torch.Generator().manual_seed(0)
+    train, test = torch.randn(n, width, generator=chance), torch.randn(queries, width, generator=chance)
+    with LiveBytes() as live:
+        keys = nearest_keys(train, torch.arange(n), test, k)
+    assert keys.shape == (queries, min(k, n))
+    assert live.peak <= budget + keys.nbytes + 8 * n
+    if n == 20_000 and queries > 100:
+        assert live.peak > 0.5 * budget  # it is used, too
+    monkeypatch.undo()
+    assert torch.equal(keys, nearest_keys(train, torch.arange(n), test, k))
+
+
+def test_chunk_sizes_by_hand():
+    """ImageNet's features of ViT-B: 256 queries take 4.2 MiB; a training row 9,224 bytes and 256 times 16."""
+    assert chunk_sizes(768, 200) == (256, (2**28 - 256 * (12 * 768 + 40 * 200)) // (12 * 768 + 8 + 256 * 16))
+    assert chunk_sizes(768, 200)[1] == 19_821
+    queries, rows = chunk_sizes(1024, 1_281_167)  # every image a neighbour: one query at a time
+    assert queries == 1 and rows >= 1
+    assert chunk_sizes(10**9, 10) == (1, 1)  # there is always one
+
+
+@pytest.mark.parametrize("num_classes", [3, 1000])
+def test_votes_and_ranks_stay_within_the_budget(monkeypatch, num_classes):
+    """50,000 images by 1,000 classes by four k would be 1.6 GB of votes."""
+    chance = torch.Generator().manual_seed(0)
+    train, test = torch.randn(500, 4, generator=chance), torch.randn(900, 4, generator=chance)
+    labels, right = (torch.randint(num_classes, (n,), generator=chance) for n in (500, 900))
+    ks = (1, 5, 20, 100)
+    expected = ranks_by_k(train, labels, test, right, ks, TEMPERATURE, num_classes, 0, 1)
+    budget = 2**20
+    monkeypatch.setattr(knn, "BUDGET", budget)
+    with LiveBytes() as live:
+        found = ranks_by_k(train, labels, test, right, ks, TEMPERATURE, num_classes, 0, 1)
+    assert all(torch.equal(found[k], expected[k]) for k in ks)
+    results = 900 * (8 * 100 + 2 * 8 * len(ks))  # keys, and ranks before and after they are joined
+    assert live.peak <= budget + results + 8 * 500 * 2
+    class_votes = knn_predict(train, labels, test, ks, TEMPERATURE, num_classes)
+    assert all(torch.equal(rank_of_label(class_votes[k], right), found[k]) for k in ks)
+
+
+# Searches a training set of some size, and says by how many bytes its peak of resident memory grew.
+SEARCH = """
+import resource, sys, torch
+from engine import knn
+n, queries, width, knn.BUDGET = map(int, sys.argv[1:])
+train, test = torch.randn(n, width), torch.randn(queries, width)
+labels, right = torch.randint(1000, (n,)), torch.randint(1000, (queries,))
+knn.ranks_by_k(train[:300], labels[:300], test[:2], right[:2], (1, 5), 0.07, 1000, 0, 1)  # libraries are loaded
+ballast = torch.ones(2**27)  # else the peak of the imports hides what comes now
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+knn.ranks_by_k(train, labels, test, right, (10, 20, 100, 200), 0.07, 1000, 0, 1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, train.nbytes)
+"""
+
+
+def grown(n: int, queries: int, width: int, budget: int) -> tuple[int, int]:
+    """Bytes of resident memory that a search takes, in a process of its own, and those of the training features."""
+    command = [sys.executable, "-c", SEARCH, *map(str, (n, queries, width, budget))]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=600,
+        check=True,
+    )  # fmt: skip
+    more, features = map(int, result.stdout.split())
+    return more, features
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
+@pytest.mark.parametrize(("n", "queries"), [(400_000, 64), (5_000, 6_000)])
+def test_resident_memory_grows_by_the_budget_and_no_more(n, queries):
+    """Many training images, then many queries; slack is what kernels and the allocator need."""
+    budget, slack = 64 * 2**20, 48 * 2**20
+    more, features = grown(n, queries, 768, budget)
+    results = 8 * (200 + 2 * 4) * queries + 16 * n  # keys, ranks, and the places of the training images
+    assert 0.3 * budget < more <= budget + results + slack
+    assert features > 15 * budget or queries > 1000
+
+
+class Pixels(torch.nn.Module):
+    """A backbone whose features are the pixels, on which batch they come."""
+
+    head = torch.nn.Linear(256, 2)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+@pytest.mark.parametrize("n", [1000, 1001, 1024])
+def test_computed_features_are_in_memory_once(n):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 1, 16, 16), dtype=np.uint8)
+    source = LabelledArray("noise", pixels, np.zeros(n, dtype=np.int64), 1)
+    loader = build_eval_loader(source, lambda image: image, 16, 0, 1, loading(0))
+    normalize = PixelNormalizer((0.0,), (1.0,), torch.device("cpu"))
+    with LiveBytes() as live:
+        found = compute_features(Pixels(), loader, normalize, None)
+    expected = normalize(torch.from_numpy(pixels)).flatten(1)
+    assert torch.equal(found, expected)
+    of_batch = 16 * 256 * 4
+    assert live.peak <= expected.nbytes + 10 * of_batch
+
+
+def test_loading_features_reads_none_of_them(tmp_path):
+    """Each process takes its share of a large file, and the file's pages are everyone's."""
+    train = torch.randn(40_000, 512)
+    labels, facts = torch.zeros(40_000, dtype=torch.int64), dict.fromkeys(("checkpoint", "sha256", "readout"), "x")
+    path = save_features(
+        tmp_path, Features(train, labels, train[:9].clone(), labels[:9].clone(), {**facts, "class_names": ["a"]})
+    )
+    before = anonymous_bytes()
+    share = load_features(path).train[1::2]
+    assert torch.equal(share, train[1::2])
+    assert anonymous_bytes() - before < train.nbytes / 4  # 80 MB would have been copied
+
+
+def anonymous_bytes() -> int:
+    """This process's memory that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def work(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Searches and gathers on one of several processes, with budgets that take many turns."""
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    knn.BUDGET, util_dist.GATHER_BYTES = 2**18, 2**14
+    with init_processes("cpu"):
+        found = search_and_gather(rank, world_size)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+
+
+def search_and_gather(rank: int, world_size: int) -> dict:
+    train, labels, test = as_tensors(*tied_data(5, 1001, 600, 8, 6))
+    right = torch.arange(600) % 6
+    found: dict = {}
+    with LiveBytes() as live:
+        found["ranks"] = ranks_by_k(
+            train[rank::world_size], labels, test, right, (1, 50), TEMPERATURE, 6, rank, world_size
+        )
+    found["search"] = live.peak
+    for everywhere in (True, False):
+        with LiveBytes() as live:
+            found[f"rows {everywhere}"] = gather_rows(train[rank::world_size], 1001, everywhere)
+        found[f"gather {everywhere}"] = live.peak
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_in_many_turns_come_to_the_same_within_the_budget(tmp_path, world_size):
+    train = torch.from_numpy(tied_data(5, 1001, 600, 8, 6)[0])
+    expected = search_and_gather(0, 1)
+    multiprocessing.spawn(work, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
+    for rank in range(world_size):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(torch.equal(found["ranks"][k], expected["ranks"][k]) for k in (1, 50))
+        results = 600 * 8 * (2 * 50 + 2 * 2 + 1)  # keys of this and of all processes, ranks
+        assert found["search"] <= 2**18 + results + 8 * (1001 * 3 + 600 * 2)
+        assert torch.equal(found["rows True"], train)
+        assert found["gather True"] <= train.nbytes + 4 * 2**14
+        assert torch.equal(found["rows False"], train if rank == 0 else train[:0])
+        assert found["gather False"] <= (train.nbytes if rank == 0 else 0) + 4 * 2**14

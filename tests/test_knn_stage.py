@@ -78,9 +78,7 @@ def another_computation(features: Path) -> tuple[dict[str, float], dict[str, flo
         right = np.array(hits) == saved["val_labels"]
         by_k[str(k)] = 100 * right.mean()
         first_hits = right if first_hits is None else first_hits
-    by_class = {
-        name: 100 * first_hits[saved["val_labels"] == label].mean() for label, name in enumerate(CLASSES)
-    }
+    by_class = {name: 100 * first_hits[saved["val_labels"] == label].mean() for label, name in enumerate(CLASSES)}
     return by_k, by_class
 
 

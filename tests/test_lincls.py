@@ -115,7 +115,7 @@ def test_it_learns_and_its_results_say_what_and_from_where(finished, weights):
     assert list(results["per_class"]) == list(CLASSES)
     assert sum(results["per_class"].values()) * 20 / 100 == pytest.approx(results["correct1"])
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint-00000072.pth", "checkpoint-00000072.pth.sha256",
+        ".lock", "checkpoint-00000072.pth", "checkpoint-00000072.pth.sha256",
         "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "results.json",
     ]  # fmt: skip
 
@@ -242,9 +242,7 @@ def test_of_equal_rates_the_first_is_chosen(tmp_path, data, weights, monkeypatch
     assert main_lincls.main(pictures(data, tmp_path, "--finetune", weights, "--lr", *RATES))["lr"] == 0.3
 
 
-def test_the_held_out_tenth_is_stratified_fixed_by_the_seed_and_never_trained_on(
-    tmp_path, data, weights, monkeypatch
-):
+def test_the_held_out_tenth_is_stratified_fixed_by_the_seed_and_never_trained_on(tmp_path, data, weights, monkeypatch):
     splits = []
     original = main_lincls.split_training_set
 

@@ -42,7 +42,7 @@ from data.labelled import LabelledArray, LabelledData, stratified_choice
 from data.sampler import MONITOR, generator
 from data.transforms import EvalTransform, PixelNormalizer
 from engine import monitor as module
-from engine import state as state_module
+from engine import saving
 from engine.backbone import build_frozen, encoder_of
 from engine.monitor import PROBE_DECAY, Monitor, fit_linear
 from engine.pictures import CELL, GAP, TEXT, enlarged, heat_over
@@ -288,7 +288,7 @@ def dying(*_):
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_one_first_look(tmp_path, data, monkeypatch):
     more = [*FAST, "--monitor_epochs", 1, "--tensorboard", "true"]
-    for place, name in ((main_pretrain, "train"), (state_module, "save_checkpoint")):
+    for place, name in ((main_pretrain, "train"), (saving, "save_checkpoint")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(place, name, dying)
             pretrain_pictures(data, tmp_path, *more)
@@ -303,10 +303,10 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_one_first_
 
 
 def test_a_run_that_died_between_a_look_and_its_checkpoint_looks_again_and_keeps_one_line(tmp_path, data, monkeypatch):
-    save = state_module.save_checkpoint
+    save = saving.save_checkpoint
     more = [*FAST, "--epochs", 3, "--monitor_epochs", 1, "--tensorboard", "true"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(state_module, "save_checkpoint", lambda *of: (save if of[1] < 20 else dying)(*of))
+        patch.setattr(saving, "save_checkpoint", lambda *of: (save if of[1] < 20 else dying)(*of))
         pretrain_pictures(data, tmp_path, *more)
     assert places(tmp_path) == [(0, 0), (10, 1), (20, 2)]  # the last one lies past the newest checkpoint
     next_second()
@@ -394,9 +394,9 @@ def test_ten_neighbours_vote_by_exp_of_similarity_over_7_percent(monkeypatch):
     monkeypatch.setattr(Monitor, "features", lambda self, encoder, source: source.rows)
     run = SimpleNamespace(processes=Processes(0, 1, 0, 1, CPU), device=CPU)
     monitor = Monitor(SimpleNamespace(monitor_probe=False), run, None, None, train=train, val=val)
-    assert monitor.classify() == {"knn_acc1": 100.0}
+    assert monitor.classify(None) == {"knn_acc1": 100.0}
     val.labels = np.array([1, 0])
-    assert monitor.classify() == {"knn_acc1": 0.0}
+    assert monitor.classify(None) == {"knn_acc1": 0.0}
 
 
 # --- the linear layer -------------------------------------------------------------------------------------------------
@@ -686,12 +686,12 @@ def test_a_broken_image_ends_the_knn_and_not_the_run(tmp_path, caplog, broken):
     assert all(look.keys() == WITHOUT_LABELS for look in looks_of(tmp_path / "run"))
 
 
-def test_weights_that_are_not_numbers_end_the_knn_and_not_the_run(tmp_path, data, caplog):
+def test_weights_that_are_not_numbers_end_the_knn_and_then_the_run(tmp_path, data, caplog):
     def poison(monitor: Monitor, state: TrainState) -> None:
         if state.step == 20:  # the last look, after all of training
             nn.init.constant_(state.model.patch_embed.proj.bias, float("nan"))
 
-    with watched(poison):
+    with watched(poison), pytest.raises(InputError, match="the model state is not finite after step 20, so it is not"):
         pretrain_pictures(data, tmp_path, *LOOKING)
     assert [look.get("psnr") is None for look in looks_of(tmp_path)] == [False, False, True]
     assert ["knn_acc1" in look for look in looks_of(tmp_path)] == [True, True, False]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import time
@@ -14,10 +13,11 @@ import torch
 import yaml
 from conftest import ROOT
 from PIL import Image
-from runs import STEPS_PER_EPOCH, command, digits, environment, log_lines, run, step_losses
+from runs import STEPS_PER_EPOCH, assert_same, command, digits, environment, log_lines, run, step_losses
 from safetensors.torch import load_file
 
 import main_pretrain
+from engine.checkpoint import load_newest_checkpoint
 from models.mae import MaskedAutoencoder
 from util.errors import InputError
 
@@ -40,6 +40,9 @@ def assert_equal_bit_for_bit(one: Path, other: Path):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+    mine, others = load_newest_checkpoint(one), load_newest_checkpoint(other)
+    for name in ("step", "model", "optimizer", "scaler", "epoch_losses", "samples_seen"):
+        assert_same(mine[name], others[name], name)
 
 
 def test_a_run_learns_and_fills_its_folder(finished):
@@ -47,6 +50,7 @@ def test_a_run_learns_and_fills_its_folder(finished):
     assert metrics["step"] == 2 * STEPS_PER_EPOCH
     assert metrics["loss"] == metrics["epoch_losses"][1] < 0.85 * metrics["epoch_losses"][0]
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "checkpoint-00000062.pth", "checkpoint-00000062.pth.sha256",
         "checkpoint-00000124.pth", "checkpoint-00000124.pth.sha256",
         "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "tb",
@@ -99,12 +103,13 @@ def test_a_checkpoint_holds_what_the_design_says(finished):
     assert all(torch.equal(weights[name], tensor) for name, tensor in saved["model"].items())
 
 
+@pytest.mark.fault("R22")
 def test_a_finished_run_is_left_alone(finished):
     folder, arguments, metrics = finished
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert main_pretrain.main(arguments) == metrics
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert {name for name in before if before[name] != after[name]} <= {"log.txt"}
+    assert {name for name in before if before[name] != after[name]} <= {"log.txt", ".lock"}
 
 
 def test_weights_lost_after_the_last_checkpoint_are_written_again(tmp_path):
@@ -124,6 +129,7 @@ def test_the_written_config_repeats_the_run(finished, tmp_path):
     assert_equal_bit_for_bit(folder, tmp_path)
 
 
+@pytest.mark.fault("R1", "R5")
 def test_a_stopped_run_goes_on_and_equals_the_uninterrupted_one(finished, tmp_path):
     base = digits(tmp_path, "--log_interval", 1, "--save_epochs", 1)
     assert main_pretrain.main([*base, "--stop_epoch", "1"])["step"] == STEPS_PER_EPOCH
@@ -143,9 +149,10 @@ def kill_when(process: subprocess.Popen, folder: Path, step: int) -> None:
     assert process.wait() == -signal.SIGKILL, "the run must be killed before it ends by itself"
 
 
+@pytest.mark.fault("R1", "R5")
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_runs_resume_bit_for_bit(finished, tmp_path, workers):
+def test_killed_runs_resume_bit_for_bit(finished, tmp_path, record_property, workers):
     """R1: killed at its first step, mid-epoch, at the end of an epoch and in the next; each start goes on exactly."""
     arguments = digits(
         tmp_path, "--log_interval", 1, "--save_minutes", 1e-9, "--keep_last", 2, "--num_workers", workers
@@ -162,25 +169,10 @@ def test_killed_runs_resume_bit_for_bit(finished, tmp_path, workers):
     assert_equal_bit_for_bit(finished[0], tmp_path)
     losses = step_losses(tmp_path)
     assert all(losses[step] != losses[step + 1] for step in points)  # not vacuous
+    record_property("tries", len(points))
 
 
-@pytest.mark.long
-def test_kills_at_random_times_lose_nothing(finished, tmp_path):
-    """R2 in small: SIGKILL at random times until the run is done."""
-    arguments = digits(tmp_path, "--log_interval", 1, "--save_minutes", 1e-9)
-    chance = random.Random(0)
-    for _ in range(4):
-        process = subprocess.Popen(
-            command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(chance.uniform(4, 12))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    result = run(command(*arguments))
-    assert result.returncode == 0, result.stderr
-    assert_equal_bit_for_bit(finished[0], tmp_path)
-
-
+@pytest.mark.fault("R25")
 def test_one_batch_equals_accumulated_micro_batches(finished, tmp_path):
     """1 x 64 = 4 accumulated x 16, in loss and gradient norm."""
     main_pretrain.main(digits(tmp_path, "--log_interval", 1, "--batch_size", 16, "--stop_epoch", 1))
@@ -209,7 +201,10 @@ def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
         counts.append({name: reads.count(name) for name in set(reads)})
     fewer, more = counts
     # an epoch's end reads both meters: three sums as a list, one count as a number
-    assert {name: more[name] - fewer.get(name, 0) for name in more} == {"item": 2, "tolist": 2}
+    assert {name: more[name] - fewer.get(name, 0) for name in more if more[name] != fewer.get(name, 0)} == {
+        "item": 2,
+        "tolist": 2,
+    }
 
 
 def test_shared_mask_and_variants_train(tmp_path):
@@ -333,7 +328,11 @@ def test_the_command_line_user_sees_lines_and_no_traceback(tmp_path):
         (["--seed", "1"], "seed: 0 -> 1"),
         (["--embed_dim", "48"], "embed_dim: 32 -> 48"),
         (["--mask_ratio", "0.5", "--depth", "3"], "depth: 2 -> 3\n  mask_ratio: 0.75 -> 0.5"),
-        (["--batch_size", "128", "--total_batch_size", "128"], "total_batch_size is now 128 and the run so far has 64"),
+        pytest.param(
+            ["--batch_size", "128", "--total_batch_size", "128"],
+            "total_batch_size is now 128 and the run so far has 64",
+            marks=pytest.mark.fault("R6"),
+        ),
         (["--in_chans", "3", "--mean", "0", "0", "0", "--std", "1", "1", "1"], "in_chans: 1 -> 3"),
     ],
 )
@@ -357,6 +356,7 @@ def test_changed_images_are_refused_on_resume(tmp_path):
         main_pretrain.main(arguments)
 
 
+@pytest.mark.fault("R22")
 @pytest.mark.skipif(os.name != "posix", reason="needs permissions")
 def test_a_read_only_output_folder_is_refused(tmp_path):
     if os.geteuid() == 0:  # root may write anywhere, so take a folder that nobody can

@@ -57,7 +57,16 @@ def readme_commands() -> list[str]:
 
 def single_machine_commands() -> list[str]:
     """All but those that have a test of their own."""
-    others = ("make ", "tensorboard ", "NNODES", "--download", "cifar10.sh", "results_table.py")
+    others = (
+        "make ",
+        "tensorboard ",
+        "NNODES",
+        "--download",
+        "cifar10.sh",
+        "results_table.py",
+        "benchmark.py",
+        "sbatch",
+    )
     return [line for line in readme_commands() if not any(other in line for other in others)]
 
 

@@ -1,6 +1,7 @@
 """How fast the parts are, beside what users would run otherwise, in one interleaved run.
 
     python tools/benchmark.py step
+    python tools/benchmark.py processes
     python tools/benchmark.py memory
     python tools/benchmark.py loader --images /path/to/images --packed /path/to/packed
     python tools/benchmark.py knn
@@ -29,12 +30,14 @@ from engine.benchmarks.evaluation import benchmark_knn, benchmark_probe
 from engine.benchmarks.loader import benchmark_loader
 from engine.benchmarks.memory import benchmark_memory
 from engine.benchmarks.models import SHAPES
+from engine.benchmarks.processes import benchmark_processes
 from engine.benchmarks.step import benchmark_step
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "step": lambda args: {name: benchmark_step(name, args.rounds) for name in args.shapes},
+    "processes": lambda args: {"small/16": benchmark_processes("small/16", args.rounds)},
     "memory": lambda args: {"base/16": benchmark_memory("base/16")},
     "loader": lambda args: {"one core": benchmark_loader(args.images, args.packed, args.rounds)},
     "knn": lambda args: {"50,000 x 384, k = 10, 20, 100, 200": benchmark_knn(args.rounds)},

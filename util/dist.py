@@ -1,9 +1,11 @@
 """Processes and devices: one process or many under torchrun, on CUDA, MPS or CPU, by the same code."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from util.errors import InputError
+from util.watchdog import watched
+
+GATHER_BYTES = 2**26  # received at a time in `gather_rows`
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,10 @@ class Processes:
 
 
 @contextmanager
-def init_processes(device: str) -> Iterator[Processes]:
+def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
     """Joins torchrun's processes, or is a single one where no launcher is, and leaves them at the end.
+
+    Waiting for another process fails after `timeout` minutes, and at once where that has ended.
 
     Raises: InputError where the device asked for is absent.
     """
@@ -44,12 +51,30 @@ def init_processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(chosen)
     if world_size > 1:
         # Tensors on the GPU go through NCCL; small messages between the processes stay on the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        limit = timedelta(minutes=timeout)
+        with watched(timeout):  # gloo waits for a peer that never comes as long as it likes
+            store = _store_after_restart(world_size, limit)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
         yield Processes(rank, world_size, local_rank, local_world_size, chosen)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _store_after_restart(world_size: int, timeout: timedelta) -> dist.Store | None:
+    """What processes that torchrun has started again find each other by; None is torch's choice, for all others.
+
+    torchrun keeps its store across restarts, with the addresses of the processes that ended, and new ones would wait
+    for those (torch 2.14.1). So each restart has its own part of it.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"restart_{restart}", store)
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
@@ -113,14 +138,26 @@ def first_process_first(processes: Processes) -> Iterator[None]:
             dist.barrier()
 
 
-def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """All `total` rows on every process, where process r of w holds the rows r, r + w, ...; on the CPU."""
+def gather_rows(rows: Tensor, total: int, everywhere: bool = True) -> Tensor:
+    """All `total` rows, where process r of w holds the rows r, r + w, ...; on the CPU.
+
+    All processes must call. With `everywhere` False only the first one gets them, and the others none.
+    """
     if not dist.is_initialized():
         return rows.cpu()
-    world_size = dist.get_world_size()
+    world_size, is_main = dist.get_world_size(), dist.get_rank() == 0
+    whole = torch.empty(total if everywhere or is_main else 0, *rows.shape[1:], dtype=rows.dtype)
     longest = -(-total // world_size)
-    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype)
-    padded[: len(rows)] = rows.cpu()
-    shares = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(shares, padded)
-    return torch.stack(shares, dim=1).flatten(0, 1)[:total]
+    at_once = max(1, GATHER_BYTES // (world_size * rows.element_size() * math.prod(rows.shape[1:])))
+    for start in range(0, longest, at_once):  # in parts, so that a large `whole` is not there several times
+        padded = torch.zeros(min(at_once, longest - start), *rows.shape[1:], dtype=rows.dtype)
+        part = rows[start : start + at_once]
+        padded[: len(part)] = part.cpu()
+        shares = [torch.empty_like(padded) for _ in range(world_size)]
+        if everywhere:
+            dist.all_gather(shares, padded)
+        else:
+            dist.gather(padded, shares if is_main else None)
+        target = whole[start * world_size : (start + at_once) * world_size]
+        target.copy_(torch.stack(shares, dim=1).flatten(0, 1)[: len(target)])
+    return whole

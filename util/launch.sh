@@ -4,6 +4,9 @@
 #   NNODES       machines, default 1; more need NODE_RANK (0 to NNODES - 1) and MASTER_ADDR (host of node 0),
 #                and take MASTER_PORT (default 29500)
 #   PYTHON       interpreter; default: that of the active environment, else .venv beside the launcher, else python3
+#
+# Memory that a step frees stays with the process (glibc's MALLOC_* variables, unless they are set already): else every
+# step on a CPU asks the system for it again, page by page.
 
 fail() {
   echo "error: $1" >&2
@@ -33,6 +36,8 @@ launch() {
   if [ -z "${NGPU:-}" ]; then
     NGPU=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))') || fail "$PYTHON has no torch"
   fi
+  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" # 32 MiB, the most that glibc takes
+  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
   NNODES=${NNODES:-1}
   whole_number NGPU "$NGPU"
   whole_number NNODES "$NNODES"

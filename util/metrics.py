@@ -60,7 +60,10 @@ class Stopwatch:
         self.waited = 0.0
 
     def step(self, waited: float) -> None:
-        """Counts an optimiser step that waited so many seconds for its data."""
+        """Counts an optimiser step that waited so many seconds for its data.
+
+        The host's seconds: on CUDA the device may have had work for part of them, so its own wait is at most that.
+        """
         self.run_steps += 1
         self.window_steps += 1
         self.waited += waited

@@ -55,6 +55,10 @@ class RunConfig(DeviceConfig):
         "auto", "bf16 and fp16 are autocast; auto is bf16 where the device has it, else fp16 on CUDA, else fp32",
         choices=("auto", "bf16", "fp16", "fp32"),
     )  # fmt: skip
+    timeout: float = knob(
+        30.0, "a run that waits longer for one of its processes, or for a step, ends and says where it was",
+        unit="minutes", above=0, max=10_000, may_change=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,26 @@ class TrainRunConfig(RunConfig):
     )  # fmt: skip
     save_epochs: int = knob(10, "between two checkpoints; 0 is off", unit="epochs", min=0, may_change=True)
     keep_last: int = knob(3, "how many of the newest checkpoints stay", unit="checkpoints", min=1, may_change=True)
+    keep_every: int = knob(
+        0, "between two checkpoints that are saved beside those and stay for good; 0 is off", unit="epochs", min=0,
+        may_change=True,
+    )  # fmt: skip
     max_bad_steps: int = knob(
         10, "a step with a non-finite gradient is skipped; so many in a row end the run", unit="optimiser steps",
         min=1, may_change=True,
     )  # fmt: skip
     tensorboard: bool = knob(True, "write curves for TensorBoard into <output_dir>/tb", may_change=True)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Parallelism"""
+
+    parallel: str = knob(
+        "ddp", "several processes each hold the whole model, its gradient and its optimiser (ddp), or one part of them "
+        "each (fsdp): less memory and more communication, for huge and giant models",
+        choices=("ddp", "fsdp"), may_change=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from util.schema import (
     AugmentConfig,
     DataConfig,
     ModelConfig,
+    ParallelConfig,
     PixelConfig,
     RunConfig,
     ScheduleConfig,
@@ -59,7 +60,7 @@ class LabelledDataConfig(EvalCropConfig, DataConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(AdamWConfig, ClassifierConfig, AugmentConfig, LabelledDataConfig, TrainRunConfig):
+class FinetuneConfig(AdamWConfig, ClassifierConfig, AugmentConfig, LabelledDataConfig, ParallelConfig, TrainRunConfig):
     """Fine-tuning"""
 
     finetune: str | None = knob(
@@ -97,6 +98,8 @@ class FinetuneConfig(AdamWConfig, ClassifierConfig, AugmentConfig, LabelledDataC
             found.append(f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}")
         if self.finetune == RANDOM_WEIGHTS:
             found.append("finetune random belongs to the frozen evaluations: leave it out to train from scratch")
+        if self.parallel == "fsdp" and self.ema_decay is not None:
+            found.append("ema_decay keeps a second whole model on each process: not with parallel fsdp")
         if self.eval and self.finetune is None:
             found.append("eval needs the classifier to evaluate: give --finetune PATH")
         return found

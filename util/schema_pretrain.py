@@ -7,6 +7,7 @@ from util.schema import (
     AugmentConfig,
     DataConfig,
     ModelConfig,
+    ParallelConfig,
     TrainRunConfig,
     data_problems,
     knob,
@@ -76,15 +77,27 @@ class SpeedConfig:
         False, "compute activations again for the gradient instead of keeping them: less memory, a third more work",
         may_change=True,
     )  # fmt: skip
+    aug_repeats: int = knob(
+        1, "samples (crop, flip, mask) of each decoded image, all in one batch, to decode less (arXiv 1901.09335); "
+        "epochs count samples: as many steps, and each decodes 1/aug_repeats of the images", unit="samples per image",
+        min=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class PretrainConfig(AdamWConfig, MAEConfig, AugmentConfig, DataConfig, MonitorConfig, SpeedConfig, TrainRunConfig):
+class PretrainConfig(
+    AdamWConfig, MAEConfig, AugmentConfig, DataConfig, MonitorConfig, SpeedConfig, ParallelConfig, TrainRunConfig
+):
     """Everything `main_pretrain.py` takes."""
 
     def problems(self) -> list[str]:
         """Values that are legal alone and wrong together, one line each."""
         found = data_problems(self, self.in_chans) + schedule_problems(self)
+        if self.batch_size % self.aug_repeats:
+            found.append(
+                f"batch_size {self.batch_size} is not a multiple of aug_repeats {self.aug_repeats}: all samples of an "
+                "image are in one batch of one process"
+            )
         if self.monitor_probe and not self.monitor_knn:
             found.append("monitor_probe fits a layer to the features of monitor_knn's images, and monitor_knn is 0")
         return found

@@ -81,4 +81,3 @@ def step_of(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> Callab
         optimizer_step(optimizer, scaler, clip_grad=None)
 
     return step
-

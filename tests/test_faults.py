@@ -1,0 +1,538 @@
+"""Faults of running jobs: rows R2, R3 and R10 to R16, on real processes under the launcher, against the oracle.
+
+The oracle is the same run without a fault: every later loss must be equal as float.hex, and all of the last checkpoint.
+`tests/fault_driver.py` does the harm at an exact step; signals come from the operating system.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from fault_table import ROWS
+from runs import (
+    STEPS_PER_EPOCH,
+    assert_same,
+    digits,
+    environment,
+    log_lines,
+    make_pictures,
+    pictures,
+    pretraining,
+    results_of,
+    run,
+    step_losses,
+)
+
+import main_pretrain
+from engine import features, signals
+from engine.batches import MAX_RESTARTS
+from engine.checkpoint import load_newest_checkpoint
+from engine.schedule import Plan
+from util.errors import InputError
+from util.watchdog import alive, watched
+
+DRIVER = str(ROOT / "tests" / "fault_driver.py")
+SEEDS = int(os.environ.get("MAE_KILL_SEEDS", "5"))
+STATE = ("step", "model", "optimizer", "ema", "scaler", "epoch_losses", "samples_seen", "total_batch")
+
+
+def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
+    """An entry script under the driver, and where there are several processes under the launcher."""
+    if processes == 1:
+        return [sys.executable, DRIVER, *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, "--max_restarts", str(restarts), DRIVER, *arguments]
+
+
+def faults(*entries: dict) -> str:
+    return json.dumps(entries)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name[11:19]) for path in folder.glob("checkpoint-*.pth"))
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert step_losses(one) == step_losses(other)
+    ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
+    for name in STATE:
+        assert_same(ours[name], theirs[name], name)
+
+
+def digests(folder: Path, rank: int) -> dict[int, dict[str, str]]:
+    """What the driver wrote by step; a step that was computed again must have given the same."""
+    found: dict[int, dict[str, str]] = {}
+    for line in (folder / f"{rank}.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert found.setdefault(entry["step"], entry) == entry
+    return found
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    """124 steps in one process."""
+    folder = tmp_path_factory.mktemp("oracle")
+    main_pretrain.main(digits(folder, "--log_interval", 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def oracle_of_two(tmp_path_factory):
+    """124 steps in two processes."""
+    folder = tmp_path_factory.mktemp("oracle_of_two")
+    result = run(driven("main_pretrain.py", *two(folder), processes=2))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def two(folder: Path, *more) -> list[str]:
+    return digits(folder, "--log_interval", 1, "--batch_size", 32, "--timeout", 2, *more)  # ends also where a row fails
+
+
+# --- R2: SIGKILL at random times --------------------------------------------------------------------------------------
+
+
+def kill_somewhere(process: subprocess.Popen, log: Path, delay: float) -> bool:
+    """SIGKILL so many seconds after the process has written its first line; whether it was still at work."""
+    size, deadline = log.stat().st_size if log.exists() else 0, time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.stat().st_size != size:
+            time.sleep(delay)
+            break
+        time.sleep(0.005)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.long
+@pytest.mark.fault("R2")
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_kills_at_random_times_cost_at_most_one_save_interval(oracle, tmp_path, record_property, seed):
+    """A save begins after each step while the one before may still be under way: at most two steps are lost."""
+    chance = random.Random(seed)
+    arguments = digits(tmp_path, "--log_interval", 1, "--save_minutes", 1e-9, "--num_workers", chance.choice([0, 2]))
+    kills, lost = 0, []
+    log = tmp_path / "log.jsonl"
+    while True:
+        process = subprocess.Popen(
+            driven("main_pretrain.py", *arguments), env=environment(PAUSE="0.02"),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if not kill_somewhere(process, log, chance.uniform(0, 3)):
+            break
+        kills += 1
+        done = max(json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}"))
+        saved = load_newest_checkpoint(tmp_path)
+        lost.append(done - (0 if saved is None else saved["step"]))
+    assert process.returncode == 0, process.stderr.read()
+    record_property("tries", kills)
+    record_property("lost_steps", max(lost))
+    assert kills >= 2 and max(lost) <= 2
+    assert_equal_runs(oracle, tmp_path)
+
+
+# --- R3, R11: two processes, a signal to one of them ------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.fault("R3", "R11")
+def test_two_processes_stop_at_one_step_and_go_on_bit_for_bit(oracle_of_two, tmp_path, record_property):
+    """Stopped after the first step, mid-epoch, the last of an epoch and the first of the next, by one process's signal.
+
+    A signal before step k stops all processes after it.
+    """
+    stops = {1: (signal.SIGTERM, 1), 30: (signal.SIGUSR1, 0), 62: (signal.SIGUSR1, 1), 63: (signal.SIGINT, 0)}
+    for step, (signum, rank) in stops.items():
+        fault = {"do": signum, "to": "self", "at": "step", "step": step - 1, "rank": rank}
+        result = run(
+            driven("main_pretrain.py", *two(tmp_path), processes=2), FAULTS=faults(fault), DIGESTS=str(tmp_path)
+        )
+        assert result.returncode != 0
+        assert f"stopped by {signum.name}; the same command goes on after step {step}" in result.stdout
+        assert re.search(rf"exitcode\s+: {128 + signum} ", result.stderr)
+        assert [max(digests(tmp_path, rank)) for rank in (0, 1)] == [step, step]
+        assert checkpoint_steps(tmp_path)[-1] == step
+        assert "Traceback" not in result.stdout and "Saver" not in result.stderr
+    result = run(driven("main_pretrain.py", *two(tmp_path), processes=2), DIGESTS=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "resuming" in result.stdout
+    assert_equal_runs(oracle_of_two, tmp_path)
+    losses = step_losses(tmp_path)
+    assert all(losses[step] != losses[step + 1] for step in stops)  # not vacuous
+    mine, others = digests(tmp_path, 0), digests(tmp_path, 1)
+    assert mine == others and set(mine) == set(range(2 * STEPS_PER_EPOCH))
+    assert mine[30]["model"] != mine[31]["model"]
+    record_property("tries", len(stops))
+
+
+# --- R10: SIGTERM to the launcher -------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.fault("R10")
+def test_a_launcher_that_is_terminated_stops_its_processes_which_save(tmp_path, data, record_property):
+    """Fine-tuning of two processes: within a step, a save and a validation, and twice within a second."""
+
+    def arguments(folder):
+        more = ["--batch_size", 6, "--total_batch_size", 12, "--ema_decay", 0.5, "--size", "debug"]
+        return ["main_finetune.py", *pictures(data, tmp_path / folder, *more)]
+
+    result = run(driven(*arguments("whole"), processes=2))
+    assert result.returncode == 0, result.stderr
+    # a save and a validation come after the step that begins there
+    strikes = [("step", 4, 1), ("save", 9, 1), ("validation", 19, 1), ("step", 24, 2)]
+    stopped = tmp_path / "stopped"
+    for at, step, times in strikes:
+        fault = {"do": signal.SIGTERM, "to": "launcher", "at": at, "step": step, "times": times}
+        began = time.monotonic()
+        result = run(driven(*arguments("stopped"), processes=2), FAULTS=faults(fault), PAUSE="0.1")
+        assert time.monotonic() - began < 60 and result.returncode != 0
+        saved = load_newest_checkpoint(stopped)
+        if times == 1:
+            assert "stopped by SIGTERM; the same command goes on after step" in result.stdout, result.stderr
+            assert step <= saved["step"] < step + 10 and not list(stopped.glob("*.tmp"))
+            assert saved["owes_look"] == (at == "validation")
+        else:
+            assert saved["step"] >= 20
+    result = run(driven(*arguments("stopped"), processes=2))
+    assert result.returncode == 0, result.stderr
+    assert_equal_runs(tmp_path / "whole", stopped)
+    ours, theirs = (
+        [{n: line[n] for n in ("step", "acc1", "ema_acc1", "val_loss")} for line in log_lines(folder) if "acc1" in line]
+        for folder in (tmp_path / "whole", stopped)
+    )
+    assert ours == theirs and len(ours) == 3
+    assert results_of(tmp_path / "whole") == results_of(stopped)
+    record_property("tries", len(strikes))
+
+
+def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypatch):
+    """In pretraining, after the first epoch and after the last: no look is lost and none is there twice."""
+    more = ["--monitor_epochs", 1, "--monitor_knn", 120, "--monitor_images", 0, "--monitor_probe", "false"]
+    main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
+    arguments = pretraining(data, tmp_path / "cut", *more)
+    until_bad = features.until_bad
+    for stop in (10, 20):
+        late = []
+
+        def terminated(batches, bad, stop=stop, late=late):
+            log = tmp_path / "cut" / "log.jsonl"  # not there yet at the look before the first step
+            due = log.exists() and log.read_text().count("epoch_loss") == stop // 10
+            for batch in until_bad(batches, bad):
+                if due:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    late.append(batch)
+                yield batch
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(features, "until_bad", terminated)
+            main_pretrain.main(arguments)
+        assert end.value.code == 128 + signal.SIGTERM and len(late) == 1  # of ten batches
+        saved = load_newest_checkpoint(tmp_path / "cut")
+        assert (saved["step"], saved["owes_look"]) == (stop, True)
+        assert not (tmp_path / "cut" / "model.safetensors").exists()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signals.received() == 0
+        if stop == 10:  # looks again, and is cut off before its next checkpoint: it has to look once more
+
+            def cut_off(_, step):
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Plan, "lr", cut_off)
+                main_pretrain.main(arguments)
+            assert [line["step"] for line in log_lines(tmp_path / "cut") if "monitor_s" in line] == [0, 10]
+    main_pretrain.main(arguments)
+    facts = [[(line["step"], line["knn_acc1"]) for line in log_lines(tmp_path / name) if "monitor_s" in line]
+             for name in ("whole", "cut")]  # fmt: skip
+    assert facts[0] == facts[1] and [step for step, _ in facts[0]] == [0, 10, 20]
+    assert_same(*(load_newest_checkpoint(tmp_path / name)["model"] for name in ("whole", "cut")))
+    before = (tmp_path / "cut" / "log.jsonl").read_bytes()
+    main_pretrain.main(arguments)  # is finished, though its last checkpoint owes a look
+    assert (tmp_path / "cut" / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("signum", signals.SIGNALS)
+def test_one_process_stops_at_the_next_step(tmp_path, data, monkeypatch, signum):
+    original = Plan.lr
+
+    def lr(plan, step):
+        if step == 4:
+            os.kill(os.getpid(), signum)
+        return original(plan, step)
+
+    arguments = pretraining(data, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(Plan, "lr", lr)
+        main_pretrain.main(arguments)
+    assert end.value.code == 128 + signum
+    assert load_newest_checkpoint(tmp_path)["step"] == 5
+    assert f"stopped by {signum.name}; the same command goes on after step 5" in (tmp_path / "log.txt").read_text()
+    assert main_pretrain.main(arguments)["step"] == 20
+
+
+def test_a_signal_before_the_first_step_saves_nothing(tmp_path, data, monkeypatch):
+    arguments = pretraining(data, tmp_path)
+    check = main_pretrain.Saver.check
+
+    def signalled(saver):
+        os.kill(os.getpid(), signal.SIGTERM)
+        check(saver)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(main_pretrain.Saver, "check", signalled)
+        main_pretrain.main(arguments)
+    assert checkpoint_steps(tmp_path) == []
+    assert "the same command begins anew" in (tmp_path / "log.txt").read_text()
+    assert main_pretrain.main(arguments)["step"] == 20
+
+
+def test_repeats_within_two_seconds_are_ignored_and_a_later_signal_ends_at_once():
+    child = os.fork()
+    if child == 0:
+        with signals.noted():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+            if signals.received() == signal.SIGTERM:
+                time.sleep(signals.REPEAT_S + 0.1)
+                os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+# --- R12, R13: a process dies or hangs --------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.fault("R12")
+def test_a_job_one_of_whose_processes_dies_goes_on_after_the_launchers_restart(
+    oracle_of_two, tmp_path, record_property
+):
+    fault = {"do": "exit", "at": "step", "step": 70, "rank": 1}
+    arguments = two(tmp_path, "--save_epochs", 1)
+    result = run(driven("main_pretrain.py", *arguments, processes=2, restarts=1), FAULTS=faults(fault))
+    assert result.returncode == 0, result.stderr
+    assert f"resuming {tmp_path} at step 62" in result.stdout
+    assert_equal_runs(oracle_of_two, tmp_path)
+    record_property("lost_steps", 70 - 62)
+
+
+@pytest.mark.long
+@pytest.mark.fault("R13")
+def test_a_job_one_of_whose_processes_hangs_ends_and_says_where(tmp_path):
+    fault = {"do": "hang", "at": "step", "step": 20, "rank": 1}
+    began = time.monotonic()
+    result = run(driven("main_pretrain.py", *two(tmp_path, "--timeout", 0.25), processes=2), FAULTS=faults(fault))
+    assert result.returncode != 0
+    assert time.monotonic() - began < 15 + 60
+    assert "Timeout (0:00:15)!" in result.stderr
+    assert "in strike" in result.stderr  # where it hung, by the stacks of all its threads
+    assert log_lines(tmp_path)[-1]["step"] in (20, 21)
+
+
+def test_the_watchdog_ends_what_is_silent_for_too_long_and_nothing_else(capfd):
+    def at_work():
+        with watched(0.4 / 60):
+            for _ in range(12):
+                time.sleep(0.1)
+                alive()
+        time.sleep(0.6)  # nobody watches any more
+
+    def silent():
+        with watched(0.4 / 60):
+            alive()
+            time.sleep(5)
+
+    for action, status in ((at_work, 0), (silent, 1)):
+        child = os.fork()
+        if child == 0:
+            action()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    assert "in silent" in capfd.readouterr().err
+
+
+@pytest.mark.long
+def test_a_run_may_take_longer_than_one_of_its_steps_may(tmp_path, data):
+    """20 steps of 0.3 s, and none may take 3 s."""
+    result = run(driven("main_pretrain.py", *pretraining(data, tmp_path, "--timeout", 0.05)), PAUSE="0.3")
+    assert result.returncode == 0, result.stderr
+    assert log_lines(tmp_path)[-1]["step"] == 20
+
+
+# --- R14: a data worker is killed -------------------------------------------------------------------------------------
+
+
+def kill_workers(monkeypatch, signum: int, steps: tuple[int, ...], every: bool = False) -> list[int]:
+    """Sends a signal to one loader process (or to all) before these steps; returns the list of what it has hit."""
+    original, hit = Plan.lr, []
+
+    def lr(plan, step):
+        if step in steps and step not in hit:
+            hit.append(step)
+            for worker in multiprocessing.active_children()[: None if every else 1]:
+                os.kill(worker.pid, signum)
+        return original(plan, step)
+
+    monkeypatch.setattr(Plan, "lr", lr)
+    return hit
+
+
+@pytest.mark.fault("R14")
+@pytest.mark.parametrize(("signum", "every"), [(signal.SIGKILL, False), (signal.SIGTERM, True)])
+def test_loader_processes_that_are_killed_are_started_again_at_the_same_place(
+    tmp_path, data, monkeypatch, caplog, record_property, signum, every
+):
+    """Twice in a run with two micro-batches per step; also by a scheduler's SIGTERM to all processes."""
+    more = ["--batch_size", 6, "--total_batch_size", 12, "--epochs", 4]
+    main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
+    hit = kill_workers(monkeypatch, signum, (7, 25), every)
+    main_pretrain.main(pretraining(data, tmp_path / "run", *more, "--num_workers", 2))
+    assert hit == [7, 25]
+    assert caplog.text.count("a loader process has ended, all are started again") == 2
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    record_property("tries", len(hit))
+
+
+@pytest.mark.fault("R14")
+@pytest.mark.long
+def test_loader_processes_that_die_again_and_again_end_the_run(tmp_path, data, monkeypatch, caplog):
+    class Dying(main_pretrain.PretrainDataset):
+        def __getitems__(self, keys):
+            if keys[0].step == 12 and multiprocessing.parent_process() is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitems__(keys)
+
+    monkeypatch.setattr(main_pretrain, "PretrainDataset", Dying)
+    with pytest.raises(InputError, match="loader processes end again and again .*, try fewer --num_workers"):
+        main_pretrain.main(pretraining(data, tmp_path, "--num_workers", 1))
+    # those that had batches from before the bad place ready do not count
+    assert MAX_RESTARTS <= caplog.text.count("a loader process has ended") <= 3 * MAX_RESTARTS
+    assert load_newest_checkpoint(tmp_path)["step"] == 10
+
+
+@pytest.mark.fault("R14")
+def test_what_goes_wrong_within_a_loader_process_is_no_death(tmp_path, data, monkeypatch, caplog):
+    def broken(*_):
+        raise ConnectionResetError("of the data's own making")
+
+    monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitems__", broken)
+    with pytest.raises(ConnectionResetError, match="of the data's own making"):
+        main_pretrain.main(pretraining(data, tmp_path, "--num_workers", 1))
+    assert "started again" not in caplog.text
+
+
+# --- R16: losses and gradients that are not finite --------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.fault("R16")
+def test_a_bad_loss_or_gradient_of_one_process_is_skipped_by_all_and_ends_all(tmp_path, data, record_property):
+    """NaN in the loss of process 1 in two steps, Inf in one gradient of process 0 in another, then NaN for good."""
+    folder = tmp_path / "run"
+    arguments = ["main_finetune.py", *pictures(data, folder, "--batch_size", 6, "--total_batch_size", 12)]
+    bad = (
+        {"do": "nan_loss", "at": "step", "rank": 1, "step": 5, "count": 2},
+        {"do": "inf_gradient", "at": "step", "rank": 0, "step": 12},
+        {"do": "nan_loss", "at": "step", "rank": 1, "step": 22, "count": 99},
+    )
+    more = ["--ema_decay", "0.5", "--max_bad_steps", "3", "--save_minutes", "1e-9", "--keep_last", "99"]
+    result = run(driven(*arguments, *more, processes=2), FAULTS=faults(*bad), DIGESTS=str(tmp_path))
+    assert result.returncode != 0
+    mine, others = digests(tmp_path, 0), digests(tmp_path, 1)
+    assert mine == others and set(mine) == set(range(25))
+    untouched = [step for step in range(1, 24) if all(mine[step][n] == mine[step + 1][n] for n in ("model", "ema"))]
+    assert untouched == [5, 6, 12, 22, 23]
+    saved = {step: torch.load(folder / f"checkpoint-{step:08d}.pth", weights_only=True) for step in (5, 7, 24)}
+    assert_same(saved[5]["optimizer"]["state"], saved[7]["optimizer"]["state"])  # moments and the count of steps
+    counts = {step: {entry["step"].item() for entry in of["optimizer"]["state"].values()} for step, of in saved.items()}
+    assert counts == {5: {5.0}, 7: {5.0}, 24: {19.0}}  # 24 steps, 5 of them skipped
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    keys = json.loads((folder / "bad_steps.jsonl").read_text().splitlines()[1])
+    assert (keys["step"], keys["process"], keys["loss"], len(keys["images"])) == (23, 1, None, 6)
+    assert re.search(
+        r"3 steps in a row up to step 25 had a non-finite gradient: in the first of them, step 23 at lr [\d.e-]+, "
+        rf"the loss of process 1 was not finite with images {' '.join(map(str, keys['images']))} of the data set; "
+        rf"all are in {folder}/bad_steps.jsonl",
+        error,
+    )
+    assert checkpoint_steps(folder)[-1] == 24  # step 25 is where it ended
+    record_property("tries", 3)
+
+
+def test_the_images_of_the_error_are_those_of_the_step(tmp_path, data, monkeypatch):
+    """In one process, every loss finite and the gradient not; the row began before the last line of the log."""
+    seen: dict[int, list[int]] = {}
+    original = main_pretrain.PretrainDataset.__getitems__
+
+    def watched(dataset, keys):
+        seen.setdefault(keys[0].step + 1, []).extend(key.image for key in keys)
+        return original(dataset, keys)
+
+    def step_fn(*args, original=main_pretrain.optimizer_step, **kwargs):
+        for group in args[0].param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and len(seen) > 3:
+                    parameter.grad.fill_(float("inf"))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitems__", watched)
+    monkeypatch.setattr(main_pretrain, "optimizer_step", step_fn)
+    with pytest.raises(InputError) as error:
+        main_pretrain.main(pretraining(data, tmp_path, "--log_interval", 5, "--max_bad_steps", 6))
+    shown = " ".join(map(str, seen[4][:8]))
+    assert "7 steps in a row up to step 10" in str(error.value)
+    assert f"step 4 at lr 0.000281, every loss was finite, it took images {shown} ... of the" in str(error.value)
+    entries = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [4, 5, 6, 7, 8, 9, 10]
+    assert all(entry["images"] == seen[entry["step"]] for entry in entries)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_shown_by_a_test():
+    calls = [call for path in (ROOT / "tests").glob("test_*.py")
+             for call in re.findall(r"mark\.fault\(([^)]*)\)", path.read_text())]  # fmt: skip
+    shown = {row for call in calls for row in re.findall(r'"(R\d+)"', call)}
+    assert shown <= set(ROWS)
+    assert set(ROWS) - shown <= {"R24", "R26"}  # still to come
+
+
+@pytest.mark.long
+def test_the_table_counts_over_the_workers_of_a_session(tmp_path):
+    (tmp_path / "conftest.py").write_text(
+        f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\nfrom fault_table import FaultTable\n"
+        "def pytest_configure(config):\n    config.pluginmanager.register(FaultTable())\n"
+    )
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.fault('R2')\n@pytest.mark.parametrize('lost', [1, 2, 0])\n"
+        "def test_kills(record_property, lost):\n"
+        "    record_property('tries', 10 + lost)\n    record_property('lost_steps', lost)\n"
+        "@pytest.mark.fault('R10', 'R9')\n@pytest.mark.parametrize('fine', [True, False])\n"
+        "def test_full(fine):\n    assert fine\n"
+        "@pytest.mark.fault('R9')\ndef test_more():\n    pass\n"
+        "@pytest.mark.fault('R1')\ndef test_none():\n    pytest.skip('')\n"
+    )
+    arguments = ["-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    lines = run([sys.executable, *arguments], cwd=tmp_path).stdout.splitlines()
+    head = next(place for place, line in enumerate(lines) if line.startswith("id "))
+    table = [[line.split()[0], *line[69:].split()] for line in lines[head + 1 : head + 5]]
+    assert table == [["R1", "1", "0", "skipped"], ["R2", "33", "2", "holds"], ["R9", "3", "0", "FAILS"],
+                     ["R10", "2", "0", "FAILS"]]  # fmt: skip
