@@ -130,7 +130,7 @@ def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_si
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=accum_iter == 1,  # with no_sync it dies in the reducer (torch 2.14.1)
-        broadcast_buffers=False,  # position tables never change
+        forward_sync_buffers=False,  # position tables never change
     )
 
 
