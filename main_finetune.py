@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         state = TrainState.begin(model, optimizer, run.device, autocast_dtype(cfg.precision, run.device), ema)
         if state.resume(saved, run, plan.stop_step) and run.results_path.exists():
             return read_results(run.results_path)
+        del saved  # as large as the state itself
         run.start(cfg, state.step, plan.stop_step, state.owes_look)
         log_start(run, plan, len(source), model, cfg)
 
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             images, targets = mixer(normalize(batch.images), labels)
             return mixer.loss(model(images), targets), {}
 
-        best = Best(run, facts, resumed=saved is not None)
+        best = Best(run, facts, resumed=state.step > 0)
         step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
         bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
         with Saver(run, cfg, facts, state, plan) as saver:

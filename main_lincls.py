@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         state.may_diverge = len(cfg.lr) > 1
         if state.resume(saved, run, plan.stop_step) and run.results_path.exists():
             return read_results(run.results_path)
+        del saved  # as large as the state itself
         run.start(cfg, state.step, plan.stop_step, state.owes_look)
         log_start(run, plan, len(source), probes, cfg)
 

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         state = TrainState.begin(model, optimizer, run.device, autocast_dtype(cfg.precision, run.device))
         if state.resume(saved, run, plan.stop_step) and weights_path(run.output_dir).exists():
             return finish(run, state, facts)
+        del saved  # as large as the state itself
         run.start(cfg, state.step, plan.stop_step, state.owes_look)
         log_start(run, plan, len(source), model, cfg)
 
