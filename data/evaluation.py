@@ -58,8 +58,12 @@ def build_eval_loader(
     rank: int,
     world_size: int,
     settings: dict[str, Any],
+    start_batch: int = 0,
 ) -> DataLoader[Any]:
-    """This process's share of `source`: the images rank, rank + world_size, ..., with `loader_settings`."""
+    """This process's share of `source`: the images rank, rank + world_size, ..., with `loader_settings`.
+
+    It leaves out the batches before `start_batch`.
+    """
     share = list(range(rank, len(source), world_size))
-    batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    batches = [share[start : start + batch_size] for start in range(start_batch * batch_size, len(share), batch_size)]
     return DataLoader(EvalDataset(source, transform), batch_sampler=batches, collate_fn=collate_eval, **settings)

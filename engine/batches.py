@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -18,39 +19,48 @@ from data.transforms import EvalTransform
 from engine.run import Run
 from engine.schedule import Plan
 from util.errors import LocalInputError
+from util.watchdog import alive, watched
 
 MAX_RESTARTS = 3  # of the loader processes without a batch in between
 logger = logging.getLogger(__name__)
 
 
-class TrainBatches:
-    """This process's micro-batches from optimiser step `start_step` on, in the order that the sampler gives.
+class Batches:
+    """A loader's batches, also where the processes that load them are killed (by lack of memory, or by a scheduler
+    whose signal goes to all processes): then all of these are started again at the same batch.
 
-    Where a loader process is killed (by lack of memory, or by a scheduler whose signal goes to all processes) all of
-    them are started again at the same place: batches are pure functions of their place. Raises: LocalInputError where
-    that does not help.
+    Batches are pure functions of their place, so nothing changes by it. Raises: LocalInputError where it does not help.
 
     Args:
-        make: the loader from an optimiser step on.
-        accum_iter: micro-batches per optimiser step.
+        begin: the number of batches done -> a loader, and how many of its first batches are to be passed over.
+        watch: limits the time between two batches to so many minutes; None where the caller does.
     """
 
-    def __init__(self, make: Callable[[int], DataLoader[Any]], start_step: int, accum_iter: int):
-        self.make = make
-        self.start_step = start_step
-        self.accum_iter = accum_iter
-        self.has_workers = False
+    def __init__(self, begin: Callable[[int], tuple[DataLoader[Any], int]], watch: float | None = None):
+        self.begin = begin
+        self.watch = watch
+
+    def __len__(self) -> int:
+        loader, passed = self.begin(0)
+        return len(loader) - passed
 
     def __iter__(self) -> Iterator[Any]:
+        with nullcontext() if self.watch is None else watched(self.watch):
+            yield from self.restarted()
+
+    def restarted(self) -> Iterator[Any]:
+        """All batches, whatever happens to the processes that load them."""
         done, restarts = 0, 0
-        iterator = self.begin(done)
         while True:
+            loader, passed = self.begin(done)
             try:
-                batch = next(iterator)
-            except StopIteration:
+                for batch in started(loader, passed):
+                    alive()
+                    done, restarts = done + 1, 0
+                    yield batch
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if not self.has_workers or not is_death(error):
+                if not loader.num_workers or not is_death(error):
                     raise
                 restarts += 1
                 if restarts > MAX_RESTARTS:
@@ -58,22 +68,16 @@ class TrainBatches:
                         f"loader processes end again and again (by lack of memory?), try fewer --num_workers: {error}"
                     ) from error
                 logger.warning("a loader process has ended, all are started again: %s", error)
-                iterator = self.begin(done)
-                continue
-            done, restarts = done + 1, 0
-            yield batch
 
-    def begin(self, done: int) -> Iterator[Any]:
-        """The batches after the first `done`."""
-        steps, micro = divmod(done, self.accum_iter)
-        loader = self.make(self.start_step + steps)
-        self.has_workers = loader.num_workers > 0
-        iterator = iter(loader)
-        if threading.current_thread() is threading.main_thread():
-            # torch has set a handler that raises wherever the training is when a loader process ends, also in the
-            # middle of an optimiser step; without it the next batch says so
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return islice(iterator, micro, None)
+
+def started(loader: DataLoader[Any], passed: int) -> Iterator[Any]:
+    """The batches of a loader but the first `passed`; its processes run."""
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch has set a handler that raises wherever the process is when a loader process ends, also in the middle of
+        # an optimiser step; without it the next batch says so
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return islice(iterator, passed, None)
 
 
 def is_death(error: Exception) -> bool:
@@ -86,25 +90,31 @@ def is_death(error: Exception) -> bool:
 
 def train_batches(
     cfg: Any, run: Run, plan: Plan, dataset: PretrainDataset | LabelledDataset, start_step: int
-) -> TrainBatches:
-    """This process's micro-batches from optimiser step `start_step` to the plan's end."""
+) -> Batches:
+    """This process's micro-batches from optimiser step `start_step` to the plan's end, `plan.accum_iter` per step."""
     source = dataset.source
     if isinstance(source, PackedSource):
         source.reads_ahead = True
 
-    def make(step: int) -> DataLoader[Any]:
+    def begin(done: int) -> tuple[DataLoader[Any], int]:
+        steps, micro = divmod(done, plan.accum_iter)
         sampler = StepSampler(
             len(dataset), cfg.batch_size, plan.accum_iter, run.processes.rank, run.processes.world_size, cfg.seed,
-            step, plan.stop_step, getattr(source, "block_size", 1), getattr(dataset, "aug_repeats", 1),
+            start_step + steps, plan.stop_step, getattr(source, "block_size", 1), getattr(dataset, "aug_repeats", 1),
         )  # fmt: skip
-        return build_train_loader(dataset, sampler, loader_settings(cfg, run.processes))
+        return build_train_loader(dataset, sampler, loader_settings(cfg, run.processes)), micro
 
-    return TrainBatches(make, start_step, plan.accum_iter)
+    return Batches(begin)
 
 
-def eval_batches(cfg: Any, run: Run, source: LabelledSource, crop_pct: float | None) -> DataLoader[Any]:
+def eval_batches(cfg: Any, run: Run, source: LabelledSource, crop_pct: float | None) -> Batches:
     """This process's share of `source`, through the evaluation transform; `crop_pct` as `EvalTransform` takes it."""
-    return build_eval_loader(
-        source, EvalTransform(cfg.img_size, crop_pct), cfg.batch_size, run.processes.rank,
-        run.processes.world_size, loader_settings(cfg, run.processes),
-    )  # fmt: skip
+
+    def begin(done: int) -> tuple[DataLoader[Any], int]:
+        loader = build_eval_loader(
+            source, EvalTransform(cfg.img_size, crop_pct), cfg.batch_size, run.processes.rank,
+            run.processes.world_size, loader_settings(cfg, run.processes), done,
+        )  # fmt: skip
+        return loader, 0
+
+    return Batches(begin, cfg.timeout)

@@ -16,7 +16,6 @@ from engine.results import without_nan
 from engine.signals import Stopped, received
 from util.dist import all_gather
 from util.errors import DataError
-from util.watchdog import alive
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,11 @@ def until_bad(batches: Iterable[EvalBatch], bad: list[BadSample]) -> Iterator[Ev
 
     A signal that stops the run ends them, too.
     """
-    try:
-        for batch in batches:
-            alive()
-            bad += batch.bad
-            if batch.bad or received():
-                return
-            yield batch
-    except (RuntimeError, OSError, EOFError):  # a scheduler sends its signal to loader processes as well
-        if not received():
-            raise
+    for batch in batches:
+        bad += batch.bad
+        if batch.bad or received():
+            return
+        yield batch
 
 
 def raise_bad(bad: list[BadSample]) -> None:

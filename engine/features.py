@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from data.loaders import BadSample
 from data.transforms import PixelNormalizer
+from engine.batches import Batches
 from engine.evaluate import raise_bad, until_bad
 from models.vit import VisionTransformer
 from util.dist import all_gather
@@ -36,12 +37,15 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def compute_features(
-    backbone: VisionTransformer, batches: DataLoader[Any], normalize: PixelNormalizer, dtype: torch.dtype | None
+    backbone: VisionTransformer,
+    batches: Batches | DataLoader[Any],
+    normalize: PixelNormalizer,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """The pooled, normalised features of this process's share of the images, `(share, D)` float32, on the CPU.
 
     Args:
-        batches: an evaluation loader, whose first batch is its largest.
+        batches: of `eval_batches`, the first of which is the largest.
 
     Raises: InputError on all processes where a file cannot be decoded or a feature is not finite.
     """

@@ -35,9 +35,17 @@ def check_resumable(cfg: Any, saved: dict[str, Any] | None, facts: dict[str, Any
 
     Raises: InputError listing every difference as `name: old -> new`.
     """
-    steps = all_gather(None if saved is None else saved["step"])
+    seen = all_gather((None if saved is None else saved["step"], facts["data"], facts.get("weights")))
+    steps, lists, weights = zip(*seen, strict=True)
     if len(set(steps)) > 1:
-        raise InputError(f"the processes see different newest checkpoints {steps}: output_dir must be a shared folder")
+        raise InputError(
+            f"the processes see different newest checkpoints {[*steps]}: output_dir must be a shared folder"
+        )
+    if any(of_one != lists[0] for of_one in lists):
+        counts = [of_one["num_images"] for of_one in lists]
+        raise InputError(f"the processes see different lists of images, of {counts}: data_path must hold the same ones")
+    if len(set(weights)) > 1:
+        raise InputError("the processes see different weights in the file that finetune names")
     if saved is None:
         return
     new_args = facts["model_args"]

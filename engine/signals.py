@@ -1,8 +1,9 @@
 """Signals that stop a training run: all processes finish the same step, save, and end.
 
 SIGTERM comes from a scheduler that wants the machine back, or from a launcher one of whose processes has ended; SIGINT
-from a user; SIGUSR1 from a scheduler that warns before its time limit. They only take note here: `StopVote` and the
-evaluations bring all processes to one decision.
+from a user; SIGUSR1 from a scheduler that warns before its time limit; SIGHUP from a terminal that is closed, unless
+nohup shields the run from it. They only take note here: `StopVote` and the evaluations bring all processes to one
+decision.
 """
 
 import os
@@ -16,9 +17,10 @@ from types import FrameType
 import torch
 from torch import distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPEAT_S = 2.0  # launchers send a signal twice; one that comes later means it
 _received: list[tuple[int, float]] = []  # the first signal and when it came; one list, as signals are the process's
+_launcher: list[int] = []  # torchrun's process id while `noted`, in processes that it has started
 
 
 class Stopped(SystemExit):
@@ -30,7 +32,12 @@ class Stopped(SystemExit):
 
 
 def received() -> int:
-    """The number of the signal that this process got while `noted`, or 0."""
+    """The number of the signal that this process got while `noted`, or 0.
+
+    The end of torchrun counts as SIGTERM: it can end without a word, and then nobody could stop what it has started.
+    """
+    if _launcher and os.getppid() != _launcher[0] and not _received:
+        _received.append((signal.SIGTERM, time.monotonic()))
     return _received[0][0] if _received else 0
 
 
@@ -40,13 +47,17 @@ def noted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python handles signals there only
         yield
         return
-    previous = {signum: signal.signal(signum, _note) for signum in SIGNALS}
+    shielded = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signums = [signum for signum in SIGNALS if not (shielded and signum == signal.SIGHUP)]
+    previous = {signum: signal.signal(signum, _note) for signum in signums}
+    _launcher[:] = [os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []
     try:
         yield
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         _received.clear()
+        _launcher.clear()
 
 
 def _note(signum: int, _: FrameType | None) -> None:

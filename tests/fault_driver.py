@@ -60,7 +60,8 @@ def strike(at: str) -> None:
         if fault["do"] == "exit":
             os._exit(1)
         if fault["do"] == "hang":
-            time.sleep(3600)
+            time.sleep(fault.get("seconds", 3600))
+            continue
         target = os.getppid() if fault["to"] == "launcher" else os.getpid()
         for _ in range(fault.get("times", 1)):
             os.kill(target, fault["do"])

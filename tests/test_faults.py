@@ -33,9 +33,11 @@ from runs import (
     step_losses,
 )
 
+import main_knn
 import main_pretrain
+from data.evaluation import EvalDataset
 from engine import features, signals
-from engine.batches import MAX_RESTARTS
+from engine.batches import MAX_RESTARTS, Batches
 from engine.checkpoint import load_newest_checkpoint
 from engine.schedule import Plan
 from util.errors import InputError
@@ -328,20 +330,24 @@ def test_a_job_one_of_whose_processes_dies_goes_on_after_the_launchers_restart(
     result = run(driven("main_pretrain.py", *arguments, processes=2, restarts=1), FAULTS=faults(fault))
     assert result.returncode == 0, result.stderr
     assert f"resuming {tmp_path} at step 62" in result.stdout
+    assert result.stderr.count("error: process 0 has lost the connection to another one") == 1
+    assert "Traceback" not in result.stderr
     assert_equal_runs(oracle_of_two, tmp_path)
     record_property("lost_steps", 70 - 62)
 
 
 @pytest.mark.long
 @pytest.mark.fault("R13")
-def test_a_job_one_of_whose_processes_hangs_ends_and_says_where(tmp_path):
-    fault = {"do": "hang", "at": "step", "step": 20, "rank": 1}
+@pytest.mark.parametrize(("what", "where"), [("hang", "in strike"), (signal.SIGSTOP, "in train")])
+def test_a_job_one_of_whose_processes_hangs_ends_and_says_where(tmp_path, what, where):
+    """It sleeps and says where itself, or it is frozen and another one says where it waits for it."""
+    fault = {"do": what, "to": "self", "at": "step", "step": 20, "rank": 1}
     began = time.monotonic()
     result = run(driven("main_pretrain.py", *two(tmp_path, "--timeout", 0.25), processes=2), FAULTS=faults(fault))
     assert result.returncode != 0
-    assert time.monotonic() - began < 15 + 60
+    assert time.monotonic() - began < 15 + 30 + 60  # the launcher gives what is left 30 seconds
     assert "Timeout (0:00:15)!" in result.stderr
-    assert "in strike" in result.stderr  # where it hung, by the stacks of all its threads
+    assert where in result.stderr  # by the stacks of all its threads
     assert log_lines(tmp_path)[-1]["step"] in (20, 21)
 
 
@@ -365,6 +371,25 @@ def test_the_watchdog_ends_what_is_silent_for_too_long_and_nothing_else(capfd):
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
     assert "in silent" in capfd.readouterr().err
+
+
+def test_an_evaluation_whose_loader_hangs_ends_and_says_where(capfd):
+    """As on a file system that does not answer; outside training, where nobody else watches."""
+
+    class Stuck(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            time.sleep(5 if index == 2 else 0.1)
+            return index
+
+    child = os.fork()
+    if child == 0:
+        list(Batches(lambda done: (torch.utils.data.DataLoader(Stuck()), 0), watch=1 / 60))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert "in __getitem__" in capfd.readouterr().err
 
 
 @pytest.mark.long
@@ -436,6 +461,30 @@ def test_what_goes_wrong_within_a_loader_process_is_no_death(tmp_path, data, mon
     with pytest.raises(ConnectionResetError, match="of the data's own making"):
         main_pretrain.main(pretraining(data, tmp_path, "--num_workers", 1))
     assert "started again" not in caplog.text
+
+
+@pytest.mark.fault("R14")
+def test_loader_processes_of_an_evaluation_are_started_again_too(tmp_path, data, monkeypatch, caplog):
+    """Killed once in each split."""
+    arguments = ["--finetune", "random", "--class_token", "true", "--batch_size", 7]
+
+    def knn(folder, *more):
+        return main_knn.main(pictures(data, tmp_path / folder, *arguments, *more, training=False))
+
+    expected = knn("whole")
+    original = EvalDataset.__getitem__
+
+    def killed_once(dataset, index):
+        flag = tmp_path / f"killed-{len(dataset)}"
+        if index == 40 and multiprocessing.parent_process() is not None and not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(dataset, index)
+
+    monkeypatch.setattr(EvalDataset, "__getitem__", killed_once)
+    assert knn("run", "--num_workers", 2) == expected
+    assert caplog.text.count("a loader process has ended, all are started again") == 2
+    assert len(list(tmp_path.glob("killed-*"))) == 2
 
 
 # --- R16: losses and gradients that are not finite --------------------------------------------------------------------

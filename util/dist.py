@@ -2,17 +2,19 @@
 
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from util.errors import InputError
+from util.errors import InputError, LocalInputError
 from util.watchdog import watched
 
 GATHER_BYTES = 2**26  # received at a time in `gather_rows`
@@ -42,7 +44,7 @@ def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
 
     Waiting for another process fails after `timeout` minutes, and at once where that has ended.
 
-    Raises: InputError where the device asked for is absent.
+    Raises: InputError where the device asked for is absent; LocalInputError where another process has ended.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, world_size, local_rank, local_world_size = (int(os.environ.get(n, d)) for n, d in zip(names, "0101"))  # noqa: B905
@@ -54,27 +56,36 @@ def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         limit = timedelta(minutes=timeout)
         with watched(timeout):  # gloo waits for a peer that never comes as long as it likes
-            store = _store_after_restart(world_size, limit)
+            store = _store_of_one_machine(world_size, limit)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     try:
         yield Processes(rank, world_size, local_rank, local_world_size, chosen)
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error) or "Timed out" in str(error):  # the stack of what hangs is of use
+            raise
+        raise LocalInputError(
+            f"process {rank} has lost the connection to another one, see that one's message or the launcher's: {error}"
+        ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _store_after_restart(world_size: int, timeout: timedelta) -> dist.Store | None:
-    """What processes that torchrun has started again find each other by; None is torch's choice, for all others.
+def _store_of_one_machine(world_size: int, timeout: timedelta) -> dist.Store | None:
+    """What torchrun's processes on one machine find each other by; None, on several, is torch's choice.
 
-    torchrun keeps its store across restarts, with the addresses of the processes that ended, and new ones would wait
-    for those (torch 2.14.1). So each restart has its own part of it.
+    It is a file in the launcher's folder for this start, and the processes speak by the loopback interface: torch's own
+    store listens on all interfaces, and after a restart it still has the addresses of processes that ended (2.14.1).
     """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent
+    if os.environ.get("GROUP_WORLD_SIZE") != "1" or not folder.name.startswith("attempt_"):
         return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"restart_{restart}", store)
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+    store = dist.FileStore(str(folder / "store"), world_size)
+    store.set_timeout(timeout)
+    return store
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
@@ -84,7 +95,8 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     if device == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local_rank >= count:
-            raise InputError(
+            # once, by the first process that has none
+            raise (LocalInputError if local_rank == count else InputError)(
                 f"device cuda was asked for and this machine has {count} CUDA devices "
                 f"for process {local_rank}: use --device cpu, or fewer processes"
             )

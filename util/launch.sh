@@ -2,7 +2,10 @@
 #
 #   NGPU         processes on this machine; default: one per CUDA device, or one on the CPU
 #   NNODES       machines, default 1; more need NODE_RANK (0 to NNODES - 1) and MASTER_ADDR (host of node 0),
-#                and take MASTER_PORT (default 29500)
+#                and take MASTER_PORT (default 29500). LEAST:MOST, as 1:2, goes on without machines that are lost, and
+#                with those that come (back); it needs no NODE_RANK, and that the machine MASTER_ADDR is not the lost one
+#   MAX_RESTARTS how often all processes are started again after one has died or a machine was lost; default 0, and 3
+#                with LEAST:MOST
 #   PYTHON       interpreter; default: that of the active environment, else .venv beside the launcher, else python3
 #
 # Memory that a step frees stays with the process (glibc's MALLOC_* variables, unless they are set already): else every
@@ -27,6 +30,17 @@ choose_python() {
   fi
 }
 
+# torchrun ARGUMENTS...: in place of this shell
+torchrun() {
+  # Signals go on to all processes, which stop at the next step and save. Under nohup the end of a session is no reason.
+  hangup=$("$PYTHON" -c 'import signal; print("" if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else ",SIGHUP")')
+  # A store of its own for each start: the launchers' keeps the addresses of processes that have ended (torch 2.14.1).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}" # seconds to save the state in
+  exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" \
+    --signals_to_handle "SIGTERM,SIGINT,SIGQUIT,SIGUSR1$hangup" "$@"
+}
+
 # launch FOLDER SCRIPT ARGUMENTS...
 launch() {
   script="$1/$2"
@@ -39,17 +53,28 @@ launch() {
   export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" # 32 MiB, the most that glibc takes
   export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
   NNODES=${NNODES:-1}
+  least=${NNODES%%:*}
+  most=${NNODES#*:}
   whole_number NGPU "$NGPU"
-  whole_number NNODES "$NNODES"
+  whole_number NNODES "$least"
+  whole_number NNODES "$most"
+  whole_number MAX_RESTARTS "${MAX_RESTARTS:-0}"
   [ "$NGPU" -ge 1 ] || fail "NGPU must be at least 1"
+  [ "$least" -ge 1 ] && [ "$least" -le "$most" ] || fail "NNODES must be a number from 1, or LEAST:MOST, got '$NNODES'"
+  [ "$NNODES" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the host name of node 0"
+  port=${MASTER_PORT:-29500}
 
-  if [ "$NNODES" -gt 1 ]; then
+  if [ "$NNODES" != "$most" ]; then
+    torchrun --nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$port" \
+      --max_restarts "${MAX_RESTARTS:-3}" "$script" "$@"
+  elif [ "$NNODES" -gt 1 ]; then
     whole_number NODE_RANK "${NODE_RANK:-}"
-    [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the host name of node 0"
-    exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NGPU" \
-      --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" "$script" "$@"
-  elif [ "$NGPU" -gt 1 ]; then
-    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NGPU" "$script" "$@"
+    [ "${MAX_RESTARTS:-0}" -eq 0 ] || fail "MAX_RESTARTS on several machines needs NNODES=$NNODES:$NNODES"
+    torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$port" \
+      "$script" "$@"
+  elif [ "$NGPU" -gt 1 ] || [ "${MAX_RESTARTS:-0}" -gt 0 ]; then
+    # they meet in a file: what listens on a port does so on all interfaces
+    torchrun --nnodes 1 --rdzv_backend c10d --rdzv_conf store_type=file --max_restarts "${MAX_RESTARTS:-0}" "$script" "$@"
   else
     exec "$PYTHON" "$script" "$@"
   fi

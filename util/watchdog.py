@@ -16,15 +16,21 @@ _armed: list[float] = []  # when the time limit last began
 
 @contextmanager
 def watched(minutes: float) -> Iterator[None]:
-    """Within this, `alive` must be called at least that often."""
-    _limit_s.append(60 * minutes)
-    alive()
+    """Within this, `alive` must be called at least that often; an outer limit goes on after it."""
+    outer = list(_limit_s)
+    _begin([60 * minutes])
     try:
         yield
     finally:
-        faulthandler.cancel_dump_traceback_later()
-        _limit_s.clear()
-        _armed.clear()
+        _begin(outer)
+
+
+def _begin(limit_s: list[float]) -> None:
+    """A new time limit, or none, from now on."""
+    faulthandler.cancel_dump_traceback_later()
+    _limit_s[:] = limit_s
+    _armed.clear()
+    alive()
 
 
 def alive() -> None:

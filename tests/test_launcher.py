@@ -1,0 +1,106 @@
+"""The launchers on one machine: what listens, and what happens when the launcher, its terminal or its session ends."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from runs import command, digits, environment, log_lines
+from test_nodes import DRIVEN, children, start, wait_for_step
+
+from engine.checkpoint import load_newest_checkpoint
+
+pytestmark = pytest.mark.long
+
+
+def launched(out: Path, *before: str, pause: str = "0.1", **env: str) -> subprocess.Popen[bytes]:
+    """A pretraining of two processes, 12 s of it steps; its output in `out`.txt."""
+    arguments = digits(out, "--log_interval", 1, "--batch_size", 32)
+    return start([*before, "sh", "-c", f'{DRIVEN} "$@"', "sh"], arguments, out.with_suffix(".txt"), NGPU="2",
+                 PAUSE=pause, **env)  # fmt: skip
+
+
+def test_nothing_listens_beyond_this_machine(tmp_path):
+    launcher = launched(tmp_path / "out")
+    wait_for_step(tmp_path / "out", 3, [launcher])
+    pids = [launcher.pid, *children(launcher.pid)]
+    links = [str(entry.readlink()) for pid in pids for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    sockets = {match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))}
+    listening = [
+        fields[1]
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        for fields in (line.split() for line in Path(table).read_text().splitlines()[1:])
+        if fields[3] == "0A" and fields[9] in sockets
+    ]
+    launcher.terminate()
+    launcher.wait(timeout=60)
+    assert len(pids) == 3 and listening  # the processes' own sockets
+    assert all(re.match(r"0100007F:|0{24}01000000:", address) for address in listening), listening
+
+
+@pytest.mark.fault("R10")
+def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
+    """Else they would go on, hold the folder, and nobody could stop them."""
+    launcher = launched(tmp_path / "out")
+    wait_for_step(tmp_path / "out", 10, [launcher])
+    pids = children(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    saved = load_newest_checkpoint(tmp_path / "out")
+    assert saved is not None and 10 <= saved["step"] == log_lines(tmp_path / "out")[-1]["step"] < 124
+    again = launched(tmp_path / "out", pause="0")
+    assert again.wait(timeout=120) == 0
+    assert f"at step {saved['step']}" in (tmp_path / "out.txt").read_text()
+
+
+@pytest.mark.fault("R10")
+def test_a_save_at_the_end_may_take_longer_than_half_a_minute(tmp_path):
+    """As that of a huge model on a shared disk; torchrun alone would kill it."""
+    fault = '[{"do": "hang", "seconds": 35, "at": "save", "step": 0}]'
+    launcher = launched(tmp_path / "out", FAULTS=fault)
+    wait_for_step(tmp_path / "out", 5, [launcher])
+    launcher.send_signal(signal.SIGUSR1)
+    began = time.monotonic()
+    assert launcher.wait(timeout=120) != 0
+    assert time.monotonic() - began > 35
+    saved = load_newest_checkpoint(tmp_path / "out")
+    assert saved is not None and saved["step"] == log_lines(tmp_path / "out")[-1]["step"]
+
+
+@pytest.mark.parametrize("shield", [(), ("nohup",)])
+def test_the_end_of_a_session_stops_a_job_unless_nohup_shields_it(tmp_path, shield):
+    launcher = launched(tmp_path / "out", *shield, pause="0.02")
+    wait_for_step(tmp_path / "out", 10, [launcher])
+    for pid in [launcher.pid, *children(launcher.pid)]:
+        os.kill(pid, signal.SIGHUP)
+    code, last = launcher.wait(timeout=120), log_lines(tmp_path / "out")[-1]["step"]
+    saved = load_newest_checkpoint(tmp_path / "out")
+    assert saved is not None and saved["step"] == last
+    assert (code == 0) == bool(shield) == (last == 124)
+    assert ("stopped by SIGHUP" in (tmp_path / "out.txt").read_text()) == (not shield)
+
+
+def test_a_run_whose_terminal_is_closed_saves(tmp_path):
+    """A real terminal: what is written to it fails from then on."""
+    out = tmp_path / "out"
+    controller, terminal = os.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command("main_pretrain.py", *digits(out, "--log_interval", 1, "--epochs", 40),
+                                                script="tests/fault_driver.py")],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=environment(PAUSE="0.01"), start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    wait_for_step(out, 10, [process])
+    shown = os.read(controller, 65536)
+    os.close(controller)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    saved = load_newest_checkpoint(out)
+    assert saved is not None and 10 <= saved["step"] == log_lines(out)[-1]["step"]
+    assert b"steps per epoch" in shown
