@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.shards import ENTRY, ShardIndex, shard_fingerprint
-from util.errors import InputError
+from util.errors import DataError, InputError
 from util.files import write_whole
 
 VERSION = 1
@@ -108,7 +108,8 @@ def _save_array(array: np.ndarray, path: Path) -> None:
 def open_index(folder: Path) -> PackIndex:
     """The index of a folder of shards, which are still those that it was made of.
 
-    Raises: InputError where index or shards are missing or damaged, or do not fit one another.
+    Raises: DataError where index or shards are missing or damaged, or do not fit one another; InputError where there is
+    no folder.
     """
     if not folder.is_dir():
         raise InputError(f"data_path {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
@@ -124,20 +125,20 @@ def open_index(folder: Path) -> PackIndex:
             and all(Path(shard.name).name == shard.name for shard in shards)
         )
     except FileNotFoundError as error:
-        raise InputError(
+        raise DataError(
             f"{folder} has no {Path(error.filename).name}: give the command that packed it again, or for shards from "
             f"elsewhere {again}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise InputError(f"the index of {folder} is damaged ({error}): index the shards again, {again}") from error
+        raise DataError(f"the index of {folder} is damaged ({error}): index the shards again, {again}") from error
     if not fits:
-        raise InputError(f"the files of the index of {folder} do not fit one another: index the shards again, {again}")
+        raise DataError(f"the files of the index of {folder} do not fit one another: index the shards again, {again}")
     missing = [shard.name for shard in shards if not (folder / shard.name).exists()]
     if missing:
-        raise InputError(f"{len(missing)} of the {len(shards)} shards in {folder} are missing: {missing[0]}")
+        raise DataError(f"{len(missing)} of the {len(shards)} shards in {folder} are missing: {missing[0]}")
     changed = _changed_shard(folder, index)
     if changed is not None:
-        raise InputError(f"the index of {folder} is older than its shards ({changed}): index them again, {again}")
+        raise DataError(f"the index of {folder} is older than its shards ({changed}): index them again, {again}")
     return index
 
 
@@ -162,5 +163,5 @@ def _changed_shard(folder: Path, index: PackIndex) -> str | None:
                 if (size, shard_fingerprint(file.fileno(), size, offsets)) != (shard.size, shard.fingerprint):
                     return shard.name
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
     return None

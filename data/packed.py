@@ -17,13 +17,13 @@ from torch import Tensor
 
 from data.images import BadImageError, decode_image
 from data.pack_index import open_index
-from util.errors import InputError
+from util.errors import DataError
 
 RECENT = 128  # shards that a process holds open, blocks that it has read ahead: twice what one mixing takes
 
 
 class PackedSource:
-    """The images in a folder of shards. Raises: InputError where index and shards do not fit."""
+    """The images in a folder of shards. Raises: DataError where index and shards do not fit."""
 
     block_size = 256  # neighbours that are read at about the same time
     reads_ahead = False  # set where every image will be read, block by block; for a few it would be a waste
@@ -96,14 +96,14 @@ class PackedSource:
 class LabelledPack(PackedSource):
     """As PackedSource, with the labels `(n,)` int64 of the images, -1 where there is none.
 
-    Raises: InputError also where no image has a label.
+    Raises: DataError also where no image has a label.
     """
 
     def __init__(self, folder: Path, in_chans: int):
         super().__init__(folder, in_chans)
         self.labels = self.index.entries["label"].astype(np.int64)
         if (self.labels < 0).all():
-            raise InputError(
+            raise DataError(
                 f"the images in {folder} have no labels, which evaluation needs: pack a folder with class folders"
             )
 

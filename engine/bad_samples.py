@@ -10,6 +10,7 @@ from pathlib import Path
 from data.loaders import BadSample, LabelledBatch, PretrainBatch
 from util.dist import all_gather
 from util.errors import DataError, LocalDataError
+from util.files import writing
 
 MIN_LIMIT = 10
 LIMIT_SHARE = 0.001
@@ -50,12 +51,15 @@ class BadSamples:
             )
 
     def exchange(self) -> int:
-        """Brings all processes to the same set and returns its size. Raises: DataError where it passes the limit."""
+        """Brings all processes to the same set and returns its size.
+
+        Raises: DataError where it passes the limit; LocalInputError where `path` cannot be written.
+        """
         fresh = {path: reason for entries in all_gather(self.new) for path, reason in entries if path not in self.known}
         self.new = []
         self.known |= fresh
         if self.is_main and fresh:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write("\n" if self.cut_off else "")
                 self.cut_off = False
                 file.writelines(json.dumps({"path": p, "reason": r}) + "\n" for p, r in fresh.items())

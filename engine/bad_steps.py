@@ -14,18 +14,23 @@ from torch import Tensor
 
 from data.sampler import SampleKey
 from util.dist import all_gather
-from util.errors import InputError
+from util.errors import InputError, LocalInputError
+from util.files import write_output
 
 SHOWN = 8  # images that an error names
 
 
 class RecentStep(NamedTuple):
-    """What one process put into an optimiser step: its samples, and the mean of their loss, a scalar on the device."""
+    """What one process put into an optimiser step: its samples, and the mean of their loss, a scalar on the device.
+
+    is_bad: another one, 1.0 where the step was skipped.
+    """
 
     step: int
     lr: float
     keys: list[SampleKey]
     loss: Tensor
+    is_bad: Tensor
 
 
 class BadSteps:
@@ -42,37 +47,60 @@ class BadSteps:
         self.is_main = is_main
         self.recent: deque[RecentStep] = deque(maxlen=limit + window)  # reaches back to the first of a row
 
-    def add(self, step: int, lr: float, keys: list[SampleKey], loss: Tensor) -> None:
+    def add(self, step: int, lr: float, keys: list[SampleKey], loss: Tensor, is_bad: Tensor) -> None:
         """Takes note of a step that was taken or skipped; `step` counts from 1, as in the log."""
-        self.recent.append(RecentStep(step, lr, keys, loss))
+        self.recent.append(RecentStep(step, lr, keys, loss, is_bad))
 
-    def check(self, bad_in_a_row: int, step: int) -> None:
-        """All processes must call, with the same count up to `step`. Raises: InputError after too many."""
-        if bad_in_a_row < self.limit:
+    def check(self, most_in_a_row: int) -> None:
+        """All processes must call, with the same number, of the steps since the last call.
+
+        Raises: InputError after too many.
+        """
+        if most_in_a_row < self.limit:
             return
+        row = self._row(most_in_a_row)
         mine = [
-            {"step": s.step, "lr": s.lr, "loss": s.loss.item(), "images": [key.image for key in s.keys]}
-            for s in self.recent
-            if s.step > step - bad_in_a_row
+            {"step": s.step, "lr": s.lr, "loss": s.loss.item(), "images": [key.image for key in s.keys]} for s in row
         ]
         entries = [{**entry, "process": process} for process, of_one in enumerate(all_gather(mine)) for entry in of_one]
         entries.sort(key=lambda entry: entry["step"])
-        if self.is_main:
-            lines = [json.dumps({**e, "loss": e["loss"] if math.isfinite(e["loss"]) else None}) for e in entries]
-            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        is_whole = len(row) == most_in_a_row
+        until = f"up to step {row[-1].step}" if row else f"before step {self.recent[0].step}"
+        known = f": {describe(entries, is_whole)}; {self._write(entries, is_whole)}" if row else ""
         raise InputError(
-            f"{bad_in_a_row} steps in a row up to step {step} had a non-finite gradient: {describe(entries)}; "
-            f"all are in {self.path}. Lower lr, set clip_grad, or use precision bf16 or fp32; "
-            f"the last checkpoint is from before"
+            f"{most_in_a_row} steps in a row {until} had a non-finite gradient{known}. "
+            f"Lower lr, set clip_grad, or use precision bf16 or fp32"
+            f"{'; the last checkpoint is from before' if is_whole else ''}"
         )
 
+    def _row(self, length: int) -> list[RecentStep]:
+        """The bad steps in a row of that number; fewer where they began before this start of the run, or none."""
+        rows: list[list[RecentStep]] = [[]]  # the first is what goes on from before
+        for recent in self.recent:
+            if recent.is_bad.item():
+                rows[-1].append(recent)
+            else:
+                rows.append([])
+        return next((row for row in rows if len(row) == length), rows[0])
 
-def describe(entries: list[dict[str, Any]]) -> str:
-    """The first of the bad steps, and the images on the processes whose loss was not finite."""
+    def _write(self, entries: list[dict[str, Any]], is_whole: bool) -> str:
+        """Writes `path` and returns where the entries are; a full disk must not hide what they are about."""
+        lines = [json.dumps({**e, "loss": e["loss"] if math.isfinite(e["loss"]) else None}) + "\n" for e in entries]
+        try:
+            if self.is_main:
+                write_output(self.path, lambda target: target.write_text("".join(lines), encoding="utf-8"))
+        except LocalInputError as error:
+            return str(error)
+        return f"{'all' if is_whole else 'those that are known'} are in {self.path}"
+
+
+def describe(entries: list[dict[str, Any]], is_whole: bool) -> str:
+    """The first of the bad steps, or of those that are known, and the images on the processes with a bad loss."""
     first = [entry for entry in entries if entry["step"] == entries[0]["step"]]
     culprits = [entry for entry in first if not math.isfinite(entry["loss"])]
     images = [image for entry in culprits or first for image in entry["images"]]
     which = f"images {' '.join(map(str, images[:SHOWN]))}{' ...' if len(images) > SHOWN else ''} of the data set"
     processes = " and ".join(str(entry["process"]) for entry in culprits)
     where = f"the loss of process {processes} was not finite with" if culprits else "every loss was finite, it took"
-    return f"in the first of them, step {first[0]['step']} at lr {first[0]['lr']:.3g}, {where} {which}"
+    which_step = "of them" if is_whole else "that is known"
+    return f"in the first {which_step}, step {first[0]['step']} at lr {first[0]['lr']:.3g}, {where} {which}"

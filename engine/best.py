@@ -6,10 +6,14 @@ from torch import nn
 
 from engine.checkpoint import best_path, save_weights, weights_header
 from engine.run import Run
+from models.weights_file import DAMAGE
+from util.errors import InputError
 
 
 class Best:
     """Keeps `best.safetensors`, and so finds it again after a restart; the file is written whole or not at all.
+
+    Raises: InputError where a run goes on and its file is damaged: to begin anew without a word would lose the best.
 
     Args:
         facts: of `run_facts`, for the header.
@@ -24,11 +28,17 @@ class Best:
         if not resumed and self.is_main:
             self.path.unlink(missing_ok=True)
         elif resumed and self.path.exists():
-            header = weights_header(self.path)
-            self.acc1, self.epoch = header["acc1"], header["epoch"]
+            try:
+                header = weights_header(self.path)
+                self.acc1, self.epoch = header["acc1"], header["epoch"]
+            except DAMAGE as error:
+                raise InputError(
+                    f"{self.path} is damaged ({type(error).__name__}: {error}): bring it back, or move it away to keep "
+                    f"the best of the epochs from here on"
+                ) from error
 
     def offer(self, model: nn.Module, epoch: int, acc1: float) -> None:
-        """Keeps `model` where it is better than all before it; of equals the first stays."""
+        """Keeps `model` where it is better than all before it; of equals the first stays. Raises: LocalInputError."""
         if acc1 <= self.acc1:
             return
         self.acc1, self.epoch = acc1, epoch

@@ -17,9 +17,9 @@ import safetensors
 import torch
 from torch import nn
 
-from models.weights_file import CHECKPOINT_VERSION, safetensors_bytes
+from models.weights_file import CHECKPOINT_VERSION, DAMAGE, safetensors_bytes
 from util.errors import InputError
-from util.files import TEMPORARY, flush_folder, write_temporary, write_whole
+from util.files import TEMPORARY, flush_folder, write_output, write_temporary
 
 NAME = re.compile(r"checkpoint-(\d{8,})\.pth(\.sha256)?")
 DAMAGED = ".damaged"  # ending of a checkpoint that was set aside
@@ -61,17 +61,18 @@ def load_newest_checkpoint(output_dir: Path) -> dict[str, Any] | None:
     Raises: InputError where checkpoints exist and all of them are damaged.
     """
     damaged = []
-    for step in _steps(output_dir):
+    steps = _steps(output_dir)
+    for step in steps:
         path = _path(output_dir, step)
-        reason = _damage(path)
+        content, reason = _read(path)
         if not reason:
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             found = content["format_version"]
             if found != CHECKPOINT_VERSION:
                 raise InputError(f"{path} has format {found}, this version reads {CHECKPOINT_VERSION}")
             return content
         logger.warning("passing over the damaged checkpoint %s: %s", path, reason)
-        if path.exists():  # a checksum alone is what a first save leaves that was cut off
+        # a first save that was cut off leaves a checksum alone, and the state still under its temporary name
+        if path.exists() or len(steps) > 1 or not path.with_name(path.name + TEMPORARY).exists():
             damaged.append(f"{path.name}: {reason}")
     if damaged:
         raise InputError(
@@ -87,26 +88,27 @@ def tidy(output_dir: Path, step: int) -> None:
     What a save that was cut off has left is removed. Newer checkpoints were found damaged: they get another name, so
     that the run can save these steps again and whoever wants to can look into them.
     """
-    for path in output_dir.glob(f"*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
     for newer in [found for found in _steps(output_dir) if found > step]:
         path = _path(output_dir, newer)
         if path.exists():
             path.replace(path.with_name(path.name + DAMAGED))
             logger.warning("set aside the damaged checkpoint as %s", path.name + DAMAGED)
         _digest_path(path).unlink(missing_ok=True)
+    for path in output_dir.glob(f"*{TEMPORARY}"):  # last: by these a checksum alone is known for a save's
+        path.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, model: nn.Module, facts: dict[str, Any], **more: Any) -> Path:
     """Writes a model's weights for others to use.
 
     The header holds, as JSON, what `facts` say of the model (its constructor arguments, mean and std) and `more`.
+
+    Raises: LocalInputError where it cannot be written; then what was there stays.
     """
     header = {**{name: facts[name] for name in ("model_args", "mean", "std")}, **more}
     metadata = {"format": "pt", **{name: json.dumps(value) for name, value in header.items()}}
     content = safetensors_bytes(model.state_dict(), metadata)
-    write_whole(path, lambda target: target.write_bytes(content))
-    return path
+    return write_output(path, lambda target: target.write_bytes(content))
 
 
 def weights_header(path: Path) -> dict[str, Any]:
@@ -132,8 +134,22 @@ def _steps(output_dir: Path) -> list[int]:
     return sorted({int(match[1]) for match in map(NAME.fullmatch, names) if match}, reverse=True)
 
 
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """A checkpoint's content, and why it does not count, or nothing. None of what it says is executed."""
+    reason = _damage(path)
+    if reason:
+        return {}, reason
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGE as error:
+        return {}, f"torch.load refuses it ({type(error).__name__})"
+    if not isinstance(content, dict) or "format_version" not in content:
+        return {}, "it is no checkpoint of a run"
+    return content, ""
+
+
 def _damage(path: Path) -> str:
-    """Why a checkpoint does not count, or nothing."""
+    """In what way a checkpoint and its checksum do not agree, or nothing."""
     try:
         expected = _digest_path(path).read_text().split()
         if not expected or expected[0] != _digest(path):

@@ -86,14 +86,13 @@ def train(
         state.epoch_meter.update(loss_sum, grad_norm, found_inf)
         state.window_meter.update(loss_sum, grad_norm, found_inf)
         state.step += 1
-        bad_steps.add(state.step, lr, keys, loss_sum)
+        bad_steps.add(state.step, lr, keys, loss_sum, found_inf)
         stopwatch.step(waited)
         run.advance()
 
         ends_epoch = state.step % plan.steps_per_epoch == 0
         if state.step % cfg.log_interval == 0 or ends_epoch:
-            bad_in_a_row = log_window(run, plan, state, stopwatch, stall, lr, bad_samples.exchange())
-            bad_steps.check(bad_in_a_row, state.step)
+            bad_steps.check(log_window(run, plan, state, stopwatch, stall, lr, bad_samples.exchange()))
             if not ends_epoch and saver.due(None):
                 saver.save()
         if ends_epoch:
@@ -152,10 +151,10 @@ def log_start(run: Run, plan: Plan, num_images: int, model: nn.Module, cfg: Any)
 def log_window(
     run: Run, plan: Plan, state: TrainState, stopwatch: Stopwatch, stall: StallMeter, lr: float, num_bad: int
 ) -> int:
-    """Writes the line of the steps since the last one; returns how many of the last steps in a row were skipped."""
+    """Writes the line of the steps since the last one; returns how many in a row were skipped, at most."""
     means = state.window_meter.read()
     state.window_meter.reset()
-    bad_in_a_row = int(means.pop("bad_in_a_row"))
+    bad_in_a_row = int(means.pop("most_bad_in_a_row"))
     times = stopwatch.read(plan.total_batch, plan.stop_step - state.step)
     epoch = state.step / plan.steps_per_epoch
     facts = {"step": state.step, "epoch": epoch, **means, "lr": lr, **times, "bad_files": num_bad}

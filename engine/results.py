@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from util.files import write_whole
+from util.files import write_output
 
 
 def without_nan(facts: dict[str, Any]) -> dict[str, Any]:
@@ -16,9 +16,9 @@ def without_nan(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Writes `results` as JSON; a reader never sees half of it."""
+    """Writes `results` as JSON; a reader never sees half of it. Raises: LocalInputError where that is not possible."""
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_output(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from engine.lock import locked
 from engine.results import without_nan, write_results
 from util.config import dump_config, plain
 from util.dist import Processes, broadcast, init_processes
-from util.errors import DataError, InputError, LocalInputError
-from util.files import write_whole
+from util.errors import DataError, InputError
+from util.files import write_output, writing
 from util.schema import DatasetConfig, RunConfig, TrainRunConfig
 
 GROUPS = {"epoch_loss": "epoch", "val_loss": "val", "monitor_s": "monitor"}  # of curves, by a fact that only they have
@@ -50,7 +50,9 @@ class Run:
         if not self.processes.is_main:
             return
         tidy(self.output_dir, step)  # here, as --eval and k-NN may look into a folder that is in use
-        (self.output_dir / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        write_output(
+            self.output_dir / "config.yaml", lambda target: target.write_text(dump_config(cfg), encoding="utf-8")
+        )
         for of_an_earlier_stop in (weights_path(self.output_dir), self.results_path):
             of_an_earlier_stop.unlink(missing_ok=True)  # the state behind them is in its checkpoint
         again = {"val_loss", "monitor_s"} if owes_look else {"val_loss"} if step == total_steps else set()
@@ -58,7 +60,8 @@ class Run:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
 
-            self.tensorboard = SummaryWriter(str(self.output_dir / "tb"), purge_step=step + 1 if step else 0)
+            with writing(self.output_dir / "tb"):
+                self.tensorboard = SummaryWriter(str(self.output_dir / "tb"), purge_step=step + 1 if step else 0)
             self.settings = plain(dataclasses.asdict(cfg))
         if sys.stderr.isatty():
             self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True)
@@ -90,16 +93,15 @@ class Run:
         if not self.processes.is_main:
             return
         self.last_step = facts["step"]
-        try:
-            with (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(without_nan(facts)) + "\n")
-        except OSError as error:  # a full disk
-            raise LocalInputError(f"{self.output_dir / 'log.jsonl'} cannot be written: {error.strerror}") from error
+        path = self.output_dir / "log.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(without_nan(facts)) + "\n")
         if self.tensorboard is not None:
             prefix = next((group for fact, group in GROUPS.items() if fact in facts), "train")
-            for name, value in facts.items():
-                if isinstance(value, float) and name != "epoch":
-                    self.tensorboard.add_scalar(f"{prefix}/{name}", value, facts["step"])
+            with writing(self.output_dir / "tb"):
+                for name, value in facts.items():
+                    if isinstance(value, float) and name != "epoch":
+                        self.tensorboard.add_scalar(f"{prefix}/{name}", value, facts["step"])
         logger.info(line, extra={"to_terminal": to_terminal or self.bar is None})
         if self.bar is not None and not to_terminal:
             self.bar.set_postfix_str(f"loss {facts['loss']:.4f}", refresh=False)
@@ -112,7 +114,8 @@ class Run:
 
         write_png(self.output_dir / name, picture)
         if self.tensorboard is not None:
-            self.tensorboard.add_image(Path(name).stem, picture, step, dataformats="HWC")
+            with writing(self.output_dir / "tb"):
+                self.tensorboard.add_image(Path(name).stem, picture, step, dataformats="HWC")
 
     def record_settings(self, metrics: dict[str, float]) -> None:
         """Writes the settings with a finished run's figures to TensorBoard, where its HParams page compares runs."""
@@ -120,14 +123,18 @@ class Run:
         is_whole = self.settings.get("stop_epoch") in (None, self.settings.get("epochs"))
         if self.tensorboard is not None and is_whole:
             settings = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in self.settings.items()}
-            self.tensorboard.add_hparams(settings, metrics, run_name=".", global_step=self.last_step)
+            with writing(self.output_dir / "tb"):
+                self.tensorboard.add_hparams(settings, metrics, run_name=".", global_step=self.last_step)
 
     def close(self) -> None:
         """Ends bar and curves."""
         if self.bar is not None:
             self.bar.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            try:
+                self.tensorboard.close()
+            except OSError as error:  # what ends the run may be the same full disk, and says it better
+                logger.warning("%s may lack its last points: %s", self.output_dir / "tb", error.strerror)
 
 
 @contextmanager
@@ -213,7 +220,7 @@ def _drop_lines_after(path: Path, step: int, again: set[str]) -> None:
                 kept.append(line)
         except json.JSONDecodeError:
             logger.warning("%s: dropping a line that was cut off", path)
-    write_whole(path, lambda target: target.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
+    write_output(path, lambda target: target.write_text("".join(line + "\n" for line in kept), encoding="utf-8"))
 
 
 def duration(seconds: float) -> str:

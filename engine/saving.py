@@ -122,8 +122,9 @@ class Saver:
         try:
             logger.info("saved %s", pending.result())
         except (OSError, RuntimeError) as error:  # torch.save turns some of the system's errors into the latter
+            hint = "" if isinstance(error, OSError) else "; is the disk full?"
             raise LocalInputError(
-                f"the checkpoint of step {self.last_step} cannot be saved in {self.run.output_dir}: {error}; "
+                f"the checkpoint of step {self.last_step} cannot be saved in {self.run.output_dir}: {error}{hint}; "
                 f"the ones before it are as they were"
             ) from error
 

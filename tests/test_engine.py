@@ -1,14 +1,23 @@
 """Schedule, plan, parameter groups, optimiser step, meters and checkpoint files, against hand arithmetic."""
 
+import hashlib
+import json
 import math
+import pickle
+import re
 import stat
+from pathlib import Path
 
 import pytest
 import torch
+from runs import make_pictures, pretraining
 from test_models import MAE, VIT
 from torch import nn
 from torch.amp import GradScaler
 
+import main_pretrain
+from data.sampler import SampleKey
+from engine.bad_steps import BadSteps
 from engine.checkpoint import load_newest_checkpoint, save_checkpoint, save_weights, tidy, weights_header
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
 from engine.run import Run
@@ -181,16 +190,122 @@ def test_the_fp16_scaler_backs_off_and_goes_on():
     assert weight.item() == pytest.approx(1.8, abs=1e-6)
 
 
+def feed(meter: StepMeter, *bad: int) -> StepMeter:
+    """Takes steps of which some are bad."""
+    for is_bad in bad:
+        meter.update(torch.tensor(1.0), torch.tensor(float("nan") if is_bad else 2.0), torch.tensor(float(is_bad)))
+    return meter
+
+
 def test_meter_leaves_bad_steps_out_and_counts_them_in_a_row():
     meter = StepMeter(torch.device("cpu"))
     for loss, norm, skipped in ((1.0, 10.0, 0.0), (float("nan"), float("nan"), 1.0), (2.0, 20.0, 0.0)):
         meter.update(torch.tensor(loss), torch.tensor(norm), torch.tensor(skipped))
-    assert meter.read() == {"loss": 1.5, "grad_norm": 15.0, "bad_in_a_row": 0.0}
+    assert meter.read() == {"loss": 1.5, "grad_norm": 15.0, "most_bad_in_a_row": 1.0}
     for _ in range(3):
         meter.update(torch.tensor(float("inf")), torch.tensor(float("inf")), torch.tensor(1.0))
+    assert meter.read()["most_bad_in_a_row"] == 3.0
     meter.reset()
-    assert meter.read()["bad_in_a_row"] == 3.0
     assert math.isnan(meter.read()["loss"])
+    assert feed(meter, 1, 0, 1, 1, 0).read()["most_bad_in_a_row"] == 4.0  # the row began before the reset
+    meter.reset()
+    assert feed(meter, 0, 1).read()["most_bad_in_a_row"] == 1.0
+
+
+def test_a_meter_goes_on_with_its_row_after_a_resume():
+    saved = feed(StepMeter(torch.device("cpu")), 0, 1, 1, 1, 0, 1).state_dict()
+    resumed = StepMeter(torch.device("cpu"))
+    resumed.load_state_dict(saved)
+    assert feed(resumed, 0).read()["most_bad_in_a_row"] == 3.0
+    del saved["most_bad_in_a_row"]  # as a checkpoint of an earlier version
+    saved["bad_in_a_row"] += 4
+    resumed.load_state_dict(saved)
+    assert resumed.read()["most_bad_in_a_row"] == 5.0
+    assert feed(resumed, 1, 0).read()["most_bad_in_a_row"] == 6.0
+
+
+# --- the end of a run after too many bad steps in a row ---------------------------------------------------------------
+
+
+def bad_steps(path: Path, first: int, *bad: int) -> BadSteps:
+    """Limit 3, after steps from `first` on; step s took image 10 * s at lr s / 100."""
+    steps = BadSteps(path, limit=3, window=20, is_main=True)
+    for step, is_bad in enumerate(bad, start=first):
+        key = SampleKey(*(10 * step if name == "image" else 0 for name in SampleKey._fields))
+        steps.add(step, step / 100, [key], torch.tensor(1.0), torch.tensor(float(is_bad)))
+    return steps
+
+
+@pytest.mark.fault("R16")
+@pytest.mark.parametrize(
+    ("first", "bad", "most", "until", "which", "where", "written"),
+    [
+        (1, (0, 1, 1, 1, 0, 1), 3, "up to step 4", "of them, step 2", "all are in", [2, 3, 4]),
+        (7, (1, 1, 1, 1), 4, "up to step 10", "of them, step 7", "all are in", [7, 8, 9, 10]),
+        (7, (1, 1, 0, 1), 9, "up to step 8", "that is known, step 7", "those that are known are in", [7, 8]),
+        (7, (0, 1, 0), 5, "before step 7", "", "", []),
+    ],
+    ids=["ended", "goes on", "began before a resume", "ended before a resume"],
+)
+def test_the_error_names_the_steps_of_the_row(tmp_path, first, bad, most, until, which, where, written):
+    path = tmp_path / "bad_steps.jsonl"
+    with pytest.raises(InputError) as error:
+        bad_steps(path, first, *bad).check(most)
+    step = which[-1:]
+    known = (
+        f": in the first {which} at lr 0.0{step}, every loss was finite, it took images {step}0 of the data set; "
+        f"{where} {path}"
+    )
+    assert str(error.value) == (
+        f"{most} steps in a row {until} had a non-finite gradient{known if written else ''}. "
+        f"Lower lr, set clip_grad, or use precision bf16 or fp32"
+        f"{'; the last checkpoint is from before' if where == 'all are in' else ''}"
+    )
+    lines = path.read_text().splitlines() if path.exists() else []
+    assert [json.loads(line)["step"] for line in lines] == written
+
+
+def test_fewer_than_the_limit_are_no_error(tmp_path):
+    bad_steps(tmp_path / "bad_steps.jsonl", 1, 1, 1, 0).check(2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def spoil(monkeypatch, bad: range) -> None:
+    """Fills the gradients of the steps `bad` of this process, counted from 1, with infinity."""
+    taken = []
+
+    def step_fn(*args, original=main_pretrain.optimizer_step, **kwargs):
+        taken.append(None)
+        for group in args[0].param_groups if len(taken) in bad else ():
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(main_pretrain, "optimizer_step", step_fn)
+
+
+@pytest.mark.fault("R16")
+def test_a_row_that_ends_between_two_lines_of_the_log_ends_the_run(tmp_path, monkeypatch):
+    spoil(monkeypatch, range(4, 9))
+    arguments = pretraining(make_pictures(tmp_path / "pictures"), tmp_path / "run", "--log_interval", 10)
+    with pytest.raises(InputError, match=r"^5 steps in a row up to step 8 had .* in the first of them, step 4 at lr"):
+        main_pretrain.main([*arguments, "--max_bad_steps", "5"])
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.fault("R16")
+def test_a_row_across_a_resume_ends_the_run(tmp_path, monkeypatch):
+    spoil(monkeypatch, range(8, 13))
+    more = ["--log_interval", 10, "--max_bad_steps", 5]
+    arguments = pretraining(make_pictures(tmp_path / "pictures"), tmp_path / "run", *more)
+    main_pretrain.main([*arguments, "--stop_epoch", "1"])
+    expected = r"^5 steps in a row up to step 12 had .* in the first that is known, step 11 at lr"
+    with pytest.raises(InputError, match=expected):
+        main_pretrain.main(arguments)
+
+
+# --- checkpoint files -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("R20")
@@ -241,13 +356,79 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
     assert f"passing over the damaged checkpoint {newest}: " in caplog.text
     assert any(reason in caplog.text for reason in reasons)
     damage(older)
-    if newest.exists():
-        with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
-            load_newest_checkpoint(tmp_path)
-    else:  # a lone checksum is what a first save leaves that was cut off
-        assert load_newest_checkpoint(tmp_path) is None
+    with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
+        load_newest_checkpoint(tmp_path)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {name for name in before if before[name] != after.get(name)} <= {older.name, f"{older.name}.sha256"}
+
+
+@pytest.mark.fault("R7", "R8")
+def test_a_checksum_alone_is_damage_unless_a_first_save_was_cut_off(tmp_path, monkeypatch):
+    path = save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(InputError, match=rf"every checkpoint in .* is damaged \({path.name}: {path.name} is missing\)"):
+        load_newest_checkpoint(tmp_path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    assert load_newest_checkpoint(tmp_path) is None
+    second = save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=5)
+    second.rename(f"{second}.tmp")
+    with pytest.raises(InputError, match="every checkpoint in .* is damaged"):  # only one can be the first
+        load_newest_checkpoint(tmp_path)
+    second.with_name(f"{second.name}.sha256").unlink()
+
+    def killed(path, missing_ok=False, original=Path.unlink):
+        original(path, missing_ok)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        tidy(tmp_path, 0)
+    assert load_newest_checkpoint(tmp_path) is None  # wherever it is cut off in its turn
+    tidy(tmp_path, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Trace:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+FOREIGN = {
+    "malicious": lambda path: path.write_bytes(pickle.dumps(Trace(path.with_name("trace")), protocol=2)),
+    "malicious zip": lambda path: torch.save({"format_version": 1, "x": Trace(path.with_name("trace"))}, path),
+    "malicious old": lambda path: torch.save(
+        {"format_version": 1, "x": Trace(path.with_name("trace"))}, path, _use_new_zipfile_serialization=False
+    ),
+    "text": lambda path: path.write_text("not a checkpoint"),
+    "empty": lambda path: path.write_bytes(b""),
+    "list": lambda path: torch.save([1], path),
+    "other dict": lambda path: torch.save({"model": {}}, path),
+}
+
+
+@pytest.mark.fault("R8")
+@pytest.mark.parametrize("write", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_file_that_is_no_checkpoint_is_passed_over_though_its_checksum_fits(tmp_path, caplog, write):
+    save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
+    newest = tmp_path / "checkpoint-00000002.pth"
+    write(newest)
+    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+    newest.with_name(newest.name + ".sha256").write_text(f"{digest}  {newest.name}\n")
+    assert load_newest_checkpoint(tmp_path)["step"] == 1
+    reason = r"(torch\.load refuses it \(\w+\)|it is no checkpoint of a run)"
+    (message,) = caplog.messages
+    assert re.fullmatch(rf"passing over the damaged checkpoint {newest}: {reason}", message)
+    (tmp_path / "checkpoint-00000001.pth").unlink()
+    with pytest.raises(InputError, match=rf"is damaged \({newest.name}: {reason}; checkpoint-00000001.pth: "):
+        load_newest_checkpoint(tmp_path)
+    assert not (tmp_path / "trace").exists()
 
 
 def test_what_cannot_be_read_is_passed_over_as_well(tmp_path, caplog):

@@ -155,15 +155,18 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_sets_that_as
 
 @pytest.mark.fault("R8")
 @pytest.mark.long
-def test_where_all_are_damaged_nothing_is_touched(tmp_path, data):
+@pytest.mark.parametrize(("damage", "reason"), [(flip_bit, "its sha256"), (Path.unlink, "checkpoint-00000010.pth is")])
+def test_where_all_are_damaged_nothing_is_touched(tmp_path, data, damage, reason):
     arguments = pretraining(data, tmp_path)
     main_pretrain.main([*arguments, "--stop_epoch", "1"])
     for path in tmp_path.glob("checkpoint-*.pth"):
-        flip_bit(path)
+        damage(path)
     before = files(tmp_path)
     result = run(command(*arguments))
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: every checkpoint in {tmp_path} is damaged (checkpoint-00000010.pth: its")
+    assert result.stderr.startswith(
+        f"error: every checkpoint in {tmp_path} is damaged (checkpoint-00000010.pth: {reason}"
+    )
     after = files(tmp_path)
     assert {name for name in before | after if before.get(name) != after.get(name)} == {"log.txt", ".lock"}
 

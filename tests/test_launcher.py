@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import command, digits, environment, log_lines
+from runs import command, digits, environment, log_lines, run
 from test_nodes import DRIVEN, children, start, wait_for_step
 
 from engine.checkpoint import load_newest_checkpoint
@@ -104,3 +104,17 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path):
     saved = load_newest_checkpoint(out)
     assert saved is not None and 10 <= saved["step"] == log_lines(out)[-1]["step"]
     assert b"steps per epoch" in shown
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(tmp_path):
+    """While images are listed and the model is built there is nothing to save."""
+    out = tmp_path / "out"
+    arguments = command(*digits(out, "--epochs", 1))
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "log.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.terminate()
+    assert process.wait(timeout=60) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert run(arguments).returncode == 0
+    assert log_lines(out)[-1]["step"] == 62

@@ -30,6 +30,7 @@ from runs import (
     make_pictures,
     pictures,
     pretrain_pictures,
+    pretraining,
     step_losses,
 )
 
@@ -48,7 +49,7 @@ from data.sampler import StepSampler, epoch_order
 from data.shards import index_shard
 from data.transforms import pretrain_transform
 from engine import batches as batches_module
-from util.errors import InputError
+from util.errors import DataError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(own, packs):
     again = f"python tools/pack_dataset.py --index {folder}/*.tar"
 
     def refusal() -> str:
-        with pytest.raises(InputError) as error:
+        with pytest.raises(DataError) as error:
             PackedSource(folder, 1)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -192,10 +193,19 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(own, packs):
         assert "do not fit one another" in refusal()
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_run_on_a_damaged_shard_says_how_to_look_at_the_data(tmp_path, own, damage):
+    damage(shards(own / "train")[1])
+    with pytest.raises(DataError, match=r"shard-000001\.tar") as error:
+        main_pretrain.main(pretraining(own, tmp_path / "run", *PACKED))
+    assert error.value.__notes__ == [f"look at the data with: python tools/check_dataset.py {own}"]
+
+
 def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
-    with pytest.raises(InputError, match=r"data_path .*nowhere does not exist"):
+    with pytest.raises(InputError, match=r"data_path .*nowhere does not exist") as error:
         build_pretrain_source("packed", str(tmp_path / "nowhere"), 3, False)
-    with pytest.raises(InputError, match=r"train has no index\.json: give the command that packed it again, or for sh"):
+    assert not isinstance(error.value, DataError)  # there is nothing to look at
+    with pytest.raises(DataError, match=r"train has no index\.json: give the command that packed it again, or for sh"):
         build_pretrain_source("packed", str(data), 3, False)
 
 

@@ -1,10 +1,11 @@
 """Files that appear whole or not at all: written under a temporary name, flushed to disk, renamed."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from util.errors import InputError
+from util.errors import LocalInputError
 
 TEMPORARY = ".tmp"  # ending of a file that is not whole yet
 
@@ -29,12 +30,19 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_output(path: Path, write: Callable[[Path], object]) -> Path:
-    """As `write_whole`, for a place that the user has chosen. Raises: InputError where nothing can be written there."""
-    try:
+    """As `write_whole`, for what a user sees. Raises: LocalInputError where it cannot be written, as on a full disk."""
+    with writing(path):
         write_whole(path, write)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For a block that writes to `path`. Raises: LocalInputError where the system refuses, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise LocalInputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Running sums that stay on the device until they are read, so that a step which does not log never waits for it."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,18 +12,21 @@ from torch import distributed as dist
 class StepMeter(nn.Module):
     """Sums of loss and gradient norm over optimiser steps.
 
-    A step whose loss or gradient is not finite is left out of the means; `bad_in_a_row` counts such steps since the
-    last good one. The sums are 64-bit where the device has that, so an epoch's mean is exact to print.
+    A step whose loss or gradient is not finite is left out of the means. `bad_in_a_row` counts the steps with such a
+    gradient since the last good one, `most_bad_in_a_row` is the highest that it has been since the sums were emptied.
+    The sums are 64-bit where the device has that, so an epoch's mean is exact to print.
     """
 
     sums: Tensor  # (3,): loss, gradient norm, steps counted
     bad_in_a_row: Tensor  # scalar
+    most_bad_in_a_row: Tensor  # scalar
 
     def __init__(self, device: torch.device):
         super().__init__()
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.register_buffer("sums", torch.zeros(3, dtype=dtype, device=device))
         self.register_buffer("bad_in_a_row", torch.zeros((), dtype=dtype, device=device))
+        self.register_buffer("most_bad_in_a_row", torch.zeros((), dtype=dtype, device=device))
 
     def update(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> None:
         """Adds a step: mean loss of this process's share, norm of the whole gradient, 1.0 where that is not finite."""
@@ -30,15 +34,16 @@ class StepMeter(nn.Module):
         values = torch.stack([loss.to(self.sums.dtype), grad_norm.to(self.sums.dtype), torch.ones_like(self.sums[0])])
         self.sums += torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0) * good
         self.bad_in_a_row = (self.bad_in_a_row + 1) * found_inf
+        self.most_bad_in_a_row = torch.maximum(self.most_bad_in_a_row, self.bad_in_a_row)
 
     def read(self) -> dict[str, float]:
-        """Means over all processes, as `loss` and `grad_norm` (NaN where no step counted), and `bad_in_a_row`."""
+        """Means over all processes, as `loss` and `grad_norm` (NaN where no step counted), and `most_bad_in_a_row`."""
         sums = self.sums.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
         loss, grad_norm, steps = sums.tolist()
         means = (loss / steps, grad_norm / steps) if steps else (float("nan"),) * 2
-        return {"loss": means[0], "grad_norm": means[1], "bad_in_a_row": self.bad_in_a_row.item()}
+        return {"loss": means[0], "grad_norm": means[1], "most_bad_in_a_row": self.most_bad_in_a_row.item()}
 
     def average(self) -> None:
         """Gives every process the mean of all sums, so that one process's state stands for all in a checkpoint."""
@@ -47,8 +52,13 @@ class StepMeter(nn.Module):
             self.sums /= dist.get_world_size()
 
     def reset(self) -> None:
-        """Empties the means; `bad_in_a_row` goes on."""
+        """Empties the means and `most_bad_in_a_row`; `bad_in_a_row` goes on."""
         self.sums.zero_()
+        self.most_bad_in_a_row.zero_()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes over a checkpoint's content; one of an earlier version has no `most_bad_in_a_row`."""
+        return super().load_state_dict({"most_bad_in_a_row": state_dict["bad_in_a_row"], **state_dict}, strict, assign)
 
 
 class Stopwatch:

@@ -1,0 +1,172 @@
+"""Row R9 beside checkpoints: what a run writes when the disk is full is one clear line, and what was there stays."""
+
+import json
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from runs import command, environment, log_lines, make_pictures, pictures, pretraining
+from torch import nn
+
+import main_pretrain
+from data.loaders import BadSample
+from data.sampler import SampleKey
+from engine.bad_samples import BadSamples
+from engine.bad_steps import BadSteps
+from engine.best import Best
+from engine.checkpoint import best_path
+from engine.results import write_results
+from engine.run import Run
+from util.dist import Processes
+from util.errors import InputError, LocalInputError
+from util.files import write_output
+from util.schema import RunConfig
+
+FULL = "cannot be written: No space left on device"
+FACTS = {"model_args": {"depth": 1}, "mean": [0.5], "std": [0.25]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def fill(path: Path) -> None:
+    """The next write to that place finds a full disk, as /dev/full answers; never read it, it has no end."""
+    path.symlink_to("/dev/full")
+
+
+def run_with_little_room(
+    arguments: list[str], script: str = "main_pretrain.py", room: int = 100_000
+) -> subprocess.CompletedProcess[str]:
+    """Runs an entry script that may write so many bytes per file; by default logs fit, weights do not."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    return subprocess.run(
+        command(*arguments, script=script), env=environment(), preexec_fn=limit, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.fault("R9")
+@pytest.mark.long
+def test_the_weights_of_a_finished_run_find_no_room(tmp_path, data):
+    arguments = pretraining(data, tmp_path)
+    main_pretrain.main(arguments)
+    weights = tmp_path / "model.safetensors"
+    expected = weights.read_bytes()
+    weights.unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint-*")}
+    result = run_with_little_room(arguments)
+    assert (result.returncode, result.stderr) == (2, f"error: {weights} cannot be written: File too large\n")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint-*")} == before
+    assert not list(tmp_path.glob("model.safetensors*"))
+    main_pretrain.main(arguments)  # once there is room
+    assert weights.read_bytes() == expected
+
+
+@pytest.mark.fault("R9")
+@pytest.mark.long
+def test_the_weights_of_the_best_evaluation_find_no_room(tmp_path, data):
+    arguments = [*pictures(data, tmp_path), "--class_token", "true", "--global_pool", "token"]
+    result = run_with_little_room(arguments, "main_finetune.py")
+    best = best_path(tmp_path)
+    assert (result.returncode, result.stderr) == (2, f"error: {best} cannot be written: File too large\n")
+    assert not list(tmp_path.glob("best.safetensors*"))
+
+
+@pytest.mark.fault("R9")
+@pytest.mark.long
+def test_curves_find_no_room(tmp_path, data):
+    """TensorBoard's own thread tells its part first."""
+    result = run_with_little_room(
+        pretraining(data, tmp_path, "--tensorboard", "true", "--epochs", 9, "--save_epochs", 9), room=4000
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == f"error: {tmp_path}/tb cannot be written: File too large"
+    assert len(log_lines(tmp_path)) >= 1
+
+
+@pytest.mark.fault("R9")
+def test_results_find_no_room(tmp_path):
+    fill(tmp_path / "results.json.tmp")
+    with pytest.raises(LocalInputError, match=rf"^{tmp_path}/results.json {FULL}$"):
+        write_results(tmp_path / "results.json", {"acc1": 50.0})
+
+
+def best_in(folder: Path, resumed: bool) -> Best:
+    run = Run(RunConfig(output_dir=str(folder)), Processes(0, 1, 0, 1, torch.device("cpu")))
+    return Best(run, FACTS, resumed)
+
+
+@pytest.mark.fault("R9")
+def test_the_best_so_far_stays_where_a_better_one_finds_no_room(tmp_path):
+    best = best_in(tmp_path, resumed=False)
+    best.offer(nn.Linear(2, 2), 1, 50.0)
+    before = best.path.read_bytes()
+    fill(tmp_path / "best.safetensors.tmp")
+    with pytest.raises(LocalInputError, match=rf"^{best.path} {FULL}$"):
+        best.offer(nn.Linear(2, 2), 2, 60.0)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"best.safetensors": before}
+    again = best_in(tmp_path, resumed=True)
+    assert (again.acc1, again.epoch) == (50.0, 1)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-1], lambda content: content[:20], lambda content: b"",
+               lambda content: content.replace(b'"acc1"', b'"acc2"')],
+    ids=["last byte", "20 bytes", "empty", "another header"],
+)  # fmt: skip
+def test_a_damaged_best_is_one_clear_line_and_stays(tmp_path, damage):
+    """It may be the best of all epochs, so none that is worse takes its place without a word."""
+    best_in(tmp_path, resumed=False).offer(nn.Linear(2, 2), 1, 50.0)
+    path = best_path(tmp_path)
+    path.write_bytes(damaged := damage(path.read_bytes()))
+    with pytest.raises(InputError) as error:
+        best_in(tmp_path, resumed=True)
+    assert str(error.value).startswith(f"{path} is damaged (")
+    assert str(error.value).endswith("move it away to keep the best of the epochs from here on")
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.fault("R9")
+def test_bad_files_that_find_no_room_are_one_clear_line(tmp_path):
+    bad_samples = BadSamples(tmp_path / "bad_samples.jsonl", 1000, is_main=True)
+    bad_samples.new = [BadSample("a.png", "is damaged")]
+    fill(bad_samples.path)
+    with pytest.raises(LocalInputError, match=rf"^{bad_samples.path} {FULL}$"):
+        bad_samples.exchange()
+
+
+@pytest.mark.fault("R9")
+def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
+    """They are why the run ends: that their file cannot be written must not hide it."""
+    path = tmp_path / "bad_steps.jsonl"
+    path.write_text("of an earlier stop\n")
+    bad_steps = BadSteps(path, limit=1, window=1, is_main=True)
+    bad_steps.add(7, 0.5, [SampleKey(40, 0, 0, 6)], torch.tensor(float("nan")), torch.tensor(1.0))
+    fill(tmp_path / "bad_steps.jsonl.tmp")
+    with pytest.raises(InputError) as error:
+        bad_steps.check(1)
+    assert str(error.value).startswith("1 steps in a row up to step 7 had a non-finite gradient: in the first of them")
+    assert f"with images 40 of the data set; {path} {FULL}. Lower lr" in str(error.value)
+    assert path.read_text() == "of an earlier stop\n"
+    with pytest.raises(InputError, match=f"all are in {path}"):  # the temporary name is free again
+        bad_steps.check(1)
+    (entry,) = map(json.loads, path.read_text().splitlines())
+    assert entry == {"step": 7, "lr": 0.5, "loss": None, "images": [40], "process": 0}
+
+
+@pytest.mark.fault("R9")
+def test_an_output_that_finds_no_room_leaves_what_was_there(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_output(path, lambda target: target.write_text("old"))
+    fill(tmp_path / "config.yaml.tmp")
+    with pytest.raises(LocalInputError, match=rf"^{path} {FULL}$"):
+        write_output(path, lambda target: target.write_text("new"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.yaml": "old"}
