@@ -67,6 +67,32 @@ def launch(
     return run(["sh", str(ROOT / launcher), *arguments], NGPU=str(processes), **env)
 
 
+def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
+    """An entry script under `order_driver.py`, and where there are several processes under torch's launcher."""
+    driver = [str(ROOT / "tests" / "order_driver.py"), *arguments]
+    if processes == 1:
+        return [sys.executable, *driver]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *launcher, "--max_restarts", str(restarts), *driver]
+
+
+def stop_at(step: int, signum: int, rank: int = 0) -> str:
+    """The drivers' FAULTS for a signal to one process, between this finished step and the next."""
+    return json.dumps([{"do": signum, "to": "self", "at": "step", "step": step, "rank": rank}])
+
+
+def changed_files(folder: Path, before: dict[str, tuple[int, bytes]]) -> set[str]:
+    """The files, of those in `before` and those that are there now, that differ in time or content."""
+    after = files_of(folder)
+    return {name for name in before | after if before.get(name) != after.get(name)}
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Name -> when it was written, and what."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
 def log_lines(output_dir: Path) -> list[dict[str, Any]]:
     """All of a run's log.jsonl."""
     return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]

@@ -23,6 +23,7 @@ from runs import (
     STEPS_PER_EPOCH,
     assert_same,
     digits,
+    driven,
     environment,
     log_lines,
     make_pictures,
@@ -43,17 +44,8 @@ from engine.schedule import Plan
 from util.errors import InputError
 from util.watchdog import alive, watched
 
-DRIVER = str(ROOT / "tests" / "fault_driver.py")
 SEEDS = int(os.environ.get("MAE_KILL_SEEDS", "5"))
 STATE = ("step", "model", "optimizer", "ema", "scaler", "epoch_losses", "samples_seen", "total_batch")
-
-
-def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
-    """An entry script under the driver, and where there are several processes under the launcher."""
-    if processes == 1:
-        return [sys.executable, DRIVER, *arguments]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*launcher, "--max_restarts", str(restarts), DRIVER, *arguments]
 
 
 def faults(*entries: dict) -> str:

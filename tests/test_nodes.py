@@ -21,7 +21,7 @@ from runs import (
     run,
     step_losses,
 )
-from test_distributed import assert_losses_agree, free_port
+from test_distributed import assert_steps_agree, free_port
 
 pytestmark = pytest.mark.long
 DRIVEN = f". {ROOT}/util/launch.sh; launch {ROOT} tests/fault_driver.py main_pretrain.py"  # for PAUSE
@@ -63,7 +63,7 @@ def test_two_machines_of_two_processes_pretrain_and_search(tmp_path):
         ]
         for rank, node in enumerate(nodes):
             assert node.wait(timeout=300) == 0, (tmp_path / f"node{rank}").read_text()
-    assert_losses_agree(alone, out)
+    assert_steps_agree(alone, out)
     result = run(command(*knn, "--output_dir", str(tmp_path / "knn_alone"), script="main_knn.py"))
     assert result.returncode == 0, result.stderr
     found, expected = results_of(tmp_path / "knn"), results_of(tmp_path / "knn_alone")
@@ -113,7 +113,7 @@ def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(tmp_pa
     nodes.append(launcher("back"))
     for node, name in zip(nodes, ("stays", "back"), strict=True):
         assert node.wait(timeout=300) == 0, (tmp_path / name).read_text()
-    assert_losses_agree(alone, out)
+    assert_steps_agree(alone, out)
     assert [line["step"] for line in log_lines(out) if "grad_norm" in line] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
     log = (out / "log.txt").read_text()
     assert re.findall(r"16 x (\d) processes x (\d) accumulated", log) == [("4", "1"), ("2", "2"), ("4", "1")]
