@@ -1,6 +1,7 @@
 """Shared fixtures, and the rule that continuous integration skips nothing it has not been told about."""
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED_SKIPS: tuple[str, ...] = ()  # reasons that may skip where MAE_TEST_STRICT is set: none so far
 
 torch.set_num_threads(1)  # results must not depend on the machine's core count
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which the runs of tests would inherit
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

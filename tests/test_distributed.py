@@ -172,6 +172,14 @@ def test_two_nodes_are_two_launchers(alone, tmp_path):
         ({"NGPU": "0"}, "error: NGPU must be at least 1"),
         ({"NGPU": "1", "NNODES": "2"}, "error: NODE_RANK must be a whole number, got ''"),
         ({"NGPU": "1", "NNODES": "2", "NODE_RANK": "0"}, "error: NNODES=2 needs MASTER_ADDR"),
+        ({"NGPU": "1", "NNODES": "1:2"}, "error: NNODES=1:2 needs MASTER_ADDR"),
+        ({"NGPU": "1", "NNODES": "2:1"}, "error: NNODES must be a number from 1, or LEAST:MOST, got '2:1'"),
+        ({"NGPU": "1", "NNODES": "1:2:3"}, "error: NNODES must be a whole number, got '2:3'"),
+        ({"NGPU": "1", "MAX_RESTARTS": "often"}, "error: MAX_RESTARTS must be a whole number, got 'often'"),
+        (
+            {"NGPU": "1", "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MAX_RESTARTS": "1"},
+            "error: MAX_RESTARTS on several machines needs NNODES=2:2",
+        ),
     ],
 )
 def test_the_launcher_refuses_a_bad_environment(env, message):

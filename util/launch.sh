@@ -61,6 +61,7 @@ launch() {
   whole_number MAX_RESTARTS "${MAX_RESTARTS:-0}"
   [ "$NGPU" -ge 1 ] || fail "NGPU must be at least 1"
   [ "$least" -ge 1 ] && [ "$least" -le "$most" ] || fail "NNODES must be a number from 1, or LEAST:MOST, got '$NNODES'"
+  [ "$NNODES" != "$most" ] || [ "$NNODES" = 1 ] || whole_number NODE_RANK "${NODE_RANK:-}"
   [ "$NNODES" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the host name of node 0"
   port=${MASTER_PORT:-29500}
 
@@ -68,7 +69,6 @@ launch() {
     torchrun --nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$port" \
       --max_restarts "${MAX_RESTARTS:-3}" "$script" "$@"
   elif [ "$NNODES" -gt 1 ]; then
-    whole_number NODE_RANK "${NODE_RANK:-}"
     [ "${MAX_RESTARTS:-0}" -eq 0 ] || fail "MAX_RESTARTS on several machines needs NNODES=$NNODES:$NNODES"
     torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$port" \
       "$script" "$@"
