@@ -114,11 +114,12 @@ def merge_over_processes(keys: Tensor, k: int) -> Tensor:
     if not dist.is_initialized():
         return keys
     world_size = dist.get_world_size()
-    at_once = _fitting(8 * k * (2 * world_size + 2))
+    at_once = min(_fitting(8 * k * (2 * world_size + 2)), max(1, len(keys)))
     merged = torch.full((len(keys), k), NO_NEIGHBOUR)
+    rooms = torch.empty(world_size, at_once, k, dtype=keys.dtype)  # once: gloo lets go of what it gets some time later
     for best, part in zip(merged.split(at_once), keys.split(at_once), strict=True):
         best[:, : part.shape[1]] = part  # shares differ in length
-        shares = [torch.empty_like(best) for _ in range(world_size)]
+        shares = [room[: len(best)] for room in rooms]
         dist.all_gather(shares, best)
         best.copy_(_largest(torch.cat(shares, dim=1), k))
     return merged[:, : int((merged != NO_NEIGHBOUR).all(dim=0).sum())].to(keys.device)
