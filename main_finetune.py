@@ -1,9 +1,12 @@
-"""End-to-end fine-tuning of a pretrained encoder, or training from scratch (paper, section 4 and table 9).
+"""End-to-end fine-tuning of a pretrained encoder, or training from scratch (paper, section 4 and
+table 9).
 
-    sh run_finetune.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data --finetune /path/to/weights
+    sh run_finetune.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data
+    --finetune /path/to/weights
 
-Without --finetune it trains from scratch; with --eval it only evaluates the classifier that --finetune names. The same
-command resumes where it stopped. results.json, best.safetensors and model.safetensors are what a run leaves.
+Without --finetune it trains from scratch; with --eval it only evaluates the classifier that
+--finetune names. The same command resumes where it stopped. results.json, best.safetensors and
+model.safetensors are what a run leaves.
 """
 
 import logging
@@ -14,39 +17,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.labelled import take_subset
-from data.loaders import LabelledBatch, LabelledDataset
-from data.sampler import BATCH, derive_seed
+from data.labels import take_subset
+from data.loader import LabelledBatch, LabelledDataset
 from data.transforms import PixelNormalizer, finetune_transform
-from engine.backbone import build_finetuned
-from engine.bad_samples import BadSamples
-from engine.batches import train_batches
-from engine.best import Best
-from engine.checkpoint import load_newest_checkpoint, save_weights, weights_path
-from engine.classification import Evaluator, open_labelled_data
 from engine.ema import build_ema
+from engine.evaluation.best import Best
+from engine.evaluation.classification import Evaluator, open_labelled_data
+from engine.evaluation.from_weights import build_finetuned
 from engine.loop import log_start, train
 from engine.mixing import BatchMixer
 from engine.optim import build_adamw, optimizer_step, param_groups
-from engine.results import read_results
-from engine.resume import plan_resumable, run_facts
-from engine.run import Run, open_run
-from engine.saving import Saver
-from engine.sharding import to_device, whole_model
-from engine.state import TrainState
+from engine.parallel import to_device, whole_model
+from engine.run.bad_samples import BadSamples
+from engine.run.batches import train_batches
+from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
+from engine.run.folder import Run, open_run
+from engine.run.results import read_results
+from engine.run.resume import plan_resumable, run_facts
+from engine.run.saving import Saver
+from engine.run.state import TrainState
 from models.build import classifier_config_problems
 from models.vit import VisionTransformer
-from util.config import load_config
 from util.dist import autocast_dtype
 from util.errors import run_cli
-from util.rng import seed_libraries
-from util.schema_eval import STAGE_CONFIGS, FinetuneConfig
+from util.rng import BATCH, derive_seed, seed_libraries
+from util.settings.evaluation import STAGE_CONFIGS, FinetuneConfig
+from util.settings.read import load_config
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Fine-tunes, goes on with a run, or evaluates; returns what it writes to results.json (eval.json for --eval)."""
+    """Fine-tunes, goes on with a run, or evaluates; returns what it writes to results.json
+    (eval.json for --eval)."""
     checks = [classifier_config_problems]
     cfg = load_config(FinetuneConfig, "finetune", argv, checks=checks, siblings=STAGE_CONFIGS)
     with open_run(cfg) as run:
@@ -58,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         origin = {"checkpoint": cfg.finetune, "sha256": classifier.sha256, "dataset": cfg.dataset}
         if cfg.eval:
             (scores,) = evaluator(model.to(run.device).eval())
-            logger.info("%s: %d images, top-1 %.2f %%", cfg.finetune, scores.num_samples, scores.acc1)
+            logger.info(
+                "%s: %d images, top-1 %.2f %%", cfg.finetune, scores.num_samples, scores.acc1
+            )
             results = {"protocol": "evaluation", **origin, **scores.as_dict(evaluator.class_names)}
             return run.finish(results, run.output_dir / "eval.json")
 
@@ -66,9 +71,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         facts = run_facts(cfg, classifier.model_args, source, classifier.sha256)
         plan = plan_resumable(cfg, run, len(source), saved, facts)
         to_device(model, cfg, run)
-        optimizer = build_adamw(param_groups(model, cfg.weight_decay, cfg.layer_decay), cfg.beta1, cfg.beta2)
+        optimizer = build_adamw(
+            param_groups(model, cfg.weight_decay, cfg.layer_decay), cfg.beta1, cfg.beta2
+        )
         ema = build_ema(model, cfg.ema_decay)
-        state = TrainState.begin(model, optimizer, run.device, autocast_dtype(cfg.precision, run.device), ema)
+        state = TrainState.begin(
+            model, optimizer, run.device, autocast_dtype(cfg.precision, run.device), ema
+        )
         if state.resume(saved, run, plan.stop_step) and run.results_path.exists():
             return read_results(run.results_path)
         del saved  # as large as the state itself
@@ -81,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         mixer = BatchMixer(cfg, len(data.class_names), run.device)
 
         def loss_fn(model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            first = batch.keys[0]  # mixing, erasing and drop path are pure functions of (seed, place of the batch)
+            first = batch.keys[
+                0
+            ]  # mixing, erasing and drop path are pure functions of (seed, place of the batch)
             seed_libraries(derive_seed(cfg.seed, BATCH, first.epoch, first.position))
             labels = batch.labels.to(run.device, non_blocking=True)
             images, targets = mixer(normalize(batch.images), labels)
@@ -89,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         best = Best(run, facts, resumed=state.step > 0)
         step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
-        bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
+        bad_samples = BadSamples(
+            run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main
+        )
         with Saver(run, cfg, facts, state, plan) as saver:
             for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
                 if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
@@ -100,18 +113,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if run.processes.is_main:
             save_weights(weights_path(run.output_dir), trained, facts)
         results = {"protocol": "fine-tuning" if cfg.finetune else "from scratch", **origin, **final}
-        return run.finish({**results, "num_train": len(source), "best_acc1": best.acc1, "best_epoch": best.epoch})
+        return run.finish(
+            {**results, "num_train": len(source), "best_acc1": best.acc1, "best_epoch": best.epoch}
+        )
 
 
-def judge(run: Run, state: TrainState, epoch: int, evaluator: Evaluator, best: Best) -> dict[str, Any]:
-    """Evaluates the model after `epoch` epochs, and its moving average where there is one, which then decides.
+def judge(
+    run: Run, state: TrainState, epoch: int, evaluator: Evaluator, best: Best
+) -> dict[str, Any]:
+    """Evaluates the model after `epoch` epochs, and its moving average where there is one, which
+    then decides.
 
     Logs the accuracies, keeps the best weights, and returns them for results.json.
     """
-    model = whole_model(state.model, partial(VisionTransformer, **best.facts["model_args"]), run.device)
+    model = whole_model(
+        state.model, partial(VisionTransformer, **best.facts["model_args"]), run.device
+    )
     (scores,) = evaluator(model.eval())
     model.train()
-    facts = {"step": state.step, "epoch": float(epoch), "val_loss": scores.loss, "acc1": scores.acc1}
+    facts = {
+        "step": state.step,
+        "epoch": float(epoch),
+        "val_loss": scores.loss,
+        "acc1": scores.acc1,
+    }
     line = f"epoch {epoch} top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %"
     results = scores.as_dict(evaluator.class_names)
     if state.ema is not None:

@@ -1,9 +1,11 @@
-"""k-NN classification on frozen features (arXiv 1805.01978, section 3.4): cosine similarity, weighted votes.
+"""k-NN classification on frozen features (arXiv 1805.01978, section 3.4): cosine similarity,
+weighted votes.
 
-    sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data --finetune /path/to/weights
+    sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data --finetune
+    /path/to/weights
 
---finetune random judges an untrained model, and a folder of checkpoints gives a table over them. --save_path keeps the
-features, --load_path takes them in place of computing them.
+--finetune random judges an untrained model, and a folder of checkpoints gives a table over them.
+--save_path keeps the features, --load_path takes them in place of computing them.
 """
 
 import logging
@@ -14,21 +16,21 @@ from typing import Any
 
 import torch
 
-from data.labelled import LabelledData, LabelledSource, take_subset
+from data.labels import LabelledData, LabelledSource, take_subset
 from data.transforms import PixelNormalizer
-from engine.backbone import build_frozen
-from engine.batches import eval_batches
-from engine.classification import open_labelled_data
-from engine.evaluate import percent_by_class
-from engine.features import Features, compute_features, load_features, save_features
-from engine.knn import ranks_by_k
-from engine.run import Run, check_writable, open_run
+from engine.evaluation.classification import open_labelled_data
+from engine.evaluation.evaluate import percent_by_class
+from engine.evaluation.features import Features, compute_features, load_features, save_features
+from engine.evaluation.from_weights import build_frozen
+from engine.evaluation.knn import ranks_by_k
+from engine.run.batches import eval_batches
+from engine.run.folder import Run, check_writable, open_run
 from models.build import classifier_config_problems
-from models.weights import describe_weights, weights_digest
-from util.config import load_config
+from models.weights.convert import describe_weights, weights_digest
 from util.dist import autocast_dtype, gather_rows
 from util.errors import InputError, run_cli
-from util.schema_eval import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
+from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
+from util.settings.read import load_config
 
 WEIGHTS_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 logger = logging.getLogger(__name__)
@@ -37,18 +39,23 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Classifies the validation images; returns what it writes to results.json.
 
-    For a folder of checkpoints that is a list under `checkpoints`, beside the results of the last one.
+    For a folder of checkpoints that is a list under `checkpoints`, beside the results of the last
+    one.
     """
     checks = [classifier_config_problems]
     cfg = load_config(KnnConfig, "knn", argv, checks=checks, siblings=STAGE_CONFIGS)
     with open_run(cfg) as run:
         if (run.output_dir / "config.yaml").exists():  # training runs write it, this stage does not
-            raise InputError(f"output_dir {run.output_dir} holds a training run: give k-NN another --output_dir")
+            raise InputError(
+                f"output_dir {run.output_dir} holds a training run: give k-NN another --output_dir"
+            )
         rank, world_size = run.processes.rank, run.processes.world_size
         if cfg.load_path is not None:
             features = load_features(Path(cfg.load_path))
             check_origin(cfg, features)
-            return run.finish(classify(cfg, run, features._replace(train=features.train[rank::world_size])))
+            return run.finish(
+                classify(cfg, run, features._replace(train=features.train[rank::world_size]))
+            )
         assert cfg.finetune is not None, "the config checks that there are weights"
         if cfg.save_path is not None and run.processes.is_main:
             check_writable("save_path", Path(cfg.save_path))
@@ -70,9 +77,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def judge(
-    cfg: KnnConfig, run: Run, weights: str, data: LabelledData, train: LabelledSource, folder: Path | None
+    cfg: KnnConfig,
+    run: Run,
+    weights: str,
+    data: LabelledData,
+    train: LabelledSource,
+    folder: Path | None,
 ) -> dict[str, Any]:
-    """Results of the frozen model of `weights`; its features, which are gone afterwards, are kept in `folder`."""
+    """Results of the frozen model of `weights`; its features, which are gone afterwards, are kept
+    in `folder`."""
     features = features_of(cfg, run, weights, data, train)
     if folder is not None:
         keep_features(folder, run, features)
@@ -81,13 +94,18 @@ def judge(
 
 def keep_features(folder: Path, run: Run, features: Features) -> None:
     """Writes the features with the training rows of all processes."""
-    whole = features._replace(train=gather_rows(features.train, len(features.train_labels), everywhere=False))
+    whole = features._replace(
+        train=gather_rows(features.train, len(features.train_labels), everywhere=False)
+    )
     if run.processes.is_main:
         logger.info("wrote %s", save_features(folder, whole))
 
 
-def features_of(cfg: KnnConfig, run: Run, weights: str, data: LabelledData, train: LabelledSource) -> Features:
-    """Features under the frozen model of `weights`: of this process's share of `train`, and of all of `data.val`."""
+def features_of(
+    cfg: KnnConfig, run: Run, weights: str, data: LabelledData, train: LabelledSource
+) -> Features:
+    """Features under the frozen model of `weights`: of this process's share of `train`, and of all
+    of `data.val`."""
     classifier = build_frozen(cfg, weights, len(data.class_names))
     backbone = classifier.model.to(run.device)
     normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
@@ -105,7 +123,9 @@ def features_of(cfg: KnnConfig, run: Run, weights: str, data: LabelledData, trai
         "class_names": data.class_names,
     }
     labels = (torch.from_numpy(source.labels) for source in (train, data.val))
-    return Features(train_rows, next(labels), gather_rows(val_rows, len(data.val)), next(labels), facts)
+    return Features(
+        train_rows, next(labels), gather_rows(val_rows, len(data.val)), next(labels), facts
+    )
 
 
 def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
@@ -113,9 +133,16 @@ def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
     num_classes, num_train = len(features.facts["class_names"]), len(features.train_labels)
     queries = features.val.to(run.device)
     ranks = ranks_by_k(
-        features.train, features.train_labels, queries, features.val_labels, cfg.ks, cfg.temperature, num_classes,
-        run.processes.rank, run.processes.world_size,
-    )  # fmt: skip
+        features.train,
+        features.train_labels,
+        queries,
+        features.val_labels,
+        cfg.ks,
+        cfg.temperature,
+        num_classes,
+        run.processes.rank,
+        run.processes.world_size,
+    )
     labels = features.val_labels.to(ranks[cfg.ks[0]].device)
     correct = {k: int((of_k == 0).sum()) for k, of_k in ranks.items()}
     acc1 = {k: 100 * count / len(labels) for k, count in correct.items()}
@@ -132,18 +159,26 @@ def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
         "acc1_by_k": {str(k): value for k, value in acc1.items()},
     }
     if cfg.per_class:
-        right, total = (torch.bincount(of, minlength=num_classes) for of in (labels[ranks[reported] == 0], labels))
-        results["per_class"] = percent_by_class(features.facts["class_names"], right.tolist(), total.tolist())
+        right, total = (
+            torch.bincount(of, minlength=num_classes)
+            for of in (labels[ranks[reported] == 0], labels)
+        )
+        results["per_class"] = percent_by_class(
+            features.facts["class_names"], right.tolist(), total.tolist()
+        )
     line = "  ".join(f"{k}-NN {value:.2f} %" for k, value in acc1.items())
     name = features.facts["checkpoint"]
     logger.info("%s: %d training and %d validation images  %s", name, num_train, len(labels), line)
     if max(cfg.ks) > num_train:
-        logger.warning("k %d is more than the %d training images: it takes all of them", max(cfg.ks), num_train)
+        logger.warning(
+            "k %d is more than the %d training images: it takes all of them", max(cfg.ks), num_train
+        )
     return results
 
 
 def list_weights(finetune: str) -> list[str]:
-    """The weights behind `finetune`: itself, or the files in a folder that is no Hugging Face model, in their order.
+    """The weights behind `finetune`: itself, or the files in a folder that is no Hugging Face
+    model, in their order.
 
     Raises: InputError for a folder without weights.
     """
@@ -152,13 +187,19 @@ def list_weights(finetune: str) -> list[str]:
         return [finetune]
     files = [path for path in folder.iterdir() if path.suffix in WEIGHTS_ENDINGS]
     if not files:
-        raise InputError(f"finetune {finetune} is a folder without weights: none ends in {' '.join(WEIGHTS_ENDINGS)}")
-    by_number = sorted(files, key=lambda path: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name)])
+        raise InputError(
+            f"finetune {finetune} is a folder without weights: none ends in {' '.join(WEIGHTS_ENDINGS)}"
+        )
+    by_number = sorted(
+        files,
+        key=lambda path: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name)],
+    )
     return [str(path) for path in by_number]
 
 
 def check_origin(cfg: KnnConfig, features: Features) -> None:
-    """Raises: InputError where saved features are not those of the weights that the settings name, so read."""
+    """Raises: InputError where saved features are not those of the weights that the settings name,
+    so read."""
     if cfg.finetune is None:
         return
     sha256 = None if cfg.finetune == RANDOM_WEIGHTS else weights_digest(cfg.finetune)
@@ -179,7 +220,12 @@ def log_table(table: list[dict[str, Any]], cfg: KnnConfig) -> None:
     width = max(len(row["checkpoint"]) for row in table)
     logger.info("%-*s  %s", width, "checkpoint", "  ".join(f"{f'{k}-NN':>7}" for k in cfg.ks))
     for row in table:
-        logger.info("%-*s  %s", width, row["checkpoint"], "  ".join(f"{v:7.2f}" for v in row["acc1_by_k"].values()))
+        logger.info(
+            "%-*s  %s",
+            width,
+            row["checkpoint"],
+            "  ".join(f"{v:7.2f}" for v in row["acc1_by_k"].values()),
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Linear classification on frozen features (paper, section 4 and appendix A.1): one or many learning rates at once.
+"""Linear classification on frozen features (paper, section 4 and appendix A.1): one or many
+learning rates at once.
 
-    sh run_lincls.sh --config cfgs/lincls/ViT-S_SGD_GAP.yaml --data_path /path/to/data --finetune /path/to/weights
+    sh run_lincls.sh --config cfgs/lincls/ViT-S_SGD_GAP.yaml --data_path /path/to/data --finetune
+    /path/to/weights
 
---finetune random judges an untrained model. Of several learning rates a held-out tenth of the training set chooses one;
-the validation set has no say. The same command resumes. model.safetensors is the classifier with the chosen head.
+--finetune random judges an untrained model. Of several learning rates a held-out tenth of the
+training set chooses one; the validation set has no say. The same command resumes. model.safetensors
+is the classifier with the chosen head.
 """
 
 import logging
@@ -15,18 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from data.labelled import LabelledSource, Subset, stratified_choice, take_subset
-from data.loaders import LabelledBatch, LabelledDataset
-from data.sampler import HEAD, generator
+from data.labels import LabelledSource, Subset, stratified_choice, take_subset
+from data.loader import LabelledBatch, LabelledDataset
 from data.transforms import PixelNormalizer, pretrain_transform
-from engine.backbone import build_frozen
-from engine.bad_samples import BadSamples
-from engine.batches import train_batches
-from engine.checkpoint import load_newest_checkpoint, save_weights, weights_path
-from engine.classification import Evaluator, open_labelled_data
-from engine.evaluate import Scores
-from engine.loop import log_start, train
-from engine.probe import (
+from engine.evaluation.classification import Evaluator, open_labelled_data
+from engine.evaluation.evaluate import Scores
+from engine.evaluation.from_weights import build_frozen
+from engine.evaluation.probe import (
     LinearProbes,
     average_statistics,
     build_probe_optimizer,
@@ -36,16 +34,21 @@ from engine.probe import (
     probe_step,
     tensors_digest,
 )
-from engine.results import read_results
-from engine.resume import plan_resumable, run_facts
-from engine.run import Run, open_run
-from engine.saving import Saver
-from engine.state import TrainState
+from engine.loop import log_start, train
+from engine.run.bad_samples import BadSamples
+from engine.run.batches import train_batches
+from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
+from engine.run.folder import Run, open_run
+from engine.run.results import read_results
+from engine.run.resume import plan_resumable, run_facts
+from engine.run.saving import Saver
+from engine.run.state import TrainState
 from models.build import classifier_config_problems
 from models.vit import VisionTransformer
-from util.config import load_config
 from util.errors import run_cli
-from util.schema_eval import STAGE_CONFIGS, LinclsConfig
+from util.rng import HEAD, generator
+from util.settings.evaluation import STAGE_CONFIGS, LinclsConfig
+from util.settings.read import load_config
 
 HELD_OUT = 0.1  # share of the training set that chooses among several learning rates
 logger = logging.getLogger(__name__)
@@ -70,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         facts = run_facts(cfg, classifier.model_args, source, classifier.sha256)
         plan = plan_resumable(cfg, run, len(source), saved, facts)
         head = generator(cfg.seed, HEAD)
-        probes = LinearProbes(backbone.head.in_features, len(data.class_names), len(cfg.lr), head).to(run.device)
+        probes = LinearProbes(
+            backbone.head.in_features, len(data.class_names), len(cfg.lr), head
+        ).to(run.device)
         state = TrainState.begin(probes, build_probe_optimizer(probes, cfg), run.device)
         state.may_diverge = len(cfg.lr) > 1
         if state.resume(saved, run, plan.stop_step) and run.results_path.exists():
@@ -80,24 +85,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         log_start(run, plan, len(source), probes, cfg)
 
         augment = pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
-        loader = train_batches(cfg, run, plan, LabelledDataset(source, augment, cfg.seed), state.step)
+        loader = train_batches(
+            cfg, run, plan, LabelledDataset(source, augment, cfg.seed), state.step
+        )
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
 
         def loss_fn(model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 features = backbone.forward_features(normalize(batch.images))  # (B, D)
-            losses = probe_loss(model(features), batch.labels.to(run.device, non_blocking=True))  # (H,)
+            losses = probe_loss(
+                model(features), batch.labels.to(run.device, non_blocking=True)
+            )  # (H,)
             return losses.sum(), {"loss": mean_of_finite(losses.detach())}
 
         def step_fn(optimizer: torch.optim.Optimizer, scaler: GradScaler) -> tuple[Tensor, Tensor]:
             average_statistics(probes)
             return probe_step(optimizer, scaler)
 
-        bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
+        bad_samples = BadSamples(
+            run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main
+        )
         with Saver(run, cfg, facts, state, plan) as saver:
             for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
                 if tensors_digest(backbone) != digest:
-                    raise RuntimeError("the frozen backbone has changed: this is a bug, the result would be worthless")
+                    raise RuntimeError(
+                        "the frozen backbone has changed: this is a bug, the result would be worthless"
+                    )
                 if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
                     judge(run, state, epoch, backbone, evaluators, cfg.lr)
         scores = judge(run, state, state.step // plan.steps_per_epoch, backbone, evaluators, cfg.lr)
@@ -107,19 +120,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             weight, bias = probes.folded(cfg.lr.index(results["lr"]))
             backbone.head.load_state_dict({"weight": weight, "bias": bias})
             save_weights(weights_path(run.output_dir), backbone, facts)
-        return run.finish({"protocol": "linear classification", **origin, "num_train": len(source), **results})
+        return run.finish(
+            {"protocol": "linear classification", **origin, "num_train": len(source), **results}
+        )
 
 
-def split_training_set(source: LabelledSource, cfg: LinclsConfig) -> tuple[LabelledSource, LabelledSource | None]:
-    """What probes train on, and what chooses among them: of several a stratified tenth, held out by seed."""
+def split_training_set(
+    source: LabelledSource, cfg: LinclsConfig
+) -> tuple[LabelledSource, LabelledSource | None]:
+    """What probes train on, and what chooses among them: of several a stratified tenth, held out by
+    seed."""
     if len(cfg.lr) == 1:
         return source, None
     held_out = stratified_choice(source.labels, max(1, round(HELD_OUT * len(source))), cfg.seed)
     return Subset(source, np.setdiff1d(np.arange(len(source)), held_out)), Subset(source, held_out)
 
 
-def describe(scores: dict[str, list[Scores]], lrs: tuple[float, ...], class_names: list[str] | None) -> dict[str, Any]:
-    """The chosen probe's results on the validation set, and the accuracies of all as a curve over the rates."""
+def describe(
+    scores: dict[str, list[Scores]], lrs: tuple[float, ...], class_names: list[str] | None
+) -> dict[str, Any]:
+    """The chosen probe's results on the validation set, and the accuracies of all as a curve over
+    the rates."""
     chosen = choose_probe(scores.get("held_out", scores["val"]))
     curve = [
         {"lr": lr, **{f"{split}_acc1": of_split[probe].acc1 for split, of_split in scores.items()}}
@@ -131,10 +152,15 @@ def describe(scores: dict[str, list[Scores]], lrs: tuple[float, ...], class_name
 
 
 def judge(
-    run: Run, state: TrainState, epoch: int, backbone: VisionTransformer, evaluators: dict[str, Evaluator],
+    run: Run,
+    state: TrainState,
+    epoch: int,
+    backbone: VisionTransformer,
+    evaluators: dict[str, Evaluator],
     lrs: tuple[float, ...],
-) -> dict[str, list[Scores]]:  # fmt: skip
-    """Evaluates every probe on every split after `epoch` epochs; logs the accuracies of the one it would choose."""
+) -> dict[str, list[Scores]]:
+    """Evaluates every probe on every split after `epoch` epochs; logs the accuracies of the one it
+    would choose."""
     state.model.eval()
     scores = {
         split: evaluator(lambda images: state.model(backbone.forward_features(images)), len(lrs))
@@ -144,7 +170,9 @@ def judge(
     chosen = choose_probe(scores.get("held_out", scores["val"]))
     facts = {"step": state.step, "epoch": float(epoch), "val_loss": scores["val"][chosen].loss}
     facts |= {f"{split}_acc1": of_split[chosen].acc1 for split, of_split in scores.items()}
-    accuracies = "  ".join(f"{split} top-1 {of_split[chosen].acc1:.2f} %" for split, of_split in scores.items())
+    accuracies = "  ".join(
+        f"{split} top-1 {of_split[chosen].acc1:.2f} %" for split, of_split in scores.items()
+    )
     run.record(facts, f"epoch {epoch} lr {lrs[chosen]:g}  {accuracies}", to_terminal=True)
     return scores
 

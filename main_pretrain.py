@@ -2,7 +2,8 @@
 
     sh run_pretrain.sh --config cfgs/pretrain/Vit-S_100E_GAP.yaml --data_path /path/to/train/data
 
-One process needs no launcher: python main_pretrain.py --config ... The same command resumes where it stopped.
+One process needs no launcher: python main_pretrain.py --config ... The same command resumes where
+it stopped.
 """
 
 import logging
@@ -14,34 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.datasets import build_pretrain_source
-from data.loaders import PretrainBatch, PretrainDataset
+from data.loader import PretrainBatch, PretrainDataset
+from data.sources import build_pretrain_source
 from data.transforms import PixelNormalizer, pretrain_transform
-from engine.bad_samples import BadSamples
-from engine.batches import train_batches
-from engine.checkpoint import load_newest_checkpoint, save_weights, weights_path
 from engine.loop import log_start, prepare_model, train
-from engine.monitor import Monitor
 from engine.optim import build_adamw, optimizer_step, param_groups
-from engine.resume import plan_resumable, run_facts
-from engine.run import Run, open_run
-from engine.saving import Saver
-from engine.sharding import whole_model
-from engine.state import TrainState
+from engine.parallel import whole_model
+from engine.pictures.monitor import Monitor
+from engine.run.bad_samples import BadSamples
+from engine.run.batches import train_batches
+from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
+from engine.run.folder import Run, open_run
+from engine.run.resume import plan_resumable, run_facts
+from engine.run.saving import Saver
+from engine.run.state import TrainState
 from models.build import build_mae, mae_config_problems, model_kwargs
 from models.mae import MaskedAutoencoder
-from util.config import load_config
 from util.dist import autocast_dtype, broadcast, first_process_first
 from util.errors import run_cli
-from util.schema_eval import STAGE_CONFIGS
-from util.schema_pretrain import PretrainConfig
+from util.settings.evaluation import STAGE_CONFIGS
+from util.settings.pretrain import PretrainConfig
+from util.settings.read import load_config
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Pretrains, or goes on with a run; returns `step`, `loss` (mean of the last epoch) and `epoch_losses`."""
-    cfg = load_config(PretrainConfig, "pretrain", argv, checks=[mae_config_problems], siblings=STAGE_CONFIGS)
+    """Pretrains, or goes on with a run; returns `step`, `loss` (mean of the last epoch) and
+    `epoch_losses`."""
+    cfg = load_config(
+        PretrainConfig, "pretrain", argv, checks=[mae_config_problems], siblings=STAGE_CONFIGS
+    )
     with open_run(cfg) as run:
         with first_process_first(run.processes) if cfg.download else nullcontext():
             source = build_pretrain_source(cfg.dataset, cfg.data_path, cfg.in_chans, cfg.download)
@@ -52,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         torch.manual_seed(cfg.seed)
         model = prepare_model(build_mae(cfg), cfg, run)
         optimizer = build_adamw(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
-        state = TrainState.begin(model, optimizer, run.device, autocast_dtype(cfg.precision, run.device))
+        state = TrainState.begin(
+            model, optimizer, run.device, autocast_dtype(cfg.precision, run.device)
+        )
         if state.resume(saved, run, plan.stop_step) and weights_path(run.output_dir).exists():
             return finish(run, state, facts)
         del saved  # as large as the state itself
@@ -74,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             images = normalize(batch.images)  # (B, C, H, W) float
             return model(images, batch.ids_shuffle.to(run.device, non_blocking=True)), {}
 
-        bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main)
+        bad_samples = BadSamples(
+            run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main
+        )
         step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
         monitor = Monitor.begin(cfg, run, plan, model, source)
         if state.step == 0:
@@ -88,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def finish(
     run: Run, state: TrainState, facts: dict[str, Any], figures: dict[str, float] | None = None
 ) -> dict[str, Any]:
-    """Writes the weights for others to use unless they are there, and returns what `main` returns."""
+    """Writes the weights for others to use unless they are there, and returns what `main`
+    returns."""
     if broadcast(not weights_path(run.output_dir).exists()):
         build = partial(MaskedAutoencoder, **facts["model_args"])
         model = whole_model(state.model, build, torch.device("cpu"), keep=run.processes.is_main)
@@ -96,7 +105,11 @@ def finish(
             logger.info("wrote %s", save_weights(weights_path(run.output_dir), model, facts))
     last = {"loss": state.epoch_losses[-1], **(figures or {})}
     run.record_settings({f"final/{name}": value for name, value in last.items()})
-    return {"step": state.step, "loss": state.epoch_losses[-1], "epoch_losses": list(state.epoch_losses)}
+    return {
+        "step": state.step,
+        "loss": state.epoch_losses[-1],
+        "epoch_losses": list(state.epoch_losses),
+    }
 
 
 if __name__ == "__main__":

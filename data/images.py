@@ -1,8 +1,8 @@
 """Decodes one image file to uint8, whatever its kind. The content decides, never the file's ending.
 
-torchcodec decodes JPEG, PNG and still WebP; Pillow reads every header (which bounds the size before anything is
-decoded) and decodes the rest. Transparency is dropped, EXIF orientation applied, 16 bits keep their upper 8, and an
-animation gives its first frame.
+torchcodec decodes JPEG, PNG and still WebP; Pillow reads every header (which bounds the size before
+anything is decoded) and decodes the rest. Transparency is dropped, EXIF orientation applied, 16
+bits keep their upper 8, and an animation gives its first frame.
 """
 
 import re
@@ -19,14 +19,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchcodec.decoders import decode_image as torchcodec_decode
 
-# Refused by the header, before anything is decoded. Pillow has the same limit but only warns up to twice of it; an
-# animated WebP was seen to take 25 bytes per pixel in decoding.
+# Refused by the header, before anything is decoded. Pillow has the same limit but only warns up to
+# twice of it; an animated WebP was seen to take 25 bytes per pixel in decoding.
 MAX_PIXELS = 89_478_485
 # An allow-list, as some of Pillow's other formats start programs (PostScript).
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 TORCHCODEC_FORMATS = ("JPEG", "PNG", "WEBP")
-# What the decoders raise on broken files, as seen in tests: Pillow's plugins use SyntaxError and struct.error too.
-DECODING_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, struct.error, zlib.error)
+# What the decoders raise on broken files, as seen in tests: Pillow's plugins use SyntaxError and
+# struct.error too.
+DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 
 
 class BadImageError(ValueError):
@@ -41,13 +50,16 @@ def decode_image(encoded: bytes, in_chans: int) -> Tensor:
     with open_image(BytesIO(encoded)) as image:
         if uses_torchcodec(image):
             decoded = torchcodec_decode(encoded, mode="RGB" if in_chans == 3 else "GRAY")
-            return decoded[0] if decoded.ndim == 4 else decoded  # (C, H, W); WebP comes as a stack of frames
+            return (
+                decoded[0] if decoded.ndim == 4 else decoded
+            )  # (C, H, W); WebP comes as a stack of frames
         return _decode_with_pillow(image, in_chans)
 
 
 @contextmanager
 def open_image(file: BinaryIO) -> Iterator[Image.Image]:
-    """The image with its header read and nothing decoded yet; what decoders raise in the body is a BadImageError too.
+    """The image with its header read and nothing decoded yet; what decoders raise in the body is a
+    BadImageError too.
 
     Raises: BadImageError for a file that its header alone refuses.
     """
@@ -65,12 +77,18 @@ def open_image(file: BinaryIO) -> Iterator[Image.Image]:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(f"cannot identify image file: it is no readable {', '.join(PILLOW_FORMATS)}") from error
+        raise BadImageError(
+            f"cannot identify image file: it is no readable {', '.join(PILLOW_FORMATS)}"
+        ) from error
     except Image.DecompressionBombError as error:
         raise BadImageError(f"declares too many pixels: {error}") from error
     except DECODING_ERRORS as error:
         # torchcodec's texts begin with a place in its C++ source
-        text = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        text = re.sub(
+            r"^.*\.cpp:\d+, ",
+            "",
+            str(error).splitlines()[0] if str(error) else type(error).__name__,
+        )
         raise BadImageError(f"cannot be decoded: {text}") from error
 
 
@@ -80,7 +98,9 @@ def uses_torchcodec(image: Image.Image) -> bool:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")  # widened by Pillow
+    return image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format == "PPM"
+    )  # widened by Pillow
 
 
 def _decode_with_pillow(image: Image.Image, in_chans: int) -> Tensor:

@@ -1,17 +1,23 @@
-"""The images under a folder, by name. What a large listing found is kept and used at the next start.
+"""The images under a folder, by name. What a large listing found is kept and used at the next
+start.
 
-Listing a million files takes minutes on a network disk. A folder's times change when an entry is added, removed or
-renamed, so one look at each folder (1,000 for ImageNet) tells whether a kept list is what listing anew would find:
+Listing a million files takes minutes on a network disk. A folder's times change when an entry is
+added, removed or renamed, so one look at each folder (1,000 for ImageNet) tells whether a kept list
+is what listing anew would find:
 
-- Kept is, for every folder that was entered, also through links, its inode, mtime and ctime from before its entries
-  were read. ctime, as mtime can be set back (rsync, tar). Not the device, whose number changes with a restart.
-- A link to no folder is looked at, too, as a folder may appear at its end, which changes no folder on the way.
-- Folders that changed within the last minute are not trusted: a second change could carry the same time. So neither
-  are file systems that are not known to keep these times, such as those of object stores.
+- Kept is, for every folder that was entered, also through links, its inode, mtime and ctime from
+  before its entries were read. ctime, as mtime can be set back (rsync, tar). Not the device, whose
+  number changes with a restart.
+- A link to no folder is looked at, too, as a folder may appear at its end, which changes no folder
+  on the way.
+- Folders that changed within the last minute are not trusted: a second change could carry the same
+  time. So neither are file systems that are not known to keep these times, such as those of object
+  stores.
 
-It lies in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`), as it belongs to the images, not to a run: all
-stages and tools share it, and the images' own folder may be read-only. It holds a sha256 of itself; what is damaged,
-outdated or cannot be written is no error, the images are then listed anew.
+It lies in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`), as it belongs to the
+images, not to a run: all stages and tools share it, and the images' own folder may be read-only. It
+holds a sha256 of itself; what is damaged, outdated or cannot be written is no error, the images are
+then listed anew.
 """
 
 import hashlib
@@ -28,20 +34,53 @@ from typing import Any, NamedTuple
 from util.errors import InputError
 from util.files import TEMPORARY, write_temporary
 
-# What counts as an image when a folder is listed; what it really holds is found out when it is decoded.
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-VERSION = 1  # of the kept file; another one, too, when other names are to be found in the same folders
+# What counts as an image when a folder is listed; what it really holds is found out when it is
+# decoded.
+IMAGE_ENDINGS = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
+VERSION = (
+    1  # of the kept file; another one, too, when other names are to be found in the same folders
+)
 KEPT_FROM = 100_000  # images; fewer are listed in seconds
 KEPT_SHARE = 10  # images per look; with fewer, looking costs as much as listing
 RECENT_S = 60  # far more than any clock's grain, as a file server's clock may differ from ours
-KEEP_TIMES = frozenset({"ext2", "ext3", "ext4", "xfs", "f2fs", "zfs", "tmpfs", "overlay",
-                        "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs"})  # fmt: skip
+KEEP_TIMES = frozenset(
+    {
+        "ext2",
+        "ext3",
+        "ext4",
+        "xfs",
+        "f2fs",
+        "zfs",
+        "tmpfs",
+        "overlay",
+        "nfs",
+        "nfs4",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "ceph",
+        "wekafs",
+    }
+)
 LEFTOVER_S = 3600  # after which a half-written file's process is surely gone
 logger = logging.getLogger(__name__)
 
 
 class Folder(NamedTuple):
-    """A folder by its path below the root, its state when it was entered, and the images in it by name."""
+    """A folder by its path below the root, its state when it was entered, and the images in it by
+    name."""
 
     path: str
     state: list[int]
@@ -49,7 +88,8 @@ class Folder(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """All folders in the order in which they were entered, and the links that lead to none, by path below the root."""
+    """All folders in the order in which they were entered, and the links that lead to none, by path
+    below the root."""
 
     folders: list[Folder]
     links: list[str]
@@ -60,7 +100,8 @@ class Listing(NamedTuple):
 
 
 def image_names(root: Path) -> list[str]:
-    """Paths of the images below `root`, sorted: hidden files and folders left out, links followed, cycles cut.
+    """Paths of the images below `root`, sorted: hidden files and folders left out, links followed,
+    cycles cut.
 
     Raises: InputError where a folder cannot be listed.
     """
@@ -70,8 +111,11 @@ def image_names(root: Path) -> list[str]:
         names = kept.names()
         logger.info(
             "%s: %d images as listed in %s, as nothing changed in its %d folders",
-            root, len(names), place, len(kept.folders),
-        )  # fmt: skip
+            root,
+            len(names),
+            place,
+            len(kept.folders),
+        )
         return names
     started = time.time()
     listing, devices = _walk(root)
@@ -91,7 +135,9 @@ def _walk(root: Path) -> tuple[Listing, set[int]]:
         images: list[str] = []
         subfolders = []
         try:
-            status = (root / path).stat()  # before its entries are read: what changes meanwhile changes the state
+            status = (
+                root / path
+            ).stat()  # before its entries are read: what changes meanwhile changes the state
             if (status.st_dev, status.st_ino) not in seen:
                 seen.add((status.st_dev, status.st_ino))
                 with os.scandir(root / path) as entries:
@@ -128,11 +174,19 @@ def _state(status: os.stat_result) -> list[int]:
 
 
 def _place(root: Path) -> Path | None:
-    """The file that keeps the list of a folder, whether or not it is there; None where there is no cache folder."""
+    """The file that keeps the list of a folder, whether or not it is there; None where there is no
+    cache folder."""
     try:
         given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        cache = given if given.is_absolute() else Path.home() / ".cache"  # the XDG rules pass over relative paths
-        return cache / "mae" / "listings" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.list"
+        cache = (
+            given if given.is_absolute() else Path.home() / ".cache"
+        )  # the XDG rules pass over relative paths
+        return (
+            cache
+            / "mae"
+            / "listings"
+            / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]}.list"
+        )
     except (OSError, RuntimeError):  # no home folder
         return None
 
@@ -166,7 +220,9 @@ def _is_current(root: Path, listing: Listing) -> bool:
         if status is None or _state(status) != folder.state:
             return False
         devices.add(status.st_dev)
-    return _keep_times(devices) and all(_folder_status(root / link) is None for link in listing.links)
+    return _keep_times(devices) and all(
+        _folder_status(root / link) is None for link in listing.links
+    )
 
 
 def _folder_status(path: Path) -> os.stat_result | None:
@@ -179,7 +235,8 @@ def _folder_status(path: Path) -> os.stat_result | None:
 
 
 def _keep_times(devices: set[int]) -> bool:
-    """Whether these devices are known to give a folder another time with each change. Only Linux tells what they are.
+    """Whether these devices are known to give a folder another time with each change. Only Linux
+    tells what they are.
 
     On Btrfs a folder's device is not the one that is mounted, so it counts as not known.
     """
@@ -194,21 +251,31 @@ def _keep_times(devices: set[int]) -> bool:
     return all(kinds.get(device) in KEEP_TIMES for device in devices)
 
 
-def _keep(place: Path, root: Path, listing: Listing, devices: set[int], num_images: int, started: float) -> None:
-    """Keeps a list, found from the time `started` on, where that pays and is safe; says why where it cannot be."""
+def _keep(
+    place: Path, root: Path, listing: Listing, devices: set[int], num_images: int, started: float
+) -> None:
+    """Keeps a list, found from the time `started` on, where that pays and is safe; says why where
+    it cannot be."""
     looks = len(listing.folders) + len(listing.links)
     if num_images < KEPT_FROM or looks * KEPT_SHARE > num_images:
         return
     latest = max(max(folder.state[1:]) for folder in listing.folders)
     if latest > (started - RECENT_S) * 1e9:
-        logger.info("the list of %s is not kept: a folder was changed less than %g s ago", root, RECENT_S)
+        logger.info(
+            "the list of %s is not kept: a folder was changed less than %g s ago", root, RECENT_S
+        )
         return
     if not _keep_times(devices):
-        logger.info("the list of %s is not kept: its file system is not known to keep folders' times", root)
+        logger.info(
+            "the list of %s is not kept: its file system is not known to keep folders' times", root
+        )
         return
-    text = json.dumps({"header": _header(root), "folders": listing.folders, "links": listing.links}).encode()
+    text = json.dumps(
+        {"header": _header(root), "folders": listing.folders, "links": listing.links}
+    ).encode()
     content = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
-    # Every process of a job may write at the same time: each under a name of its own, and the last one stays.
+    # Every process of a job may write at the same time: each under a name of its own, and the last
+    # one stays.
     own = place.with_name(f"{place.name}.{secrets.token_hex(8)}")
     try:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

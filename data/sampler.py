@@ -1,14 +1,16 @@
-"""Which image goes where: a pure function of (seed, epoch, position), whatever the number of processes or workers.
+"""Which image goes where: a pure function of (seed, epoch, position), whatever the number of
+processes or workers.
 
-An epoch is a permutation of the data set, by blocks where the images lie in large files; `position` counts through it.
-Optimiser step s of an epoch takes positions [s * total, (s + 1) * total); micro-batches and processes share them out.
-What is left at the end of an epoch is not decoded and differs each time. One integer, the step, is enough to continue
-anywhere.
+An epoch is a permutation of the data set, by blocks where the images lie in large files; `position`
+counts through it. Optimiser step s of an epoch takes positions [s * total, (s + 1) * total);
+micro-batches and processes share them out. What is left at the end of an epoch is not decoded and
+differs each time. One integer, the step, is enough to continue anywhere.
 
-With `aug_repeats` M (repeated augmentation, arXiv 1901.09335) each M positions that follow one another show one image,
-cropped, flipped and masked M times. Epochs are counted in samples, that is in crops: an epoch has as many steps as
-without and decodes one M-th of the images, and one permutation lasts for M epochs. So over the same number of epochs
-an image is seen as often, and decoded one M-th as often.
+With `aug_repeats` M (repeated augmentation, arXiv 1901.09335) each M positions that follow one
+another show one image, cropped, flipped and masked M times. Epochs are counted in samples, that is
+in crops: an epoch has as many steps as without and decodes one M-th of the images, and one
+permutation lasts for M epochs. So over the same number of epochs an image is seen as often, and
+decoded one M-th as often.
 """
 
 from collections.abc import Iterator
@@ -18,13 +20,14 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-# Separate random streams, so that adding one never shifts another.
-ORDER, CROP, MASK, REPLACEMENT, SUBSET, BATCH, HEAD, MONITOR, PACK = range(9)
+from util.rng import ORDER, generator
+
 GROUP = 64  # blocks that are mixed with one another, where a data set is read by blocks
 
 
 class SampleKey(NamedTuple):
-    """One sample of a run: the image's index in the data set, and the coordinates that seed its crop and mask."""
+    """One sample of a run: the image's index in the data set, and the coordinates that seed its
+    crop and mask."""
 
     image: int
     epoch: int
@@ -32,24 +35,13 @@ class SampleKey(NamedTuple):
     step: int
 
 
-def derive_seed(*coordinates: int) -> int:
-    """A 63-bit seed from coordinates in [0, 2^64) (run seed, stream, ...), another one for each different tuple."""
-    # SeedSequence takes trailing zeros and split words for the same entropy: fixed words and the length tell them apart
-    words = np.array([len(coordinates), *coordinates], dtype=np.uint64).view(np.uint32)
-    high, low = np.random.SeedSequence(words).generate_state(2).tolist()
-    return (high << 32 | low) >> 1
-
-
-def generator(*coordinates: int) -> torch.Generator:
-    """A torch generator seeded by `derive_seed`."""
-    return torch.Generator().manual_seed(derive_seed(*coordinates))
-
-
 def epoch_order(num_images: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of an epoch (of several, with `aug_repeats`), `(num_images,)` int64: a function of the arguments.
+    """The images of an epoch (of several, with `aug_repeats`), `(num_images,)` int64: a function of
+    the arguments.
 
-    With `block_size` 1 any permutation may come. Else blocks of so many neighbours are put into a random order, and
-    images are mixed within each 64 blocks that follow one another in it: what is read at a time lies in 64 places.
+    With `block_size` 1 any permutation may come. Else blocks of so many neighbours are put into a
+    random order, and images are mixed within each 64 blocks that follow one another in it: what is
+    read at a time lies in 64 places.
     """
     stream = generator(seed, ORDER, epoch)
     if block_size == 1:
@@ -74,7 +66,8 @@ class StepSampler(Sampler[list[SampleKey]]):
         seed: of the run.
         start_step, stop_step: optimiser steps of the whole run, counted from 0.
         block_size: see `epoch_order`.
-        aug_repeats: samples of an image, which follow one another; divides `batch_size`, so that they share a batch.
+        aug_repeats: samples of an image, which follow one another; divides `batch_size`, so that
+            they share a batch.
     """
 
     def __init__(
@@ -103,7 +96,9 @@ class StepSampler(Sampler[list[SampleKey]]):
         self.total_batch = batch_size * accum_iter * world_size
         self.steps_per_epoch = num_images // self.total_batch
         assert self.steps_per_epoch > 0, "the entry script checks that an epoch has a step"
-        assert batch_size % aug_repeats == 0, "the config checks that the samples of an image are in one batch"
+        assert batch_size % aug_repeats == 0, (
+            "the config checks that the samples of an image are in one batch"
+        )
 
     def __len__(self) -> int:
         return (self.stop_step - self.start_step) * self.accum_iter
@@ -121,6 +116,8 @@ class StepSampler(Sampler[list[SampleKey]]):
                 share = micro * self.world_size + self.rank
                 first = step_in_epoch * self.total_batch + share * self.batch_size
                 yield [
-                    SampleKey(int(order[start + position // self.aug_repeats]), epoch, position, step)
+                    SampleKey(
+                        int(order[start + position // self.aug_repeats]), epoch, position, step
+                    )
                     for position in range(first, first + self.batch_size)
                 ]

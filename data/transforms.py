@@ -1,7 +1,8 @@
 """Augmentation on uint8 tensors in the loader process, normalisation on the device.
 
-Random decisions come from global generators, which are seeded per sample and put back afterwards (`util/rng.py`), so
-the transforms of torchvision and timm are pure functions of the sample and leave the training's random state alone.
+Random decisions come from global generators, which are seeded per sample and put back afterwards
+(`util/rng.py`), so the transforms of torchvision and timm are pure functions of the sample and
+leave the training's random state alone.
 """
 
 import math
@@ -15,15 +16,17 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-LONGEST_ASPECT = 4  # of an image that is resized as a whole for evaluation; more is cut off, as no centre crop sees it
+# of an image that is resized as a whole for evaluation; more is cut off, as no centre crop sees it
+LONGEST_ASPECT = 4
 
 
 @dataclass(frozen=True)
 class CropAndFlip:
-    """A random resized crop, flipped horizontally with probability `hflip`; uint8 `(C, h, w)` to uint8 `(C, H, W)`.
+    """A random resized crop, flipped horizontally with probability `hflip`; uint8 `(C, h, w)` to
+    uint8 `(C, H, W)`.
 
-    The draws and pixels are those of torchvision's transforms one after the other, in two thirds of the time. The
-    result has channels-last memory.
+    The draws and pixels are those of torchvision's transforms one after the other, in two thirds of
+    the time. The result has channels-last memory.
     """
 
     crop: v2.RandomResizedCrop
@@ -31,8 +34,11 @@ class CropAndFlip:
 
     def __call__(self, image: Tensor) -> Tensor:
         box = self.crop.make_params([image])
-        part = image[:, box["top"] : box["top"] + box["height"], box["left"] : box["left"] + box["width"]]
-        # a resize is fastest from and to channels-last memory, which a part of an image only is after a copy
+        part = image[
+            :, box["top"] : box["top"] + box["height"], box["left"] : box["left"] + box["width"]
+        ]
+        # a resize is fastest from and to channels-last memory, which a part of an image only is
+        # after a copy
         part = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         size, interpolation = list(self.crop.size), self.crop.interpolation
         resized = F.resize(part, size, interpolation=interpolation, antialias=True)  # (C, H, W)
@@ -42,7 +48,8 @@ class CropAndFlip:
 def pretrain_transform(
     img_size: int | tuple[int, int], crop_min: float, interpolation: str, hflip: float
 ) -> CropAndFlip:
-    """Random resized crop of area share [crop_min, 1] and aspect 3/4 to 4/3, then a horizontal flip; uint8 in and out.
+    """Random resized crop of area share [crop_min, 1] and aspect 3/4 to 4/3, then a horizontal
+    flip; uint8 in and out.
 
     Source: paper, appendix A.1 ("random-sized cropping only"); crop_min 0.2 as in the public code.
     """
@@ -53,9 +60,11 @@ def pretrain_transform(
 
 
 def finetune_transform(cfg: Any) -> Callable[[Tensor], Tensor]:
-    """The augmentation of a `FinetuneConfig`, uint8 `(C, H, W)` in and out; erasing comes later, on the device.
+    """The augmentation of a `FinetuneConfig`, uint8 `(C, H, W)` in and out; erasing comes later, on
+    the device.
 
-    Without RandAugment and colour jitter it is `pretrain_transform`. Source: paper, table 9; timm's RandAugment.
+    Without RandAugment and colour jitter it is `pretrain_transform`. Source: paper, table 9; timm's
+    RandAugment.
     """
     if cfg.auto_augment is None and not cfg.color_jitter:
         return pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
@@ -75,14 +84,16 @@ def finetune_transform(cfg: Any) -> Callable[[Tensor], Tensor]:
 
 
 class EvalTransform:
-    """Resizes the whole image and cuts its centre, deterministically; uint8 `(C, h, w)` -> `(C, H, W)`.
+    """Resizes the whole image and cuts its centre, deterministically; uint8 `(C, h, w)` -> `(C, H,
+    W)`.
 
     Args:
         img_size: of the result, an int or (H, W).
-        crop_pct: the image is resized to cover img_size / crop_pct; None is 224/256, and 1 where no side is longer
-            than 32 pixels.
+        crop_pct: the image is resized to cover img_size / crop_pct; None is 224/256, and 1 where no
+            side is longer than 32 pixels.
 
-    Bicubic and antialiased. Source: crop_pct 224/256 as in the public code (which takes 1 above 224 pixels).
+    Bicubic and antialiased. Source: crop_pct 224/256 as in the public code (which takes 1 above 224
+    pixels).
     """
 
     def __init__(self, img_size: int | tuple[int, int], crop_pct: float | None):
@@ -96,13 +107,18 @@ class EvalTransform:
         if cut != image.shape[-2:]:
             image = F.center_crop(image, list(cut))
         if resized != cut:
-            image = F.resize(image, list(resized), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+            image = F.resize(
+                image, list(resized), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+            )
         return F.center_crop(image, list(self.size))  # (C, H, W)
 
     def seen(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """The part of a (height, width) image that the result shows: top, left, bottom and right in its pixels."""
+        """The part of a (height, width) image that the result shows: top, left, bottom and right in
+        its pixels."""
         edges = []
-        for side, cut, resized, size in zip((height, width), *self._sizes(height, width), self.size, strict=True):
+        for side, cut, resized, size in zip(
+            (height, width), *self._sizes(height, width), self.size, strict=True
+        ):
             start = _crop_start(side, cut) + _crop_start(resized, size) * cut / resized
             edges.append((start, start + size * cut / resized))
         (top, bottom), (left, right) = edges
@@ -113,13 +129,16 @@ class EvalTransform:
         longest = LONGEST_ASPECT * max(self.cover) / min(self.cover) * min(height, width)
         if max(height, width) > longest:  # else resizing a 1 x 5000 image would take a gigabyte
             height, width = min(height, math.ceil(longest)), min(width, math.ceil(longest))
-        if self.cover[0] * width >= self.cover[1] * height:  # the height decides; the other side is rounded down
+        if (
+            self.cover[0] * width >= self.cover[1] * height
+        ):  # the height decides; the other side is rounded down
             return (height, width), (self.cover[0], self.cover[0] * width // height)
         return (height, width), (self.cover[1] * height // width, self.cover[1])
 
 
 class PixelNormalizer:
-    """uint8 images `(B, C, H, W)` to float32 with each channel's mean subtracted and divided by its std, on `device`.
+    """uint8 images `(B, C, H, W)` to float32 with each channel's mean subtracted and divided by its
+    std, on `device`.
 
     Args:
         mean, std: one value per channel, for pixels in [0, 1].
@@ -133,10 +152,13 @@ class PixelNormalizer:
         self.shift = -mean_255 / std_255
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images.to(self.device, non_blocking=True).float() * self.scale + self.shift  # (B, C, H, W)
+        return (
+            images.to(self.device, non_blocking=True).float() * self.scale + self.shift
+        )  # (B, C, H, W)
 
     def to_unit(self, images: Tensor) -> Tensor:
-        """The way back: float images `(B, C, H, W)` as pixels in [0, 1]; what lies outside is cut off."""
+        """The way back: float images `(B, C, H, W)` as pixels in [0, 1]; what lies outside is cut
+        off."""
         return ((images - self.shift) / self.scale / 255).clamp(0, 1)
 
 

@@ -1,6 +1,8 @@
-"""The training loop: one flat pass over the optimiser steps that are left, the same for every number of processes.
+"""The training loop: one flat pass over the optimiser steps that are left, the same for every
+number of processes.
 
-It yields at the end of each epoch, so that an entry script can evaluate between two epochs without being called back.
+It yields at the end of each epoch, so that an entry script can evaluate between two epochs without
+being called back.
 """
 
 import logging
@@ -16,30 +18,38 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.sampler import SampleKey
-from engine.bad_samples import BadSamples
-from engine.bad_steps import BadSteps
 from engine.ema import update_ema
+from engine.meters import Stopwatch
 from engine.optim import StepFn, set_lr
+from engine.parallel import asks_for_shards, blocks_of, is_sharded, to_device
 from engine.prefetch import on_device
-from engine.run import Run, duration
-from engine.saving import Saver
+from engine.run.bad_samples import BadSamples
+from engine.run.bad_steps import BadSteps
+from engine.run.folder import Run, duration
+from engine.run.saving import Saver
+from engine.run.stall import StallMeter
+from engine.run.state import TrainState
 from engine.schedule import Plan
-from engine.sharding import asks_for_shards, blocks_of, is_sharded, to_device
-from engine.stall import StallMeter
-from engine.state import TrainState
 from util.dist import autocast_dtype
 from util.errors import InputError
-from util.metrics import Stopwatch
 
 logger = logging.getLogger(__name__)
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 def train(
-    run: Run, cfg: Any, plan: Plan, state: TrainState, batches: Iterable[Any], loss_fn: LossFn,
-    step_fn: StepFn, saver: Saver, bad_samples: BadSamples,
-) -> Iterator[int]:  # fmt: skip
-    """Trains from `state.step` to `plan.stop_step`; yields the number of finished epochs after each.
+    run: Run,
+    cfg: Any,
+    plan: Plan,
+    state: TrainState,
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    step_fn: StepFn,
+    saver: Saver,
+    bad_samples: BadSamples,
+) -> Iterator[int]:
+    """Trains from `state.step` to `plan.stop_step`; yields the number of finished epochs after
+    each.
 
     Args:
         batches: this process's micro-batches from `state.step` on, `plan.accum_iter` per step.
@@ -50,11 +60,17 @@ def train(
     model = wrap_model(state.model, run.device, plan.accum_iter, run.processes.world_size)
     model.train()
     stopwatch, stall = Stopwatch(), StallMeter(cfg, run.processes)
-    bad_steps = BadSteps(run.output_dir / "bad_steps.jsonl", cfg.max_bad_steps, cfg.log_interval, run.processes.is_main)
+    bad_steps = BadSteps(
+        run.output_dir / "bad_steps.jsonl",
+        cfg.max_bad_steps,
+        cfg.log_interval,
+        run.processes.is_main,
+    )
     iterator = on_device(batches, run.device)
     while True:
         if state.owes_look:
-            saver.wait()  # an evaluation forks loader processes, which is not safe while another thread writes
+            # an evaluation forks loader processes, which is not safe while another thread writes
+            saver.wait()
             yield state.step // plan.steps_per_epoch
             state.owes_look = False
             if saver.due(state.step // plan.steps_per_epoch):
@@ -92,7 +108,9 @@ def train(
 
         ends_epoch = state.step % plan.steps_per_epoch == 0
         if state.step % cfg.log_interval == 0 or ends_epoch:
-            bad_steps.check(log_window(run, plan, state, stopwatch, stall, lr, bad_samples.exchange()))
+            bad_steps.check(
+                log_window(run, plan, state, stopwatch, stall, lr, bad_samples.exchange())
+            )
             if not ends_epoch and saver.due(None):
                 saver.save()
         if ends_epoch:
@@ -101,16 +119,25 @@ def train(
 
 
 def prepare_model(model: Any, cfg: Any, run: Run) -> Any:
-    """Does what `checkpointing`, `compile` and `parallel` ask for, in place, and moves the model onto its device.
+    """Does what `checkpointing`, `compile` and `parallel` ask for, in place, and moves the model
+    onto its device.
 
-    Its state stays under the same names. Raises: InputError where compiling needs a compiler that this machine has not.
+    Its state stays under the same names. Raises: InputError where compiling needs a compiler that
+    this machine has not.
     """
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
-        compilers = [os.environ.get(variable, default) for variable, default in (("CXX", "g++"), ("CC", "gcc"))]
-        if cfg.compile_backend == "inductor" and not any(map(shutil.which, [*compilers, "clang++", "clang"])):
+        compilers = [
+            os.environ.get(variable, default)
+            for variable, default in (("CXX", "g++"), ("CC", "gcc"))
+        ]
+        if cfg.compile_backend == "inductor" and not any(
+            map(shutil.which, [*compilers, "clang++", "clang"])
+        ):
             raise InputError("compile needs a C++ compiler: install g++, or leave compile out")
-        for part in blocks_of(model) if asks_for_shards(cfg, run) else [model]:  # no graph can span a gathering
+        for part in (
+            blocks_of(model) if asks_for_shards(cfg, run) else [model]
+        ):  # no graph can span a gathering
             part.compile(backend=cfg.compile_backend, fullgraph=True, dynamic=False)
     to_device(model, cfg, run)
     return model
@@ -119,8 +146,8 @@ def prepare_model(model: Any, cfg: Any, run: Run) -> Any:
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:
     """DistributedDataParallel where there are several processes, else the model itself.
 
-    Also a sharded one, which averages its gradient after each micro-batch: to keep it whole for the last, as `no_sync`
-    does, would take the memory that sharding saves.
+    Also a sharded one, which averages its gradient after each micro-batch: to keep it whole for the
+    last, as `no_sync` does, would take the memory that sharding saves.
     """
     if world_size == 1 or is_sharded(model):
         return model
@@ -139,19 +166,36 @@ def log_start(run: Run, plan: Plan, num_images: int, model: nn.Module, cfg: Any)
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(
         "%s: %d images, %.1f M parameters, %d processes on %s, %s",
-        run.output_dir, num_images, parameters / 1e6, run.processes.world_size, run.device.type, dtype or "fp32",
-    )  # fmt: skip
+        run.output_dir,
+        num_images,
+        parameters / 1e6,
+        run.processes.world_size,
+        run.device.type,
+        dtype or "fp32",
+    )
     logger.info(
         "total batch %d = %d x %d processes x %d accumulated; %d steps per epoch, %d in all; peak lr %.3g",
-        plan.total_batch, cfg.batch_size, run.processes.world_size, plan.accum_iter, plan.steps_per_epoch,
-        plan.stop_step, plan.peak_lr,
-    )  # fmt: skip
+        plan.total_batch,
+        cfg.batch_size,
+        run.processes.world_size,
+        plan.accum_iter,
+        plan.steps_per_epoch,
+        plan.stop_step,
+        plan.peak_lr,
+    )
 
 
 def log_window(
-    run: Run, plan: Plan, state: TrainState, stopwatch: Stopwatch, stall: StallMeter, lr: float, num_bad: int
+    run: Run,
+    plan: Plan,
+    state: TrainState,
+    stopwatch: Stopwatch,
+    stall: StallMeter,
+    lr: float,
+    num_bad: int,
 ) -> int:
-    """Writes the line of the steps since the last one; returns how many in a row were skipped, at most."""
+    """Writes the line of the steps since the last one; returns how many in a row were skipped, at
+    most."""
     means = state.window_meter.read()
     state.window_meter.reset()
     bad_in_a_row = int(means.pop("most_bad_in_a_row"))

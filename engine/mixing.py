@@ -1,4 +1,5 @@
-"""What fine-tuning does to a batch on the device: random erasing, mixup or cutmix, and the loss that goes with them."""
+"""What fine-tuning does to a batch on the device: random erasing, mixup or cutmix, and the loss
+that goes with them."""
 
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch.nn import functional as F
 
 
 class BatchMixer:
-    """Erasing (arXiv 1708.04896), mixup (1710.09412) and cutmix (1905.04899) by timm, as a `FinetuneConfig` asks.
+    """Erasing (arXiv 1708.04896), mixup (1710.09412) and cutmix (1905.04899) by timm, as a
+    `FinetuneConfig` asks.
 
     They draw from numpy, `random` and torch: seed all three per step (`util/rng.py`).
     """
@@ -19,16 +21,22 @@ class BatchMixer:
         self.label_smoothing = cfg.label_smoothing
         self.erase = None
         if cfg.re_prob:
-            self.erase = RandomErasing(cfg.re_prob, mode=cfg.re_mode, max_count=cfg.re_count, device=device)
+            self.erase = RandomErasing(
+                cfg.re_prob, mode=cfg.re_mode, max_count=cfg.re_count, device=device
+            )
         self.mix = None
         if cfg.mixup or cfg.cutmix:
             self.mix = Mixup(
-                cfg.mixup, cfg.cutmix, switch_prob=cfg.mixup_switch_prob, label_smoothing=cfg.label_smoothing,
+                cfg.mixup,
+                cfg.cutmix,
+                switch_prob=cfg.mixup_switch_prob,
+                label_smoothing=cfg.label_smoothing,
                 num_classes=num_classes,
-            )  # fmt: skip
+            )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images `(B, C, H, W)` and labels `(B,)`; mixing turns labels into shares `(B, num_classes)`."""
+        """Normalised images `(B, C, H, W)` and labels `(B,)`; mixing turns labels into shares `(B,
+        num_classes)`."""
         if self.erase is not None:
             images = self.erase(images)
         if self.mix is not None:
@@ -38,4 +46,6 @@ class BatchMixer:
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy with label smoothing, which mixing has put into its shares already."""
         smoothing = 0.0 if self.mix is not None else self.label_smoothing
-        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)  # autocast would leave it in half
+        return F.cross_entropy(
+            logits.float(), targets, label_smoothing=smoothing
+        )  # autocast would leave it in half

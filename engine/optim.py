@@ -1,7 +1,7 @@
 """AdamW, parameter groups and the optimiser step.
 
-Decay: weights of Linear layers and of the patch projection; nothing on biases, norms, class token, mask token and
-positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
+Decay: weights of Linear layers and of the patch projection; nothing on biases, norms, class token,
+mask token and positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,20 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from engine.sharding import whole
+from engine.parallel import whole
 
 StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
 
-def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """Groups of trainable parameters with `lr_scale`, `weight_decay` and, for reading, `names`.
 
-    lr_scale is layer_decay^(depth + 1 - i): i = 0 for patch_embed, pos_embed and cls_token, k + 1 for blocks.k, and
-    depth + 1 for norm, fc_norm, head and all else.
+    lr_scale is layer_decay^(depth + 1 - i): i = 0 for patch_embed, pos_embed and cls_token, k + 1
+    for blocks.k, and depth + 1 for norm, fc_norm, head and all else.
 
     Source: layer-wise lr decay of arXiv 2003.10555, as in MAE, appendix A.1.
     """
-    decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    decaying = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     depth = len(model.blocks)  # type: ignore[arg-type]
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -32,7 +36,12 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
             continue
         decay = weight_decay if id(parameter) in decaying else 0.0
         scale = layer_decay ** (depth + 1 - _layer_index(name, depth))
-        empty: dict[str, Any] = {"params": [], "names": [], "lr_scale": scale, "weight_decay": decay}
+        empty: dict[str, Any] = {
+            "params": [],
+            "names": [],
+            "lr_scale": scale,
+            "weight_decay": decay,
+        }
         group = groups.setdefault((scale, decay), empty)
         group["params"].append(parameter)
         group["names"].append(name)
@@ -48,7 +57,8 @@ def _layer_index(name: str, depth: int) -> int:
 
 
 def build_adamw(groups: list[dict[str, Any]], beta1: float, beta2: float) -> torch.optim.AdamW:
-    """Fused AdamW (arXiv 1711.05101), eps 1e-8; the schedule sets the learning rate before each step."""
+    """Fused AdamW (arXiv 1711.05101), eps 1e-8; the schedule sets the learning rate before each
+    step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), fused=True)
 
 
@@ -61,12 +71,15 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def optimizer_step(
     optimizer: torch.optim.Optimizer, scaler: GradScaler, clip_grad: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Clips, and steps unless the gradient is not finite; clears the gradients. Never waits for the device.
+    """Clips, and steps unless the gradient is not finite; clears the gradients. Never waits for the
+    device.
 
-    The optimiser must be a fused one. Gradients are already the mean over processes, so one process's NaN is
-    everyone's; where they are sharded, the norm is of all parts. So all decide alike.
+    The optimiser must be a fused one. Gradients are already the mean over processes, so one
+    process's NaN is everyone's; where they are sharded, the norm is of all parts. So all decide
+    alike.
 
-    Returns: the L2 norm of the gradient before clipping, and 1.0 where the step was skipped, both scalars.
+    Returns: the L2 norm of the gradient before clipping, and 1.0 where the step was skipped, both
+    scalars.
     """
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
@@ -78,7 +91,8 @@ def optimizer_step(
         scaler.step(optimizer)
         scaler.update()
     else:
-        # The contract between GradScaler and fused optimisers: with found_inf 1 neither parameters nor step count move.
+        # The contract between GradScaler and fused optimisers: with found_inf 1 neither parameters
+        # nor step count move.
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -8,12 +8,14 @@ from torch import Tensor
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The batches, named tuples, in their order; on CUDA with their tensors on the device, elsewhere as they come.
+    """The batches, named tuples, in their order; on CUDA with their tensors on the device,
+    elsewhere as they come.
 
-    A batch is taken from `batches` when it is asked for and never before, so errors, bad files and the time waited
-    for data belong to the step that they are counted in. What runs ahead is the host: it has queued a step and asks
-    for the next batch while the device computes, and the copy, from pinned memory and on a stream of its own, does
-    not queue behind that step. Not measured here.
+    A batch is taken from `batches` when it is asked for and never before, so errors, bad files and
+    the time waited for data belong to the step that they are counted in. What runs ahead is the
+    host: it has queued a step and asks for the next batch while the device computes, and the copy,
+    from pinned memory and on a stream of its own, does not queue behind that step. Not measured
+    here.
     """
     if device.type != "cuda":
         yield from batches
@@ -29,5 +31,7 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copies)
         for tensor in tensors.values():
-            tensor.record_stream(computing)  # its memory is the copying stream's: not to be reused before that step
+            tensor.record_stream(
+                computing
+            )  # its memory is the copying stream's: not to be reused before that step
         yield batch._replace(**tensors)

@@ -1,17 +1,22 @@
-"""Learning rate, steps and batches of a run: pure functions of the settings, the data set and the processes."""
+"""Learning rate, steps and batches of a run: pure functions of the settings, the data set and the
+processes."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from util.errors import InputError
-from util.schema import ScheduleConfig
+from util.settings.base import ScheduleConfig
 
 
-def warmup_cosine(step: int, total_steps: int, warmup_steps: float, peak_lr: float, min_lr: float) -> float:
-    """Absolute learning rate of optimiser step `step`, counted from 0 (which has 0 where there is a warmup).
+def warmup_cosine(
+    step: int, total_steps: int, warmup_steps: float, peak_lr: float, min_lr: float
+) -> float:
+    """Absolute learning rate of optimiser step `step`, counted from 0 (which has 0 where there is a
+    warmup).
 
-    Linear from 0 to `peak_lr` over `warmup_steps`, then half a cosine down to `min_lr`; all rates absolute.
+    Linear from 0 to `peak_lr` over `warmup_steps`, then half a cosine down to `min_lr`; all rates
+    absolute.
     Source: MAE, table 8 ("cosine decay", "warmup"); half-cycle cosine of arXiv 1608.03983.
     """
     if step < warmup_steps:
@@ -42,7 +47,8 @@ class Plan:
 
 
 def plan_run(cfg: ScheduleConfig, num_images: int, world_size: int, accum_iter: int) -> Plan:
-    """The plan of a run of `num_images` per epoch. Raises: InputError where an epoch has no whole step."""
+    """The plan of a run of `num_images` per epoch. Raises: InputError where an epoch has no whole
+    step."""
     total = cfg.batch_size * world_size * accum_iter
     if num_images < total:
         raise InputError(
@@ -64,11 +70,13 @@ def plan_run(cfg: ScheduleConfig, num_images: int, world_size: int, accum_iter: 
     )
 
 
-def choose_accum_iter(cfg: ScheduleConfig, world_size: int, saved: dict[str, Any] | None = None) -> int:
+def choose_accum_iter(
+    cfg: ScheduleConfig, world_size: int, saved: dict[str, Any] | None = None
+) -> int:
     """Micro-batches per optimiser step.
 
-    It follows from `total_batch_size` where that is set. A resumed run (`saved` is its checkpoint) keeps its total
-    batch, so that fewer or more processes go on with the same steps.
+    It follows from `total_batch_size` where that is set. A resumed run (`saved` is its checkpoint)
+    keeps its total batch, so that fewer or more processes go on with the same steps.
 
     Raises: InputError where the total does not divide, or differs from that of the run so far.
     """
@@ -81,10 +89,14 @@ def choose_accum_iter(cfg: ScheduleConfig, world_size: int, saved: dict[str, Any
     else:
         total, name = saved["total_batch"], "the run's total batch so far,"
         if cfg.total_batch_size not in (None, total):
-            raise InputError(f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}")
+            raise InputError(
+                f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}"
+            )
         derived = cfg.accum_iter in (1, saved["config"]["accum_iter"])
     if total % per_pass:
-        raise InputError(f"{name} {total} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole")
+        raise InputError(
+            f"{name} {total} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole"
+        )
     if not derived and cfg.accum_iter != total // per_pass:
         raise InputError(
             f"{asked} x accum_iter {cfg.accum_iter} is {per_pass * cfg.accum_iter} images per step and {name} {total}: "

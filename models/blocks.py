@@ -1,9 +1,12 @@
-"""Transformer blocks (arXiv 2010.11929) that encoder, decoder and classifier share, and patches as vectors.
+"""Transformer blocks (arXiv 2010.11929) that encoder, decoder and classifier share, and patches as
+vectors.
 
-Pre-norm blocks, one qkv projection with bias, exact GELU, LayerNorm eps 1e-6; equal to timm's `Block` (tested).
-Patches are embedded as vectors, not by a convolution, so that a masked autoencoder can embed only those it keeps.
+Pre-norm blocks, one qkv projection with bias, exact GELU, LayerNorm eps 1e-6; equal to timm's
+`Block` (tested). Patches are embedded as vectors, not by a convolution, so that a masked
+autoencoder can embed only those it keeps.
 
-Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width, `P` patch side, `C` channels.
+Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width, `P` patch side, `C`
+channels.
 """
 
 from typing import Any
@@ -18,28 +21,34 @@ from torch.utils.checkpoint import checkpoint
 from models.lean import gelu_linear, is_lean, linear
 
 LAYER_NORM_EPS = 1e-6
-# On CPU the fused kernel's backward is several times slower on short sequences, and its memory saving only matters
-# on long ones.
+# On CPU the fused kernel's backward is several times slower on short sequences, and its memory
+# saving only matters on long ones.
 CPU_FUSED_FROM_TOKENS = 512
-# From here on attention weights are what a block keeps most of; they are then computed again for the gradient.
+# From here on attention weights are what a block keeps most of; they are then computed again for
+# the gradient.
 WEIGHTS_AGAIN_FROM_TOKENS = 128
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cuts `(B, C, H, W)` into patches in row-major order: `(B, N, P*P*C)`, each vector in (p, p, c) order."""
+    """Cuts `(B, C, H, W)` into patches in row-major order: `(B, N, P*P*C)`, each vector in (p, p,
+    c) order."""
     height, width = patch_size
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=height, q=width)  # (B, N, P*P*C)
+    return rearrange(
+        images, "b c (h p) (w q) -> b (h w) (p q c)", p=height, q=width
+    )  # (B, N, P*P*C)
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of patch vectors; the weight keeps the convolution's shape of published checkpoints."""
+    """Linear projection of patch vectors; the weight keeps the convolution's shape of published
+    checkpoints."""
 
     def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """`(B, N, P*P*C)` in (p, p, c) order -> `(B, N, D)`, for any subset of an image's patches."""
+        """`(B, N, P*P*C)` in (p, p, c) order -> `(B, N, D)`, for any subset of an image's
+        patches."""
         weight = rearrange(self.proj.weight, "d c p q -> d (p q c)")
         return F.linear(patches, weight, self.proj.bias)  # (B, N, D)
 
@@ -53,25 +62,32 @@ class Linear(nn.Linear):
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`(B, heads, T, d)`, two of `(B, heads, S, d)` -> out `(B, heads, T, d)` and weights `(B, heads, T, S)`."""
+    """`(B, heads, T, d)`, two of `(B, heads, S, d)` -> out `(B, heads, T, d)` and weights `(B,
+    heads, T, S)`."""
     shape = (*q.shape[:-1], k.shape[2])
     # in one product with its scale: a scaled copy of q would be kept for the gradient
-    scores = torch.baddbmm(q.new_zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale)
+    scores = torch.baddbmm(
+        q.new_zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale
+    )
     attention = scores.softmax(dim=-1).view(shape)
     return attention.to(v.dtype) @ v, attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The first half of `explicit_attention`, by the path that is fastest on the device at this length."""
+    """The first half of `explicit_attention`, by the path that is fastest on the device at this
+    length."""
     if q.device.type == "cpu" and k.shape[2] < CPU_FUSED_FROM_TOKENS:
         if is_lean(q) and k.shape[2] >= WEIGHTS_AGAIN_FROM_TOKENS:
-            return checkpoint(explicit_attention, q, k, v, scale, use_reentrant=False, preserve_rng_state=False)[0]
+            return checkpoint(
+                explicit_attention, q, k, v, scale, use_reentrant=False, preserve_rng_state=False
+            )[0]
         return explicit_attention(q, k, v, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (arXiv 1706.03762, equation 1) with one projection for q, k and v."""
+    """Multi-head self-attention (arXiv 1706.03762, equation 1) with one projection for q, k and
+    v."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -81,7 +97,9 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads
+        )
         return q, k, v  # each (B, heads, T, D / heads)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,9 +126,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """`(B, T, D)` queries, `(B, S, D)` memory -> `(B, T, D)`."""
-        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads)  # (B, heads, T, D / heads)
+        q = rearrange(
+            self.q(x), "b t (h d) -> b h t d", h=self.num_heads
+        )  # (B, heads, T, D / heads)
         k, v = rearrange(self.kv(memory), "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
-        return self.proj(rearrange(attend(q, k, v, self.scale), "b h t d -> b t (h d)"))  # (B, T, D)
+        return self.proj(
+            rearrange(attend(q, k, v, self.scale), "b h t d -> b t (h d)")
+        )  # (B, T, D)
 
 
 class Mlp(nn.Module):
@@ -153,10 +175,11 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm block of a cross-attention decoder: x + cross(norm(x), memory), then x + mlp(norm(x)).
+    """Pre-norm block of a cross-attention decoder: x + cross(norm(x), memory), then x +
+    mlp(norm(x)).
 
-    The queries do not attend to one another. Source: arXiv 2401.14391, section 3.2, without its inter-block attention
-    (each block choosing among the encoder's layers).
+    The queries do not attend to one another. Source: arXiv 2401.14391, section 3.2, without its
+    inter-block attention (each block choosing among the encoder's layers).
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
@@ -173,9 +196,12 @@ class CrossBlock(nn.Module):
 
 
 def run_blocks(blocks: nn.ModuleList, x: Tensor, *memory: Tensor, checkpointing: bool) -> Tensor:
-    """`x` through all blocks; with `checkpointing` each block is computed again for its gradient instead of kept."""
+    """`x` through all blocks; with `checkpointing` each block is computed again for its gradient
+    instead of kept."""
     for block in blocks:
-        if checkpointing:  # no block draws anything here: stochastic depth belongs to the classifier
+        if (
+            checkpointing
+        ):  # no block draws anything here: stochastic depth belongs to the classifier
             x = checkpoint(block, x, *memory, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x, *memory)
@@ -183,7 +209,8 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, *memory: Tensor, checkpointing:
 
 
 def init_patch_embed(patch_embed: PatchEmbed) -> None:
-    """Xavier-uniform on the projection's `(D, C*P*P)` view, zero bias: it acts as a linear layer."""
+    """Xavier-uniform on the projection's `(D, C*P*P)` view, zero bias: it acts as a linear
+    layer."""
     weight = patch_embed.proj.weight
     fan_in = weight[0].numel()
     bound = (6 / (fan_in + weight.shape[0])) ** 0.5
@@ -193,7 +220,8 @@ def init_patch_embed(patch_embed: PatchEmbed) -> None:
 
 
 def init_for_pretraining(model: Any) -> None:
-    """The initial weights of the public MAE: Linear xavier-uniform, biases zero, tokens normal with std 0.02."""
+    """The initial weights of the public MAE: Linear xavier-uniform, biases zero, tokens normal with
+    std 0.02."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

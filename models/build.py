@@ -1,18 +1,19 @@
 """Builds models from configs: the size table, and one name for a setting from YAML to constructor.
 
-`size: small` fills the four keys of VIT_SIZES that the config leaves null; every constructor keyword that a config
-carries under the same name is passed on, so nothing is renamed on the way.
+`size: small` fills the four keys of VIT_SIZES that the config leaves null; every constructor
+keyword that a config carries under the same name is passed on, so nothing is renamed on the way.
 """
 
 import inspect
 from typing import Any
 
-from models.geometry import mae_problems, vit_problems
 from models.mae import MaskedAutoencoder
+from models.spec import mae_problems, vit_problems
 from models.vit import VisionTransformer, readout_problems
 
-# tiny and debug: DeiT (arXiv 2012.12877, table 1) and a size for tests. small: DeiT. base, large, huge: ViT
-# (arXiv 2010.11929, table 1). giant: 1664 wide, 48 deep as in arXiv 2106.04560, table 2, but with MLP ratio 4.
+# tiny and debug: DeiT (arXiv 2012.12877, table 1) and a size for tests. small: DeiT. base, large,
+# huge: ViT (arXiv 2010.11929, table 1). giant: 1664 wide, 48 deep as in arXiv 2106.04560, table 2,
+# but with MLP ratio 4.
 VIT_SIZES: dict[str, dict[str, int]] = {
     "debug": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16},
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "patch_size": 16},
@@ -25,14 +26,19 @@ VIT_SIZES: dict[str, dict[str, int]] = {
 
 
 def model_kwargs(model: type | Any, cfg: Any, **overrides: Any) -> dict[str, Any]:
-    """The keywords that `model` (a constructor or function) takes and `cfg` carries, with `size` filled in.
+    """The keywords that `model` (a constructor or function) takes and `cfg` carries, with `size`
+    filled in.
 
-    `overrides` are values that a config leaves open (null) and data or weights decide; they come before `cfg`'s.
+    `overrides` are values that a config leaves open (null) and data or weights decide; they come
+    before `cfg`'s.
     """
     row = VIT_SIZES[cfg.size]
     names = inspect.signature(model).parameters
     values = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)} | overrides
-    return {name: row[name] if value is None and name in row else value for name, value in values.items()}
+    return {
+        name: row[name] if value is None and name in row else value
+        for name, value in values.items()
+    }
 
 
 def build_mae(cfg: Any, **overrides: Any) -> MaskedAutoencoder:
@@ -41,7 +47,8 @@ def build_mae(cfg: Any, **overrides: Any) -> MaskedAutoencoder:
 
 
 def build_classifier(cfg: Any, **overrides: Any) -> VisionTransformer:
-    """The classifier of a config that carries `VisionTransformer`'s keywords. Raises: InputError."""
+    """The classifier of a config that carries `VisionTransformer`'s keywords. Raises:
+    InputError."""
     return VisionTransformer(**model_kwargs(VisionTransformer, cfg, **overrides))
 
 
@@ -52,4 +59,6 @@ def mae_config_problems(cfg: Any, **overrides: Any) -> list[str]:
 
 def classifier_config_problems(cfg: Any) -> list[str]:
     """What is wrong with the geometry and the readout in a classifier's config, one line each."""
-    return vit_problems(**model_kwargs(vit_problems, cfg)) + readout_problems(cfg.global_pool, cfg.class_token)
+    return vit_problems(**model_kwargs(vit_problems, cfg)) + readout_problems(
+        cfg.global_pool, cfg.class_token
+    )

@@ -1,8 +1,9 @@
 """Linear layers for bf16 on the CPU that keep less for the gradient than autograd would.
 
-Autocast keeps a bf16 copy of each weight until the backward pass, a third of a step's memory at small batches, and
-autograd the result of GELU beside its input. Here the weight is cast again and GELU computed again. The same products
-in the same order: results and gradients are those of the plain layers, bit by bit (tested).
+Autocast keeps a bf16 copy of each weight until the backward pass, a third of a step's memory at
+small batches, and autograd the result of GELU beside its input. Here the weight is cast again and
+GELU computed again. The same products in the same order: results and gradients are those of the
+plain layers, bit by bit (tested).
 """
 
 from typing import Any
@@ -14,8 +15,13 @@ from torch.nn import functional as F
 
 
 def is_lean(x: Tensor) -> bool:
-    """Whether these layers serve: autocast on the CPU, not traced (a compiler decides itself what it keeps)."""
-    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    """Whether these layers serve: autocast on the CPU, not traced (a compiler decides itself what
+    it keeps)."""
+    return (
+        x.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -40,7 +46,9 @@ class _Linear(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])  # (rows, D')
         with torch.enable_grad():

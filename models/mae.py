@@ -1,13 +1,15 @@
-"""Masked autoencoder (arXiv 2111.06377, section 3): encode the kept patches, decode all, predict the removed ones.
+"""Masked autoencoder (arXiv 2111.06377, section 3): encode the kept patches, decode all, predict
+the removed ones.
 
-The decoder works on the shuffled order [kept, removed], with positions gathered in that order: attention does not
-care, and nothing has to be unshuffled in training. Only removed patches go through the prediction head.
+The decoder works on the shuffled order [kept, removed], with positions gathered in that order:
+attention does not care, and nothing has to be unshuffled in training. Only removed patches go
+through the prediction head.
 
-`decoder: cross` is the cheaper one of arXiv 2401.14391: queries of the predicted patches attend to the encoder's output
-and not to one another, so that some of the removed patches are enough.
+`decoder: cross` is the cheaper one of arXiv 2401.14391: queries of the predicted patches attend to
+the encoder's output and not to one another, so that some of the removed patches are enough.
 
-Shapes: `B` batch, `N` patches, `K` kept patches, `D` width, `P` patch side, `C` channels; a `+` before a token count
-stands for the class token where there is one.
+Shapes: `B` batch, `N` patches, `K` kept patches, `D` width, `P` patch side, `C` channels; a `+`
+before a token count stands for the class token where there is one.
 """
 
 import math
@@ -26,8 +28,8 @@ from models.blocks import (
     patchify,
     run_blocks,
 )
-from models.geometry import Size, mae_problems, num_kept, num_predicted, pair
 from models.pos_embed import sincos_pos_embed
+from models.spec import Size, mae_problems, num_kept, num_predicted, pair
 from util.errors import InputError
 
 TARGET_VAR_EPS = 1e-6  # added to a patch's variance under the root
@@ -39,16 +41,20 @@ class MaskedAutoencoder(nn.Module):
     Args:
         img_size, patch_size: pixels, an int or (H, W); the patch divides the image.
         in_chans: image channels, any number.
-        embed_dim, depth, num_heads, mlp_ratio: of the encoder; `mlp_ratio` holds for the decoder too.
+        embed_dim, depth, num_heads, mlp_ratio: of the encoder; `mlp_ratio` holds for the decoder
+            too.
         class_token: a learned token goes through the encoder with the kept patches.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-        decoder_class_token: the class token goes on through the decoder (the paper); otherwise it leaves after `norm`.
+        decoder_class_token: the class token goes on through the decoder (the paper); otherwise it
+            leaves after `norm`.
         mask_ratio: share of the patches removed, in (0, 1).
         norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
         decoder: "self", the paper's, or "cross".
-        pred_ratio: "cross" only: share of all N patches that is predicted, of the removed; None is all of those.
+        pred_ratio: "cross" only: share of all N patches that is predicted, of the removed; None is
+            all of those.
 
-    `checkpointing` may be set on a model: blocks then keep nothing for the gradient but are computed again.
+    `checkpointing` may be set on a model: blocks then keep nothing for the gradient but are
+    computed again.
 
     Raises: InputError for a geometry that cannot be.
     """
@@ -74,15 +80,27 @@ class MaskedAutoencoder(nn.Module):
     ):
         super().__init__()
         problems = mae_problems(
-            img_size, patch_size, embed_dim, num_heads, class_token,
-            decoder_embed_dim, decoder_num_heads, decoder_class_token, mask_ratio, decoder, pred_ratio,
-        )  # fmt: skip
+            img_size,
+            patch_size,
+            embed_dim,
+            num_heads,
+            class_token,
+            decoder_embed_dim,
+            decoder_num_heads,
+            decoder_class_token,
+            mask_ratio,
+            decoder,
+            pred_ratio,
+        )
         if problems:
             raise InputError("; ".join(problems))
         self.img_size = pair(img_size)
         self.patch_size = pair(patch_size)
         self.in_chans = in_chans
-        self.grid_size = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
+        self.grid_size = (
+            self.img_size[0] // self.patch_size[0],
+            self.img_size[1] // self.patch_size[1],
+        )
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
@@ -100,7 +118,8 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.register_buffer(
-            "decoder_pos_embed", sincos_pos_embed(decoder_embed_dim, self.grid_size, decoder_class_token)
+            "decoder_pos_embed",
+            sincos_pos_embed(decoder_embed_dim, self.grid_size, decoder_class_token),
         )
         block: type[Block] | type[CrossBlock] = CrossBlock if decoder == "cross" else Block
         self.decoder_blocks = nn.ModuleList(
@@ -126,7 +145,9 @@ class MaskedAutoencoder(nn.Module):
         """`(B, N, P*P*C)` -> `(B, C, H, W)`, the inverse of `patchify`."""
         h, w = self.grid_size
         p, q = self.patch_size
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)  # (B, C, H, W)
+        return rearrange(
+            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q
+        )  # (B, C, H, W)
 
     def forward_encoder(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
         """Encodes the kept patches: `(B, N, P*P*C)`, `(B, K)` -> normalised latent `(B, +K, D)`."""
@@ -139,60 +160,83 @@ class MaskedAutoencoder(nn.Module):
         return self.norm(run_blocks(self.blocks, x, checkpointing=self.checkpointing))  # (B, +K, D)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_pred: Tensor) -> Tensor:
-        """Decodes the patches `ids_pred` `(B, M)` from `latent` `(B, +K, D)`; they come last in the result.
+        """Decodes the patches `ids_pred` `(B, M)` from `latent` `(B, +K, D)`; they come last in the
+        result.
 
-        The standard decoder takes all removed patches and gives the kept ones too, `(B, K+M, decoder D)`. To the cross
-        decoder each patch is on its own: any will do, `(B, M, decoder D)`.
+        The standard decoder takes all removed patches and gives the kept ones too, `(B, K+M,
+        decoder D)`. To the cross decoder each patch is on its own: any will do, `(B, M, decoder
+        D)`.
         """
         if self.cls_token is not None and not self.decoder_class_token:
             latent = latent[:, 1:]  # (B, K, D)
         embedded = self.decoder_embed(latent)  # (B, +K, decoder D)
         memory = embedded + self._decoder_positions(ids_keep, self.decoder_class_token)
-        queries = self.mask_token.to(embedded.dtype) + self._decoder_positions(ids_pred, False)  # (B, M, decoder D)
+        queries = self.mask_token.to(embedded.dtype) + self._decoder_positions(
+            ids_pred, False
+        )  # (B, M, decoder D)
         if self.decoder == "cross":
-            return run_blocks(self.decoder_blocks, queries, memory, checkpointing=self.checkpointing)
+            return run_blocks(
+                self.decoder_blocks, queries, memory, checkpointing=self.checkpointing
+            )
         x = torch.cat([memory, queries], dim=1)  # (B, +K+M, decoder D)
-        return run_blocks(self.decoder_blocks, x, checkpointing=self.checkpointing)[:, int(self.decoder_class_token) :]
+        return run_blocks(self.decoder_blocks, x, checkpointing=self.checkpointing)[
+            :, int(self.decoder_class_token) :
+        ]
 
     def _decoder_positions(self, ids: Tensor, with_cls: bool) -> Tensor:
-        """Positions of patches `(B, M)`, after the class token's if wanted: `(B, +M, decoder D)`."""
+        """Positions of patches `(B, M)`, after the class token's if wanted: `(B, +M, decoder
+        D)`."""
         table = self.decoder_pos_embed[0]
         positions = table[ids + int(self.decoder_class_token)]  # (B, M, decoder D)
-        return torch.cat([table[:1].expand(len(ids), 1, -1), positions], dim=1) if with_cls else positions
+        return (
+            torch.cat([table[:1].expand(len(ids), 1, -1), positions], dim=1)
+            if with_cls
+            else positions
+        )
 
     def target(self, patches: Tensor) -> Tensor:
-        """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised per patch."""
+        """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised
+        per patch."""
         if not self.norm_pix_loss:
             return patches
-        # layer_norm divides by the root of the biased variance and `eps`: a factor apart, and much faster than `var`
+        # layer_norm divides by the root of the biased variance and `eps`: a factor apart, and much
+        # faster than `var`
         size = patches.shape[-1]
         share = (size - 1) / size
         return F.layer_norm(patches, (size,), eps=TARGET_VAR_EPS * share) * share**0.5
 
     def forward(self, images: Tensor, ids_shuffle: Tensor | None = None) -> Tensor:
-        """Mean over predicted patches of the mean squared error per patch, a scalar (paper, "Reconstruction target").
+        """Mean over predicted patches of the mean squared error per patch, a scalar (paper,
+        "Reconstruction target").
 
         Args:
             images: `(B, C, H, W)` float, already normalised.
-            ids_shuffle: `(B, N)` int64, a permutation of the patches whose first K are kept; None draws one per image
-                from torch's global generator.
+            ids_shuffle: `(B, N)` int64, a permutation of the patches whose first K are kept; None
+                draws one per image from torch's global generator.
         """
         patches = self.patchify(images)  # (B, N, P*P*C)
         if ids_shuffle is None:
             ids_shuffle = self._draw_shuffle(images)
         kept = num_kept(self.num_patches, self.mask_ratio)
         ids_keep = ids_shuffle[:, :kept]  # (B, K)
-        ids_pred = ids_shuffle[:, kept:][:, : num_predicted(self.num_patches, self.mask_ratio, self.pred_ratio)]
+        ids_pred = ids_shuffle[:, kept:][
+            :, : num_predicted(self.num_patches, self.mask_ratio, self.pred_ratio)
+        ]
         latent = self.forward_encoder(patches, ids_keep)
-        decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -ids_pred.shape[1] :]  # (B, M, decoder D)
+        decoded = self.forward_decoder(latent, ids_keep, ids_pred)[
+            :, -ids_pred.shape[1] :
+        ]  # (B, M, decoder D)
         pred = self.decoder_pred(self.decoder_norm(decoded))  # (B, M, P*P*C)
         target = self.target(_gather(patches, ids_pred))  # (B, M, P*P*C)
-        return F.mse_loss(pred.to(target.dtype), target)  # patches are of one size: the mean of means is the mean
+        return F.mse_loss(
+            pred.to(target.dtype), target
+        )  # patches are of one size: the mean of means is the mean
 
     def reconstruct(
         self, images: Tensor, ids_shuffle: Tensor | None = None, mask_ratio: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Predictions `(B, N, P*P*C)` for all patches in image order, and the mask `(B, N)`, 1 = removed.
+        """Predictions `(B, N, P*P*C)` for all patches in image order, and the mask `(B, N)`, 1 =
+        removed.
 
         `mask_ratio` None takes the model's own.
         """
@@ -205,7 +249,9 @@ class MaskedAutoencoder(nn.Module):
         ids_keep = ids_shuffle[:, :kept]  # (B, K)
         latent = self.forward_encoder(patches, ids_keep)
         ids_pred = ids_shuffle if self.decoder == "cross" else ids_shuffle[:, kept:]
-        decoded = self.forward_decoder(latent, ids_keep, ids_pred)  # (B, N, decoder D), in shuffled order
+        decoded = self.forward_decoder(
+            latent, ids_keep, ids_pred
+        )  # (B, N, decoder D), in shuffled order
         shuffled = self.decoder_pred(self.decoder_norm(decoded))  # (B, N, P*P*C)
         ids_restore = ids_shuffle.argsort(dim=1)  # (B, N)
         mask = (ids_restore >= kept).to(images.dtype)  # (B, N)
@@ -214,7 +260,8 @@ class MaskedAutoencoder(nn.Module):
     def to_pixels(self, pred: Tensor, images: Tensor) -> Tensor:
         """Predictions `(B, N, P*P*C)` as normalised images `(B, C, H, W)`.
 
-        For a normalised target the patches' mean and variance are taken from `images`: the model does not know them.
+        For a normalised target the patches' mean and variance are taken from `images`: the model
+        does not know them.
         """
         if self.norm_pix_loss:
             mean, std = _patch_statistics(self.patchify(images))
@@ -222,15 +269,20 @@ class MaskedAutoencoder(nn.Module):
         return self.unpatchify(pred)  # (B, C, H, W)
 
     def _draw_shuffle(self, images: Tensor) -> Tensor:
-        return torch.rand(images.shape[0], self.num_patches, device=images.device).argsort(dim=1)  # (B, N)
+        return torch.rand(images.shape[0], self.num_patches, device=images.device).argsort(
+            dim=1
+        )  # (B, N)
 
 
 def _gather(x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` `(B, M)` of `x` `(B, N, F)`: `(B, M, F)`."""
-    return x[torch.arange(len(x), device=x.device)[:, None], ids]  # copies whole rows, where `gather` takes numbers
+    return x[
+        torch.arange(len(x), device=x.device)[:, None], ids
+    ]  # copies whole rows, where `gather` takes numbers
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and root of (unbiased variance + eps) of each patch: `(B, *, F)` -> two of `(B, *, 1)`."""
+    """Mean and root of (unbiased variance + eps) of each patch: `(B, *, F)` -> two of `(B, *,
+    1)`."""
     mean = patches.mean(dim=-1, keepdim=True)
     return mean, (patches.var(dim=-1, keepdim=True) + TARGET_VAR_EPS).sqrt()

@@ -1,4 +1,5 @@
-"""Vision Transformer classifier (arXiv 2010.11929) with the readouts that go with masked-autoencoder pretraining.
+"""Vision Transformer classifier (arXiv 2010.11929) with the readouts that go with
+masked-autoencoder pretraining.
 
 Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width, `C` channels.
 """
@@ -10,12 +11,14 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models.blocks import LAYER_NORM_EPS, Block, PatchEmbed, init_patch_embed, patchify
-from models.geometry import Size, pair, vit_problems
 from models.pos_embed import sincos_pos_embed
+from models.spec import Size, pair, vit_problems
 from util.errors import InputError
 
 
-def readout_problems(global_pool: str, class_token: bool | None, fc_norm: bool | None = None) -> list[str]:
+def readout_problems(
+    global_pool: str, class_token: bool | None, fc_norm: bool | None = None
+) -> list[str]:
     """What is wrong with a classifier's readout, one line each; None is not decided yet."""
     found = []
     if global_pool not in ("avg", "token"):
@@ -37,9 +40,10 @@ class VisionTransformer(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio: width, blocks, heads, MLP width over embed_dim.
         class_token: a learned token precedes the patches.
         global_pool: "avg", the mean over the patch tokens, or "token", the class token.
-        fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token, then the mean. None is
-            True for "avg".
-        drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from 0.
+        fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
+            then the mean. None is True for "avg".
+        drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from
+            0.
 
     Raises: InputError for a geometry or readout that cannot be.
     """
@@ -74,9 +78,15 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid_size, class_token))
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates])
-        self.norm: nn.Module = nn.Identity() if use_fc_norm else nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.fc_norm: nn.Module = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS) if use_fc_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates]
+        )
+        self.norm: nn.Module = (
+            nn.Identity() if use_fc_norm else nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        )
+        self.fc_norm: nn.Module = (
+            nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS) if use_fc_norm else nn.Identity()
+        )
         self.head = nn.Linear(embed_dim, num_classes)
         self._init_weights()
 
@@ -114,7 +124,8 @@ class VisionTransformer(nn.Module):
         return self.head(self.forward_features(images))
 
     def forward_with_attention(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits `(B, num_classes)` and, per block, the attention weights `(B, heads, T, T)` with their graph."""
+        """Logits `(B, num_classes)` and, per block, the attention weights `(B, heads, T, T)` with
+        their graph."""
         x = self._embed(images)
         attentions = []
         for block in self.blocks:

@@ -29,7 +29,12 @@ def browser() -> Iterator[webdriver.Chrome]:
         pytest.skip("no browser: the packages chromium and chromium-driver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,3000"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1500,3000",
+    ):
         options.add_argument(flag)
     window = webdriver.Chrome(options, Service(driver))
     try:
@@ -44,7 +49,9 @@ def tensorboard(logdir: Path) -> Iterator[str]:
     port = free_port()
     place = ["--logdir", str(logdir), "--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "tensorboard.main", *place]
-    server = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -59,7 +66,9 @@ def eventually(ask: Callable[[], Any]) -> Any:
         try:
             if answer := ask():
                 return answer
-        except WebDriverException:  # the server does not listen yet, or the page has just replaced what was found
+        except (
+            WebDriverException
+        ):  # the server does not listen yet, or the page has just replaced what was found
             pass
         time.sleep(0.3)
     raise AssertionError("the page did not get there")
@@ -78,7 +87,9 @@ def time_series_cards(window: webdriver.Chrome, address: str, groups: set[str]) 
         found = {}
         for card in window.find_elements(By.CSS_SELECTOR, "card-view"):
             group, rest, *_ = [*text_of(window, card).split("\n"), "", ""]
-            found[group + (rest if rest.startswith("/") else "")] = card  # monitor, /psnr and what the card shows
+            found[group + (rest if rest.startswith("/") else "")] = (
+                card  # monitor, /psnr and what the card shows
+            )
         missing = groups - {tag.split("/")[0] for tag in found}
         for button in window.find_elements(By.CSS_SELECTOR, "button[aria-label='Expand group']"):
             if any(button.text.startswith(group) for group in missing):

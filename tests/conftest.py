@@ -1,4 +1,5 @@
-"""Shared fixtures, and the rule that continuous integration skips nothing it has not been told about."""
+"""Shared fixtures, and the rule that continuous integration skips nothing it has not been told
+about."""
 
 import os
 import signal
@@ -10,10 +11,14 @@ import torch
 from fault_table import FaultTable
 
 ROOT = Path(__file__).resolve().parent.parent
-ALLOWED_SKIPS: tuple[str, ...] = ()  # reasons that may skip where MAE_TEST_STRICT is set: none so far
+ALLOWED_SKIPS: tuple[
+    str, ...
+] = ()  # reasons that may skip where MAE_TEST_STRICT is set: none so far
 
 torch.set_num_threads(1)  # results must not depend on the machine's core count
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which the runs of tests would inherit
+if (
+    signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+):  # under nohup, which the runs of tests would inherit
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 

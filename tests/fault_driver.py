@@ -1,8 +1,10 @@
-"""Runs an entry script and does to it what the variable FAULTS says: `fault_driver.py main_pretrain.py ARGUMENTS`.
+"""Runs an entry script and does to it what the variable FAULTS says: `fault_driver.py
+main_pretrain.py ARGUMENTS`.
 
-FAULTS is a JSON list of {"do": what, "at": "step", "save" or "validation", "step": finished steps, "rank": which
-process, ...}; each happens once, and not in a process that a launcher started again. With DIGESTS, a folder, each
-process writes there a line per step: the step and a sha256 of parameters, optimiser and moving average.
+FAULTS is a JSON list of {"do": what, "at": "step", "save" or "validation", "step": finished steps,
+"rank": which process, ...}; each happens once, and not in a process that a launcher started again.
+With DIGESTS, a folder, each process writes there a line per step: the step and a sha256 of
+parameters, optimiser and moving average.
 """
 
 import hashlib
@@ -19,16 +21,20 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
-from engine import classification, saving  # noqa: E402
+from engine.evaluation import classification  # noqa: E402
+from engine.run import saving  # noqa: E402
 from models.vit import VisionTransformer  # noqa: E402
 from util.errors import run_cli  # noqa: E402
 
 RANK = int(os.environ.get("RANK", "0"))
 faults = [
-    fault for fault in json.loads(os.environ.get("FAULTS", "[]"))
+    fault
+    for fault in json.loads(os.environ.get("FAULTS", "[]"))
     if fault.get("rank", 0) == RANK and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-]  # fmt: skip
-pause = float(os.environ.get("PAUSE", "0"))  # seconds per step, so that a signal from outside finds the run at work
+]
+pause = float(
+    os.environ.get("PAUSE", "0")
+)  # seconds per step, so that a signal from outside finds the run at work
 now = {"step": -1}  # finished steps
 handles: list[Any] = []  # of hooks on gradients
 
@@ -39,7 +45,9 @@ def digest(value: Any) -> str:
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            found.update(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
         elif isinstance(value, dict):
             for entry in value.values():
                 add(entry)
@@ -54,7 +62,11 @@ def digest(value: Any) -> str:
 def strike(at: str) -> None:
     """Does what is due here."""
     for fault in list(faults):
-        if fault["at"] != at or now["step"] < fault["step"] or fault["do"] in ("nan_loss", "inf_gradient"):
+        if (
+            fault["at"] != at
+            or now["step"] < fault["step"]
+            or fault["do"] in ("nan_loss", "inf_gradient")
+        ):
             continue
         faults.remove(fault)
         if fault["do"] == "exit":
@@ -73,7 +85,9 @@ def on_step(saver: saving.Saver) -> None:
     now["step"] = saver.state.step
     if "DIGESTS" in os.environ:
         content = saver.state.content()
-        line = {"step": now["step"]} | {name: digest(content[name]) for name in ("model", "optimizer", "ema")}
+        line = {"step": now["step"]} | {
+            name: digest(content[name]) for name in ("model", "optimizer", "ema")
+        }
         with (Path(os.environ["DIGESTS"]) / f"{RANK}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
     strike("step")
@@ -92,7 +106,8 @@ def before(owner: Any, name: str, action: Any) -> None:
 
 
 def poison(model: VisionTransformer, logits: torch.Tensor) -> torch.Tensor:
-    """The logits, in steps from `step` on, `count` of them, after what a fault does to them or to one gradient."""
+    """The logits, in steps from `step` on, `count` of them, after what a fault does to them or to
+    one gradient."""
     for handle in handles:
         handle.remove()
     handles.clear()
@@ -102,7 +117,9 @@ def poison(model: VisionTransformer, logits: torch.Tensor) -> torch.Tensor:
         if fault["do"] == "nan_loss":
             logits = logits * float("nan")
         elif fault["do"] == "inf_gradient":
-            handles.append(model.patch_embed.proj.bias.register_hook(lambda gradient: gradient + float("inf")))
+            handles.append(
+                model.patch_embed.proj.bias.register_hook(lambda gradient: gradient + float("inf"))
+            )
     return logits
 
 

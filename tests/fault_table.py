@@ -1,7 +1,8 @@
-"""A table of the faults that a session tried, printed at its end: id, fault, tries, lost steps, verdict.
+"""A table of the faults that a session tried, printed at its end: id, fault, tries, lost steps,
+verdict.
 
-A test says which rows it shows by `@pytest.mark.fault("R7")`, and by `record_property` how many `tries` it made (else
-one) and the most `lost_steps` that had to be computed again.
+A test says which rows it shows by `@pytest.mark.fault("R7")`, and by `record_property` how many
+`tries` it made (else one) and the most `lost_steps` that had to be computed again.
 """
 
 from typing import Any
@@ -37,10 +38,13 @@ ROWS = {
 
 
 class FaultTable:
-    """Collects the properties of tests, which pytest-xdist carries from its workers, and prints them."""
+    """Collects the properties of tests, which pytest-xdist carries from its workers, and prints
+    them."""
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        config.addinivalue_line("markers", "fault(*ids): rows of tests/fault_table.py that the test shows to hold")
+        config.addinivalue_line(
+            "markers", "fault(*ids): rows of tests/fault_table.py that the test shows to hold"
+        )
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -58,9 +62,20 @@ class FaultTable:
                     found.setdefault(row, []).append(entry)
         if found:
             terminalreporter.section("faults")
-            terminalreporter.write_line(f"{'id':4} {'fault':64} {'tries':>5} {'lost steps':>10}  verdict")
+            terminalreporter.write_line(
+                f"{'id':4} {'fault':64} {'tries':>5} {'lost steps':>10}  verdict"
+            )
         for row in sorted(found, key=lambda row: int(row[1:])):
             outcomes = {outcome for outcome, _, _ in found[row]}
-            verdict = "FAILS" if outcomes & {"failed", "error"} else "holds" if "passed" in outcomes else "skipped"
-            tries, lost = sum(entry[1] for entry in found[row]), max(entry[2] for entry in found[row])
+            verdict = (
+                "FAILS"
+                if outcomes & {"failed", "error"}
+                else "holds"
+                if "passed" in outcomes
+                else "skipped"
+            )
+            tries, lost = (
+                sum(entry[1] for entry in found[row]),
+                max(entry[2] for entry in found[row]),
+            )
             terminalreporter.write_line(f"{row:4} {ROWS[row]:64} {tries:5} {lost:10}  {verdict}")

@@ -1,8 +1,10 @@
-"""As `fault_driver.py`, and it writes what each step was computed from: `order_driver.py main_pretrain.py ARGUMENTS`.
+"""As `fault_driver.py`, and it writes what each step was computed from: `order_driver.py
+main_pretrain.py ARGUMENTS`.
 
-With USED, a folder, each process writes there a line per micro-batch: its step, and of every sample the image's index,
-epoch and position with a sha256 of the mask and of the pixels that the model was given. With SETTLED a step begins
-when the save before it is complete, so that a kill between two steps finds that checkpoint.
+With USED, a folder, each process writes there a line per micro-batch: its step, and of every sample
+the image's index, epoch and position with a sha256 of the mask and of the pixels that the model was
+given. With SETTLED a step begins when the save before it is complete, so that a kill between two
+steps finds that checkpoint.
 """
 
 import hashlib
@@ -15,7 +17,7 @@ import fault_driver
 from torch import Tensor
 
 from data.sampler import SampleKey
-from engine.bad_samples import BadSamples
+from engine.run.bad_samples import BadSamples
 from models.mae import MaskedAutoencoder
 from util.errors import run_cli
 

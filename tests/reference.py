@@ -1,4 +1,5 @@
-"""Independent implementations the tests compare with: transformers' ViTMAE and timm's ViT, fed with our weights."""
+"""Independent implementations the tests compare with: transformers' ViTMAE and timm's ViT, fed with
+our weights."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -28,12 +29,15 @@ FIXED_NAMES = {
 
 
 def to_huggingface(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our names (weights or gradients alike) as transformers' names; the fused qkv is cut into three."""
+    """Our names (weights or gradients alike) as transformers' names; the fused qkv is cut into
+    three."""
     renamed = {}
     for key, value in tensors.items():
         if "blocks." in key:
             stack, index, rest = key.split(".", 2)
-            layer = f"{'decoder.decoder_layers' if stack == 'decoder_blocks' else 'vit.layers'}.{index}"
+            layer = (
+                f"{'decoder.decoder_layers' if stack == 'decoder_blocks' else 'vit.layers'}.{index}"
+            )
             if rest.startswith("attn.qkv"):
                 kind = rest.rsplit(".", 1)[1]
                 for name, part in zip("qkv", value.chunk(3), strict=True):
@@ -76,7 +80,16 @@ def huggingface_mae(ours: MaskedAutoencoder, kwargs: dict, **config) -> ViTMAEFo
 
 def timm_vit(ours: VisionTransformer, kwargs: dict) -> TimmViT:
     """timm's model with our weights."""
-    names = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    names = (
+        "img_size",
+        "patch_size",
+        "in_chans",
+        "num_classes",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+    )
     reference = TimmViT(
         **{name: kwargs[name] for name in names},
         class_token=kwargs["class_token"],

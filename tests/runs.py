@@ -1,4 +1,5 @@
-"""Small real runs for tests: command lines at the debug size, in this process or in one of their own."""
+"""Small real runs for tests: command lines at the debug size, in this process or in one of their
+own."""
 
 import json
 import os
@@ -15,12 +16,13 @@ from conftest import ROOT
 from PIL import Image
 
 import main_pretrain
-from data.datasets import read_mnist5k
-from data.loaders import loader_settings
+from data.loader import loader_settings
+from data.sources import read_mnist5k
 from util.dist import Processes
-from util.schema import DataConfig
+from util.settings.base import DataConfig
 
-# 4,000 real digits, 49 patches, about 40,000 parameters; fp32 so that numbers do not depend on the processor's bf16
+# 4,000 real digits, 49 patches, about 40,000 parameters; fp32 so that numbers do not depend on the
+# processor's bf16
 DIGITS = shlex.split("""
 --dataset mnist5k --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --hflip 0 --size debug --patch_size 4
 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --precision fp32 --device cpu --num_workers 0
@@ -41,7 +43,8 @@ def loading(num_workers: int, prefetch_factor: int = 2) -> dict[str, Any]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For a process of its own: one thread, as results should not depend on the machine's core count.
+    """For a process of its own: one thread, as results should not depend on the machine's core
+    count.
 
     Also, two processes whose threads together outnumber the cores run more than ten times slower.
     """
@@ -56,7 +59,13 @@ def command(*arguments: str, script: str = "main_pretrain.py") -> list[str]:
 def run(arguments: list[str], cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end and returns what it printed."""
     return subprocess.run(
-        arguments, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=3000, check=False
+        arguments,
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=False,
     )
 
 
@@ -68,7 +77,8 @@ def launch(
 
 
 def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
-    """An entry script under `order_driver.py`, and where there are several processes under torch's launcher."""
+    """An entry script under `order_driver.py`, and where there are several processes under torch's
+    launcher."""
     driver = [str(ROOT / "tests" / "order_driver.py"), *arguments]
     if processes == 1:
         return [sys.executable, *driver]
@@ -82,7 +92,8 @@ def stop_at(step: int, signum: int, rank: int = 0) -> str:
 
 
 def changed_files(folder: Path, before: dict[str, tuple[int, bytes]]) -> set[str]:
-    """The files, of those in `before` and those that are there now, that differ in time or content."""
+    """The files, of those in `before` and those that are there now, that differ in time or
+    content."""
     after = files_of(folder)
     return {name for name in before | after if before.get(name) != after.get(name)}
 
@@ -90,7 +101,10 @@ def changed_files(folder: Path, before: dict[str, tuple[int, bytes]]) -> set[str
 def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Name -> when it was written, and what."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in files
+    }
 
 
 def log_lines(output_dir: Path) -> list[dict[str, Any]]:
@@ -103,7 +117,8 @@ def step_losses(output_dir: Path) -> dict[int, str]:
     return {line["step"]: line["loss"].hex() for line in log_lines(output_dir) if "loss" in line}
 
 
-# --- the evaluations, on 120 + 60 real digits of 3 classes in PNG files: a run takes about a second -------------------
+# --- the evaluations, on 120 + 60 real digits of 3 classes in PNG files: a run takes about a second
+# -------------------
 
 PICTURES = shlex.split("""
 --dataset folder --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --size debug --patch_size 4
@@ -123,15 +138,22 @@ def _digits_by_class() -> dict[int, np.ndarray]:
 
 
 def make_pictures(
-    root: Path, digits: tuple[int, ...] = (0, 1, 7), train: int = 40, val: int = 20, names: tuple[str, ...] = CLASSES
+    root: Path,
+    digits: tuple[int, ...] = (0, 1, 7),
+    train: int = 40,
+    val: int = 20,
+    names: tuple[str, ...] = CLASSES,
 ) -> Path:
-    """Writes `train/<class>/*.png` and `val/<class>/*.png` with so many of each digit; returns `root`."""
+    """Writes `train/<class>/*.png` and `val/<class>/*.png` with so many of each digit; returns
+    `root`."""
     for digit, name in zip(digits, names, strict=True):
         for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in numbers:
-                Image.fromarray(_digits_by_class()[digit][number]).save(folder / f"{number:03d}.png")
+                Image.fromarray(_digits_by_class()[digit][number]).save(
+                    folder / f"{number:03d}.png"
+                )
     return root
 
 
@@ -142,7 +164,8 @@ def pictures(data: Path, output_dir: Path, *more: Any, training: bool = True) ->
 
 
 def pretraining(data: Path, output_dir: Path, *more: Any) -> list[str]:
-    """The command line of two epochs of pretraining on such a folder, with a checkpoint after each."""
+    """The command line of two epochs of pretraining on such a folder, with a checkpoint after
+    each."""
     decoder = ["--decoder_embed_dim", 16, "--decoder_depth", 1, "--decoder_num_heads", 2]
     schedule = ["--lr", 1e-2, "--epochs", 2, "--save_epochs", 1, "--monitor_epochs", 0]
     return pictures(data, output_dir, *decoder, *schedule, *more)

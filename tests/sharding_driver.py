@@ -1,9 +1,11 @@
-"""Runs main_pretrain.py and writes into the folder WATCH what it saw: `sharding_driver.py ARGUMENTS`.
+"""Runs main_pretrain.py and writes into the folder WATCH what it saw: `sharding_driver.py
+ARGUMENTS`.
 
-`restored.pth`, by the main process: the training state before this process's first step, as a checkpoint would hold it.
-`<rank>.json`, by each: the most bytes of parameters, gradients and moments that it held at the end of a step, and the
-most blocks with whole parameters that it held in one. After NAN_LOSS steps the loss of process 1 is not finite once;
-after NAN_PART steps one value of its part of the parameters is not.
+`restored.pth`, by the main process: the training state before this process's first step, as a
+checkpoint would hold it. `<rank>.json`, by each: the most bytes of parameters, gradients and
+moments that it held at the end of a step, and the most blocks with whole parameters that it held in
+one. After NAN_LOSS steps the loss of process 1 is not finite once; after NAN_PART steps one value
+of its part of the parameters is not.
 """
 
 import json
@@ -19,8 +21,8 @@ import torch  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 import main_pretrain  # noqa: E402
-from engine import saving  # noqa: E402
-from engine.sharding import blocks_of, own_part  # noqa: E402
+from engine.parallel import blocks_of, own_part  # noqa: E402
+from engine.run import saving  # noqa: E402
 from models.mae import MaskedAutoencoder  # noqa: E402
 from util.errors import run_cli  # noqa: E402
 
@@ -34,7 +36,8 @@ def is_due(fault: str) -> bool:
 
 
 def held(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of memory behind parameters, gradients and moments; a view counts with all of what it is a view of."""
+    """Bytes of memory behind parameters, gradients and moments; a view counts with all of what it
+    is a view of."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     tensors = parameters + [p.grad for p in parameters if p.grad is not None]
     tensors += [value for entry in optimizer.state.values() for value in entry.values()]
@@ -43,7 +46,10 @@ def held(optimizer: torch.optim.Optimizer) -> int:
 
 
 def watched_step(
-    optimizer: torch.optim.Optimizer, *args: Any, original: Any = main_pretrain.optimizer_step, **more: Any
+    optimizer: torch.optim.Optimizer,
+    *args: Any,
+    original: Any = main_pretrain.optimizer_step,
+    **more: Any,
 ) -> Any:
     now["bytes"] = max(now["bytes"], held(optimizer))
     return original(optimizer, *args, **more)
@@ -60,7 +66,9 @@ def watched_check(saver: saving.Saver, original: Any = saving.Saver.check) -> No
     original(saver)
 
 
-def watched_forward(self: MaskedAutoencoder, *args: Any, original: Any = MaskedAutoencoder.forward) -> torch.Tensor:
+def watched_forward(
+    self: MaskedAutoencoder, *args: Any, original: Any = MaskedAutoencoder.forward
+) -> torch.Tensor:
     if now["step"] == 0 and "--compile" not in sys.argv:  # a compiler would trace the hooks, too
         for block in blocks_of(self):
             block.register_forward_pre_hook(lambda *_: count_whole_blocks(self))
@@ -68,7 +76,9 @@ def watched_forward(self: MaskedAutoencoder, *args: Any, original: Any = MaskedA
 
 
 def count_whole_blocks(model: MaskedAutoencoder) -> None:
-    is_whole = [not any(isinstance(p, DTensor) for p in block.parameters()) for block in blocks_of(model)]
+    is_whole = [
+        not any(isinstance(p, DTensor) for p in block.parameters()) for block in blocks_of(model)
+    ]
     now["whole_blocks"] = max(now["whole_blocks"], sum(is_whole))
 
 

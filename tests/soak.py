@@ -1,9 +1,11 @@
-"""A pretraining run that something happens to every half minute or so, beside its twin that nothing happens to.
+"""A pretraining run that something happens to every half minute or so, beside its twin that nothing
+happens to.
 
     python tests/soak.py --data /path/to/cifar10 --out /path/to/scratch --minutes 30
 
-The same command is given again until the run is done. A fault counts where it was seen to strike. In the end losses of
-all steps, state and weights must be equal; the exit code is then 0. One thread each, so that two cores carry both.
+The same command is given again until the run is done. A fault counts where it was seen to strike.
+In the end losses of all steps, state and weights must be equal; the exit code is then 0. One thread
+each, so that two cores carry both.
 """
 
 import argparse
@@ -24,8 +26,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from runs import assert_same, command, environment, step_losses  # noqa: E402
 
-from engine.checkpoint import load_newest_checkpoint, weights_path  # noqa: E402
-from engine.signals import SIGNALS  # noqa: E402
+from engine.run.checkpoint import load_newest_checkpoint, weights_path  # noqa: E402
+from engine.run.interrupts import SIGNALS  # noqa: E402
 
 CIFAR = shlex.split("""
 --dataset folder --img_size 32 --size tiny --patch_size 4 --decoder_embed_dim 96 --decoder_depth 1
@@ -44,7 +46,8 @@ def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
 
 
 class Harmed:
-    """The run that is harmed: the process of its latest start, what that says, and what the folder holds."""
+    """The run that is harmed: the process of its latest start, what that says, and what the folder
+    holds."""
 
     def __init__(self, arguments: Sequence[str], folder: Path, steps: int):
         self.arguments, self.folder, self.steps = arguments, folder, steps
@@ -63,7 +66,9 @@ class Harmed:
 
     def saved(self) -> int:
         """The newest checkpoint that this start has said to be complete, or where it began."""
-        return max([self.began_at, *map(int, re.findall(r" saved .*checkpoint-(\d+)\.pth\n", self.said()))])
+        return max(
+            [self.began_at, *map(int, re.findall(r" saved .*checkpoint-(\d+)\.pth\n", self.said()))]
+        )
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*.pth"))
@@ -73,18 +78,24 @@ class Harmed:
         return (load_newest_checkpoint(self.folder) or {"step": 0})["step"]
 
     def comes_to(self, step: int) -> bool:
-        """Waits for that step of this start, which must have gone on from where it should; False if the run ended."""
+        """Waits for that step of this start, which must have gone on from where it should; False if
+        the run ended."""
         while self.process.poll() is None and (self.step() < step or step > self.steps - NEAR_END):
             time.sleep(0.05)
-        assert not self.began_at or f"resuming {self.folder} at step {self.began_at}\n" in self.said(), self.said()
+        assert (
+            not self.began_at or f"resuming {self.folder} at step {self.began_at}\n" in self.said()
+        ), self.said()
         return self.process.poll() is None
 
 
-Fault = Callable[[Harmed, random.Random], bool]  # whether it struck; else it has done nothing and comes again
+Fault = Callable[
+    [Harmed, random.Random], bool
+]  # whether it struck; else it has done nothing and comes again
 
 
 def signalled(number: signal.Signals) -> Fault:
-    """A signal: the run saves the step that it logged last, and its exit code tells which; SIGKILL loses no save."""
+    """A signal: the run saves the step that it logged last, and its exit code tells which; SIGKILL
+    loses no save."""
 
     def act(run: Harmed, _: random.Random) -> bool:
         run.process.send_signal(number)
@@ -92,14 +103,17 @@ def signalled(number: signal.Signals) -> Fault:
         if number == signal.SIGKILL:
             assert code == -number and run.saved() <= run.sound() <= run.step()
         else:
-            assert code == 128 + number and run.sound() == run.step() == max(step_losses(run.folder))
+            assert code == 128 + number and run.sound() == run.step() == max(
+                step_losses(run.folder)
+            )
         return True
 
     return act
 
 
 def damaged(run: Harmed, chance: random.Random) -> bool:
-    """SIGKILL, and the newest checkpoint loses its end, a bit, or its checksum: the one before it counts."""
+    """SIGKILL, and the newest checkpoint loses its end, a bit, or its checksum: the one before it
+    counts."""
     if len(run.checkpoints()) < 2 or not signalled(signal.SIGKILL)(run, chance):
         return False
     *_, before, newest = run.checkpoints()
@@ -140,13 +154,16 @@ def frozen(run: Harmed, _: random.Random) -> bool:
 
 
 def disk_full(run: Harmed, _: random.Random) -> bool:
-    """No file can become as large as a checkpoint: the next save ends the run with one line, older ones stay."""
+    """No file can become as large as a checkpoint: the next save ends the run with one line, older
+    ones stay."""
     if not run.checkpoints():
         return False
     limit = run.checkpoints()[-1].stat().st_size * 3 // 4
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     assert run.process.wait(timeout=300) == 2
-    assert re.match(r"error: the checkpoint of step \d+ cannot be saved", run.said().splitlines()[-1])
+    assert re.match(
+        r"error: the checkpoint of step \d+ cannot be saved", run.said().splitlines()[-1]
+    )
     assert run.saved() <= run.sound()
     return True
 
@@ -161,12 +178,15 @@ FAULTS: dict[str, Fault] = {
 
 
 def harm(run: Harmed, every: int, chance: random.Random) -> Counter[str]:
-    """Brings the run to its end in spite of a fault about every so many steps; returns how often each struck."""
+    """Brings the run to its end in spite of a fault about every so many steps; returns how often
+    each struck."""
     struck, order = Counter[str](), list[str]()
     while True:
         order = order or chance.sample(sorted(FAULTS), len(FAULTS))  # each before any comes again
         if run.process.poll() is not None:
-            run.begin(num_workers=chance.randrange(1 if FAULTS[order[0]] is worker_killed else 0, 3))
+            run.begin(
+                num_workers=chance.randrange(1 if FAULTS[order[0]] is worker_killed else 0, 3)
+            )
         if not run.comes_to(run.step() + round(every * chance.uniform(0.5, 1.5))):
             assert run.process.returncode == 0, run.said()
             return struck
@@ -175,12 +195,18 @@ def harm(run: Harmed, every: int, chance: random.Random) -> Counter[str]:
         if fault is not None:
             order.remove(fault)
             struck[fault] += 1
-            print(f"{time.strftime('%H:%M:%S')} step {run.step()}: {fault}, saved {run.sound()}", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} step {run.step()}: {fault}, saved {run.sound()}",
+                flush=True,
+            )
 
 
 def soak(arguments: Sequence[str], folder: Path, steps: int, every: int, seed: int) -> Counter[str]:
-    """Both runs, side by side; returns how often each fault struck. Raises: AssertionError where they differ."""
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which the run would inherit
+    """Both runs, side by side; returns how often each fault struck. Raises: AssertionError where
+    they differ."""
+    if (
+        signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    ):  # under nohup, which the run would inherit
         signal.signal(signal.SIGHUP, lambda *_: None)
     folder.mkdir(parents=True, exist_ok=True)
     twin = start([*arguments, "--num_workers", "0"], folder / "twin")
@@ -193,9 +219,13 @@ def soak(arguments: Sequence[str], folder: Path, steps: int, every: int, seed: i
         run.process.kill()
     losses = step_losses(folder / "twin")
     assert len(losses) == steps and step_losses(folder / "harmed") == losses
-    ours, theirs = ({**load_newest_checkpoint(folder / name), "config": ...} for name in ("harmed", "twin"))
+    ours, theirs = (
+        {**load_newest_checkpoint(folder / name), "config": ...} for name in ("harmed", "twin")
+    )
     assert_same(ours, theirs)  # but for the configuration, which holds the folder's name
-    assert weights_path(folder / "harmed").read_bytes() == weights_path(folder / "twin").read_bytes()
+    assert (
+        weights_path(folder / "harmed").read_bytes() == weights_path(folder / "twin").read_bytes()
+    )
     return struck
 
 
@@ -204,7 +234,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="CIFAR-10 as a folder of images")
     parser.add_argument("--out", type=Path, required=True, help="folder for both runs, new")
     parser.add_argument("--minutes", type=float, default=30, help="how long it takes, about")
-    parser.add_argument("--every", type=int, default=75, help="steps between two faults, on average")
+    parser.add_argument(
+        "--every", type=int, default=75, help="steps between two faults, on average"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.monotonic()
@@ -213,7 +245,9 @@ def main() -> None:
     struck = soak(arguments, args.out, epochs * STEPS_PER_EPOCH, args.every, args.seed)
     print("\n".join(f"{fault:30}{times:4}" for fault, times in sorted(struck.items())))
     minutes = (time.monotonic() - started) / 60
-    print(f"{struck.total()} faults in {minutes:.1f} minutes, {epochs} epochs: losses, state and weights are equal")
+    print(
+        f"{struck.total()} faults in {minutes:.1f} minutes, {epochs} epochs: losses, state and weights are equal"
+    )
 
 
 if __name__ == "__main__":

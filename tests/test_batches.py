@@ -1,10 +1,13 @@
-"""Which errors of a loader say that one of its processes is gone: row R14, with `tests/test_faults.py`."""
+"""Which errors of a loader say that one of its processes is gone: row R14, with
+`tests/test_faults.py`."""
 
 import pytest
 
-from engine.batches import is_death
+from engine.run.batches import is_death
 
-WITHIN = "Caught {} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ..."
+WITHIN = (
+    "Caught {} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ..."
+)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""`tools/benchmark.py`: what it counts is right, and every part runs and says its figures (on tiny shapes here)."""
+"""`tools/benchmark.py`: what it counts is right, and every part runs and says its figures (on tiny
+shapes here)."""
 
 import json
 import multiprocessing
@@ -10,15 +11,17 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from engine.benchmarks import memory, models, processes, step, timing
-from engine.benchmarks.models import SHAPES, Shape
 from tools import benchmark, pack_dataset
+from tools.benchmarks import memory, models, processes, step, timing
+from tools.benchmarks.models import SHAPES, Shape
 from util.errors import InputError
 
 TINY = Shape(2, 32, 8, (32, 2, 2), (16, 1, 2))
 
 
-@pytest.mark.parametrize(("name", "gflops"), [("small/16", 9.2), ("base/16", 57.8), ("192/4 at 32", 0.65)])
+@pytest.mark.parametrize(
+    ("name", "gflops"), [("small/16", 9.2), ("base/16", 57.8), ("192/4 at 32", 0.65)]
+)
 def test_flops_of_the_three_steps(name, gflops):
     """Forward and backward of one image, as counted by hand."""
     assert abs(step.step_flops(SHAPES[name]) / 1e9 / gflops - 1) < 0.03
@@ -57,7 +60,9 @@ def test_the_readmes_commands_with_tiny_models(monkeypatch, tmp_path):
     monkeypatch.setattr(step, "peak_flops", lambda: 1e9)
     Image.fromarray(np.zeros((300, 400, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     pack_dataset.main([str(tmp_path), str(tmp_path / "packed")])
-    commands = re.findall(r"^python tools/benchmark.py (.*)$", (ROOT / "README.md").read_text(), re.M)
+    commands = re.findall(
+        r"^python tools/benchmark.py (.*)$", (ROOT / "README.md").read_text(), re.M
+    )
     assert [line.split()[0] for line in commands] == list(benchmark.PARTS)
     places = {"/path/to/images": str(tmp_path), "/path/to/packed": str(tmp_path / "packed")}
     for line in commands:
@@ -67,21 +72,27 @@ def test_the_readmes_commands_with_tiny_models(monkeypatch, tmp_path):
 
 def test_variants_take_turns_and_the_first_round_does_not_count():
     order = []
-    seconds = timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    seconds = timing.interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3
+    )
     assert order == ["a", "b"] * 4 and [len(s) for s in seconds.values()] == [3, 3]
     assert timing.ratio({"slow": [4.0, 9.0, 2.0], "fast": [2.0, 3.0, 2.0]}, "slow", "fast") == 2.0
 
 
 def test_the_peer_is_the_same_model():
     ours, theirs = models.build(TINY), models.build_peer(TINY, "eager")
-    count = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)]
+    count = [
+        sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)
+    ]
     assert count[0] == count[1]
 
 
 def test_step_gives_rates_ratios_and_the_share_of_the_peak(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(SHAPES, "base/16", TINY)
     monkeypatch.setattr(step, "peak_flops", lambda: 1e9)
-    found = benchmark.main(["step", "--shapes", "base/16", "--rounds", "1", "--json", str(tmp_path / "f.json")])
+    found = benchmark.main(
+        ["step", "--shapes", "base/16", "--rounds", "1", "--json", str(tmp_path / "f.json")]
+    )
     assert json.loads((tmp_path / "f.json").read_text()) == found
     facts = found["base/16"]
     assert set(facts["images_per_s"]) == {"ours bf16", "ours cross bf16"} | {
@@ -89,7 +100,9 @@ def test_step_gives_rates_ratios_and_the_share_of_the_peak(monkeypatch, tmp_path
     }
     rate = facts["images_per_s"]["ours bf16"]
     assert facts["share_of_peak"] == pytest.approx(rate * step.step_flops(TINY) / 1e9)
-    fastest = max(facts["images_per_s"][f"peer fp32 {attention}"] for attention in ("sdpa", "eager"))
+    fastest = max(
+        facts["images_per_s"][f"peer fp32 {attention}"] for attention in ("sdpa", "eager")
+    )
     assert facts["over_peer_fp32"] == pytest.approx(rate / fastest)  # of one round
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out and "threads" in out and "step, base/16" in out
@@ -102,7 +115,10 @@ def test_a_peer_that_is_not_installed_leaves_its_columns_out(monkeypatch, capsys
     monkeypatch.setattr(memory, "build_peer", lambda *_: None)
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
     facts = benchmark.main(["step", "--shapes", "base/16", "--rounds", "1"])["base/16"]
-    assert set(facts["images_per_s"]) == {"ours bf16", "ours cross bf16"} and "over_peer_fp32" not in facts
+    assert (
+        set(facts["images_per_s"]) == {"ours bf16", "ours cross bf16"}
+        and "over_peer_fp32" not in facts
+    )
     assert "activations_over_peer" not in benchmark.main(["memory"])["base/16"]
     assert capsys.readouterr().out.count("transformers is not installed") == 2
 

@@ -1,4 +1,5 @@
-"""Every shipped recipe loads and builds; the facts of the pretraining recipes; the sizes of the models.
+"""Every shipped recipe loads and builds; the facts of the pretraining recipes; the sizes of the
+models.
 
 The facts of the evaluations' recipes are in test_cfgs_eval.py.
 """
@@ -12,11 +13,17 @@ import pytest
 import torch
 from conftest import ROOT
 
-from models.build import VIT_SIZES, build_classifier, build_mae, classifier_config_problems, mae_config_problems
+from models.build import (
+    VIT_SIZES,
+    build_classifier,
+    build_mae,
+    classifier_config_problems,
+    mae_config_problems,
+)
 from models.vit import VisionTransformer
-from util.config import load_config
-from util.schema_eval import STAGE_CONFIGS, FinetuneConfig, KnnConfig, LinclsConfig
-from util.schema_pretrain import PretrainConfig
+from util.settings.evaluation import STAGE_CONFIGS, FinetuneConfig, KnnConfig, LinclsConfig
+from util.settings.pretrain import PretrainConfig
+from util.settings.read import load_config
 
 CFGS = ROOT / "cfgs"
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in CFGS.rglob("*.y*ml"))
@@ -40,7 +47,10 @@ def classifiers(cfg: Any) -> list[torch.nn.Module]:
     if cfg.class_token is None:
         tokens = [True, False] if cfg.global_pool == "avg" else [True]
     fc_norm = None if isinstance(cfg, FinetuneConfig) else False
-    return [build_classifier(cfg, num_classes=10, class_token=token, fc_norm=fc_norm) for token in tokens]
+    return [
+        build_classifier(cfg, num_classes=10, class_token=token, fc_norm=fc_norm)
+        for token in tokens
+    ]
 
 
 STAGES = {
@@ -76,7 +86,8 @@ def build(cfg: Any, stage_name: str) -> list[torch.nn.Module]:
 
 
 def head(file: str) -> dict[str, str]:
-    """The comment lines above a recipe's first key, by their label; an unlabelled line goes on with the one above."""
+    """The comment lines above a recipe's first key, by their label; an unlabelled line goes on with
+    the one above."""
     parts: dict[str, str] = {}
     label = "Title"
     for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
@@ -89,7 +100,9 @@ def head(file: str) -> dict[str, str]:
 
 
 def test_there_are_recipes():
-    assert len(FILES) >= 45  # of the reference 12 + 7 + 7, of the paper 6 + 3 + 3, CIFAR-10 3, the quickstart 4
+    assert (
+        len(FILES) >= 45
+    )  # of the reference 12 + 7 + 7, of the paper 6 + 3 + 3, CIFAR-10 3, the quickstart 4
     assert all(file.endswith(".yaml") for file in FILES)
 
 
@@ -121,7 +134,9 @@ def test_the_command_in_the_head_loads(file):
     arguments = head(file)["Command"].split()[2:]
     arguments[1] = str(ROOT / arguments[1])
     stage = STAGES[stage_of(file)]
-    assert load_config(stage.config_class, stage_of(file), arguments, checks=stage.checks, siblings=STAGE_CONFIGS)
+    assert load_config(
+        stage.config_class, stage_of(file), arguments, checks=stage.checks, siblings=STAGE_CONFIGS
+    )
 
 
 def folders(files: list[str]) -> list[str]:
@@ -133,7 +148,9 @@ def test_default_output_folders_never_collide():
     assert len(set(folders(FILES))) == len(FILES)
     written = {file: load(file).output_dir.lower() for file in FILES}
     for stage in STAGES:
-        assert written.pop(f"cfgs/quickstart/{stage}.yaml") == f"output/quickstart/{stage}"  # as README says
+        assert (
+            written.pop(f"cfgs/quickstart/{stage}.yaml") == f"output/quickstart/{stage}"
+        )  # as README says
     assert list(written.values()) == folders(list(written))
     assert len(set(folders(["cfgs/pretrain/a.yaml", "cfgs/finetune/a.yaml"]))) == 2
     assert len(set(folders(["cfgs/pretrain/a.yaml", "cfgs/pretrain/paper/A.yaml"]))) == 1
@@ -151,8 +168,18 @@ class Facts(NamedTuple):
     norm_pix_loss: bool = True
 
 
-SMALL, BASE, LARGE, HUGE, GIANT = (384, 12, 6), (768, 12, 12), (1024, 24, 16), (1280, 32, 16), (1664, 48, 16)
-REF_192, REF_384, REF_512 = (192, 4, 3), (384, 4, 6), (512, 8, 8)  # the reference: heads are width / 64
+SMALL, BASE, LARGE, HUGE, GIANT = (
+    (384, 12, 6),
+    (768, 12, 12),
+    (1024, 24, 16),
+    (1280, 32, 16),
+    (1664, 48, 16),
+)
+REF_192, REF_384, REF_512 = (
+    (192, 4, 3),
+    (384, 4, 6),
+    (512, 8, 8),
+)  # the reference: heads are width / 64
 PAPER = (512, 8, 16)
 BOTH = (True, True)
 PRETRAIN = {
@@ -177,18 +204,37 @@ PRETRAIN = {
 }
 OWN = {"ViT-Ti_CIFAR10"}  # tested below
 SHARED = {  # of every ImageNet recipe
-    "dataset": "folder", "img_size": 224, "in_chans": 3, "mlp_ratio": 4.0,
-    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
-    "mask_ratio": 0.75, "shared_mask": False,
-    "batch_size": 512, "total_batch_size": 4096,
-    "lr": 1.5e-4, "min_lr": 0.0, "weight_decay": 0.05, "beta1": 0.9, "beta2": 0.95, "clip_grad": None,
-    "crop_min": 0.2, "interpolation": "bicubic", "hflip": 0.5, "stop_epoch": None, "precision": "auto",
-}  # fmt: skip
+    "dataset": "folder",
+    "img_size": 224,
+    "in_chans": 3,
+    "mlp_ratio": 4.0,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "mask_ratio": 0.75,
+    "shared_mask": False,
+    "batch_size": 512,
+    "total_batch_size": 4096,
+    "lr": 1.5e-4,
+    "min_lr": 0.0,
+    "weight_decay": 0.05,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "clip_grad": None,
+    "crop_min": 0.2,
+    "interpolation": "bicubic",
+    "hflip": 0.5,
+    "stop_epoch": None,
+    "precision": "auto",
+}
 
 
 def names(folder: str) -> set[str]:
     """The recipes below cfgs/<folder>, as the tables name them."""
-    return {file.removeprefix(f"cfgs/{folder}/").removesuffix(".yaml") for file in FILES if f"/{folder}/" in file}
+    return {
+        file.removeprefix(f"cfgs/{folder}/").removesuffix(".yaml")
+        for file in FILES
+        if f"/{folder}/" in file
+    }
 
 
 def test_the_table_covers_every_pretraining_file():
@@ -230,15 +276,32 @@ def test_the_head_names_the_source_and_what_differs_from_it(name):
 
 
 def test_facts_of_the_cifar10_recipe():
-    """The setting of the reference loss curve: 195 steps per epoch, 312 of warmup, peak lr 1.2e-3 at batch 256."""
+    """The setting of the reference loss curve: 195 steps per epoch, 312 of warmup, peak lr 1.2e-3
+    at batch 256."""
     cfg = load("cfgs/pretrain/ViT-Ti_CIFAR10.yaml")
     (model,) = build(cfg, "pretrain")
     assert (shape(model.blocks), shape(model.decoder_blocks)) == ((192, 6, 3), (96, 2, 3))
     assert (model.img_size, model.patch_size) == ((32, 32), (4, 4))
-    assert (cfg.class_token, cfg.decoder_class_token, cfg.norm_pix_loss, cfg.mask_ratio) == (True, True, True, 0.75)
+    assert (cfg.class_token, cfg.decoder_class_token, cfg.norm_pix_loss, cfg.mask_ratio) == (
+        True,
+        True,
+        True,
+        0.75,
+    )
     assert (cfg.crop_min, cfg.interpolation, cfg.hflip) == (0.2, "bicubic", 0.5)
-    assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.min_lr, cfg.clip_grad) == (0.9, 0.95, 0.05, 0.0, None)
-    assert (cfg.batch_size, cfg.total_batch_size, cfg.epochs, 50_000 // cfg.total_batch_size) == (256, 256, 16, 195)
+    assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.min_lr, cfg.clip_grad) == (
+        0.9,
+        0.95,
+        0.05,
+        0.0,
+        None,
+    )
+    assert (cfg.batch_size, cfg.total_batch_size, cfg.epochs, 50_000 // cfg.total_batch_size) == (
+        256,
+        256,
+        16,
+        195,
+    )
     assert cfg.warmup_epochs * 195 == pytest.approx(312)
     assert cfg.lr * cfg.total_batch_size / 256 == pytest.approx(1.2e-3)
     assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -246,31 +309,61 @@ def test_facts_of_the_cifar10_recipe():
 
 def test_facts_of_the_quickstarts_pretraining():
     cfg = load("cfgs/quickstart/pretrain.yaml")
-    assert (cfg.dataset, cfg.data_path, cfg.download) == ("mnist5k", None, False)  # needs no network
-    assert (cfg.in_chans, cfg.img_size, cfg.hflip) == (1, 28, 0.0)  # a mirrored digit is another sign
+    assert (cfg.dataset, cfg.data_path, cfg.download) == (
+        "mnist5k",
+        None,
+        False,
+    )  # needs no network
+    assert (cfg.in_chans, cfg.img_size, cfg.hflip) == (
+        1,
+        28,
+        0.0,
+    )  # a mirrored digit is another sign
 
 
 @pytest.mark.parametrize(
     ("size", "millions", "exact"),
     [
-        ("tiny", 5.7, 5_717_416),  # DeiT-Ti/16: arXiv 2012.12877, table 1 (5M), and its published weights
+        (
+            "tiny",
+            5.7,
+            5_717_416,
+        ),  # DeiT-Ti/16: arXiv 2012.12877, table 1 (5M), and its published weights
         ("small", 22, 22_050_664),  # DeiT-S/16: the same
         ("base", 86, 86_567_656),  # ViT-B/16: arXiv 2010.11929, table 1; DeiT-B's published weights
         ("large", 304, 304_326_632),  # ViT-L/16: the public MAE code's classifier
-        ("huge", 632, 632_045_800),  # ViT-H/14: arXiv 2010.11929, table 1; the public MAE code's classifier
-        ("giant", 1599, 1_599_000_168),  # the reference's own, with MLP ratio 4: nobody published it; by hand only
+        (
+            "huge",
+            632,
+            632_045_800,
+        ),  # ViT-H/14: arXiv 2010.11929, table 1; the public MAE code's classifier
+        (
+            "giant",
+            1599,
+            1_599_000_168,
+        ),  # the reference's own, with MLP ratio 4: nobody published it; by hand only
     ],
 )
 def test_parameters_of_a_224_pixel_classifier(size, millions, exact):
     row = VIT_SIZES[size]
     with torch.device("meta"):
         model = VisionTransformer(
-            img_size=224, in_chans=3, num_classes=1000, mlp_ratio=4.0, class_token=True, global_pool="token", **row
+            img_size=224,
+            in_chans=3,
+            num_classes=1000,
+            mlp_ratio=4.0,
+            class_token=True,
+            global_pool="token",
+            **row,
         )
     width, patch = row["embed_dim"], row["patch_size"]
-    block = 12 * width**2 + 13 * width  # qkv, proj, fc1, fc2: weights 3 + 1 + 4 + 4, biases 3 + 1 + 4 + 1; two norms
+    block = (
+        12 * width**2 + 13 * width
+    )  # qkv, proj, fc1, fc2: weights 3 + 1 + 4 + 4, biases 3 + 1 + 4 + 1; two norms
     positions = (224 // patch) ** 2 + 1
-    embedding = (3 * patch**2 + 1) * width + width + positions * width  # patches, class token, positions
+    embedding = (
+        (3 * patch**2 + 1) * width + width + positions * width
+    )  # patches, class token, positions
     by_hand = row["depth"] * block + embedding + 2 * width + 1000 * (width + 1)  # norm, head
     assert sum(p.numel() for p in model.parameters()) == exact == by_hand
     assert exact / 1e6 == pytest.approx(millions, rel=0.01)

@@ -5,16 +5,30 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_cfgs import BASE, FILES, HUGE, LARGE, OWN, SMALL, build, head, load, names, shape, stage_of
+from test_cfgs import (
+    BASE,
+    FILES,
+    HUGE,
+    LARGE,
+    OWN,
+    SMALL,
+    build,
+    head,
+    load,
+    names,
+    shape,
+    stage_of,
+)
 
-from util.schema import IMAGENET_MEAN, IMAGENET_STD
+from util.settings.base import IMAGENET_MEAN, IMAGENET_STD
 
 EVALUATIONS = [file for file in FILES if stage_of(file) != "pretrain"]
 FINETUNE_FILES = [file for file in FILES if stage_of(file) == "finetune"]
 
 
 class FinetuneFacts(NamedTuple):
-    """One fine-tuning recipe: `encoder` is (width, depth, heads); the defaults are the reference's."""
+    """One fine-tuning recipe: `encoder` is (width, depth, heads); the defaults are the
+    reference's."""
 
     epochs: int
     encoder: tuple[int, int, int]
@@ -29,7 +43,12 @@ class FinetuneFacts(NamedTuple):
 
 
 TOKEN = ("token", True)
-PAPER: dict[str, Any] = {"readout": ("avg", True), "warmup": 5, "erasing": 0.25, "color_jitter": 0.0}
+PAPER: dict[str, Any] = {
+    "readout": ("avg", True),
+    "warmup": 5,
+    "erasing": 0.25,
+    "color_jitter": 0.0,
+}
 FINETUNE = {
     "ViT-S_50E_GAP": FinetuneFacts(50, SMALL),
     "ViT-S_100E_GAP": FinetuneFacts(100, SMALL),
@@ -43,16 +62,38 @@ FINETUNE = {
     "paper/ViT-H_50E": FinetuneFacts(50, HUGE, 14, drop_path=0.3, **PAPER),
 }
 IMAGENET = {  # of every ImageNet recipe
-    "dataset": "folder", "img_size": 224, "in_chans": 3, "mlp_ratio": 4.0, "num_classes": None,
-    "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "subset": None, "crop_pct": None,
-    "crop_min": 0.08, "interpolation": "bicubic", "hflip": 0.5, "stop_epoch": None, "precision": "auto",
-}  # fmt: skip
+    "dataset": "folder",
+    "img_size": 224,
+    "in_chans": 3,
+    "mlp_ratio": 4.0,
+    "num_classes": None,
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+    "subset": None,
+    "crop_pct": None,
+    "crop_min": 0.08,
+    "interpolation": "bicubic",
+    "hflip": 0.5,
+    "stop_epoch": None,
+    "precision": "auto",
+}
 FINETUNE_SHARED = IMAGENET | {
-    "batch_size": 128, "total_batch_size": 1024, "min_lr": 2.5e-7,
-    "weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "clip_grad": None, "ema_decay": None,
-    "auto_augment": "rand-m9-mstd0.5-inc1", "re_mode": "pixel", "re_count": 1,
-    "mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5, "label_smoothing": 0.1,
-}  # fmt: skip
+    "batch_size": 128,
+    "total_batch_size": 1024,
+    "min_lr": 2.5e-7,
+    "weight_decay": 0.05,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "clip_grad": None,
+    "ema_decay": None,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "re_mode": "pixel",
+    "re_count": 1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "mixup_switch_prob": 0.5,
+    "label_smoothing": 0.1,
+}
 
 
 class LinclsFacts(NamedTuple):
@@ -80,8 +121,12 @@ LINCLS = {
     "paper/ViT-H_50E": LinclsFacts("lars", HUGE, 14, TOKEN, epochs=50),
 }
 LINCLS_SHARED = IMAGENET | {
-    "lr": (0.1,), "min_lr": 0.0, "momentum": 0.9, "weight_decay": 0.0, "warmup_epochs": 10.0,
-}  # fmt: skip
+    "lr": (0.1,),
+    "min_lr": 0.0,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "warmup_epochs": 10.0,
+}
 
 
 def test_the_tables_cover_every_evaluation():
@@ -154,28 +199,62 @@ PUBLISHED = {  # top-1 % of the reference's table and of the paper; the rest has
 }
 
 
-@pytest.mark.parametrize("name", [*(f"finetune/{name}" for name in FINETUNE), *(f"lincls/{name}" for name in LINCLS)])
+@pytest.mark.parametrize(
+    "name", [*(f"finetune/{name}" for name in FINETUNE), *(f"lincls/{name}" for name in LINCLS)]
+)
 def test_the_head_quotes_published_figures_as_theirs(name):
     parts = head(f"cfgs/{name}.yaml")
     paper = "/paper/" in name
     assert ("arXiv 2111.06377" if paper else "the reference project's recipe") in parts["Source"]
-    assert parts["Expected"].startswith(f"not measured here; {'published:' if paper else 'the reference reports'}")
+    assert parts["Expected"].startswith(
+        f"not measured here; {'published:' if paper else 'the reference reports'}"
+    )
     assert re.findall(r"\d+\.\d+", parts["Expected"]) == PUBLISHED.get(name, [])
 
 
 def test_facts_of_the_cifar10_recipes():
-    """The setting of the reference's fine-tuning on 10,000 images, and its model under a linear classifier."""
-    tuned, linear = load("cfgs/finetune/ViT-Ti_CIFAR10.yaml"), load("cfgs/lincls/ViT-Ti_CIFAR10.yaml")
-    assert (tuned.epochs, tuned.warmup_epochs, tuned.batch_size, tuned.total_batch_size) == (10, 1.0, 128, 128)
+    """The setting of the reference's fine-tuning on 10,000 images, and its model under a linear
+    classifier."""
+    tuned, linear = (
+        load("cfgs/finetune/ViT-Ti_CIFAR10.yaml"),
+        load("cfgs/lincls/ViT-Ti_CIFAR10.yaml"),
+    )
+    assert (tuned.epochs, tuned.warmup_epochs, tuned.batch_size, tuned.total_batch_size) == (
+        10,
+        1.0,
+        128,
+        128,
+    )
     assert tuned.lr * tuned.total_batch_size / 256 == pytest.approx(1e-3)
     assert (tuned.beta1, tuned.beta2, tuned.weight_decay, tuned.min_lr) == (0.9, 0.999, 0.05, 0.0)
     assert (tuned.layer_decay, tuned.drop_path_rate, tuned.label_smoothing) == (0.75, 0.0, 0.1)
-    assert (tuned.auto_augment, tuned.color_jitter, tuned.re_prob, tuned.mixup, tuned.cutmix) == (None, 0, 0, 0, 0)
-    assert (linear.epochs, linear.warmup_epochs, linear.batch_size, linear.total_batch_size) == (10, 1.0, 256, 256)
-    assert (linear.optimizer, linear.momentum, linear.weight_decay, linear.min_lr) == ("sgd", 0.9, 0.0, 0.0)
+    assert (tuned.auto_augment, tuned.color_jitter, tuned.re_prob, tuned.mixup, tuned.cutmix) == (
+        None,
+        0,
+        0,
+        0,
+        0,
+    )
+    assert (linear.epochs, linear.warmup_epochs, linear.batch_size, linear.total_batch_size) == (
+        10,
+        1.0,
+        256,
+        256,
+    )
+    assert (linear.optimizer, linear.momentum, linear.weight_decay, linear.min_lr) == (
+        "sgd",
+        0.9,
+        0.0,
+        0.0,
+    )
     assert len(linear.lr) == 5
     for cfg in (tuned, linear):
-        assert (cfg.dataset, cfg.global_pool, cfg.class_token, cfg.num_classes) == ("cifar10", "avg", None, None)
+        assert (cfg.dataset, cfg.global_pool, cfg.class_token, cfg.num_classes) == (
+            "cifar10",
+            "avg",
+            None,
+            None,
+        )
         assert (cfg.hflip, cfg.subset) == (0.5, None)
     quoted = head("cfgs/finetune/ViT-Ti_CIFAR10.yaml")["Expected"]
     assert re.findall(r"\d+\.\d+", quoted) == ["63.77", "51.00", "65.5", "48.9"]
@@ -183,17 +262,31 @@ def test_facts_of_the_cifar10_recipes():
 
 
 def test_facts_of_the_quickstarts_evaluations():
-    tuned, linear, knn = (load(f"cfgs/quickstart/{stage}.yaml") for stage in ("finetune", "lincls", "knn"))
+    tuned, linear, knn = (
+        load(f"cfgs/quickstart/{stage}.yaml") for stage in ("finetune", "lincls", "knn")
+    )
     for stage, cfg in (("finetune", tuned), ("lincls", linear), ("knn", knn)):
-        assert (cfg.dataset, cfg.data_path, cfg.download) == ("mnist5k", None, False)  # needs no network
+        assert (cfg.dataset, cfg.data_path, cfg.download) == (
+            "mnist5k",
+            None,
+            False,
+        )  # needs no network
         assert (cfg.global_pool, cfg.class_token) == ("avg", None)
         pretrained = load("cfgs/quickstart/pretrain.yaml").output_dir
-        assert f"--finetune {pretrained}/model.safetensors" in head(f"cfgs/quickstart/{stage}.yaml")["Command"]
+        assert (
+            f"--finetune {pretrained}/model.safetensors"
+            in head(f"cfgs/quickstart/{stage}.yaml")["Command"]
+        )
     assert (tuned.hflip, linear.hflip) == (0.0, 0.0)  # a mirrored digit is another sign
     assert (tuned.crop_min, linear.crop_min) == (0.5, 0.5)
     assert (tuned.epochs, tuned.batch_size, tuned.warmup_epochs) == (5, 64, 1.0)
     assert (tuned.layer_decay, tuned.drop_path_rate, tuned.label_smoothing) == (0.75, 0.0, 0.1)
-    assert (linear.optimizer, linear.epochs, linear.batch_size, len(linear.lr)) == ("sgd", 10, 128, 5)
+    assert (linear.optimizer, linear.epochs, linear.batch_size, len(linear.lr)) == (
+        "sgd",
+        10,
+        128,
+        5,
+    )
     assert (knn.ks, knn.batch_size) == ((10, 20, 100), 128)
 
 

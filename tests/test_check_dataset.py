@@ -1,4 +1,5 @@
-"""tools/check_dataset.py: what it says about every kind of file, and that its verdict is training's."""
+"""tools/check_dataset.py: what it says about every kind of file, and that its verdict is
+training's."""
 
 import json
 import os
@@ -32,19 +33,19 @@ import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
-from data.check_report import printable
-from data.checks import PART, Looks, joined, look_at, open_file
-from data.datasets import FolderSource
 from data.images import BadImageError
-from data.labelled import build_labelled_data
-from engine.bad_samples import why_training_stops
-from engine.run import open_run
+from data.labels import build_labelled_data
+from data.sources import FolderSource
+from engine.run.bad_samples import why_training_stops
+from engine.run.folder import open_run
 from tools import check_dataset
 from tools.check_dataset import judge
-from util.config import load_config
+from tools.checking.checks import PART, Looks, joined, look_at, open_file
+from tools.checking.report import printable
 from util.errors import DataError, InputError, LocalDataError, LocalInputError, run_cli
-from util.schema_eval import STAGE_CONFIGS
-from util.schema_pretrain import PretrainConfig
+from util.settings.evaluation import STAGE_CONFIGS
+from util.settings.pretrain import PretrainConfig
+from util.settings.read import load_config
 
 TOOL = str(ROOT / "tools/check_dataset.py")
 
@@ -79,7 +80,9 @@ def shop(tmp_path) -> Path:
     for number in range(8):
         put(tmp_path / f"shop/train/{'cat' if number < 4 else 'dog'}/{number}.png", flat(number))
     for number in range(4):
-        put(tmp_path / f"shop/val/{'cat' if number < 2 else 'dog'}/{number}.png", flat(100 + number))
+        put(
+            tmp_path / f"shop/val/{'cat' if number < 2 else 'dog'}/{number}.png", flat(100 + number)
+        )
     return tmp_path / "shop"
 
 
@@ -101,27 +104,63 @@ def training_says(folder: Path) -> dict[int, str]:
 # Every kind of file
 
 NAMED = {
-    "jpeg": "JPEG RGB", "jpeg progressive": "JPEG RGB", "jpeg L": "JPEG L", "jpeg stored as RGB": "JPEG RGB",
-    "jpeg CMYK": "JPEG CMYK", "jpeg CMYK without a marker": "JPEG CMYK", "jpeg YCCK": "JPEG YCCK",
-    "jpeg of two pictures": "JPEG RGB, several pictures", "png": "PNG RGB", "png L": "PNG L", "png LA": "PNG LA",
-    "png RGBA": "PNG RGBA", "png P": "PNG P", "png P, one colour transparent": "PNG P",
-    "png P, a transparency each": "PNG P", "png 1-bit": "PNG 1-bit", "png 16-bit L": "PNG 16-bit L",
-    "png 16-bit RGB": "PNG 16-bit RGB", "png animated": "PNG RGB, animated", "webp": "WEBP RGB",
-    "webp lossless": "WEBP RGB", "webp RGBA": "WEBP RGBA", "webp animated": "WEBP RGB, animated",
-    "webp of one frame": "WEBP RGB", "gif": "GIF P", "gif, one colour transparent": "GIF P",
-    "gif animated": "GIF P, animated", "bmp": "BMP RGB", "bmp P": "BMP P", "ppm": "PPM RGB",
-    "pgm 16-bit": "PPM 16-bit L", "tiff": "TIFF RGB", "tiff LZW": "TIFF RGB", "tiff L": "TIFF L",
-    "tiff LA": "TIFF LA", "tiff RGBA": "TIFF RGBA", "tiff CMYK": "TIFF CMYK", "tiff P": "TIFF P",
-    "tiff 1-bit": "TIFF 1-bit", "tiff 16-bit L": "TIFF 16-bit L", "tiff 16-bit L, big-endian": "TIFF 16-bit L",
-}  # fmt: skip
-LA_16 = {"PNG 16-bit LA", "PNG 16-bit RGBA"}  # Pillow has no mode for it and widens, in some versions to colours
+    "jpeg": "JPEG RGB",
+    "jpeg progressive": "JPEG RGB",
+    "jpeg L": "JPEG L",
+    "jpeg stored as RGB": "JPEG RGB",
+    "jpeg CMYK": "JPEG CMYK",
+    "jpeg CMYK without a marker": "JPEG CMYK",
+    "jpeg YCCK": "JPEG YCCK",
+    "jpeg of two pictures": "JPEG RGB, several pictures",
+    "png": "PNG RGB",
+    "png L": "PNG L",
+    "png LA": "PNG LA",
+    "png RGBA": "PNG RGBA",
+    "png P": "PNG P",
+    "png P, one colour transparent": "PNG P",
+    "png P, a transparency each": "PNG P",
+    "png 1-bit": "PNG 1-bit",
+    "png 16-bit L": "PNG 16-bit L",
+    "png 16-bit RGB": "PNG 16-bit RGB",
+    "png animated": "PNG RGB, animated",
+    "webp": "WEBP RGB",
+    "webp lossless": "WEBP RGB",
+    "webp RGBA": "WEBP RGBA",
+    "webp animated": "WEBP RGB, animated",
+    "webp of one frame": "WEBP RGB",
+    "gif": "GIF P",
+    "gif, one colour transparent": "GIF P",
+    "gif animated": "GIF P, animated",
+    "bmp": "BMP RGB",
+    "bmp P": "BMP P",
+    "ppm": "PPM RGB",
+    "pgm 16-bit": "PPM 16-bit L",
+    "tiff": "TIFF RGB",
+    "tiff LZW": "TIFF RGB",
+    "tiff L": "TIFF L",
+    "tiff LA": "TIFF LA",
+    "tiff RGBA": "TIFF RGBA",
+    "tiff CMYK": "TIFF CMYK",
+    "tiff P": "TIFF P",
+    "tiff 1-bit": "TIFF 1-bit",
+    "tiff 16-bit L": "TIFF 16-bit L",
+    "tiff 16-bit L, big-endian": "TIFF 16-bit L",
+}
+LA_16 = {
+    "PNG 16-bit LA",
+    "PNG 16-bit RGBA",
+}  # Pillow has no mode for it and widens, in some versions to colours
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_every_kind_of_good_file_is_named(tmp_path, full):
     for kind, (content, _, _) in KINDS.items():
         folder = tmp_path / kind
-        put(folder / f"a.{kind[:3].replace('jpe', 'jpeg').replace('web', 'webp').replace('tif', 'tiff')}", content())
+        put(
+            folder
+            / f"a.{kind[:3].replace('jpe', 'jpeg').replace('web', 'webp').replace('tif', 'tiff')}",
+            content(),
+        )
         looks = looks_of(folder, full)
         assert looks.bad == {}, kind
         (named,) = looks.kinds
@@ -132,8 +171,11 @@ def test_every_kind_of_good_file_is_named(tmp_path, full):
 
 def bad_files() -> dict[str, tuple[bytes, str]]:
     """Content and what the reason begins with."""
-    cut = {f"cut {kind}.x.jpg": (encoded(NOISE, name, **options), "cannot be decoded: ")
-           for kind, (name, options) in CUT_KINDS.items() if kind != "TIFF LZW"}  # fmt: skip
+    cut = {
+        f"cut {kind}.x.jpg": (encoded(NOISE, name, **options), "cannot be decoded: ")
+        for kind, (name, options) in CUT_KINDS.items()
+        if kind != "TIFF LZW"
+    }
     return {
         **{name: (content[: len(content) // 2], reason) for name, (content, reason) in cut.items()},
         "zero bytes.jpg": (b"", "the file is empty"),
@@ -142,8 +184,14 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "huge.png": (declared("PNG", 30000), "declares too many pixels: "),
         "huge.jpg": (declared("JPEG", 30000), "declares too many pixels: "),
         "large.png": (declared("PNG", 10000), "declares too many pixels: 10000 x 10000"),
-        "float.tif": (encoded(Image.fromarray(RAMP16.astype(np.float32)), "TIFF"), "holds floating-point pixels"),
-        "32-bit.tif": (encoded(Image.fromarray(RAMP16.astype(np.int32) * 30000), "TIFF"), "holds 32-bit pixels"),
+        "float.tif": (
+            encoded(Image.fromarray(RAMP16.astype(np.float32)), "TIFF"),
+            "holds floating-point pixels",
+        ),
+        "32-bit.tif": (
+            encoded(Image.fromarray(RAMP16.astype(np.int32) * 30000), "TIFF"),
+            "holds 32-bit pixels",
+        ),
     }
 
 
@@ -173,7 +221,9 @@ def test_a_file_that_was_cut_off_is_found_without_decoding_all(tmp_path, kind):
     lengths = [int(share * len(content)) + 1 for share in (0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97)]
     for length in lengths:
         put(tmp_path / f"{length}.jpg", content[:length])
-    zeros = put(tmp_path / "zeros.jpg", content[: len(content) // 2].ljust(len(content), b"\0"))  # as a full disk does
+    zeros = put(
+        tmp_path / "zeros.jpg", content[: len(content) // 2].ljust(len(content), b"\0")
+    )  # as a full disk does
     found = looks_of(tmp_path, full=False).bad
     assert found == training_says(tmp_path)
     assert len(found) >= len(lengths)
@@ -188,7 +238,7 @@ def test_whole_files_of_the_common_kinds_are_not_decoded(tmp_path, monkeypatch):
     def decode(*_args, **_kwargs):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("data.checks.decode_image", decode)
+    monkeypatch.setattr("tools.checking.checks.decode_image", decode)
     assert sum(looks_of(tmp_path, full=False).kinds.values()) == 6
     put(tmp_path / "trailing.jpg", encoded(NOISE, "JPEG") + b"more")
     with pytest.raises(AssertionError, match="decoded"):
@@ -206,7 +256,9 @@ def test_corrupted_files_are_judged_as_training_judges_them(tmp_path, kind, monk
     assert 5 < len(says) < 145
     assert looks_of(tmp_path, full=True).bad == says
     by_header = looks_of(tmp_path, full=False).bad
-    assert {index: says[index] for index in by_header} == by_header  # none is called bad that training takes
+    assert {
+        index: says[index] for index in by_header
+    } == by_header  # none is called bad that training takes
     assert len(by_header) > len(says) / 3
 
 
@@ -228,7 +280,12 @@ def test_orientations_and_wrong_endings_are_remarks(tmp_path):
     put(tmp_path / "c c.png", KINDS["jpeg of two pictures"][0]())
     looks = looks_of(tmp_path, full=False)
     assert looks.bad == {}
-    expected = {"turned upright by EXIF": 21, "PNG named .jpeg": 1, "WEBP named .gif": 1, "JPEG named .png": 1}
+    expected = {
+        "turned upright by EXIF": 21,
+        "PNG named .jpeg": 1,
+        "WEBP named .gif": 1,
+        "JPEG named .png": 1,
+    }
     assert looks.notes == expected
     assert (looks.sides == [48, 64]).all()
 
@@ -257,12 +314,17 @@ def test_what_is_listed_is_what_training_lists(tmp_path, capsys):
     assert facts["other_files"] == {".txt": 2, ".db": 1, "": 1}
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if line.startswith(("other", "  .", "  without"))] == [
-        ["other", "files", "4"], [".txt", "2"], [".db", "1"], ["without", "an", "ending", "1"],
-    ]  # fmt: skip
+        ["other", "files", "4"],
+        [".txt", "2"],
+        [".db", "1"],
+        ["without", "an", "ending", "1"],
+    ]
 
 
 def test_sizes(tmp_path):
-    for number, size in enumerate([(1, 1), (1, 5000), (5000, 1), (31, 40), (32, 90), (100, 32), (400, 300)]):
+    for number, size in enumerate(
+        [(1, 1), (1, 5000), (5000, 1), (31, 40), (32, 90), (100, 32), (400, 300)]
+    ):
         put(tmp_path / f"{number}.png", flat(number, size))
     put(tmp_path / "bad.png", b"")
     facts = check(tmp_path, "--img_size", 32)["splits"]["all"]
@@ -275,9 +337,14 @@ def test_sizes(tmp_path):
 
 def test_mean_and_std_are_those_of_a_config(tmp_path):
     for number, colour in enumerate([(255, 0, 51), (0, 0, 51), (51, 102, 51), (102, 102, 51)]):
-        put(tmp_path / f"{number}.png", encoded(Image.new("RGB", (8 * number + 1, 5), colour), "PNG"))
+        put(
+            tmp_path / f"{number}.png",
+            encoded(Image.new("RGB", (8 * number + 1, 5), colour), "PNG"),
+        )
     facts = check(tmp_path, "--full")["splits"]["all"]
-    assert facts["mean"] == pytest.approx([0.4, 0.2, 0.2])  # each image counts alike, whatever its size
+    assert facts["mean"] == pytest.approx(
+        [0.4, 0.2, 0.2]
+    )  # each image counts alike, whatever its size
     assert facts["std"] == pytest.approx([np.std([1, 0, 0.2, 0.4]), 0.2, 0], abs=1e-4)
     assert "mean" not in check(tmp_path)["splits"]["all"]
 
@@ -322,7 +389,9 @@ def spoil_layout(shop: Path, how: str) -> None:
         (shop / "val/dog").rename(shop / "val/hund")
     elif how == "no classes in val":
         for path in (*(shop / "val").rglob("*.png"), shop / "val/cat", shop / "val/dog"):
-            path.rename(shop / "val" / f"{path.parent.name}-{path.name}") if path.is_file() else path.rmdir()
+            path.rename(
+                shop / "val" / f"{path.parent.name}-{path.name}"
+            ) if path.is_file() else path.rmdir()
     elif how == "empty val":
         for path in (shop / "val").rglob("*.png"):
             path.unlink()
@@ -334,7 +403,10 @@ def test_a_wrong_layout_stops_the_evaluations_in_their_own_words(shop, how):
     with pytest.raises(InputError) as error:
         build_labelled_data("folder", str(shop), 3, False, None)
     verdicts = check(shop)["verdicts"]
-    assert verdicts == {"pretrain": None, **dict.fromkeys(("finetune", "lincls", "knn"), str(error.value))}
+    assert verdicts == {
+        "pretrain": None,
+        **dict.fromkeys(("finetune", "lincls", "knn"), str(error.value)),
+    }
     assert exit_code(shop) == exit_code(shop, "--for", "knn") == 1
     assert exit_code(shop, "--for", "pretrain") == 0
 
@@ -342,7 +414,10 @@ def test_a_wrong_layout_stops_the_evaluations_in_their_own_words(shop, how):
 def test_pretraining_needs_no_classes(shop, capsys):
     assert exit_code(shop / "train/cat") == 0
     out = capsys.readouterr().out
-    assert "pretraining: could start\nfine-tuning, linear classification, k-NN: could not: data_path " in out
+    assert (
+        "pretraining: could start\nfine-tuning, linear classification, k-NN: could not: data_path "
+        in out
+    )
     assert exit_code(shop / "train/cat", "--for", "finetune") == 1
     assert exit_code(shop / "train") == 0  # classes, and nothing to validate on
     facts = check(shop / "train")
@@ -352,7 +427,10 @@ def test_pretraining_needs_no_classes(shop, capsys):
 def test_a_folder_without_images_could_not_start(tmp_path, capsys):
     (tmp_path / "train/cat").mkdir(parents=True)
     assert exit_code(tmp_path) == 1
-    assert f"pretraining: could not: no images under {tmp_path}/train: none of its files" in capsys.readouterr().out
+    assert (
+        f"pretraining: could not: no images under {tmp_path}/train: none of its files"
+        in capsys.readouterr().out
+    )
 
 
 def add_bad(folder: Path, count: int) -> None:
@@ -371,15 +449,23 @@ def test_bad_files_stop_training_from_the_limit_on(shop, full):
     add_bad(shop / "train/dog", 1)
     stopped = "11 bad files, more than the 10 that are tolerated"
     assert check(shop, *full)["verdicts"] == {
-        "pretrain": stopped, "finetune": stopped, "lincls": stopped, "knn": in_train.replace("10", "11"),
-    }  # fmt: skip
+        "pretrain": stopped,
+        "finetune": stopped,
+        "lincls": stopped,
+        "knn": in_train.replace("10", "11"),
+    }
     assert exit_code(shop, *full, "--for", "pretrain") == 1
 
 
 def test_one_bad_file_in_val_stops_the_evaluations(shop):
     add_bad(shop / "val/dog", 1)
     in_val = "1 bad in val, and evaluation leaves none out"
-    assert check(shop)["verdicts"] == {"pretrain": None, "finetune": in_val, "lincls": in_val, "knn": in_val}
+    assert check(shop)["verdicts"] == {
+        "pretrain": None,
+        "finetune": in_val,
+        "lincls": in_val,
+        "knn": in_val,
+    }
     assert exit_code(shop) == 1
 
 
@@ -394,7 +480,10 @@ def test_bad_files_outside_of_the_classes_concern_pretraining_only(shop):
 def test_the_limit_is_a_thousandth_of_many_images():
     assert why_training_stops(11, 11_000) is None
     assert why_training_stops(11, 10_999) == "11 bad files, more than the 10 that are tolerated"
-    assert why_training_stops(1282, 1_281_167) == "1,282 bad files, more than the 1,281 that are tolerated"
+    assert (
+        why_training_stops(1282, 1_281_167)
+        == "1,282 bad files, more than the 1,281 that are tolerated"
+    )
     assert why_training_stops(0, 1) is None
     assert why_training_stops(3, 3) == "none of the 3 images can be read"
     assert judge({}, {"pretrain": "a", "labelled": "b"}) == {
@@ -448,7 +537,8 @@ def test_equal_files_are_found_within_and_across_splits_and_classes(shop):
 def test_only_files_of_equal_size_and_end_are_read_again(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(
-        "data.duplicates.open_file", lambda source, index: read.append(index) or open_file(source, index)
+        "tools.checking.duplicates.open_file",
+        lambda source, index: read.append(index) or open_file(source, index),
     )
     for shade in range(6):
         put(tmp_path / f"{shade}.bmp", encoded(Image.new("RGB", (60, 60), (shade, 0, 0)), "BMP"))
@@ -486,7 +576,11 @@ def test_packed_shards_are_judged_as_their_folder(shop, tmp_path):
         for fact in ("num_classes", "verdicts", "asked", "could_start"):
             assert shards[fact] == folder[fact]
         for split in ("train", "val"):
-            assert {**shards["splits"][split], "mean": 0, "std": 0} == {**folder["splits"][split], "mean": 0, "std": 0}
+            assert {**shards["splits"][split], "mean": 0, "std": 0} == {
+                **folder["splits"][split],
+                "mean": 0,
+                "std": 0,
+            }
         assert shards["duplicates"]["val_images_in_train"] == 1
     assert exit_code(packed) == 0
     assert check(packed / "train")["asked"] == ["pretrain"]
@@ -536,14 +630,19 @@ def test_the_facts_do_not_depend_on_the_number_of_processes(tmp_path):
         content = b"" if chance.random() < 0.1 else flat(chance.randrange(250), (1 + number % 7, 3))
         put(tmp_path / f"{number % 9}/{number}.png", content)
     for full in ([], ["--full"]):
-        facts = [check_dataset.main([str(tmp_path), *full, "--workers", workers]) for workers in ("1", "3")]
+        facts = [
+            check_dataset.main([str(tmp_path), *full, "--workers", workers])
+            for workers in ("1", "3")
+        ]
         for fact in facts:
             fact.pop("seconds")
         assert facts[0] == facts[1]
         assert facts[0]["splits"]["all"]["bad"] == len(training_says(tmp_path)) > 20
         assert facts[0]["duplicates"]["groups"] > 20
     source, says = FolderSource(str(tmp_path), 3), training_says(tmp_path)
-    means = [source.read(index).float().mean() / 255 for index in range(len(source)) if index not in says]
+    means = [
+        source.read(index).float().mean() / 255 for index in range(len(source)) if index not in says
+    ]
     assert facts[0]["splits"]["all"]["mean"] == pytest.approx([float(np.mean(means))] * 3, abs=1e-4)
 
 
@@ -552,8 +651,14 @@ def test_bad_files_and_facts_are_written(shop, tmp_path, capsys):
     put(shop / "train/cat" / odd, b"")
     put(shop / "val/dog/text.jpg", b"text")
     facts = check(shop, "--problems", tmp_path / "bad.jsonl", "--json", tmp_path / "facts.json")
-    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["path"] for line in lines] == [str(shop / "train/cat" / odd), str(shop / "val/dog/text.jpg")]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [line["path"] for line in lines] == [
+        str(shop / "train/cat" / odd),
+        str(shop / "val/dog/text.jpg"),
+    ]
     assert lines[0] == {"path": str(shop / "train/cat" / odd), "reason": "the file is empty"}
     assert json.loads((tmp_path / "facts.json").read_text(encoding="utf-8")) == facts
     out = capsys.readouterr().out
@@ -602,7 +707,9 @@ def test_the_report_as_a_person_sees_it(shop, capsys, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: 0)
     add_bad(shop / "train/cat", 3)
     put(shop / "train/cat/8.png", flat(77, (9, 5)))
-    put(shop / "val/dog/2.png", encoded(Image.new("RGB", (6, 5)), "PNG")).rename(shop / "val/dog/2.jpg")
+    put(shop / "val/dog/2.png", encoded(Image.new("RGB", (6, 5)), "PNG")).rename(
+        shop / "val/dog/2.jpg"
+    )
     put(shop / "val/dog/3.png", flat(3))
     put(shop / "val/dog/notes.txt", b"")
     check(shop, "--img_size", 6)
@@ -655,8 +762,28 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_command(shop):
 # What training says, and its hint
 
 SMALL = ("--dataset", "folder", "--batch_size", 4, "--total_batch_size", 4)
-RANDOM = ("--class_token", "true", "--num_workers", 0, "--device", "cpu", "--precision", "fp32", "--img_size", 28,
-          "--in_chans", 1, "--mean", 0.1, "--std", 0.3, "--size", "debug", "--patch_size", 4)  # fmt: skip
+RANDOM = (
+    "--class_token",
+    "true",
+    "--num_workers",
+    0,
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--img_size",
+    28,
+    "--in_chans",
+    1,
+    "--mean",
+    0.1,
+    "--std",
+    0.3,
+    "--size",
+    "debug",
+    "--patch_size",
+    4,
+)
 
 
 def hints(error: BaseException) -> list[str]:
@@ -685,12 +812,17 @@ def test_a_whole_bad_batch_comes_with_the_hint(tmp_path):
     error = pretrain_on(tmp_path / "a b", tmp_path / "run")
     assert isinstance(error, LocalDataError)  # only the process that met it says it
     assert isinstance(error, LocalInputError)
-    assert hints(error) == [f"look at the data with: python tools/check_dataset.py '{tmp_path}/a b'"]
+    assert hints(error) == [
+        f"look at the data with: python tools/check_dataset.py '{tmp_path}/a b'"
+    ]
 
 
 STAGES = {
-    "pretrain": main_pretrain.main, "finetune": main_finetune.main, "lincls": main_lincls.main, "knn": main_knn.main,
-}  # fmt: skip
+    "pretrain": main_pretrain.main,
+    "finetune": main_finetune.main,
+    "lincls": main_lincls.main,
+    "knn": main_knn.main,
+}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -699,9 +831,20 @@ def test_every_stage_gives_the_hint_for_a_folder_without_images(shop, tmp_path, 
         path.unlink()
     more = () if stage == "pretrain" else ("--finetune", "random")
     more = ("--class_token", "true") if stage == "finetune" else more
-    arguments = ["--dataset", "folder", "--data_path", shop, "--output_dir", tmp_path / "run", *RANDOM[2:], *more]
+    arguments = [
+        "--dataset",
+        "folder",
+        "--data_path",
+        shop,
+        "--output_dir",
+        tmp_path / "run",
+        *RANDOM[2:],
+        *more,
+    ]
     with pytest.raises(DataError) as error:
-        STAGES[stage](["--config", str(ROOT / f"cfgs/quickstart/{stage}.yaml"), *map(str, arguments)])
+        STAGES[stage](
+            ["--config", str(ROOT / f"cfgs/quickstart/{stage}.yaml"), *map(str, arguments)]
+        )
     assert str(error.value).startswith(f"no images under {shop}/train")
     assert hints(error.value) == [f"look at the data with: python tools/check_dataset.py {shop}"]
 
@@ -711,16 +854,33 @@ def test_knn_stops_where_the_verdict_says_so(shop, tmp_path, split):
     add_bad(shop / split / "cat", 1)
     assert check(shop)["verdicts"]["knn"] == f"1 bad in {split}, and evaluation leaves none out"
     with pytest.raises(DataError, match="evaluation leaves no image out") as error:
-        arguments = ["--dataset", "folder", "--data_path", shop, "--output_dir", tmp_path / "run", *RANDOM]
+        arguments = [
+            "--dataset",
+            "folder",
+            "--data_path",
+            shop,
+            "--output_dir",
+            tmp_path / "run",
+            *RANDOM,
+        ]
         main_knn.main(
-            ["--config", str(ROOT / "cfgs/quickstart/knn.yaml"), *map(str, arguments), "--finetune", "random"]
+            [
+                "--config",
+                str(ROOT / "cfgs/quickstart/knn.yaml"),
+                *map(str, arguments),
+                "--finetune",
+                "random",
+            ]
         )
     assert hints(error.value) == [f"look at the data with: python tools/check_dataset.py {shop}"]
 
 
 def test_the_hint_ends_the_line_and_is_for_folders_and_shards_only(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for dataset, hint in (("packed", "; look at the data with: python tools/check_dataset.py some"), ("cifar10", "")):
+    for dataset, hint in (
+        ("packed", "; look at the data with: python tools/check_dataset.py some"),
+        ("cifar10", ""),
+    ):
         arguments = digits(tmp_path, "--dataset", dataset, "--data_path", "some")
         cfg = load_config(PretrainConfig, "pretrain", arguments, checks=[], siblings=STAGE_CONFIGS)
 
@@ -744,7 +904,9 @@ def test_photographs(photographs):
     assert (split["images"], split["bad"], facts["duplicates"]["groups"]) == (250, 0, 0)
     assert split["short_side"] == [97, 375, 1200]
     source = FolderSource(str(photographs), 3)
-    assert split["smaller_than_crop"] == sum(min(source.read(index).shape[1:]) < 224 for index in range(len(source)))
+    assert split["smaller_than_crop"] == sum(
+        min(source.read(index).shape[1:]) < 224 for index in range(len(source))
+    )
 
 
 @pytest.mark.long

@@ -1,4 +1,5 @@
-"""Settings: the order of their sources, every kind of wrong value, and the walk of a key to the constructor."""
+"""Settings: the order of their sources, every kind of wrong value, and the walk of a key to the
+constructor."""
 
 import dataclasses
 import inspect
@@ -11,10 +12,10 @@ import torch
 
 from models.build import VIT_SIZES, build_mae, mae_config_problems, model_kwargs
 from models.mae import MaskedAutoencoder
-from util.config import changed_settings, dump_config, load_config, plain
 from util.errors import InputError, LocalInputError, run_cli
-from util.schema import knob, sections
-from util.schema_pretrain import PretrainConfig
+from util.settings.base import knob, sections
+from util.settings.pretrain import PretrainConfig
+from util.settings.read import changed_settings, dump_config, load_config, plain
 
 DIGITS = ("--dataset", "mnist5k")  # the data set that needs no data_path
 
@@ -58,7 +59,12 @@ def load(*argv: str) -> PretrainConfig:
 def refused(*argv: str, digits: bool = True) -> list[str]:
     """The problems of a command line, one string each; a list of several says how many it holds."""
     with pytest.raises(InputError) as error:
-        load_config(PretrainConfig, "pretrain", [*(DIGITS if digits else ()), *argv], checks=[mae_config_problems])
+        load_config(
+            PretrainConfig,
+            "pretrain",
+            [*(DIGITS if digits else ()), *argv],
+            checks=[mae_config_problems],
+        )
     head, *rest = str(error.value).split("\n  ")
     if not rest:
         return [head]
@@ -102,7 +108,9 @@ def test_base_is_relative_to_its_file_and_a_chain_of_two_is_the_longest(recipe):
     assert problem.endswith("shared/c.yaml: more than 2 base: files in a chain")
 
 
-@pytest.mark.parametrize("files", [{"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "c", "c": "b"}])
+@pytest.mark.parametrize(
+    "files", [{"a": "a"}, {"a": "b", "b": "a"}, {"a": "b", "b": "c", "c": "b"}]
+)
 def test_a_cycle_of_base_files_is_refused(recipe, files):
     paths = [recipe(f"base: {base}.yaml\n", f"{name}.yaml") for name, base in files.items()]
     (problem,) = refused("--config", paths[0])
@@ -112,7 +120,9 @@ def test_a_cycle_of_base_files_is_refused(recipe, files):
 def test_a_file_that_is_not_there_is_named(recipe, tmp_path):
     missing = tmp_path / "none.yaml"
     assert refused("--config", str(missing)) == [f"config {missing}: No such file or directory"]
-    assert refused("--config", recipe("base: none.yaml\n")) == [f"config {missing}: No such file or directory"]
+    assert refused("--config", recipe("base: none.yaml\n")) == [
+        f"config {missing}: No such file or directory"
+    ]
     assert refused("--config", str(tmp_path)) == [f"config {tmp_path}: Is a directory"]
 
 
@@ -133,7 +143,10 @@ def test_base_must_be_a_relative_path(recipe, tmp_path):
         ("lr: [1, 2\n", "is not valid YAML: while parsing a flow sequence"),
         ("lr: !!python/name:os.system\n", "is not valid YAML: could not determine a constructor"),
         ("lr: 1\n---\nlr: 2\n", "is not valid YAML: expected a single document"),
-        ("output_dir: 2026-02-31\n", "is not valid YAML"),  # reads as a date, and there is no such day
+        (
+            "output_dir: 2026-02-31\n",
+            "is not valid YAML",
+        ),  # reads as a date, and there is no such day
         ("- lr\n- 1\n", "must be a flat list of `key: value` lines"),
         ("just words\n", "must be a flat list of `key: value` lines"),
         ("3: 4\n", "must be a flat list of `key: value` lines"),
@@ -148,23 +161,30 @@ def test_files_that_are_not_flat_yaml_are_refused(recipe, text, fragment):
 def test_a_duplicate_key_in_a_base_file_names_that_file(recipe, tmp_path):
     recipe("seed: 1\nseed: 1\n", "base.yaml")
     (problem,) = refused("--config", recipe("base: base.yaml\n"))
-    assert problem.startswith(f"config {tmp_path / 'base.yaml'} is not valid YAML: key 'seed' is given twice")
+    assert problem.startswith(
+        f"config {tmp_path / 'base.yaml'} is not valid YAML: key 'seed' is given twice"
+    )
 
 
 def test_an_empty_file_changes_nothing_but_the_folder(recipe):
     config = recipe("# nothing yet\n", "empty.yaml")
-    assert load("--config", config) == dataclasses.replace(load(), output_dir="output/pretrain/empty")
+    assert load("--config", config) == dataclasses.replace(
+        load(), output_dir="output/pretrain/empty"
+    )
 
 
 def test_the_default_folder_is_the_stage_and_the_name_of_the_config(recipe):
     config = recipe("seed: 1\n", "ViT-S_100E.v2.yaml")
     assert load("--config", config).output_dir == "output/pretrain/ViT-S_100E.v2"
     assert load().output_dir == "output/pretrain/default"
-    assert load("--config", config, "--output_dir", "null").output_dir == "output/pretrain/ViT-S_100E.v2"
-    assert load("--config", config, "--output_dir", "runs/x").output_dir == "runs/x"
-    assert load_config(RolloutConfig, "rollout", ["--config", config], siblings=[PretrainConfig]).output_dir == (
-        "output/rollout/ViT-S_100E.v2"
+    assert (
+        load("--config", config, "--output_dir", "null").output_dir
+        == "output/pretrain/ViT-S_100E.v2"
     )
+    assert load("--config", config, "--output_dir", "runs/x").output_dir == "runs/x"
+    assert load_config(
+        RolloutConfig, "rollout", ["--config", config], siblings=[PretrainConfig]
+    ).output_dir == ("output/rollout/ViT-S_100E.v2")
 
 
 # Names
@@ -172,11 +192,15 @@ def test_the_default_folder_is_the_stage_and_the_name_of_the_config(recipe):
 
 def test_an_unknown_key_names_its_file_itself_and_the_nearest_key(recipe):
     config = recipe("mask_ration: 0.5\n")
-    assert refused("--config", config) == [f"{config}: unknown setting 'mask_ration', did you mean 'mask_ratio'?"]
+    assert refused("--config", config) == [
+        f"{config}: unknown setting 'mask_ration', did you mean 'mask_ratio'?"
+    ]
     config = recipe("zzz: 1\n")
     assert refused("--config", config) == [f"{config}: unknown setting 'zzz'; see --help"]
     child = recipe("base: recipe.yaml\nseed: 1\n", "child.yaml")
-    assert refused("--config", child) == [f"{config}: unknown setting 'zzz'; see --help"]  # the base's name
+    assert refused("--config", child) == [
+        f"{config}: unknown setting 'zzz'; see --help"
+    ]  # the base's name
 
 
 @pytest.mark.parametrize(
@@ -184,11 +208,17 @@ def test_an_unknown_key_names_its_file_itself_and_the_nearest_key(recipe):
     [
         (["--mask_ration", "0.5"], ["unknown setting 'mask_ration', did you mean 'mask_ratio'?"]),
         (["--mask_ration=0.5"], ["unknown setting 'mask_ration', did you mean 'mask_ratio'?"]),
-        (["--mask_rat", "0.5"], ["unknown setting 'mask_rat', did you mean 'mask_ratio'?"]),  # no abbreviations
+        (
+            ["--mask_rat", "0.5"],
+            ["unknown setting 'mask_rat', did you mean 'mask_ratio'?"],
+        ),  # no abbreviations
         (["--epoch", "3"], ["unknown setting 'epoch', did you mean 'epochs'?"]),
         (["--no-shared_mask"], ["unknown setting 'no-shared_mask', did you mean 'shared_mask'?"]),
         (["-x"], ["unknown setting 'x'; see --help"]),
-        (["--zzz", "1", "--local-rank=0"], ["unknown setting 'zzz'; see --help", "unknown setting 'local-rank'"]),
+        (
+            ["--zzz", "1", "--local-rank=0"],
+            ["unknown setting 'zzz'; see --help", "unknown setting 'local-rank'"],
+        ),
         (["stray"], ["unexpected argument 'stray'"]),
         (["--lr", "1e-3", "1e-4"], ["unexpected argument '1e-4'"]),
     ],
@@ -203,7 +233,9 @@ def test_unknown_flags_and_stray_arguments(argv, expected):
 def test_all_problems_of_all_sources_come_in_one_error(recipe, tmp_path):
     recipe("depht: 3\nlr: fast\n", "base.yaml")
     config = recipe("base: base.yaml\nmask_ratio: 2\nzzz: 1\nepochs: 1.5\n")
-    problems = refused("stray", "--config", config, "--epochz", "3", "--beta1", "1", "--tensorboard", "no")
+    problems = refused(
+        "stray", "--config", config, "--epochz", "3", "--beta1", "1", "--tensorboard", "no"
+    )
     assert problems == [
         "command line: unexpected argument 'stray'",
         "command line: unknown setting 'epochz', did you mean 'epochs'?",
@@ -317,11 +349,20 @@ def test_values_of_the_command_line(argv, name, value):
         ("tensorboard: maybe", "tensorboard: expected true or false, got 'maybe'"),
         ("data_path: 3", "data_path: expected text or null, got 3"),
         ("data_path: ''", "data_path: expected text or null, got ''"),
-        ("img_size: [1, 2, 3]", "img_size: expected a whole number or 2 whole numbers, got [1, 2, 3]"),
+        (
+            "img_size: [1, 2, 3]",
+            "img_size: expected a whole number or 2 whole numbers, got [1, 2, 3]",
+        ),
         ("img_size: []", "img_size: expected a whole number or 2 whole numbers, got []"),
-        ("patch_size: 3.5", "patch_size: expected a whole number or 2 whole numbers or null, got 3.5"),
+        (
+            "patch_size: 3.5",
+            "patch_size: expected a whole number or 2 whole numbers or null, got 3.5",
+        ),
         ("mean: [a, b, c]", "mean: expected a list of numbers, got ['a', 'b', 'c']"),
-        ("mean: [[0.5], [0.5], [0.5]]", "mean: expected a list of numbers, got [[0.5], [0.5], [0.5]]"),
+        (
+            "mean: [[0.5], [0.5], [0.5]]",
+            "mean: expected a list of numbers, got [[0.5], [0.5], [0.5]]",
+        ),
         # not finite
         ("lr: .nan", "lr: expected a number, got nan"),
         ("lr: .inf", "lr: expected a number, got inf"),
@@ -343,12 +384,15 @@ def test_values_of_the_command_line(argv, name, value):
         ("std: [1, 0, 1]", "std: expected > 0, got 0"),
         ("seed: 2147483648", "seed: expected >= 0, <= 2147483647, got 2147483648"),
         # choices
-        ("size: smal", "size: expected one of debug, tiny, small, base, large, huge, giant, got 'smal', did you mean "
-                       "'small'?"),
+        (
+            "size: smal",
+            "size: expected one of debug, tiny, small, base, large, huge, giant, got 'smal', did you mean "
+            "'small'?",
+        ),
         ("precision: int3", "precision: expected one of auto, bf16, fp16, fp32, got 'int3'"),
         ("device: 0", "device: expected text, got 0"),
     ],
-)  # fmt: skip
+)
 def test_wrong_types_and_ranges(recipe, text, message):
     config = recipe(text + "\n")
     (problem,) = refused("--config", config)
@@ -356,7 +400,9 @@ def test_wrong_types_and_ranges(recipe, text, message):
 
 
 @pytest.mark.parametrize("number", ["1" + "0" * 400, "nan", "inf", "-1"])
-def test_numbers_that_are_too_large_not_finite_or_negative_are_refused_wherever_they_come_from(recipe, number):
+def test_numbers_that_are_too_large_not_finite_or_negative_are_refused_wherever_they_come_from(
+    recipe, number
+):
     (problem,) = refused(f"--lr={number}")
     assert problem.startswith("command line: lr: expected ")
     (problem,) = refused("--config", recipe(f"lr: {number}\n"))
@@ -366,28 +412,64 @@ def test_numbers_that_are_too_large_not_finite_or_negative_are_refused_wherever_
 
 
 def test_the_largest_seed_and_the_inclusive_bounds_are_legal():
-    cfg = load("--seed", "2147483647", "--hflip", "1", "--crop_min", "1", "--min_lr", "0", "--epochs", "1",
-               "--warmup_epochs", "0")  # fmt: skip
-    assert (cfg.seed, cfg.hflip, cfg.crop_min, cfg.min_lr, cfg.epochs) == (2**31 - 1, 1.0, 1.0, 0.0, 1)
+    cfg = load(
+        "--seed",
+        "2147483647",
+        "--hflip",
+        "1",
+        "--crop_min",
+        "1",
+        "--min_lr",
+        "0",
+        "--epochs",
+        "1",
+        "--warmup_epochs",
+        "0",
+    )
+    assert (cfg.seed, cfg.hflip, cfg.crop_min, cfg.min_lr, cfg.epochs) == (
+        2**31 - 1,
+        1.0,
+        1.0,
+        0.0,
+        1,
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         ([], ["data_path is needed for dataset folder: give --data_path FOLDER"]),
-        (["--dataset", "cifar10"], ["data_path is needed for dataset cifar10: give --data_path FOLDER"]),
-        (["--data_path", "x", "--download"], ["download fetches cifar10 and cifar100 only, not dataset folder"]),
-        ([*DIGITS, "--download"], ["download fetches cifar10 and cifar100 only, not dataset mnist5k"]),
+        (
+            ["--dataset", "cifar10"],
+            ["data_path is needed for dataset cifar10: give --data_path FOLDER"],
+        ),
+        (
+            ["--data_path", "x", "--download"],
+            ["download fetches cifar10 and cifar100 only, not dataset folder"],
+        ),
+        (
+            [*DIGITS, "--download"],
+            ["download fetches cifar10 and cifar100 only, not dataset mnist5k"],
+        ),
         ([*DIGITS, "--epochs", "9"], ["warmup_epochs 10 is longer than epochs 9"]),
         ([*DIGITS, "--stop_epoch", "101"], ["stop_epoch 101 is past epochs 100"]),
         ([*DIGITS, "--min_lr", "2e-4"], ["min_lr 0.0002 is above lr 0.00015"]),
-        ([*DIGITS, "--mean", "0.5"], ["mean has 1 values and in_chans is 3: give one value per channel"]),
-        ([*DIGITS, "--std", "1", "1"], ["std has 2 values and in_chans is 3: give one value per channel"]),
+        (
+            [*DIGITS, "--mean", "0.5"],
+            ["mean has 1 values and in_chans is 3: give one value per channel"],
+        ),
+        (
+            [*DIGITS, "--std", "1", "1"],
+            ["std has 2 values and in_chans is 3: give one value per channel"],
+        ),
         (
             [*DIGITS, "--in_chans", "2", "--mean", "0", "0", "--std", "1", "1"],
             ["in_chans must be 1 (grey) or 3 (RGB) for the data path, got 2"],
         ),
-        ([*DIGITS, "--img_size", "224", "230"], ["patch_size 16 does not divide the image width 230"]),
+        (
+            [*DIGITS, "--img_size", "224", "230"],
+            ["patch_size 16 does not divide the image width 230"],
+        ),
         ([*DIGITS, "--num_heads", "5"], ["embed_dim 768 is not divisible by num_heads 5"]),
         (
             [*DIGITS, "--class_token", "false"],
@@ -400,14 +482,30 @@ def test_values_that_are_wrong_together(argv, expected):
 
 
 def test_values_at_the_edge_of_wrong_together_are_legal():
-    cfg = load("--epochs", "10", "--stop_epoch", "10", "--min_lr", "1.5e-4", "--in_chans", "1", "--mean", "0",
-               "--std", "1")  # fmt: skip
+    cfg = load(
+        "--epochs",
+        "10",
+        "--stop_epoch",
+        "10",
+        "--min_lr",
+        "1.5e-4",
+        "--in_chans",
+        "1",
+        "--mean",
+        "0",
+        "--std",
+        "1",
+    )
     assert cfg.problems() == []
-    assert load_config(PretrainConfig, "pretrain", ["--dataset", "cifar100", "--data_path", "x", "--download"]).download
+    assert load_config(
+        PretrainConfig, "pretrain", ["--dataset", "cifar100", "--data_path", "x", "--download"]
+    ).download
 
 
 def test_geometry_comes_together_with_the_other_problems():
-    assert refused("--in_chans", "2", "--img_size", "230", "--warmup_epochs", "200", digits=False) == [
+    assert refused(
+        "--in_chans", "2", "--img_size", "230", "--warmup_epochs", "200", digits=False
+    ) == [
         "in_chans must be 1 (grey) or 3 (RGB) for the data path, got 2",
         "mean has 3 values and in_chans is 2: give one value per channel",
         "std has 3 values and in_chans is 2: give one value per channel",
@@ -430,12 +528,27 @@ def help_text(capsys, monkeypatch) -> str:
 
 
 def test_help_lists_every_setting_with_its_section_unit_and_default(capsys, monkeypatch):
-    bodies = dict(re.findall(r"^(\S[^\n]*):\n((?: +[^\n]*\n)+)", help_text(capsys, monkeypatch), re.MULTILINE))
+    bodies = dict(
+        re.findall(r"^(\S[^\n]*):\n((?: +[^\n]*\n)+)", help_text(capsys, monkeypatch), re.MULTILINE)
+    )
     groups = dict(sections(PretrainConfig))
     assert list(groups) == [
-        "Device", "Run", "Logging and checkpoints", "Parallelism", "Speed and memory", "Monitoring", "Pixels",
-        "Data set", "Data", "Augmentation", "Model", "Autoencoder", "Masking", "Batch and schedule", "Optimiser",
-    ]  # fmt: skip
+        "Device",
+        "Run",
+        "Logging and checkpoints",
+        "Parallelism",
+        "Speed and memory",
+        "Monitoring",
+        "Pixels",
+        "Data set",
+        "Data",
+        "Augmentation",
+        "Model",
+        "Autoencoder",
+        "Masking",
+        "Batch and schedule",
+        "Optimiser",
+    ]
     assert sum(map(len, groups.values())) == len(dataclasses.fields(PretrainConfig))
     for title, group in groups.items():
         entries = re.split(r"^  (?=-)", bodies[title], flags=re.MULTILINE)[1:]
@@ -459,7 +572,7 @@ def test_help_lists_every_setting_with_its_section_unit_and_default(capsys, monk
         "(auto, bf16, fp16, fp32; default auto)",
         "(>= 0, <= 2147483647; default 0)",
     ],
-)  # fmt: skip
+)
 def test_help_gives_unit_range_choices_and_default(capsys, monkeypatch, line):
     assert line in " ".join(help_text(capsys, monkeypatch).split())
 
@@ -480,7 +593,9 @@ def test_print_config_goes_to_stdout_and_loads_again_to_an_equal_config(recipe, 
     printed = capsys.readouterr()
     assert stop.value.code == 0
     assert printed.err == ""
-    assert load_config(PretrainConfig, "pretrain", ["--config", recipe(printed.out, "again.yaml")]) == load(*argv)
+    assert load_config(
+        PretrainConfig, "pretrain", ["--config", recipe(printed.out, "again.yaml")]
+    ) == load(*argv)
 
 
 def test_every_setting_survives_its_own_dump(recipe):
@@ -489,7 +604,9 @@ def test_every_setting_survives_its_own_dump(recipe):
     assert again == cfg
     names = [f.name for f in dataclasses.fields(PretrainConfig)]
     assert list(plain(dataclasses.asdict(cfg))) == names
-    assert [line.split(":")[0] for line in dump_config(cfg).splitlines() if line[0] != "-"] == names  # the same order
+    assert [
+        line.split(":")[0] for line in dump_config(cfg).splitlines() if line[0] != "-"
+    ] == names  # the same order
     assert plain(dataclasses.asdict(cfg))["mean"] == [0.485, 0.456, 0.406]  # plain values only
 
 
@@ -532,7 +649,9 @@ def test_every_field_has_help_and_every_number_a_range():
     for f in dataclasses.fields(PretrainConfig):
         assert f.metadata["help"], f.name
         bounded = any(bound is not None for bound in f.metadata["bounds"].values())
-        assert bounded == any(word in str(f.type) for word in ("int", "float")) or f.name == "mean", f.name
+        assert (
+            bounded == any(word in str(f.type) for word in ("int", "float")) or f.name == "mean"
+        ), f.name
 
 
 def test_choices_of_size_are_the_rows_of_the_size_table():
@@ -548,35 +667,79 @@ def test_fields_carry_the_constructors_keyword_names():
 
 def test_every_model_key_of_a_file_reaches_the_constructor_unchanged(recipe):
     given = {
-        "img_size": (32, 48), "patch_size": (8, 16), "in_chans": 1, "embed_dim": 24, "depth": 3, "num_heads": 2,
-        "mlp_ratio": 2.0, "class_token": True, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 4,
-        "decoder_class_token": False, "mask_ratio": 0.5, "norm_pix_loss": False, "decoder": "cross", "pred_ratio": 0.25,
-    }  # fmt: skip
-    lines = [f"{name}: {str(list(v) if isinstance(v, tuple) else v).lower()}" for name, v in given.items()]
+        "img_size": (32, 48),
+        "patch_size": (8, 16),
+        "in_chans": 1,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "mlp_ratio": 2.0,
+        "class_token": True,
+        "decoder_embed_dim": 16,
+        "decoder_depth": 1,
+        "decoder_num_heads": 4,
+        "decoder_class_token": False,
+        "mask_ratio": 0.5,
+        "norm_pix_loss": False,
+        "decoder": "cross",
+        "pred_ratio": 0.25,
+    }
+    lines = [
+        f"{name}: {str(list(v) if isinstance(v, tuple) else v).lower()}"
+        for name, v in given.items()
+    ]
     cfg = load("--config", recipe("\n".join([*lines, "mean: [0.5]", "std: [0.5]", ""])))
     assert model_kwargs(MaskedAutoencoder, cfg) == given
     with torch.device("meta"):
         model = build_mae(cfg)
     assert (model.img_size, model.patch_size, model.in_chans) == ((32, 48), (8, 16), 1)
     assert (model.mask_ratio, model.norm_pix_loss, model.decoder_class_token) == (0.5, False, False)
-    assert (model.pos_embed.shape, len(model.blocks), len(model.decoder_blocks)) == ((1, 13, 24), 3, 1)
+    assert (model.pos_embed.shape, len(model.blocks), len(model.decoder_blocks)) == (
+        (1, 13, 24),
+        3,
+        1,
+    )
 
 
 def test_size_fills_only_the_keys_that_are_null():
     kwargs = model_kwargs(MaskedAutoencoder, load("--size", "small", "--depth", "6"))
-    assert [kwargs[name] for name in ("embed_dim", "depth", "num_heads", "patch_size")] == [384, 6, 6, 16]
+    assert [kwargs[name] for name in ("embed_dim", "depth", "num_heads", "patch_size")] == [
+        384,
+        6,
+        6,
+        16,
+    ]
 
 
 def test_changed_settings_lists_what_alters_the_result_as_old_and_new():
-    cfg = load("--epochs", "200", "--lr", "1e-3", "--mean", "0.5", "0.5", "0.5", "--num_workers", "2", "-b", "8")
+    cfg = load(
+        "--epochs",
+        "200",
+        "--lr",
+        "1e-3",
+        "--mean",
+        "0.5",
+        "0.5",
+        "0.5",
+        "--num_workers",
+        "2",
+        "-b",
+        "8",
+    )
     assert changed_settings(plain(dataclasses.asdict(load())), cfg, skip=set()) == [
         "mean: [0.485, 0.456, 0.406] -> [0.5, 0.5, 0.5]",
         "epochs: 100 -> 200",
         "lr: 0.00015 -> 0.001",
     ]
-    assert changed_settings(plain(dataclasses.asdict(load())), cfg, skip={"mean", "lr"}) == ["epochs: 100 -> 200"]
+    assert changed_settings(plain(dataclasses.asdict(load())), cfg, skip={"mean", "lr"}) == [
+        "epochs: 100 -> 200"
+    ]
     assert changed_settings(plain(dataclasses.asdict(cfg)), cfg, skip=set()) == []
-    older = {name: value for name, value in plain(dataclasses.asdict(cfg)).items() if name != "shared_mask"}
+    older = {
+        name: value
+        for name, value in plain(dataclasses.asdict(cfg)).items()
+        if name != "shared_mask"
+    }
     assert changed_settings(older, cfg, skip=set()) == []  # it came later, and is at its default
     shared = dataclasses.replace(cfg, shared_mask=True)
     assert changed_settings(older, shared, skip=set()) == ["shared_mask: False -> True"]
@@ -585,9 +748,30 @@ def test_changed_settings_lists_what_alters_the_result_as_old_and_new():
 def test_the_settings_that_a_resumed_run_may_change():
     free = {f.name for f in dataclasses.fields(PretrainConfig) if f.metadata["may_change"]}
     assert free == {
-        "output_dir", "device", "timeout", "log_interval", "save_minutes", "save_epochs", "keep_last", "keep_every",
-        "max_bad_steps", "tensorboard", "data_path", "download", "num_workers", "prefetch_factor",
-        "batch_size", "accum_iter", "total_batch_size",  # the resulting total is compared instead
-        "stop_epoch", "monitor_epochs", "monitor_images", "monitor_knn", "monitor_probe",
-        "compile", "compile_backend", "checkpointing", "parallel",
-    }  # fmt: skip
+        "output_dir",
+        "device",
+        "timeout",
+        "log_interval",
+        "save_minutes",
+        "save_epochs",
+        "keep_last",
+        "keep_every",
+        "max_bad_steps",
+        "tensorboard",
+        "data_path",
+        "download",
+        "num_workers",
+        "prefetch_factor",
+        "batch_size",
+        "accum_iter",
+        "total_batch_size",  # the resulting total is compared instead
+        "stop_epoch",
+        "monitor_epochs",
+        "monitor_images",
+        "monitor_knn",
+        "monitor_probe",
+        "compile",
+        "compile_backend",
+        "checkpointing",
+        "parallel",
+    }

@@ -1,4 +1,5 @@
-"""Where images come from (folders, the digits, CIFAR) and what happens to files that cannot be read."""
+"""Where images come from (folders, the digits, CIFAR) and what happens to files that cannot be
+read."""
 
 import hashlib
 import io
@@ -24,10 +25,9 @@ import torch
 from PIL import Image
 from runs import loading
 
-from data.cifar import CIFAR_ARCHIVES, read_cifar
-from data.datasets import ArraySource, FolderSource, build_pretrain_source, read_mnist5k
 from data.images import BadImageError
-from data.loaders import (
+from data.known_sets import CIFAR_ARCHIVES, read_cifar
+from data.loader import (
     MAX_REPLACEMENTS,
     BadSample,
     PretrainBatch,
@@ -37,8 +37,9 @@ from data.loaders import (
     default_num_workers,
 )
 from data.sampler import SampleKey, StepSampler
+from data.sources import ArraySource, FolderSource, build_pretrain_source, read_mnist5k
 from data.transforms import pretrain_transform
-from engine.bad_samples import BadSamples
+from engine.run.bad_samples import BadSamples
 from util.errors import InputError, LocalInputError
 
 
@@ -82,7 +83,15 @@ def test_images_are_found_wherever_they_are(tmp_path, names):
 
 def test_what_is_hidden_or_no_image_is_left_out(tmp_path):
     (tmp_path / "empty class").mkdir()
-    touch(tmp_path, "cat/1.jpg", "cat/.2.jpg", "cat/._1.jpg", ".git/3.jpg", "cat/.cache/4.jpg", "dog/Thumbs.db")
+    touch(
+        tmp_path,
+        "cat/1.jpg",
+        "cat/.2.jpg",
+        "cat/._1.jpg",
+        ".git/3.jpg",
+        "cat/.cache/4.jpg",
+        "dog/Thumbs.db",
+    )
     touch(tmp_path, "labels.csv", "cat/.DS_Store", "1.jpg.part", "jpg", "2.mp4", "__MACOSX/readme")
     assert listed(tmp_path) == ["cat/1.jpg"]
 
@@ -162,7 +171,11 @@ def test_the_fingerprint_changes_with_the_list_and_only_with_it(tmp_path):
         return FolderSource(str(folder), 3).fingerprint()
 
     names = ["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"]
-    touch(tmp_path, *(f"here/{name}" for name in names), *(f"there/{name}" for name in reversed(names)))
+    touch(
+        tmp_path,
+        *(f"here/{name}" for name in names),
+        *(f"there/{name}" for name in reversed(names)),
+    )
     here, there = tmp_path / "here", tmp_path / "there"
     first = fingerprint(here)
     assert fingerprint(there) == first
@@ -185,7 +198,10 @@ def test_the_fingerprint_changes_with_the_list_and_only_with_it(tmp_path):
 
 def test_a_line_break_in_a_name_does_not_hide_a_change(tmp_path):
     touch(tmp_path, "one/a.jpg\nb.jpg", "two/a.jpg", "two/b.jpg")
-    assert FolderSource(str(tmp_path / "one"), 3).fingerprint() != FolderSource(str(tmp_path / "two"), 3).fingerprint()
+    assert (
+        FolderSource(str(tmp_path / "one"), 3).fingerprint()
+        != FolderSource(str(tmp_path / "two"), 3).fingerprint()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +253,9 @@ def records(seed: int, count: int, label_bytes: int) -> np.ndarray:
 
 def test_the_official_archives_are_read_in_their_order():
     small, large = CIFAR_ARCHIVES["cifar10"], CIFAR_ARCHIVES["cifar100"]
-    assert small.train_members == tuple(f"cifar-10-batches-bin/data_batch_{number}.bin" for number in (1, 2, 3, 4, 5))
+    assert small.train_members == tuple(
+        f"cifar-10-batches-bin/data_batch_{number}.bin" for number in (1, 2, 3, 4, 5)
+    )
     assert small.test_members == ("cifar-10-batches-bin/test_batch.bin",)
     assert (large.train_members, large.test_members) == (
         ("cifar-100-binary/train.bin",),
@@ -249,7 +267,9 @@ def test_the_official_archives_are_read_in_their_order():
 def cifar_members(dataset: str) -> dict[str, bytes]:
     spec = CIFAR_ARCHIVES[dataset]
     names = spec.train_members + spec.test_members
-    return {name: records(seed, 2 + seed, spec.label_bytes).tobytes() for seed, name in enumerate(names)}
+    return {
+        name: records(seed, 2 + seed, spec.label_bytes).tobytes() for seed, name in enumerate(names)
+    }
 
 
 def archive_of(members: dict[str, bytes]) -> bytes:
@@ -286,7 +306,9 @@ def server(tmp_path):
     """The address of a server of `tmp_path / "served"`."""
     (tmp_path / "served").mkdir()
     Handler.fetched.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "served")) as running:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Handler, directory=tmp_path / "served")
+    ) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
@@ -315,12 +337,16 @@ def test_cifar_is_fetched_once_and_read_exactly(tmp_path, monkeypatch, server, d
         rows = np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, label_bytes + 3072)
         images, labels = read_cifar(dataset, str(folder), train, download=True)
         assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
-        assert labels.tolist() == rows[:, label_bytes - 1].tolist()  # of CIFAR-100's two, the fine one comes last
+        assert (
+            labels.tolist() == rows[:, label_bytes - 1].tolist()
+        )  # of CIFAR-100's two, the fine one comes last
         assert images.shape == (len(rows), 3, 32, 32)
         # channel 1, row 2, column 3 lies 1024 + 2 * 32 + 3 after the labels
         assert images[:, 1, 2, 3].tolist() == rows[:, label_bytes + 1091].tolist()
         assert images.tobytes() == rows[:, label_bytes:].tobytes()
-        assert set(Handler.fetched) == ({f"/{name}"} if train else set())  # not again for the second split
+        assert set(Handler.fetched) == (
+            {f"/{name}"} if train else set()
+        )  # not again for the second split
         Handler.fetched.clear()
     assert [path.name for path in folder.iterdir()] == [name]
 
@@ -329,7 +355,10 @@ def test_cifar_as_a_source_in_colour_and_grey(tmp_path, monkeypatch):
     content = archive_of(cifar_members("cifar10"))
     name = publish(monkeypatch, "cifar10", "http://127.0.0.1:1/c10.tar.gz", content)
     (tmp_path / name).write_bytes(content)
-    colour, grey = (build_pretrain_source("cifar10", str(tmp_path), in_chans, download=False) for in_chans in (3, 1))
+    colour, grey = (
+        build_pretrain_source("cifar10", str(tmp_path), in_chans, download=False)
+        for in_chans in (3, 1)
+    )
     assert len(colour) == len(grey) == 2 + 3 + 4 + 5 + 6  # the five training members
     images, _ = read_cifar("cifar10", str(tmp_path), train=True, download=False)
     assert torch.equal(colour.read(7), torch.from_numpy(images[7]))
@@ -354,14 +383,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("case", ["wrong checksum", "connection lost", "not found", "nobody answers", "file as folder"])
-def test_a_download_that_fails_is_one_line_and_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, server, case):
+@pytest.mark.parametrize(
+    "case", ["wrong checksum", "connection lost", "not found", "nobody answers", "file as folder"]
+)
+def test_a_download_that_fails_is_one_line_and_leaves_nothing_that_looks_whole(
+    tmp_path, monkeypatch, server, case
+):
     content = archive_of(cifar_members("cifar10"))
     folder = tmp_path / "data"
-    path = {"connection lost": "broken/c10.tar.gz", "not found": "elsewhere/c10.tar.gz"}.get(case, "c10.tar.gz")
-    url = f"http://127.0.0.1:{free_port()}/{path}" if case == "nobody answers" else f"{server}/{path}"
+    path = {"connection lost": "broken/c10.tar.gz", "not found": "elsewhere/c10.tar.gz"}.get(
+        case, "c10.tar.gz"
+    )
+    url = (
+        f"http://127.0.0.1:{free_port()}/{path}" if case == "nobody answers" else f"{server}/{path}"
+    )
     name = publish(monkeypatch, "cifar10", url, content)
-    (tmp_path / "served" / name).write_bytes(content[:-100] if case == "wrong checksum" else content)
+    (tmp_path / "served" / name).write_bytes(
+        content[:-100] if case == "wrong checksum" else content
+    )
     if case == "file as folder":
         folder.touch()
     with pytest.raises(InputError) as error:
@@ -392,9 +431,18 @@ def test_a_damaged_archive_is_refused_and_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda members: members.pop("cifar-10-batches-bin/data_batch_4.bin"), "has no readable {}"),
-        (lambda members: members.update({"cifar-10-batches-bin/data_batch_4.bin": b""}), "{} has 0 bytes"),
-        (lambda members: members.update({"cifar-10-batches-bin/data_batch_4.bin": b"1" * 3074}), "{} has 3074 bytes"),
+        (
+            lambda members: members.pop("cifar-10-batches-bin/data_batch_4.bin"),
+            "has no readable {}",
+        ),
+        (
+            lambda members: members.update({"cifar-10-batches-bin/data_batch_4.bin": b""}),
+            "{} has 0 bytes",
+        ),
+        (
+            lambda members: members.update({"cifar-10-batches-bin/data_batch_4.bin": b"1" * 3074}),
+            "{} has 3074 bytes",
+        ),
     ],
     ids=["missing", "empty", "one byte too long"],
 )
@@ -407,7 +455,12 @@ def test_a_member_that_is_not_as_it_should_be(tmp_path, monkeypatch, change, mes
     with pytest.raises(InputError) as error:
         read_cifar("cifar10", str(tmp_path), train=True, download=False)
     assert message.format("cifar-10-batches-bin/data_batch_4.bin") in one_line(error)
-    assert read_cifar("cifar10", str(tmp_path), train=False, download=False)[0].shape == (7, 3, 32, 32)
+    assert read_cifar("cifar10", str(tmp_path), train=False, download=False)[0].shape == (
+        7,
+        3,
+        32,
+        32,
+    )
 
 
 def test_an_archive_that_ends_early_under_its_own_checksum(tmp_path, monkeypatch):
@@ -423,7 +476,8 @@ COUNT, BATCH = 40, 8
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """40 images, each of its own flat grey (3, 9, 15, ...), so that a crop still tells which one it is."""
+    """40 images, each of its own flat grey (3, 9, 15, ...), so that a crop still tells which one it
+    is."""
     root = tmp_path / "images"
     root.mkdir()
     for index in range(COUNT):
@@ -444,10 +498,14 @@ def spoil(folder: Path, *indices: int) -> list[str]:
 
 def dataset_of(folder: Path, seed: int = 0) -> PretrainDataset:
     transform = pretrain_transform(8, 0.2, "bilinear", 0.5)
-    return PretrainDataset(FolderSource(str(folder), 1), transform, num_patches=16, shared_mask=False, seed=seed)
+    return PretrainDataset(
+        FolderSource(str(folder), 1), transform, num_patches=16, shared_mask=False, seed=seed
+    )
 
 
-def batches_of(folder: Path, num_workers: int, epochs: int = 2, seed: int = 0) -> list[PretrainBatch]:
+def batches_of(
+    folder: Path, num_workers: int, epochs: int = 2, seed: int = 0
+) -> list[PretrainBatch]:
     steps = epochs * (COUNT // BATCH)
     sampler = StepSampler(COUNT, BATCH, 1, 0, 1, seed, 0, steps)
     loader = build_train_loader(dataset_of(folder, seed), sampler, loading(num_workers, 2))
@@ -487,7 +545,9 @@ def test_a_bad_file_is_replaced_by_the_same_image_whoever_loads_it(folder):
     assert all(image == key.image for key, image in expected.items() if key.image not in bad)
     # drawn anew for each occasion and each seed, not one stand-in for all
     assert len(set(replaced.values())) > 2
-    assert {key: image for key, image in used(batches_of(folder, 0, seed=1)).items() if key.image in bad} != replaced
+    assert {
+        key: image for key, image in used(batches_of(folder, 0, seed=1)).items() if key.image in bad
+    } != replaced
 
 
 def test_a_bad_file_is_reported_with_the_batch_that_met_it(folder):
@@ -513,8 +573,12 @@ def test_when_a_batch_counts_as_failed(folder):
     assert not good.bad
     # one bad file in a batch of one image proves nothing about the disk
     for samples, failed in (
-        ([bad], False), ([bad, bad], False), ([bad, other], True), ([bad, good], False), ([good, good], False),
-    ):  # fmt: skip
+        ([bad], False),
+        ([bad, bad], False),
+        ([bad, other], True),
+        ([bad, good], False),
+        ([good, good], False),
+    ):
         batch = collate(samples)
         assert batch.failed == failed
         assert len(batch.images) == (0 if failed else len(samples))
@@ -532,7 +596,9 @@ def test_replacement_gives_up_after_a_fixed_number_of_attempts(folder):
 
 def bad_batch(*paths: str, reason: str = "the file is empty") -> PretrainBatch:
     bad = [BadSample(path, reason) for path in paths]
-    return PretrainBatch(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 16), [], bad, failed=False)
+    return PretrainBatch(
+        torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 16), [], bad, failed=False
+    )
 
 
 def test_distinct_bad_files_are_counted_and_written_once(tmp_path):
@@ -555,7 +621,9 @@ def test_distinct_bad_files_are_counted_and_written_once(tmp_path):
 
 def test_what_was_exchanged_is_not_sent_again(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setattr("engine.bad_samples.all_gather", lambda message: [sent.append(len(message)) or message])
+    monkeypatch.setattr(
+        "engine.run.bad_samples.all_gather", lambda message: [sent.append(len(message)) or message]
+    )
     bad = BadSamples(tmp_path / "bad_samples.jsonl", 100, is_main=True)
     bad.collect(bad_batch("a", "b"))
     assert [bad.exchange(), bad.exchange()] == [2, 2]
@@ -586,10 +654,14 @@ def test_a_line_that_was_cut_by_a_kill_does_not_stop_the_restart(tmp_path):
     after = BadSamples(path, 100, is_main=True)
     after.collect(bad_batch("b", "c"))
     assert after.exchange() == 3
-    assert BadSamples(path, 100, is_main=True).exchange() == 3  # what was appended after the cut is readable too
+    assert (
+        BadSamples(path, 100, is_main=True).exchange() == 3
+    )  # what was appended after the cut is readable too
 
 
-@pytest.mark.parametrize(("num_images", "limit"), [(1, 10), (10_999, 10), (11_000, 11), (1_281_167, 1281)])
+@pytest.mark.parametrize(
+    ("num_images", "limit"), [(1, 10), (10_999, 10), (11_000, 11), (1_281_167, 1281)]
+)
 def test_too_many_bad_files_stop_the_run_and_name_their_list(tmp_path, num_images, limit):
     path = tmp_path / "bad_samples.jsonl"
     bad = BadSamples(path, num_images, is_main=True)
@@ -612,7 +684,8 @@ def test_processes_agree_on_the_set_and_only_the_first_one_writes(tmp_path, monk
         path = tmp_path / f"main-{is_main}.jsonl"
         bad = BadSamples(path, 100, is_main)
         monkeypatch.setattr(
-            "engine.bad_samples.all_gather", lambda _: [bad_batch("a", "b").bad, bad_batch("b", "c").bad]
+            "engine.run.bad_samples.all_gather",
+            lambda _: [bad_batch("a", "b").bad, bad_batch("b", "c").bad],
         )
         return bad.exchange(), bad.known, path.exists()
 
@@ -638,7 +711,9 @@ def test_an_unmounted_folder_stops_the_first_batch(folder, tmp_path, num_workers
     shutil.rmtree(folder)
     sampler = StepSampler(COUNT, BATCH, 1, 0, 1, 0, 0, 1000)
     batch = next(iter(build_train_loader(dataset, sampler, loading(num_workers, 2))))
-    assert len(batch.bad) == BATCH * (1 + MAX_REPLACEMENTS)  # an attempt more for each, and no loop without end
+    assert len(batch.bad) == BATCH * (
+        1 + MAX_REPLACEMENTS
+    )  # an attempt more for each, and no loop without end
     with pytest.raises(LocalInputError, match="No such file or directory.*is the disk still there"):
         BadSamples(tmp_path / "bad_samples.jsonl", COUNT, is_main=True).collect(batch)
 
@@ -653,7 +728,9 @@ def test_the_number_of_files_in_a_failed_batch_is_that_of_the_files(folder, tmp_
         BadSamples(tmp_path / "bad_samples.jsonl", COUNT, is_main=True).collect(batch)
 
 
-@pytest.mark.parametrize(("cores", "processes", "workers"), [(2, 1, 2), (64, 8, 8), (128, 1, 8), (12, 8, 1), (2, 4, 0)])
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(2, 1, 2), (64, 8, 8), (128, 1, 8), (12, 8, 1), (2, 4, 0)]
+)
 def test_default_number_of_workers(monkeypatch, cores, processes, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert default_num_workers(processes) == workers

@@ -1,4 +1,5 @@
-"""What makes a step cheaper: the cross-attention decoder, activation checkpointing, compiling, and never waiting."""
+"""What makes a step cheaper: the cross-attention decoder, activation checkpointing, compiling, and
+never waiting."""
 
 import copy
 import math
@@ -12,19 +13,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_pretrain
-from engine.checkpoint import load_newest_checkpoint, save_checkpoint
+from engine.run.checkpoint import load_newest_checkpoint, save_checkpoint
 from models.build import VIT_SIZES
-from models.geometry import num_predicted
 from models.mae import MaskedAutoencoder
-from models.weights import describe_weights, read_weights, write_weights
+from models.spec import num_predicted
+from models.weights.convert import describe_weights, read_weights, write_weights
 from tools import run_mae_vis
 from util.errors import InputError
 
 GEOMETRY = {
-    "img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0,
-    "class_token": True, "decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2,
-    "decoder_class_token": True, "mask_ratio": 0.75, "norm_pix_loss": True,
-}  # fmt: skip
+    "img_size": 32,
+    "patch_size": 8,
+    "in_chans": 3,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 4.0,
+    "class_token": True,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+    "decoder_class_token": True,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": True,
+}
 CROSS = GEOMETRY | {"decoder": "cross", "pred_ratio": 0.25}
 
 
@@ -35,13 +47,17 @@ def build(**changes) -> MaskedAutoencoder:
 
 def batch(model: MaskedAutoencoder, size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(size, model.in_chans, *model.img_size, generator=generator, dtype=torch.float64)
+    images = torch.randn(
+        size, model.in_chans, *model.img_size, generator=generator, dtype=torch.float64
+    )
     return images, torch.rand(size, model.num_patches, generator=generator).argsort(dim=1)
 
 
 def numpy_norm(x: np.ndarray, layer: nn.LayerNorm) -> np.ndarray:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + layer.eps) * array(layer.weight) + array(layer.bias)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + layer.eps) * array(
+        layer.weight
+    ) + array(layer.bias)
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:
@@ -52,16 +68,23 @@ def linear(x: np.ndarray, layer: nn.Linear) -> np.ndarray:
     return x @ array(layer.weight).T + array(layer.bias)
 
 
-def numpy_cross_decoder(model: MaskedAutoencoder, latent: np.ndarray, kept: np.ndarray, wanted: int) -> np.ndarray:
+def numpy_cross_decoder(
+    model: MaskedAutoencoder, latent: np.ndarray, kept: np.ndarray, wanted: int
+) -> np.ndarray:
     """The prediction of one patch of one image, by itself: `(+K, D)`, `(K,)` -> `(P*P*C,)`."""
     has_cls = int(model.decoder_class_token)
     table = array(model.decoder_pos_embed)[0]
     places = [0] * has_cls + [int(patch) + has_cls for patch in kept]
-    memory = linear(latent if has_cls or model.cls_token is None else latent[1:], model.decoder_embed) + table[places]
+    memory = (
+        linear(latent if has_cls or model.cls_token is None else latent[1:], model.decoder_embed)
+        + table[places]
+    )
     x = array(model.mask_token)[0, 0] + table[wanted + has_cls]
     for block in model.decoder_blocks:
         q = linear(numpy_norm(x, block.norm1), block.attn.q).reshape(2, 8)
-        k, v = linear(memory, block.attn.kv).reshape(len(memory), 2, 2, 8).transpose(1, 2, 0, 3)  # (heads, S, d) each
+        k, v = (
+            linear(memory, block.attn.kv).reshape(len(memory), 2, 2, 8).transpose(1, 2, 0, 3)
+        )  # (heads, S, d) each
         heads = []
         for head in range(2):
             scores = k[head] @ q[head] / math.sqrt(8)
@@ -76,7 +99,12 @@ def numpy_cross_decoder(model: MaskedAutoencoder, latent: np.ndarray, kept: np.n
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"decoder_class_token": False}, {"class_token": False, "decoder_class_token": False}, {"pred_ratio": None}],
+    [
+        {},
+        {"decoder_class_token": False},
+        {"class_token": False, "decoder_class_token": False},
+        {"pred_ratio": None},
+    ],
 )
 def test_the_cross_decoder_equals_numpy_patch_by_patch(changes):
     model = build(**changes)
@@ -117,10 +145,18 @@ def test_the_predicted_patches_are_drawn_among_the_removed_ones():
 def test_every_parameter_of_the_cross_decoder_is_trained():
     model = build()
     model(*batch(model)).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    parts = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name.startswith("decoder_blocks.0.")}
-    assert parts == {f"decoder_blocks.0.{part}" for part in
-                     ("norm1", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")}  # fmt: skip
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
+    parts = {
+        name.rpartition(".")[0]
+        for name, _ in model.named_parameters()
+        if name.startswith("decoder_blocks.0.")
+    }
+    assert parts == {
+        f"decoder_blocks.0.{part}"
+        for part in ("norm1", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    }
 
 
 @pytest.mark.parametrize(
@@ -139,27 +175,49 @@ def test_decoders_that_cannot_be(changes, words):
 
 
 def test_an_unknown_decoder_is_refused_with_the_settings(tmp_path):
-    with pytest.raises(InputError, match="expected one of self, cross, got 'crosss', did you mean 'cross'"):
+    with pytest.raises(
+        InputError, match="expected one of self, cross, got 'crosss', did you mean 'cross'"
+    ):
         main_pretrain.main(digits(tmp_path, "--decoder", "crosss"))
     with pytest.raises(InputError, match="pred_ratio belongs to decoder cross"):
         main_pretrain.main(digits(tmp_path, "--pred_ratio", "0.25"))
-    with pytest.raises(InputError, match="compile_backend: expected one of inductor, aot_eager, eager"):
+    with pytest.raises(
+        InputError, match="compile_backend: expected one of inductor, aot_eager, eager"
+    ):
         main_pretrain.main(digits(tmp_path, "--compile", "--compile_backend", "tvm"))
     assert not any(tmp_path.iterdir())
 
 
-# FLOPs against the published table, as shared out in the paper: relative to the standard decoder of 8 blocks
+# FLOPs against the published table, as shared out in the paper: relative to the standard decoder of
+# 8 blocks
 
 
 def flops(size: str, decoder_depth: int = 8, **decoder) -> float:
-    """Of one image at 224, forward and backward, with the paper's decoder of width 512; nothing is computed."""
+    """Of one image at 224, forward and backward, with the paper's decoder of width 512; nothing is
+    computed."""
     row = VIT_SIZES[size]
     with torch.device("meta"):
         model = MaskedAutoencoder(
-            224, row["patch_size"], 3, row["embed_dim"], row["depth"], row["num_heads"], 4.0, True,
-            512, decoder_depth, 16, True, 0.75, True, **decoder,
-        )  # fmt: skip
-        images, ids = torch.zeros(1, 3, 224, 224), torch.zeros(1, model.num_patches, dtype=torch.int64)
+            224,
+            row["patch_size"],
+            3,
+            row["embed_dim"],
+            row["depth"],
+            row["num_heads"],
+            4.0,
+            True,
+            512,
+            decoder_depth,
+            16,
+            True,
+            0.75,
+            True,
+            **decoder,
+        )
+        images, ids = (
+            torch.zeros(1, 3, 224, 224),
+            torch.zeros(1, model.num_patches, dtype=torch.int64),
+        )
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(images, ids).backward()
     return counter.get_total_flops()
@@ -173,7 +231,11 @@ def flops(size: str, decoder_depth: int = 8, **decoder) -> float:
 def test_flops_of_cheaper_decoders(size, ratios):
     standard = flops(size)
     cross = {"decoder": "cross", "pred_ratio": 0.25}
-    cheaper = [flops(size, decoder_depth=4), flops(size, **cross), flops(size, decoder_depth=12, **cross)]
+    cheaper = [
+        flops(size, decoder_depth=4),
+        flops(size, **cross),
+        flops(size, decoder_depth=12, **cross),
+    ]
     for found, published in zip(cheaper, ratios, strict=True):
         assert abs(found / standard / published - 1) < 0.03
     if size == "base":
@@ -186,9 +248,13 @@ def test_flops_of_cheaper_decoders(size, ratios):
 def test_weights_of_a_cross_decoder_are_read_described_and_drawn(tmp_path, capsys):
     run = tmp_path / "run"
     flags = ["--decoder", "cross", "--pred_ratio", "0.25", "--epochs", 1]
-    main_pretrain.main(digits(run, *flags, "--monitor_epochs", 1, "--monitor_knn", 0, "--monitor_images", 1))
+    main_pretrain.main(
+        digits(run, *flags, "--monitor_epochs", 1, "--monitor_knn", 0, "--monitor_images", 1)
+    )
     info = describe_weights(run / "model.safetensors")
-    assert (info.decoder, info.pred_ratio) == ("cross", 0.25) and "cross-attention decoder" in str(info)
+    assert (info.decoder, info.pred_ratio) == ("cross", 0.25) and "cross-attention decoder" in str(
+        info
+    )
     tensors, info = read_weights(run / "model.safetensors")
     write_weights(tensors, info, tmp_path / "copy.safetensors", "safetensors")
     assert describe_weights(tmp_path / "copy.safetensors").decoder == "cross"
@@ -196,16 +262,24 @@ def test_weights_of_a_cross_decoder_are_read_described_and_drawn(tmp_path, capsy
         with pytest.raises(InputError, match="it needs the standard decoder"):
             write_weights(tensors, info, tmp_path / form, form)
     shown = [flag for flag in digits(tmp_path) if not flag.startswith("--output_dir")]
-    geometry = shown[shown.index("--dataset") : shown.index("--hflip")] + ["--size", "debug", "--patch_size", "4"]
+    geometry = shown[shown.index("--dataset") : shown.index("--hflip")] + [
+        "--size",
+        "debug",
+        "--patch_size",
+        "4",
+    ]
     geometry += ["--decoder_embed_dim", "16", "--decoder_depth", "1", "--decoder_num_heads", "2"]
     command = [*geometry, "--model_path", str(run / "model.safetensors"), "--num_images", "1"]
     with pytest.raises(InputError, match="decoder cross in the file, self in the settings"):
         run_mae_vis.main([*command, "--save_path", str(tmp_path / "a")])
-    assert run_mae_vis.main([*command, "--decoder", "cross", "--save_path", str(tmp_path / "b")])["grid"].exists()
+    assert run_mae_vis.main([*command, "--decoder", "cross", "--save_path", str(tmp_path / "b")])[
+        "grid"
+    ].exists()
 
 
 def test_a_run_from_before_there_was_a_choice_goes_on(tmp_path):
-    """Settings that did not exist when a checkpoint was written count as their defaults; others are compared."""
+    """Settings that did not exist when a checkpoint was written count as their defaults; others are
+    compared."""
     main_pretrain.main(digits(tmp_path, "--stop_epoch", 1))
     path = max(tmp_path.glob("checkpoint-*.pth"))
     content = load_newest_checkpoint(tmp_path)
@@ -278,7 +352,9 @@ def test_compiling_gives_one_whole_graph_for_all_steps(decoder):
 def test_a_compiled_run_equals_an_eager_one(tmp_path):
     main_pretrain.main(digits(tmp_path / "eager", "--epochs", 1, "--log_interval", 1))
     flags = ["--epochs", 1, "--log_interval", 1, "--compile", "--compile_backend", "aot_eager"]
-    main_pretrain.main(digits(tmp_path / "compiled", *flags, "--monitor_epochs", 1, "--monitor_images", 1))
+    main_pretrain.main(
+        digits(tmp_path / "compiled", *flags, "--monitor_epochs", 1, "--monitor_images", 1)
+    )
     losses = [step_losses(tmp_path / kind) for kind in ("eager", "compiled")]
     one, other = ([float.fromhex(loss) for loss in of_run.values()] for of_run in losses)
     assert len(one) == 62 and max(abs(a - b) for a, b in zip(one, other, strict=True)) < 1e-5
@@ -287,17 +363,31 @@ def test_a_compiled_run_equals_an_eager_one(tmp_path):
 
 
 def test_a_step_that_does_not_log_never_waits_for_the_device(tmp_path, monkeypatch):
-    """Nothing between two log lines reads a value back: 62 steps wait as often as 31 of them would."""
+    """Nothing between two log lines reads a value back: 62 steps wait as often as 31 of them
+    would."""
     waits = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         true = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, true=true, name=name: (waits.append(name), true(self))[1])
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, true=true, name=name: (waits.append(name), true(self))[1],
+        )
     for device in (torch.cuda, torch.cpu, torch.mps):
         monkeypatch.setattr(device, "synchronize", lambda *_: waits.append("synchronize"))
     counts = []
     for steps, epochs in ((31, 1), (62, 1)):
         waits.clear()
-        flags = ["--epochs", epochs, "--warmup_epochs", 0, "--total_batch_size", 4000 // steps, "-b", 4000 // steps]
+        flags = [
+            "--epochs",
+            epochs,
+            "--warmup_epochs",
+            0,
+            "--total_batch_size",
+            4000 // steps,
+            "-b",
+            4000 // steps,
+        ]
         flags += ["--num_workers", 1, "--log_interval", 1000, "--clip_grad", 1.0]
         assert main_pretrain.main(digits(tmp_path / str(steps), *flags))["step"] == steps
         assert "synchronize" not in waits

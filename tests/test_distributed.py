@@ -1,4 +1,5 @@
-"""Several gloo processes under the launcher against one process: the same samples, losses and parameters."""
+"""Several gloo processes under the launcher against one process: the same samples, losses and
+parameters."""
 
 import json
 import re
@@ -26,7 +27,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from engine.checkpoint import load_newest_checkpoint
+from engine.run.checkpoint import load_newest_checkpoint
 
 pytestmark = pytest.mark.long
 
@@ -41,8 +42,11 @@ def alone(tmp_path_factory):
 
 
 def assert_steps_agree(one: Path, other: Path) -> None:
-    """Loss and gradient norm of all 124 steps within a millionth of their value; 3e-7 and 2e-7 were measured."""
-    ours, theirs = ([line for line in log_lines(folder) if "loss" in line] for folder in (one, other))
+    """Loss and gradient norm of all 124 steps within a millionth of their value; 3e-7 and 2e-7 were
+    measured."""
+    ours, theirs = (
+        [line for line in log_lines(folder) if "loss" in line] for folder in (one, other)
+    )
     assert [line["step"] for line in ours] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
     for a, b in zip(ours, theirs, strict=True):
         for name in ("step", "loss", "grad_norm"):
@@ -52,7 +56,9 @@ def assert_steps_agree(one: Path, other: Path) -> None:
 @pytest.mark.fault("R25")
 @pytest.mark.parametrize(("batch_size", "accumulated"), [(32, 1), (16, 2)])
 def test_two_processes_equal_one(alone, tmp_path, batch_size, accumulated):
-    arguments = digits(tmp_path, "--log_interval", 1, "--clip_grad", 0.5, "--batch_size", batch_size)
+    arguments = digits(
+        tmp_path, "--log_interval", 1, "--clip_grad", 0.5, "--batch_size", batch_size
+    )
     result = launch([*arguments, "--num_workers", "1"], processes=2)
     assert result.returncode == 0, result.stderr
     assert f"{batch_size} x 2 processes x {accumulated} accumulated" in result.stdout
@@ -61,26 +67,32 @@ def test_two_processes_equal_one(alone, tmp_path, batch_size, accumulated):
 
 
 def used(folder: Path) -> dict[int, list[list]]:
-    """Step -> what the driver wrote of its samples, by all processes, in their order in the run; each once."""
+    """Step -> what the driver wrote of its samples, by all processes, in their order in the run;
+    each once."""
     found: dict[int, list[list]] = {}
     for path in folder.glob("*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
             found.setdefault(line["step"], []).extend(line["samples"])
-    return {step: sorted(samples, key=lambda sample: sample[1:3]) for step, samples in found.items()}
+    return {
+        step: sorted(samples, key=lambda sample: sample[1:3]) for step, samples in found.items()
+    }
 
 
 @pytest.mark.fault("R4")
 def test_resume_on_another_number_of_processes(alone, tmp_path, record_property):
-    """1, then 2, then 1 process, each time within an epoch; 64 images per step throughout, accum_iter follows."""
+    """1, then 2, then 1 process, each time within an epoch; 64 images per step throughout,
+    accum_iter follows."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     for name in ("used_by_whole", "used_by_run"):
         (tmp_path / name).mkdir()
     more = ["--log_interval", 1, "--clip_grad", 0.5]
-    result = run(driven("main_pretrain.py", *digits(whole, *more)), USED=str(tmp_path / "used_by_whole"))
+    result = run(
+        driven("main_pretrain.py", *digits(whole, *more)), USED=str(tmp_path / "used_by_whole")
+    )
     assert result.returncode == 0, result.stderr
     arguments = digits(folder, *more)
     arguments[arguments.index("--total_batch_size") + 1] = "null"
-    # two processes stop a step after the signal, see engine/signals.py
+    # two processes stop a step after the signal, see engine/run/interrupts.py
     stops = [
         (1, 64, 30, stop_at(30, signal.SIGTERM)),
         (2, 32, 75, stop_at(74, signal.SIGUSR1, rank=1)),
@@ -88,14 +100,19 @@ def test_resume_on_another_number_of_processes(alone, tmp_path, record_property)
     ]
     for processes, batch_size, step, faults in stops:
         result = run(
-            driven("main_pretrain.py", *arguments, "--batch_size", str(batch_size), processes=processes),
-            FAULTS=faults, USED=str(tmp_path / "used_by_run"),
-        )  # fmt: skip
+            driven(
+                "main_pretrain.py", *arguments, "--batch_size", str(batch_size), processes=processes
+            ),
+            FAULTS=faults,
+            USED=str(tmp_path / "used_by_run"),
+        )
         assert (result.returncode == 0) == (step == 0), result.stderr
         if step:
             assert load_newest_checkpoint(folder)["step"] == step
     theirs = used(tmp_path / "used_by_whole")
-    assert len(theirs) == 2 * STEPS_PER_EPOCH and {len(samples) for samples in theirs.values()} == {64}
+    assert len(theirs) == 2 * STEPS_PER_EPOCH and {len(samples) for samples in theirs.values()} == {
+        64
+    }
     assert used(tmp_path / "used_by_run") == theirs  # images, crops and masks
     assert step_losses(whole) == step_losses(alone)  # the driver changes nothing
     assert_steps_agree(whole, folder)
@@ -108,7 +125,11 @@ def test_resume_on_another_number_of_processes(alone, tmp_path, record_property)
 def test_a_finished_run_is_left_alone_by_two_processes(alone, tmp_path):
     before = files_of(alone)
     arguments = digits(alone, "--log_interval", 1, "--clip_grad", 0.5, "--batch_size", 32)
-    result = run(driven("main_pretrain.py", *arguments, processes=2), USED=str(tmp_path), DIGESTS=str(tmp_path))
+    result = run(
+        driven("main_pretrain.py", *arguments, processes=2),
+        USED=str(tmp_path),
+        DIGESTS=str(tmp_path),
+    )
     assert result.returncode == 0, result.stderr
     assert "is already finished at step 124" in result.stdout
     assert not list(tmp_path.iterdir())  # no step was begun
@@ -122,7 +143,10 @@ def test_another_total_is_refused_with_the_numbers(tmp_path):
     assert run(command(*arguments, "--stop_epoch", "1")).returncode == 0
     result = launch(arguments, processes=2)
     assert result.returncode != 0
-    assert "the run's total batch so far, 64 is not a multiple of batch_size 64 x 2 processes = 128" in result.stderr
+    assert (
+        "the run's total batch so far, 64 is not a multiple of batch_size 64 x 2 processes = 128"
+        in result.stderr
+    )
     assert result.stderr.count("error: ") == 1
 
 
@@ -136,7 +160,10 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
     assert step_losses(whole) == step_losses(stopped)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    epochs = [[line["epoch_loss"] for line in log_lines(f) if "epoch_loss" in line] for f in (whole, stopped)]
+    epochs = [
+        [line["epoch_loss"] for line in log_lines(f) if "epoch_loss" in line]
+        for f in (whole, stopped)
+    ]
     assert epochs[0] == epochs[1]
 
 
@@ -155,10 +182,12 @@ def test_two_nodes_are_two_launchers(alone, tmp_path):
             env=environment(
                 NGPU="1", NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
             ),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     for node in nodes:
         _, stderr = node.communicate(timeout=300)
         assert node.returncode == 0, stderr
@@ -173,11 +202,23 @@ def test_two_nodes_are_two_launchers(alone, tmp_path):
         ({"NGPU": "1", "NNODES": "2"}, "error: NODE_RANK must be a whole number, got ''"),
         ({"NGPU": "1", "NNODES": "2", "NODE_RANK": "0"}, "error: NNODES=2 needs MASTER_ADDR"),
         ({"NGPU": "1", "NNODES": "1:2"}, "error: NNODES=1:2 needs MASTER_ADDR"),
-        ({"NGPU": "1", "NNODES": "2:1"}, "error: NNODES must be a number from 1, or LEAST:MOST, got '2:1'"),
-        ({"NGPU": "1", "NNODES": "1:2:3"}, "error: NNODES must be a whole number, got '2:3'"),
-        ({"NGPU": "1", "MAX_RESTARTS": "often"}, "error: MAX_RESTARTS must be a whole number, got 'often'"),
         (
-            {"NGPU": "1", "NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MAX_RESTARTS": "1"},
+            {"NGPU": "1", "NNODES": "2:1"},
+            "error: NNODES must be a number from 1, or LEAST:MOST, got '2:1'",
+        ),
+        ({"NGPU": "1", "NNODES": "1:2:3"}, "error: NNODES must be a whole number, got '2:3'"),
+        (
+            {"NGPU": "1", "MAX_RESTARTS": "often"},
+            "error: MAX_RESTARTS must be a whole number, got 'often'",
+        ),
+        (
+            {
+                "NGPU": "1",
+                "NNODES": "2",
+                "NODE_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MAX_RESTARTS": "1",
+            },
             "error: MAX_RESTARTS on several machines needs NNODES=2:2",
         ),
     ],
@@ -189,7 +230,8 @@ def test_the_launcher_refuses_a_bad_environment(env, message):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, "33554432 17179869184"), ({"MALLOC_TRIM_THRESHOLD_": "1"}, "33554432 1")]
+    ("given", "expected"),
+    [({}, "33554432 17179869184"), ({"MALLOC_TRIM_THRESHOLD_": "1"}, "33554432 1")],
 )
 def test_the_launcher_keeps_freed_memory_unless_told_otherwise(tmp_path, given, expected):
     interpreter = tmp_path / "python"

@@ -1,4 +1,5 @@
-"""Schedule, plan, parameter groups, optimiser step, meters and checkpoint files, against hand arithmetic."""
+"""Schedule, plan, parameter groups, optimiser step, meters and checkpoint files, against hand
+arithmetic."""
 
 import hashlib
 import json
@@ -17,17 +18,23 @@ from torch.amp import GradScaler
 
 import main_pretrain
 from data.sampler import SampleKey
-from engine.bad_steps import BadSteps
-from engine.checkpoint import load_newest_checkpoint, save_checkpoint, save_weights, tidy, weights_header
+from engine.meters import StepMeter
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
-from engine.run import Run
+from engine.run.bad_steps import BadSteps
+from engine.run.checkpoint import (
+    load_newest_checkpoint,
+    save_checkpoint,
+    save_weights,
+    tidy,
+    weights_header,
+)
+from engine.run.folder import Run
 from engine.schedule import choose_accum_iter, plan_run, warmup_cosine
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from util.dist import Processes
 from util.errors import InputError
-from util.metrics import StepMeter
-from util.schema import AdamWConfig, RunConfig
+from util.settings.base import AdamWConfig, RunConfig
 
 
 def test_schedule_by_hand():
@@ -44,9 +51,16 @@ def test_schedule_by_hand():
 
 
 def test_plan_by_hand():
-    cfg = AdamWConfig(batch_size=16, epochs=10, stop_epoch=3, warmup_epochs=1.6, lr=1.5e-4, min_lr=1e-6)
+    cfg = AdamWConfig(
+        batch_size=16, epochs=10, stop_epoch=3, warmup_epochs=1.6, lr=1.5e-4, min_lr=1e-6
+    )
     plan = plan_run(cfg, num_images=1000, world_size=2, accum_iter=4)
-    assert (plan.total_batch, plan.steps_per_epoch, plan.total_steps, plan.stop_step) == (128, 7, 70, 21)
+    assert (plan.total_batch, plan.steps_per_epoch, plan.total_steps, plan.stop_step) == (
+        128,
+        7,
+        70,
+        21,
+    )
     assert plan.warmup_steps == pytest.approx(11.2)
     assert plan.peak_lr == pytest.approx(0.75e-4)
     assert plan.min_lr == pytest.approx(0.5e-6)  # the same unit as lr
@@ -55,7 +69,8 @@ def test_plan_by_hand():
 
 def test_a_data_set_smaller_than_one_step_is_refused_with_the_numbers():
     with pytest.raises(
-        InputError, match=r"has 127 images and one optimiser step takes 128 \(batch_size 16 x 2 processes"
+        InputError,
+        match=r"has 127 images and one optimiser step takes 128 \(batch_size 16 x 2 processes",
     ):
         plan_run(AdamWConfig(batch_size=16), num_images=127, world_size=2, accum_iter=4)
     assert plan_run(AdamWConfig(batch_size=16), 128, 2, 4).steps_per_epoch == 1
@@ -69,9 +84,13 @@ def test_accumulation_follows_from_the_total_batch():
     assert choose_accum_iter(AdamWConfig(batch_size=64, accum_iter=3), world_size=2) == 3
     assert choose_accum_iter(AdamWConfig(batch_size=64, total_batch_size=4096), world_size=8) == 8
     assert choose_accum_iter(AdamWConfig(batch_size=512, total_batch_size=4096), world_size=8) == 1
-    # a resumed run keeps its total on fewer or more processes, also where accum_iter was set by hand
+    # a resumed run keeps its total on fewer or more processes, also where accum_iter was set by
+    # hand
     assert choose_accum_iter(AdamWConfig(batch_size=64), 1, saved_run(128)) == 2
-    assert choose_accum_iter(AdamWConfig(batch_size=16, accum_iter=4), 2, saved_run(64, accum_iter=4)) == 2
+    assert (
+        choose_accum_iter(AdamWConfig(batch_size=16, accum_iter=4), 2, saved_run(64, accum_iter=4))
+        == 2
+    )
     assert choose_accum_iter(AdamWConfig(batch_size=32), 1, saved_run(64)) == 2
 
 
@@ -85,10 +104,25 @@ def test_accumulation_follows_from_the_total_batch():
             "total_batch_size 4096 is not a multiple of batch_size 60",
         ),
         ({"batch_size": 64, "total_batch_size": 128, "accum_iter": 3}, 1, None, "it follows as 2"),
-        ({"batch_size": 128}, 1, saved_run(64), "total batch so far, 64 is not a multiple of batch_size 128"),
-        ({"batch_size": 16}, 3, saved_run(64), "64 is not a multiple of batch_size 16 x 3 processes = 48"),
+        (
+            {"batch_size": 128},
+            1,
+            saved_run(64),
+            "total batch so far, 64 is not a multiple of batch_size 128",
+        ),
+        (
+            {"batch_size": 16},
+            3,
+            saved_run(64),
+            "64 is not a multiple of batch_size 16 x 3 processes = 48",
+        ),
         ({"batch_size": 64, "accum_iter": 2}, 1, saved_run(64), "is 128 images per step"),
-        ({"batch_size": 64, "total_batch_size": 128}, 1, saved_run(64), "is now 128 and the run so far has 64"),
+        (
+            {"batch_size": 64, "total_batch_size": 128},
+            1,
+            saved_run(64),
+            "is now 128 and the run so far has 64",
+        ),
     ],
 )
 def test_totals_that_do_not_fit_are_refused(cfg, world_size, saved, message):
@@ -99,7 +133,9 @@ def test_totals_that_do_not_fit_are_refused(cfg, world_size, saved, message):
 def test_only_matrices_decay():
     model = MaskedAutoencoder(**MAE | {"depth": 1, "decoder_depth": 1})
     groups = param_groups(model, weight_decay=0.05)
-    decayed = sorted(name for group in groups if group["weight_decay"] == 0.05 for name in group["names"])
+    decayed = sorted(
+        name for group in groups if group["weight_decay"] == 0.05 for name in group["names"]
+    )
     assert decayed == sorted(
         ["patch_embed.proj.weight", "decoder_embed.weight", "decoder_pred.weight"]
         + [
@@ -108,7 +144,9 @@ def test_only_matrices_decay():
             for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         ]
     )
-    undecayed = {name for group in groups if group["weight_decay"] == 0.0 for name in group["names"]}
+    undecayed = {
+        name for group in groups if group["weight_decay"] == 0.0 for name in group["names"]
+    }
     assert undecayed == {name for name, _ in model.named_parameters()} - set(decayed)
     assert {"cls_token", "mask_token", "norm.weight", "blocks.0.norm1.weight"} <= undecayed
     assert {group["lr_scale"] for group in groups} == {1.0}
@@ -130,7 +168,9 @@ def test_layer_scale_by_hand():
 
 
 def adamw_on(parameters: list[nn.Parameter], lr: float = 0.1) -> torch.optim.AdamW:
-    optimizer = build_adamw([{"params": parameters, "lr_scale": 1.0, "weight_decay": 0.5}], 0.9, 0.95)
+    optimizer = build_adamw(
+        [{"params": parameters, "lr_scale": 1.0, "weight_decay": 0.5}], 0.9, 0.95
+    )
     set_lr(optimizer, lr)
     return optimizer
 
@@ -139,7 +179,9 @@ def test_an_adamw_step_by_hand():
     weight = nn.Parameter(torch.tensor([2.0]))
     optimizer = adamw_on([weight])
     weight.grad = torch.tensor([3.0])
-    grad_norm, found_inf = optimizer_step(optimizer, GradScaler("cpu", enabled=False), clip_grad=None)
+    grad_norm, found_inf = optimizer_step(
+        optimizer, GradScaler("cpu", enabled=False), clip_grad=None
+    )
     # decay 2 * (1 - 0.1 * 0.5), then the first step of Adam is lr * sign(gradient)
     assert weight.item() == pytest.approx(2.0 * 0.95 - 0.1, abs=1e-6)
     assert (grad_norm.item(), found_inf.item()) == (3.0, 0.0)
@@ -155,7 +197,9 @@ def test_clipping_scales_the_whole_gradient_and_reports_the_norm_before():
     weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     weights[0].grad, weights[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
     kept = [w.grad for w in weights]
-    grad_norm, _ = optimizer_step(adamw_on(weights), GradScaler("cpu", enabled=False), clip_grad=1.0)
+    grad_norm, _ = optimizer_step(
+        adamw_on(weights), GradScaler("cpu", enabled=False), clip_grad=1.0
+    )
     assert grad_norm.item() == 5.0
     assert [g.item() for g in kept] == pytest.approx([0.6, 0.8], abs=1e-6)
 
@@ -186,20 +230,31 @@ def test_the_fp16_scaler_backs_off_and_goes_on():
     assert (weight.item(), found_inf.item(), scaler.get_scale()) == (2.0, 1.0, 512.0)
     scaler.scale(3 * weight.sum()).backward()
     grad_norm, found_inf = optimizer_step(optimizer, scaler, None)
-    assert (grad_norm.item(), found_inf.item()) == (3.0, 0.0)  # the norm is that of the unscaled gradient
+    assert (grad_norm.item(), found_inf.item()) == (
+        3.0,
+        0.0,
+    )  # the norm is that of the unscaled gradient
     assert weight.item() == pytest.approx(1.8, abs=1e-6)
 
 
 def feed(meter: StepMeter, *bad: int) -> StepMeter:
     """Takes steps of which some are bad."""
     for is_bad in bad:
-        meter.update(torch.tensor(1.0), torch.tensor(float("nan") if is_bad else 2.0), torch.tensor(float(is_bad)))
+        meter.update(
+            torch.tensor(1.0),
+            torch.tensor(float("nan") if is_bad else 2.0),
+            torch.tensor(float(is_bad)),
+        )
     return meter
 
 
 def test_meter_leaves_bad_steps_out_and_counts_them_in_a_row():
     meter = StepMeter(torch.device("cpu"))
-    for loss, norm, skipped in ((1.0, 10.0, 0.0), (float("nan"), float("nan"), 1.0), (2.0, 20.0, 0.0)):
+    for loss, norm, skipped in (
+        (1.0, 10.0, 0.0),
+        (float("nan"), float("nan"), 1.0),
+        (2.0, 20.0, 0.0),
+    ):
         meter.update(torch.tensor(loss), torch.tensor(norm), torch.tensor(skipped))
     assert meter.read() == {"loss": 1.5, "grad_norm": 15.0, "most_bad_in_a_row": 1.0}
     for _ in range(3):
@@ -207,7 +262,9 @@ def test_meter_leaves_bad_steps_out_and_counts_them_in_a_row():
     assert meter.read()["most_bad_in_a_row"] == 3.0
     meter.reset()
     assert math.isnan(meter.read()["loss"])
-    assert feed(meter, 1, 0, 1, 1, 0).read()["most_bad_in_a_row"] == 4.0  # the row began before the reset
+    assert (
+        feed(meter, 1, 0, 1, 1, 0).read()["most_bad_in_a_row"] == 4.0
+    )  # the row began before the reset
     meter.reset()
     assert feed(meter, 0, 1).read()["most_bad_in_a_row"] == 1.0
 
@@ -224,7 +281,8 @@ def test_a_meter_goes_on_with_its_row_after_a_resume():
     assert feed(resumed, 1, 0).read()["most_bad_in_a_row"] == 6.0
 
 
-# --- the end of a run after too many bad steps in a row ---------------------------------------------------------------
+# --- the end of a run after too many bad steps in a row
+# ---------------------------------------------------------------
 
 
 def bad_steps(path: Path, first: int, *bad: int) -> BadSteps:
@@ -242,12 +300,22 @@ def bad_steps(path: Path, first: int, *bad: int) -> BadSteps:
     [
         (1, (0, 1, 1, 1, 0, 1), 3, "up to step 4", "of them, step 2", "all are in", [2, 3, 4]),
         (7, (1, 1, 1, 1), 4, "up to step 10", "of them, step 7", "all are in", [7, 8, 9, 10]),
-        (7, (1, 1, 0, 1), 9, "up to step 8", "that is known, step 7", "those that are known are in", [7, 8]),
+        (
+            7,
+            (1, 1, 0, 1),
+            9,
+            "up to step 8",
+            "that is known, step 7",
+            "those that are known are in",
+            [7, 8],
+        ),
         (7, (0, 1, 0), 5, "before step 7", "", "", []),
     ],
     ids=["ended", "goes on", "began before a resume", "ended before a resume"],
 )
-def test_the_error_names_the_steps_of_the_row(tmp_path, first, bad, most, until, which, where, written):
+def test_the_error_names_the_steps_of_the_row(
+    tmp_path, first, bad, most, until, which, where, written
+):
     path = tmp_path / "bad_steps.jsonl"
     with pytest.raises(InputError) as error:
         bad_steps(path, first, *bad).check(most)
@@ -288,8 +356,13 @@ def spoil(monkeypatch, bad: range) -> None:
 @pytest.mark.fault("R16")
 def test_a_row_that_ends_between_two_lines_of_the_log_ends_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, range(4, 9))
-    arguments = pretraining(make_pictures(tmp_path / "pictures"), tmp_path / "run", "--log_interval", 10)
-    with pytest.raises(InputError, match=r"^5 steps in a row up to step 8 had .* in the first of them, step 4 at lr"):
+    arguments = pretraining(
+        make_pictures(tmp_path / "pictures"), tmp_path / "run", "--log_interval", 10
+    )
+    with pytest.raises(
+        InputError,
+        match=r"^5 steps in a row up to step 8 had .* in the first of them, step 4 at lr",
+    ):
         main_pretrain.main([*arguments, "--max_bad_steps", "5"])
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -305,20 +378,26 @@ def test_a_row_across_a_resume_ends_the_run(tmp_path, monkeypatch):
         main_pretrain.main(arguments)
 
 
-# --- checkpoint files -------------------------------------------------------------------------------------------------
+# --- checkpoint files
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("R20")
 def test_checkpoint_round_trip_and_retention(tmp_path):
     for step in (3, 20, 100):
         save_checkpoint(
-            tmp_path, step, {"model": {"w": torch.full((2,), float(step))}, "note": [1, "x", None]}, keep_last=2
+            tmp_path,
+            step,
+            {"model": {"w": torch.full((2,), float(step))}, "note": [1, "x", None]},
+            keep_last=2,
         )
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
-        "checkpoint-00000020.pth", "checkpoint-00000020.pth.sha256",
-        "checkpoint-00000100.pth", "checkpoint-00000100.pth.sha256",
-    ]  # fmt: skip
+        "checkpoint-00000020.pth",
+        "checkpoint-00000020.pth.sha256",
+        "checkpoint-00000100.pth",
+        "checkpoint-00000100.pth.sha256",
+    ]
     content = load_newest_checkpoint(tmp_path)
     assert content["step"] == 100
     assert content["model"]["w"].tolist() == [100.0, 100.0]
@@ -352,14 +431,21 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
     damage(newest)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert load_newest_checkpoint(tmp_path)["step"] == 1
-    reasons = f"{newest.name} is missing", f"{newest.name}.sha256 is missing", "its sha256 does not agree"
+    reasons = (
+        f"{newest.name} is missing",
+        f"{newest.name}.sha256 is missing",
+        "its sha256 does not agree",
+    )
     assert f"passing over the damaged checkpoint {newest}: " in caplog.text
     assert any(reason in caplog.text for reason in reasons)
     damage(older)
     with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
         load_newest_checkpoint(tmp_path)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert {name for name in before if before[name] != after.get(name)} <= {older.name, f"{older.name}.sha256"}
+    assert {name for name in before if before[name] != after.get(name)} <= {
+        older.name,
+        f"{older.name}.sha256",
+    }
 
 
 @pytest.mark.fault("R7", "R8")
@@ -367,14 +453,19 @@ def test_a_checksum_alone_is_damage_unless_a_first_save_was_cut_off(tmp_path, mo
     path = save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
     content = path.read_bytes()
     path.unlink()
-    with pytest.raises(InputError, match=rf"every checkpoint in .* is damaged \({path.name}: {path.name} is missing\)"):
+    with pytest.raises(
+        InputError,
+        match=rf"every checkpoint in .* is damaged \({path.name}: {path.name} is missing\)",
+    ):
         load_newest_checkpoint(tmp_path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     assert load_newest_checkpoint(tmp_path) is None
     second = save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=5)
     second.rename(f"{second}.tmp")
-    with pytest.raises(InputError, match="every checkpoint in .* is damaged"):  # only one can be the first
+    with pytest.raises(
+        InputError, match="every checkpoint in .* is damaged"
+    ):  # only one can be the first
         load_newest_checkpoint(tmp_path)
     second.with_name(f"{second.name}.sha256").unlink()
 
@@ -401,10 +492,16 @@ class Trace:
 
 
 FOREIGN = {
-    "malicious": lambda path: path.write_bytes(pickle.dumps(Trace(path.with_name("trace")), protocol=2)),
-    "malicious zip": lambda path: torch.save({"format_version": 1, "x": Trace(path.with_name("trace"))}, path),
+    "malicious": lambda path: path.write_bytes(
+        pickle.dumps(Trace(path.with_name("trace")), protocol=2)
+    ),
+    "malicious zip": lambda path: torch.save(
+        {"format_version": 1, "x": Trace(path.with_name("trace"))}, path
+    ),
     "malicious old": lambda path: torch.save(
-        {"format_version": 1, "x": Trace(path.with_name("trace"))}, path, _use_new_zipfile_serialization=False
+        {"format_version": 1, "x": Trace(path.with_name("trace"))},
+        path,
+        _use_new_zipfile_serialization=False,
     ),
     "text": lambda path: path.write_text("not a checkpoint"),
     "empty": lambda path: path.write_bytes(b""),
@@ -415,7 +512,9 @@ FOREIGN = {
 
 @pytest.mark.fault("R8")
 @pytest.mark.parametrize("write", FOREIGN.values(), ids=FOREIGN.keys())
-def test_a_file_that_is_no_checkpoint_is_passed_over_though_its_checksum_fits(tmp_path, caplog, write):
+def test_a_file_that_is_no_checkpoint_is_passed_over_though_its_checksum_fits(
+    tmp_path, caplog, write
+):
     save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
     newest = tmp_path / "checkpoint-00000002.pth"
     write(newest)
@@ -426,7 +525,9 @@ def test_a_file_that_is_no_checkpoint_is_passed_over_though_its_checksum_fits(tm
     (message,) = caplog.messages
     assert re.fullmatch(rf"passing over the damaged checkpoint {newest}: {reason}", message)
     (tmp_path / "checkpoint-00000001.pth").unlink()
-    with pytest.raises(InputError, match=rf"is damaged \({newest.name}: {reason}; checkpoint-00000001.pth: "):
+    with pytest.raises(
+        InputError, match=rf"is damaged \({newest.name}: {reason}; checkpoint-00000001.pth: "
+    ):
         load_newest_checkpoint(tmp_path)
     assert not (tmp_path / "trace").exists()
 
@@ -451,7 +552,10 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_half_written(tmp_
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000001.pth", "checkpoint-00000001.pth.sha256"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-00000001.pth",
+        "checkpoint-00000001.pth.sha256",
+    ]
 
 
 def test_leftovers_of_a_cut_off_save_are_removed(tmp_path):
@@ -470,9 +574,18 @@ def test_weights_file_carries_its_facts(tmp_path):
     with safe_open(path, "pt") as file:
         assert file.get_tensor("w").tolist() == [0.0, 1.0, 2.0]
         assert file.metadata() == {
-            "format": "pt", "model_args": '{"depth": 2}', "mean": "[0.5]", "std": "[0.25]", "epoch": "3"
-        }  # fmt: skip
-    assert weights_header(path) == {"model_args": {"depth": 2}, "mean": [0.5], "std": [0.25], "epoch": 3}
+            "format": "pt",
+            "model_args": '{"depth": 2}',
+            "mean": "[0.5]",
+            "std": "[0.25]",
+            "epoch": "3",
+        }
+    assert weights_header(path) == {
+        "model_args": {"depth": 2},
+        "mean": [0.5],
+        "std": [0.25],
+        "epoch": 3,
+    }
     assert path.stat().st_mode & stat.S_IRUSR
 
 

@@ -1,4 +1,5 @@
-"""The evaluations on several gloo processes under their launchers: the same counts as one process, exact resume."""
+"""The evaluations on several gloo processes under their launchers: the same counts as one process,
+exact resume."""
 
 import re
 import subprocess
@@ -24,12 +25,30 @@ from safetensors.torch import load_file
 
 import main_finetune
 import main_knn
-from engine.checkpoint import load_newest_checkpoint
+from engine.run.checkpoint import load_newest_checkpoint
 
 pytestmark = pytest.mark.long
 
-ALL_ON = ["--lr", 0.03, "--mixup", 0.8, "--cutmix", 1.0, "--re_prob", 0.5, "--drop_path_rate", 0.3, "--hflip", 0.5,
-          "--auto_augment", "rand-m9-mstd0.5-inc1", "--ema_decay", 0.8, "--clip_grad", 1]  # fmt: skip
+ALL_ON = [
+    "--lr",
+    0.03,
+    "--mixup",
+    0.8,
+    "--cutmix",
+    1.0,
+    "--re_prob",
+    0.5,
+    "--drop_path_rate",
+    0.3,
+    "--hflip",
+    0.5,
+    "--auto_augment",
+    "rand-m9-mstd0.5-inc1",
+    "--ema_decay",
+    0.8,
+    "--clip_grad",
+    1,
+]
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +161,14 @@ def test_linear_probes_end_alike_on_both_processes(tmp_path, data, weights):
     arguments = pictures(data, tmp_path / "run", *more)
     command = [sys.executable, *launcher, str(script), str(tmp_path), *arguments]
     result = subprocess.run(
-        command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=600,
+        command,
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=600,
         check=False,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     one, other = (torch.load(tmp_path / f"state{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same(one, other)
@@ -168,13 +192,19 @@ def test_linear_probes_end_alike_on_both_processes(tmp_path, data, weights):
 
 
 def test_the_statistics_are_those_of_all_processes(tmp_path, data, weights):
-    """Two processes of 6 see the same images as one of 12: equal means, and each step's loss is near."""
+    """Two processes of 6 see the same images as one of 12: equal means, and each step's loss is
+    near."""
     more = ["--finetune", weights, "--lr", 0.1, "--stop_epoch", 1]
     succeed(pictures(data, tmp_path / "one", *more), 1, "run_lincls.sh")
     succeed(pictures(data, tmp_path / "two", *more, "-b", 6), 2, "run_lincls.sh")
     one, other = (load_newest_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
-    torch.testing.assert_close(one["bn.running_mean"], other["bn.running_mean"], rtol=1e-4, atol=1e-5)
-    losses = [[line["loss"] for line in log_lines(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    torch.testing.assert_close(
+        one["bn.running_mean"], other["bn.running_mean"], rtol=1e-4, atol=1e-5
+    )
+    losses = [
+        [line["loss"] for line in log_lines(tmp_path / name) if "loss" in line]
+        for name in ("one", "two")
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=0.1)
 
 
@@ -193,7 +223,9 @@ def test_a_bad_validation_image_stops_all_processes_with_one_error(tmp_path, wei
     root = make_pictures(tmp_path / "data", train=6, val=4)
     bad = root / "val" / "one" / "007.png"  # of the second process's share
     bad.write_bytes(b"")
-    result = launch(pictures(root, tmp_path / "run", "--finetune", weights, training=False), 2, "run_knn.sh")
+    result = launch(
+        pictures(root, tmp_path / "run", "--finetune", weights, training=False), 2, "run_knn.sh"
+    )
     assert result.returncode != 0
     errors = re.findall("^error: .*", result.stderr, re.MULTILINE)
     assert len(errors) == 1 and str(bad) in errors[0]

@@ -1,4 +1,5 @@
-"""Exact evaluation: hand-made scores, every image once on any number of processes, features, and the final table."""
+"""Exact evaluation: hand-made scores, every image once on any number of processes, features, and
+the final table."""
 
 import json
 import math
@@ -16,14 +17,20 @@ from torch import multiprocessing
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from data.evaluation import EvalBatch, build_eval_loader
+from data.eval_loader import EvalBatch, build_eval_loader
 from data.images import BadImageError
-from data.labelled import LabelledArray
+from data.labels import LabelledArray
 from data.transforms import EvalTransform, PixelNormalizer
-from engine.evaluate import Scores, evaluate
-from engine.features import FEATURES_FILE, Features, compute_features, load_features, save_features
-from engine.knn import merge_over_processes, nearest_keys
-from engine.results import read_results, write_results
+from engine.evaluation.evaluate import Scores, evaluate
+from engine.evaluation.features import (
+    FEATURES_FILE,
+    Features,
+    compute_features,
+    load_features,
+    save_features,
+)
+from engine.evaluation.knn import merge_over_processes, nearest_keys
+from engine.run.results import read_results, write_results
 from models.vit import VisionTransformer
 from tools import results_table
 from util.dist import gather_rows, init_processes
@@ -43,7 +50,12 @@ def batches_of(labels: list[int], sizes: list[int]) -> list[EvalBatch]:
     indices = torch.arange(len(labels))
     return [
         EvalBatch(*parts, [])
-        for parts in zip(images.split(sizes), torch.tensor(labels).split(sizes), indices.split(sizes), strict=True)
+        for parts in zip(
+            images.split(sizes),
+            torch.tensor(labels).split(sizes),
+            indices.split(sizes),
+            strict=True,
+        )
     ]
 
 
@@ -69,14 +81,21 @@ def test_four_images_by_hand():
     (scores,) = scores_of(logits, [0, 4, 5, 5], [3, 1])
     log_sum = math.log(sum(math.exp(x) for x in range(1, 7)))
     last = math.log(5 * math.exp(1) + math.exp(9)) - 9
-    assert scores.loss == pytest.approx((log_sum - 6 + log_sum - 2 + log_sum - 1 + last) / 4, abs=1e-6)
+    assert scores.loss == pytest.approx(
+        (log_sum - 6 + log_sum - 2 + log_sum - 1 + last) / 4, abs=1e-6
+    )
     assert (scores.num_samples, scores.correct1, scores.correct5) == (4, 2, 3)
     assert (scores.acc1, scores.acc5) == (50.0, 75.0)
     assert scores.class_correct == [1, 0, 0, 0, 0, 1]
     assert scores.class_total == [1, 0, 0, 0, 1, 2]
     assert scores.as_dict() == {
-        "num_samples": 4, "correct1": 2, "correct5": 3, "acc1": 50.0, "acc5": 75.0, "loss": scores.loss
-    }  # fmt: skip
+        "num_samples": 4,
+        "correct1": 2,
+        "correct5": 3,
+        "acc1": 50.0,
+        "acc5": 75.0,
+        "loss": scores.loss,
+    }
     per_class = scores.as_dict(["a", "b", "c", "d", "e", "f"])["per_class"]
     assert per_class == {"a": 100.0, "b": None, "c": None, "d": None, "e": 0.0, "f": 50.0}
 
@@ -107,7 +126,9 @@ def test_several_heads_score_as_each_alone():
         assert scores.correct1 == (of_head.argmax(1) == torch.tensor(labels)).sum()
         ranks = (of_head > of_head.gather(1, torch.tensor(labels)[:, None])).sum(1)
         assert scores.correct5 == (ranks < 5).sum()
-        assert scores.loss == pytest.approx(F.cross_entropy(of_head, torch.tensor(labels)).item(), rel=1e-6)
+        assert scores.loss == pytest.approx(
+            F.cross_entropy(of_head, torch.tensor(labels)).item(), rel=1e-6
+        )
         assert (sum(scores.class_correct), sum(scores.class_total)) == (scores.correct1, 50)
 
 
@@ -163,7 +184,11 @@ def test_processes_share_every_image_out_once(count, batch_size, world_size):
         assert [i for _, i in share] == list(range(rank, count, world_size))
         assert len(loader) == math.ceil(len(share) / batch_size)
         for batch in loader:
-            assert (batch.images.dtype, batch.labels.dtype, batch.bad) == (torch.uint8, torch.int64, [])
+            assert (batch.images.dtype, batch.labels.dtype, batch.bad) == (
+                torch.uint8,
+                torch.int64,
+                [],
+            )
             assert batch.images.shape[0] == len(batch.labels) <= batch_size
             for image, label, index in zip(*batch[:3], strict=True):
                 assert torch.equal(image, source.images[index])
@@ -174,7 +199,8 @@ def test_processes_share_every_image_out_once(count, batch_size, world_size):
 
 def test_loader_processes_change_nothing():
     plain, workers = (
-        list(build_eval_loader(Photographs(20), identity, 3, 0, 2, loading(num_workers))) for num_workers in (0, 2)
+        list(build_eval_loader(Photographs(20), identity, 3, 0, 2, loading(num_workers)))
+        for num_workers in (0, 2)
     )
     assert len(plain) == len(workers) == 4
     for left, right in zip(plain, workers, strict=True):
@@ -203,7 +229,9 @@ def test_a_file_that_cannot_be_decoded_stops_the_evaluation():
     assert judged == [2, 2]
     assert source.reads == [0, 1, 2, 3, 4, 5]  # no replacement is read
     with pytest.raises(InputError) as error:
-        compute_features(tiny_vit(), build_eval_loader(source, identity, 2, 0, 1, loading(0)), PLAIN, None)
+        compute_features(
+            tiny_vit(), build_eval_loader(source, identity, 2, 0, 1, loading(0)), PLAIN, None
+        )
     assert str(error.value) == message
 
 
@@ -226,7 +254,9 @@ def work(rank: int, world_size: int) -> dict:
         source = Photographs(count)
         loader = build_eval_loader(source, identity, 3, rank, world_size, loading(0))
         scores = evaluate(answers, loader, PLAIN, None, 9, 2)
-        found[f"scores of {count}"] = [(s.correct1, s.correct5, s.class_correct, s.class_total) for s in scores]
+        found[f"scores of {count}"] = [
+            (s.correct1, s.correct5, s.class_correct, s.class_total) for s in scores
+        ]
         found[f"losses of {count}"] = [s.loss for s in scores]
         generator = torch.Generator().manual_seed(count)
         rows = torch.randn(count, 3, 2, generator=generator)
@@ -238,13 +268,20 @@ def work(rank: int, world_size: int) -> dict:
             for name, train in (("ties", ties), ("features", rows.flatten(1))):
                 keys = nearest_keys(train[numbers], numbers, train[:5] + 0.5, k)
                 found[f"{k} keys of {count} {name}"] = merge_over_processes(keys, k)
-    found["errors"] = [errors_of(rank, world_size, broken) for broken in ((0,), (5,), (3, 5), (0, 1, 2), ())]
+    found["errors"] = [
+        errors_of(rank, world_size, broken) for broken in ((0,), (5,), (3, 5), (0, 1, 2), ())
+    ]
     return found
 
 
 def process(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    names = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": rank,
+        "LOCAL_WORLD_SIZE": world_size,
+    }
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with init_processes("cpu") as processes:
@@ -273,7 +310,10 @@ def test_gloo_processes_come_to_the_same_as_one(tmp_path, world_size):
             if name.startswith("losses"):  # sums of floats, in another order
                 assert found[name] == pytest.approx(value, rel=1e-6), name
             elif isinstance(value, torch.Tensor):
-                assert (found[name].dtype, torch.equal(found[name], value)) == (value.dtype, True), name
+                assert (found[name].dtype, torch.equal(found[name], value)) == (
+                    value.dtype,
+                    True,
+                ), name
             elif name != "errors":
                 assert found[name] == value, name
     texts = [torch.load(tmp_path / f"{rank}.pt")["errors"] for rank in range(world_size)]
@@ -298,11 +338,14 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Te
 
 
 def imagenet_transform() -> v2.Compose:
-    return v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
+    return v2.Compose(
+        [v2.Resize(256, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)]
+    )
 
 
 @pytest.mark.parametrize(
-    ("height", "width"), [(500, 375), (333, 500), (256, 256), (224, 224), (300, 600), (150, 200), (256, 301)]
+    ("height", "width"),
+    [(500, 375), (333, 500), (256, 256), (224, 224), (300, 600), (150, 200), (256, 301)],
 )
 def test_images_are_resized_and_cut_as_by_torchvision(height, width):
     image = noise(height, width)
@@ -312,11 +355,16 @@ def test_images_are_resized_and_cut_as_by_torchvision(height, width):
 def test_any_size_of_image_is_resized_and_cut_as_by_torchvision():
     """The public code's long side is rounded down: 640 x 427 becomes 383 x 256."""
     chance = random.Random(0)
-    sizes = [(427, 640), (640, 427)] + [(chance.randint(60, 400), chance.randint(60, 400)) for _ in range(30)]
+    sizes = [(427, 640), (640, 427)] + [
+        (chance.randint(60, 400), chance.randint(60, 400)) for _ in range(30)
+    ]
     for height, width in sizes:
         if max(height, width) < 4 * min(height, width):
             image = noise(height, width, channels=1)
-            assert torch.equal(EvalTransform(224, None)(image), imagenet_transform()(image)), (height, width)
+            assert torch.equal(EvalTransform(224, None)(image), imagenet_transform()(image)), (
+                height,
+                width,
+            )
 
 
 @pytest.mark.parametrize(
@@ -362,7 +410,9 @@ def test_the_centre_of_a_long_image_is_what_counts():
 
 def tiny_vit(num_classes: int = 3) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(4, 2, 1, num_classes, 8, 1, 2, 4.0, class_token=False, global_pool="avg").eval()
+    return VisionTransformer(
+        4, 2, 1, num_classes, 8, 1, 2, 4.0, class_token=False, global_pool="avg"
+    ).eval()
 
 
 def test_features_are_those_that_the_head_sees():
@@ -374,7 +424,9 @@ def test_features_are_those_that_the_head_sees():
     assert (found.shape, found.dtype, found.requires_grad) == ((5, 8), torch.float32, False)
     half = compute_features(model, loader, PLAIN, torch.bfloat16)
     assert half.dtype == torch.float32
-    none = compute_features(model, build_eval_loader(source, identity, 3, 10, 11, loading(0)), PLAIN, None)
+    none = compute_features(
+        model, build_eval_loader(source, identity, 3, 10, 11, loading(0)), PLAIN, None
+    )
     assert none.shape == (0, 8)  # more processes than images
 
 
@@ -384,13 +436,21 @@ def test_features_that_are_not_finite_are_refused():
     with torch.no_grad():
         model.fc_norm.bias[3] = float("nan")
     with pytest.raises(InputError, match="not finite"):
-        compute_features(model, build_eval_loader(Photographs(5), identity, 2, 0, 1, loading(0)), PLAIN, None)
+        compute_features(
+            model, build_eval_loader(Photographs(5), identity, 2, 0, 1, loading(0)), PLAIN, None
+        )
 
 
 def some_features() -> Features:
     """Slices of larger tensors, as gathering them leaves."""
     rows = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    facts = {"checkpoint": "w.pth", "sha256": None, "readout": "avg", "class_names": ["ä", "b"], "img_size": [28, 28]}
+    facts = {
+        "checkpoint": "w.pth",
+        "sha256": None,
+        "readout": "avg",
+        "class_names": ["ä", "b"],
+        "img_size": [28, 28],
+    }
     return Features(rows[:5], torch.arange(5), rows[5:8], torch.tensor([1, 0, 1]), facts)
 
 
@@ -422,7 +482,9 @@ def broken_features(tmp_path: Path) -> dict[str, bytes]:
         "no facts": foreign(tensors, None),
         "facts of others": foreign(tensors | {"val_labels": torch.zeros(1)}, {"format": "pt"}),
         "one missing": foreign(tensors, {"facts": "{}"}),
-        "one too many": foreign(tensors | {"val_labels": torch.zeros(1), "head": torch.zeros(1)}, {"facts": "{}"}),
+        "one too many": foreign(
+            tensors | {"val_labels": torch.zeros(1), "head": torch.zeros(1)}, {"facts": "{}"}
+        ),
         "no JSON": foreign(tensors | {"val_labels": torch.zeros(1)}, {"facts": "{"}),
     }
 
@@ -433,7 +495,9 @@ def test_other_files_are_no_features(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError) as error:
             load_features(path)
-        assert str(error.value).startswith(f"load_path {path} is no complete features file of main_knn.py: "), name
+        assert str(error.value).startswith(
+            f"load_path {path} is no complete features file of main_knn.py: "
+        ), name
     for path, named in (
         (tmp_path / "nowhere", tmp_path / "nowhere"),
         (tmp_path, tmp_path / FEATURES_FILE),
@@ -446,7 +510,9 @@ def test_other_files_are_no_features(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     blocked = tmp_path / "blocked"
-    (blocked / f"{FEATURES_FILE}.tmp").mkdir(parents=True)  # as a full disk, an error of the file and not of the folder
+    (blocked / f"{FEATURES_FILE}.tmp").mkdir(
+        parents=True
+    )  # as a full disk, an error of the file and not of the folder
     for folder in (tmp_path / "file", blocked):
         with pytest.raises(InputError, match=f"save_path {folder} cannot be written: "):
             save_features(folder, some_features())
@@ -499,5 +565,8 @@ def test_a_missing_result_is_named(tmp_path, capsys):
     leave_results(tmp_path, "knn", "knn_untrained", "lincls")
     with pytest.raises(InputError) as error:
         results_table.main([str(tmp_path)])
-    assert str(error.value) == f"{tmp_path}/lincls_untrained/results.json is not there: the run has not finished"
+    assert (
+        str(error.value)
+        == f"{tmp_path}/lincls_untrained/results.json is not there: the run has not finished"
+    )
     assert capsys.readouterr().out == ""

@@ -1,7 +1,9 @@
-"""Faults of running jobs: rows R2, R3 and R10 to R16, on real processes under the launcher, against the oracle.
+"""Faults of running jobs: rows R2, R3 and R10 to R16, on real processes under the launcher, against
+the oracle.
 
-The oracle is the same run without a fault: every later loss must be equal as float.hex, and all of the last checkpoint.
-`tests/fault_driver.py` does the harm at an exact step; signals come from the operating system.
+The oracle is the same run without a fault: every later loss must be equal as float.hex, and all of
+the last checkpoint. `tests/fault_driver.py` does the harm at an exact step; signals come from the
+operating system.
 """
 
 import json
@@ -36,16 +38,26 @@ from runs import (
 
 import main_knn
 import main_pretrain
-from data.evaluation import EvalDataset
-from engine import features, signals
-from engine.batches import MAX_RESTARTS, Batches
-from engine.checkpoint import load_newest_checkpoint
+from data.eval_loader import EvalDataset
+from engine.evaluation import features
+from engine.run import interrupts as signals
+from engine.run.batches import MAX_RESTARTS, Batches
+from engine.run.checkpoint import load_newest_checkpoint
 from engine.schedule import Plan
 from util.errors import InputError
 from util.watchdog import alive, watched
 
 SEEDS = int(os.environ.get("MAE_KILL_SEEDS", "5"))
-STATE = ("step", "model", "optimizer", "ema", "scaler", "epoch_losses", "samples_seen", "total_batch")
+STATE = (
+    "step",
+    "model",
+    "optimizer",
+    "ema",
+    "scaler",
+    "epoch_losses",
+    "samples_seen",
+    "total_batch",
+)
 
 
 def faults(*entries: dict) -> str:
@@ -95,14 +107,18 @@ def oracle_of_two(tmp_path_factory):
 
 
 def two(folder: Path, *more) -> list[str]:
-    return digits(folder, "--log_interval", 1, "--batch_size", 32, "--timeout", 2, *more)  # ends also where a row fails
+    return digits(
+        folder, "--log_interval", 1, "--batch_size", 32, "--timeout", 2, *more
+    )  # ends also where a row fails
 
 
-# --- R2: SIGKILL at random times --------------------------------------------------------------------------------------
+# --- R2: SIGKILL at random times
+# --------------------------------------------------------------------------------------
 
 
 def kill_somewhere(process: subprocess.Popen, log: Path, delay: float) -> bool:
-    """SIGKILL so many seconds after the process has written its first line; whether it was still at work."""
+    """SIGKILL so many seconds after the process has written its first line; whether it was still at
+    work."""
     size, deadline = log.stat().st_size if log.exists() else 0, time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and log.stat().st_size != size:
@@ -116,21 +132,37 @@ def kill_somewhere(process: subprocess.Popen, log: Path, delay: float) -> bool:
 @pytest.mark.long
 @pytest.mark.fault("R2")
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_kills_at_random_times_cost_at_most_one_save_interval(oracle, tmp_path, record_property, seed):
-    """A save begins after each step while the one before may still be under way: at most two steps are lost."""
+def test_kills_at_random_times_cost_at_most_one_save_interval(
+    oracle, tmp_path, record_property, seed
+):
+    """A save begins after each step while the one before may still be under way: at most two steps
+    are lost."""
     chance = random.Random(seed)
-    arguments = digits(tmp_path, "--log_interval", 1, "--save_minutes", 1e-9, "--num_workers", chance.choice([0, 2]))
+    arguments = digits(
+        tmp_path,
+        "--log_interval",
+        1,
+        "--save_minutes",
+        1e-9,
+        "--num_workers",
+        chance.choice([0, 2]),
+    )
     kills, lost = 0, []
     log = tmp_path / "log.jsonl"
     while True:
         process = subprocess.Popen(
-            driven("main_pretrain.py", *arguments), env=environment(PAUSE="0.02"),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            driven("main_pretrain.py", *arguments),
+            env=environment(PAUSE="0.02"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if not kill_somewhere(process, log, chance.uniform(0, 3)):
             break
         kills += 1
-        done = max(json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}"))
+        done = max(
+            json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}")
+        )
         saved = load_newest_checkpoint(tmp_path)
         lost.append(done - (0 if saved is None else saved["step"]))
     assert process.returncode == 0, process.stderr.read()
@@ -140,24 +172,37 @@ def test_kills_at_random_times_cost_at_most_one_save_interval(oracle, tmp_path, 
     assert_equal_runs(oracle, tmp_path)
 
 
-# --- R3, R11: two processes, a signal to one of them ------------------------------------------------------------------
+# --- R3, R11: two processes, a signal to one of them
+# ------------------------------------------------------------------
 
 
 @pytest.mark.long
 @pytest.mark.fault("R3", "R11")
-def test_two_processes_stop_at_one_step_and_go_on_bit_for_bit(oracle_of_two, tmp_path, record_property):
-    """Stopped after the first step, mid-epoch, the last of an epoch and the first of the next, by one process's signal.
+def test_two_processes_stop_at_one_step_and_go_on_bit_for_bit(
+    oracle_of_two, tmp_path, record_property
+):
+    """Stopped after the first step, mid-epoch, the last of an epoch and the first of the next, by
+    one process's signal.
 
     A signal before step k stops all processes after it.
     """
-    stops = {1: (signal.SIGTERM, 1), 30: (signal.SIGUSR1, 0), 62: (signal.SIGUSR1, 1), 63: (signal.SIGINT, 0)}
+    stops = {
+        1: (signal.SIGTERM, 1),
+        30: (signal.SIGUSR1, 0),
+        62: (signal.SIGUSR1, 1),
+        63: (signal.SIGINT, 0),
+    }
     for step, (signum, rank) in stops.items():
         fault = {"do": signum, "to": "self", "at": "step", "step": step - 1, "rank": rank}
         result = run(
-            driven("main_pretrain.py", *two(tmp_path), processes=2), FAULTS=faults(fault), DIGESTS=str(tmp_path)
+            driven("main_pretrain.py", *two(tmp_path), processes=2),
+            FAULTS=faults(fault),
+            DIGESTS=str(tmp_path),
         )
         assert result.returncode != 0
-        assert f"stopped by {signum.name}; the same command goes on after step {step}" in result.stdout
+        assert (
+            f"stopped by {signum.name}; the same command goes on after step {step}" in result.stdout
+        )
         assert re.search(rf"exitcode\s+: {128 + signum} ", result.stderr)
         assert [max(digests(tmp_path, rank)) for rank in (0, 1)] == [step, step]
         assert checkpoint_steps(tmp_path)[-1] == step
@@ -174,13 +219,17 @@ def test_two_processes_stop_at_one_step_and_go_on_bit_for_bit(oracle_of_two, tmp
     record_property("tries", len(stops))
 
 
-# --- R10: SIGTERM to the launcher -------------------------------------------------------------------------------------
+# --- R10: SIGTERM to the launcher
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
 @pytest.mark.fault("R10")
-def test_a_launcher_that_is_terminated_stops_its_processes_which_save(tmp_path, data, record_property):
-    """Fine-tuning of two processes: within a step, a save and a validation, and twice within a second."""
+def test_a_launcher_that_is_terminated_stops_its_processes_which_save(
+    tmp_path, data, record_property
+):
+    """Fine-tuning of two processes: within a step, a save and a validation, and twice within a
+    second."""
 
     def arguments(folder):
         more = ["--batch_size", 6, "--total_batch_size", 12, "--ema_decay", 0.5, "--size", "debug"]
@@ -198,7 +247,9 @@ def test_a_launcher_that_is_terminated_stops_its_processes_which_save(tmp_path, 
         assert time.monotonic() - began < 60 and result.returncode != 0
         saved = load_newest_checkpoint(stopped)
         if times == 1:
-            assert "stopped by SIGTERM; the same command goes on after step" in result.stdout, result.stderr
+            assert "stopped by SIGTERM; the same command goes on after step" in result.stdout, (
+                result.stderr
+            )
             assert step <= saved["step"] < step + 10 and not list(stopped.glob("*.tmp"))
             assert saved["owes_look"] == (at == "validation")
         else:
@@ -207,7 +258,11 @@ def test_a_launcher_that_is_terminated_stops_its_processes_which_save(tmp_path, 
     assert result.returncode == 0, result.stderr
     assert_equal_runs(tmp_path / "whole", stopped)
     ours, theirs = (
-        [{n: line[n] for n in ("step", "acc1", "ema_acc1", "val_loss")} for line in log_lines(folder) if "acc1" in line]
+        [
+            {n: line[n] for n in ("step", "acc1", "ema_acc1", "val_loss")}
+            for line in log_lines(folder)
+            if "acc1" in line
+        ]
         for folder in (tmp_path / "whole", stopped)
     )
     assert ours == theirs and len(ours) == 3
@@ -216,8 +271,18 @@ def test_a_launcher_that_is_terminated_stops_its_processes_which_save(tmp_path, 
 
 
 def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypatch):
-    """In pretraining, after the first epoch and after the last: no look is lost and none is there twice."""
-    more = ["--monitor_epochs", 1, "--monitor_knn", 120, "--monitor_images", 0, "--monitor_probe", "false"]
+    """In pretraining, after the first epoch and after the last: no look is lost and none is there
+    twice."""
+    more = [
+        "--monitor_epochs",
+        1,
+        "--monitor_knn",
+        120,
+        "--monitor_images",
+        0,
+        "--monitor_probe",
+        "false",
+    ]
     main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
     arguments = pretraining(data, tmp_path / "cut", *more)
     until_bad = features.until_bad
@@ -241,7 +306,9 @@ def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypat
         assert (saved["step"], saved["owes_look"]) == (stop, True)
         assert not (tmp_path / "cut" / "model.safetensors").exists()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signals.received() == 0
-        if stop == 10:  # looks again, and is cut off before its next checkpoint: it has to look once more
+        if (
+            stop == 10
+        ):  # looks again, and is cut off before its next checkpoint: it has to look once more
 
             def cut_off(_, step):
                 raise KeyboardInterrupt
@@ -249,10 +316,18 @@ def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypat
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(Plan, "lr", cut_off)
                 main_pretrain.main(arguments)
-            assert [line["step"] for line in log_lines(tmp_path / "cut") if "monitor_s" in line] == [0, 10]
+            assert [
+                line["step"] for line in log_lines(tmp_path / "cut") if "monitor_s" in line
+            ] == [0, 10]
     main_pretrain.main(arguments)
-    facts = [[(line["step"], line["knn_acc1"]) for line in log_lines(tmp_path / name) if "monitor_s" in line]
-             for name in ("whole", "cut")]  # fmt: skip
+    facts = [
+        [
+            (line["step"], line["knn_acc1"])
+            for line in log_lines(tmp_path / name)
+            if "monitor_s" in line
+        ]
+        for name in ("whole", "cut")
+    ]
     assert facts[0] == facts[1] and [step for step, _ in facts[0]] == [0, 10, 20]
     assert_same(*(load_newest_checkpoint(tmp_path / name)["model"] for name in ("whole", "cut")))
     before = (tmp_path / "cut" / "log.jsonl").read_bytes()
@@ -275,7 +350,10 @@ def test_one_process_stops_at_the_next_step(tmp_path, data, monkeypatch, signum)
         main_pretrain.main(arguments)
     assert end.value.code == 128 + signum
     assert load_newest_checkpoint(tmp_path)["step"] == 5
-    assert f"stopped by {signum.name}; the same command goes on after step 5" in (tmp_path / "log.txt").read_text()
+    assert (
+        f"stopped by {signum.name}; the same command goes on after step 5"
+        in (tmp_path / "log.txt").read_text()
+    )
     assert main_pretrain.main(arguments)["step"] == 20
 
 
@@ -309,7 +387,8 @@ def test_repeats_within_two_seconds_are_ignored_and_a_later_signal_ends_at_once(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
-# --- R12, R13: a process dies or hangs --------------------------------------------------------------------------------
+# --- R12, R13: a process dies or hangs
+# --------------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -319,7 +398,9 @@ def test_a_job_one_of_whose_processes_dies_goes_on_after_the_launchers_restart(
 ):
     fault = {"do": "exit", "at": "step", "step": 70, "rank": 1}
     arguments = two(tmp_path, "--save_epochs", 1)
-    result = run(driven("main_pretrain.py", *arguments, processes=2, restarts=1), FAULTS=faults(fault))
+    result = run(
+        driven("main_pretrain.py", *arguments, processes=2, restarts=1), FAULTS=faults(fault)
+    )
     assert result.returncode == 0, result.stderr
     assert f"resuming {tmp_path} at step 62" in result.stdout
     assert result.stderr.count("error: process 0 has lost the connection to another one") == 1
@@ -332,10 +413,14 @@ def test_a_job_one_of_whose_processes_dies_goes_on_after_the_launchers_restart(
 @pytest.mark.fault("R13")
 @pytest.mark.parametrize(("what", "where"), [("hang", "in strike"), (signal.SIGSTOP, "in train")])
 def test_a_job_one_of_whose_processes_hangs_ends_and_says_where(tmp_path, what, where):
-    """It sleeps and says where itself, or it is frozen and another one says where it waits for it."""
+    """It sleeps and says where itself, or it is frozen and another one says where it waits for
+    it."""
     fault = {"do": what, "to": "self", "at": "step", "step": 20, "rank": 1}
     began = time.monotonic()
-    result = run(driven("main_pretrain.py", *two(tmp_path, "--timeout", 0.25), processes=2), FAULTS=faults(fault))
+    result = run(
+        driven("main_pretrain.py", *two(tmp_path, "--timeout", 0.25), processes=2),
+        FAULTS=faults(fault),
+    )
     assert result.returncode != 0
     assert time.monotonic() - began < 15 + 30 + 60  # the launcher gives what is left 30 seconds
     assert "Timeout (0:00:15)!" in result.stderr
@@ -387,23 +472,31 @@ def test_an_evaluation_whose_loader_hangs_ends_and_says_where(capfd):
 @pytest.mark.long
 def test_a_run_may_take_longer_than_one_of_its_steps_may(tmp_path, data):
     """20 steps of 0.3 s, and none may take 3 s."""
-    result = run(driven("main_pretrain.py", *pretraining(data, tmp_path, "--timeout", 0.05)), PAUSE="0.3")
+    result = run(
+        driven("main_pretrain.py", *pretraining(data, tmp_path, "--timeout", 0.05)), PAUSE="0.3"
+    )
     assert result.returncode == 0, result.stderr
     assert log_lines(tmp_path)[-1]["step"] == 20
 
 
-# --- R14: a data worker is killed -------------------------------------------------------------------------------------
+# --- R14: a data worker is killed
+# -------------------------------------------------------------------------------------
 
 
-def kill_workers(monkeypatch, signum: int, steps: tuple[int, ...], every: bool = False) -> list[int]:
-    """Sends a signal to one loader process (or to all) before these steps; returns the list of what it has hit."""
+def kill_workers(
+    monkeypatch, signum: int, steps: tuple[int, ...], every: bool = False
+) -> list[int]:
+    """Sends a signal to one loader process (or to all) before these steps; returns the list of what
+    it has hit."""
     original, hit = Plan.lr, []
 
     def lr(plan, step):
         if step in steps and step not in hit:
             hit.append(step)
             workers = sorted(multiprocessing.active_children(), key=lambda worker: worker.pid)
-            for worker in workers if every else workers[-1:]:  # older ones may be those of a loader that is ending
+            for worker in (
+                workers if every else workers[-1:]
+            ):  # older ones may be those of a loader that is ending
                 os.kill(worker.pid, signum)
         return original(plan, step)
 
@@ -416,7 +509,8 @@ def kill_workers(monkeypatch, signum: int, steps: tuple[int, ...], every: bool =
 def test_loader_processes_that_are_killed_are_started_again_at_the_same_place(
     tmp_path, data, monkeypatch, caplog, record_property, signum, every
 ):
-    """Twice in a run with two micro-batches per step; also by a scheduler's SIGTERM to all processes."""
+    """Twice in a run with two micro-batches per step; also by a scheduler's SIGTERM to all
+    processes."""
     more = ["--batch_size", 6, "--total_batch_size", 12, "--epochs", 4]
     main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
     hit = kill_workers(monkeypatch, signum, (7, 25), every)
@@ -437,7 +531,9 @@ def test_loader_processes_that_die_again_and_again_end_the_run(tmp_path, data, m
             return super().__getitems__(keys)
 
     monkeypatch.setattr(main_pretrain, "PretrainDataset", Dying)
-    with pytest.raises(InputError, match="loader processes end again and again .*, try fewer --num_workers"):
+    with pytest.raises(
+        InputError, match="loader processes end again and again .*, try fewer --num_workers"
+    ):
         main_pretrain.main(pretraining(data, tmp_path, "--num_workers", 1))
     # those that had batches from before the bad place ready do not count
     assert MAX_RESTARTS <= caplog.text.count("a loader process has ended") <= 3 * MAX_RESTARTS
@@ -456,7 +552,9 @@ def test_what_goes_wrong_within_a_loader_process_is_no_death(tmp_path, data, mon
 
 
 @pytest.mark.fault("R14")
-def test_loader_processes_of_an_evaluation_are_started_again_too(tmp_path, data, monkeypatch, caplog):
+def test_loader_processes_of_an_evaluation_are_started_again_too(
+    tmp_path, data, monkeypatch, caplog
+):
     """Killed once in each split."""
     arguments = ["--finetune", "random", "--class_token", "true", "--batch_size", 7]
 
@@ -479,30 +577,58 @@ def test_loader_processes_of_an_evaluation_are_started_again_too(tmp_path, data,
     assert len(list(tmp_path.glob("killed-*"))) == 2
 
 
-# --- R16: losses and gradients that are not finite --------------------------------------------------------------------
+# --- R16: losses and gradients that are not finite
+# --------------------------------------------------------------------
 
 
 @pytest.mark.long
 @pytest.mark.fault("R16")
-def test_a_bad_loss_or_gradient_of_one_process_is_skipped_by_all_and_ends_all(tmp_path, data, record_property):
-    """NaN in the loss of process 1 in two steps, Inf in one gradient of process 0 in another, then NaN for good."""
+def test_a_bad_loss_or_gradient_of_one_process_is_skipped_by_all_and_ends_all(
+    tmp_path, data, record_property
+):
+    """NaN in the loss of process 1 in two steps, Inf in one gradient of process 0 in another, then
+    NaN for good."""
     folder = tmp_path / "run"
-    arguments = ["main_finetune.py", *pictures(data, folder, "--batch_size", 6, "--total_batch_size", 12)]
+    arguments = [
+        "main_finetune.py",
+        *pictures(data, folder, "--batch_size", 6, "--total_batch_size", 12),
+    ]
     bad = (
         {"do": "nan_loss", "at": "step", "rank": 1, "step": 5, "count": 2},
         {"do": "inf_gradient", "at": "step", "rank": 0, "step": 12},
         {"do": "nan_loss", "at": "step", "rank": 1, "step": 22, "count": 99},
     )
-    more = ["--ema_decay", "0.5", "--max_bad_steps", "3", "--save_minutes", "1e-9", "--keep_last", "99"]
+    more = [
+        "--ema_decay",
+        "0.5",
+        "--max_bad_steps",
+        "3",
+        "--save_minutes",
+        "1e-9",
+        "--keep_last",
+        "99",
+    ]
     result = run(driven(*arguments, *more, processes=2), FAULTS=faults(*bad), DIGESTS=str(tmp_path))
     assert result.returncode != 0
     mine, others = digests(tmp_path, 0), digests(tmp_path, 1)
     assert mine == others and set(mine) == set(range(25))
-    untouched = [step for step in range(1, 24) if all(mine[step][n] == mine[step + 1][n] for n in ("model", "ema"))]
+    untouched = [
+        step
+        for step in range(1, 24)
+        if all(mine[step][n] == mine[step + 1][n] for n in ("model", "ema"))
+    ]
     assert untouched == [5, 6, 12, 22, 23]
-    saved = {step: torch.load(folder / f"checkpoint-{step:08d}.pth", weights_only=True) for step in (5, 7, 24)}
-    assert_same(saved[5]["optimizer"]["state"], saved[7]["optimizer"]["state"])  # moments and the count of steps
-    counts = {step: {entry["step"].item() for entry in of["optimizer"]["state"].values()} for step, of in saved.items()}
+    saved = {
+        step: torch.load(folder / f"checkpoint-{step:08d}.pth", weights_only=True)
+        for step in (5, 7, 24)
+    }
+    assert_same(
+        saved[5]["optimizer"]["state"], saved[7]["optimizer"]["state"]
+    )  # moments and the count of steps
+    counts = {
+        step: {entry["step"].item() for entry in of["optimizer"]["state"].values()}
+        for step, of in saved.items()
+    }
     assert counts == {5: {5.0}, 7: {5.0}, 24: {19.0}}  # 24 steps, 5 of them skipped
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     keys = json.loads((folder / "bad_steps.jsonl").read_text().splitlines()[1])
@@ -518,7 +644,8 @@ def test_a_bad_loss_or_gradient_of_one_process_is_skipped_by_all_and_ends_all(tm
 
 
 def test_the_images_of_the_error_are_those_of_the_step(tmp_path, data, monkeypatch):
-    """In one process, every loss finite and the gradient not; the row began before the last line of the log."""
+    """In one process, every loss finite and the gradient not; the row began before the last line of
+    the log."""
     seen: dict[int, list[int]] = {}
     original = main_pretrain.PretrainDataset.__getitems__
 
@@ -539,18 +666,25 @@ def test_the_images_of_the_error_are_those_of_the_step(tmp_path, data, monkeypat
         main_pretrain.main(pretraining(data, tmp_path, "--log_interval", 5, "--max_bad_steps", 6))
     shown = " ".join(map(str, seen[4][:8]))
     assert "7 steps in a row up to step 10" in str(error.value)
-    assert f"step 4 at lr 0.000281, every loss was finite, it took images {shown} ... of the" in str(error.value)
+    assert (
+        f"step 4 at lr 0.000281, every loss was finite, it took images {shown} ... of the"
+        in str(error.value)
+    )
     entries = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [4, 5, 6, 7, 8, 9, 10]
     assert all(entry["images"] == seen[entry["step"]] for entry in entries)
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_is_shown_by_a_test():
-    calls = [call for path in (ROOT / "tests").glob("test_*.py")
-             for call in re.findall(r"mark\.fault\(([^)]*)\)", path.read_text())]  # fmt: skip
+    calls = [
+        call
+        for path in (ROOT / "tests").glob("test_*.py")
+        for call in re.findall(r"mark\.fault\(([^)]*)\)", path.read_text())
+    ]
     shown = {row for call in calls for row in re.findall(r'"(R\d+)"', call)}
     assert shown <= set(ROWS)
     assert set(ROWS) - shown == set()
@@ -572,9 +706,24 @@ def test_the_table_counts_over_the_workers_of_a_session(tmp_path):
         "@pytest.mark.fault('R9')\ndef test_more():\n    pass\n"
         "@pytest.mark.fault('R1')\ndef test_none():\n    pytest.skip('')\n"
     )
-    arguments = ["-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    arguments = [
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "2",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
     lines = run([sys.executable, *arguments], cwd=tmp_path).stdout.splitlines()
     head = next(place for place, line in enumerate(lines) if line.startswith("id "))
     table = [[line.split()[0], *line[69:].split()] for line in lines[head + 1 : head + 5]]
-    assert table == [["R1", "1", "0", "skipped"], ["R2", "33", "2", "holds"], ["R9", "3", "0", "FAILS"],
-                     ["R10", "2", "0", "FAILS"]]  # fmt: skip
+    assert table == [
+        ["R1", "1", "0", "skipped"],
+        ["R2", "33", "2", "holds"],
+        ["R9", "3", "0", "FAILS"],
+        ["R10", "2", "0", "FAILS"],
+    ]

@@ -1,4 +1,5 @@
-"""Faults of saving and loading: rows R7 to R9 and R17 to R22, on real files, with real ends of processes."""
+"""Faults of saving and loading: rows R7 to R9 and R17 to R22, on real files, with real ends of
+processes."""
 
 import errno
 import os
@@ -10,17 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, command, environment, log_lines, make_pictures, pretraining, run, step_losses
+from runs import (
+    assert_same,
+    command,
+    environment,
+    log_lines,
+    make_pictures,
+    pretraining,
+    run,
+    step_losses,
+)
 
 import main_finetune
 import main_pretrain
-from engine import saving
-from engine.checkpoint import kept_steps, load_newest_checkpoint, save_checkpoint, tidy
-from engine.lock import locked
-from engine.run import open_run
+from engine.run import saving
+from engine.run.checkpoint import kept_steps, load_newest_checkpoint, save_checkpoint, tidy
+from engine.run.folder import open_run
+from engine.run.lock import locked
 from models.mae import MaskedAutoencoder
 from util.errors import InputError
-from util.schema import TrainRunConfig
+from util.settings.base import TrainRunConfig
 
 STEPS = 10  # of an epoch of `pretraining`
 
@@ -54,9 +64,10 @@ def assert_equal_runs(one: Path, other: Path) -> None:
         assert_same(ours[name], theirs[name], name)
 
 
-# --- R7: the process ends at any point of a save ----------------------------------------------------------------------
+# --- R7: the process ends at any point of a save
+# ----------------------------------------------------------------------
 
-WATCHED = ("engine/checkpoint.py", "util/files.py", "torch/serialization.py")
+WATCHED = ("engine/run/checkpoint.py", "util/files.py", "torch/serialization.py")
 
 
 def in_child(action) -> int:
@@ -72,7 +83,8 @@ def in_child(action) -> int:
 
 
 def dying_at(line: int, action) -> int:
-    """Exit status of `action` in a process that ends before it executes so many lines of the save protocol: 7."""
+    """Exit status of `action` in a process that ends before it executes so many lines of the save
+    protocol: 7."""
 
     def end_at_line():
         left = line
@@ -106,30 +118,45 @@ def test_a_process_that_ends_at_any_line_of_a_save_loses_no_complete_checkpoint(
         for step in complete:
             save_checkpoint(folder, step, content(step), keep_last=9)
         before = set(files(folder))
-        status = dying_at(lines, lambda folder=folder: save_checkpoint(folder, 5, content(5), keep_last))
+        status = dying_at(
+            lines, lambda folder=folder: save_checkpoint(folder, 5, content(5), keep_last)
+        )
         after = set(files(folder))
         loaded = load_newest_checkpoint(folder)
         found.append(0 if loaded is None else loaded["step"])
         if loaded is not None:
             assert_same({name: loaded[name] for name in ("model", "note")}, content(loaded["step"]))
         if found[-1] != 5:
-            assert found[-1] == max(complete, default=0) and before <= after  # none that was complete is gone
+            assert (
+                found[-1] == max(complete, default=0) and before <= after
+            )  # none that was complete is gone
         tidy(folder, found[-1])
         left = set(files(folder))
-        assert all(name.startswith("checkpoint-") and name.endswith((".pth", ".pth.sha256")) for name in left)
-        save_checkpoint(folder, 6, content(6), keep_last=1)  # the next run's save clears what is left
+        assert all(
+            name.startswith("checkpoint-") and name.endswith((".pth", ".pth.sha256"))
+            for name in left
+        )
+        save_checkpoint(
+            folder, 6, content(6), keep_last=1
+        )  # the next run's save clears what is left
         assert load_newest_checkpoint(folder)["step"] == 6
         assert set(files(folder)) == {"checkpoint-00000006.pth", "checkpoint-00000006.pth.sha256"}
         if status == 0:
             break
         assert status == 7
-        lines += 1 if lines < 20 or found[-1] == 5 or len(after - before) > 1 else 7  # writing takes hundreds of lines
+        lines += (
+            1 if lines < 20 or found[-1] == 5 or len(after - before) > 1 else 7
+        )  # writing takes hundreds of lines
     assert found[-1] == 5 and lines > 100
-    assert set(found) == {5, max(complete, default=0)}  # before and after the moment from which it counts
+    assert set(found) == {
+        5,
+        max(complete, default=0),
+    }  # before and after the moment from which it counts
     record_property("tries", len(found))
 
 
-# --- R8: damaged checkpoints (each kind of damage: tests/test_engine.py) ----------------------------------------------
+# --- R8: damaged checkpoints (each kind of damage: tests/test_engine.py)
+# ----------------------------------------------
 
 
 def flip_bit(path: Path) -> None:
@@ -139,23 +166,31 @@ def flip_bit(path: Path) -> None:
 
 
 @pytest.mark.fault("R8")
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_sets_that_aside(tmp_path, data, every_step, caplog):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_sets_that_aside(
+    tmp_path, data, every_step, caplog
+):
     arguments = pretraining(data, tmp_path, "--save_minutes", 1e-9, "--keep_last", 100)
     main_pretrain.main([*arguments, "--stop_epoch", "1"])
     for step in (9, 10):
         flip_bit(tmp_path / f"checkpoint-{step:08d}.pth")
     main_pretrain.main(arguments)
     assert_equal_runs(every_step, tmp_path)
-    assert f"passing over the damaged checkpoint {tmp_path / 'checkpoint-00000010.pth'}: its sha256" in caplog.text
+    assert (
+        f"passing over the damaged checkpoint {tmp_path / 'checkpoint-00000010.pth'}: its sha256"
+        in caplog.text
+    )
     assert f"resuming {tmp_path} at step 8" in caplog.text
     assert sorted(path.name for path in tmp_path.glob("*.damaged")) == [
-        "checkpoint-00000009.pth.damaged", "checkpoint-00000010.pth.damaged"
-    ]  # fmt: skip
+        "checkpoint-00000009.pth.damaged",
+        "checkpoint-00000010.pth.damaged",
+    ]
 
 
 @pytest.mark.fault("R8")
 @pytest.mark.long
-@pytest.mark.parametrize(("damage", "reason"), [(flip_bit, "its sha256"), (Path.unlink, "checkpoint-00000010.pth is")])
+@pytest.mark.parametrize(
+    ("damage", "reason"), [(flip_bit, "its sha256"), (Path.unlink, "checkpoint-00000010.pth is")]
+)
 def test_where_all_are_damaged_nothing_is_touched(tmp_path, data, damage, reason):
     arguments = pretraining(data, tmp_path)
     main_pretrain.main([*arguments, "--stop_epoch", "1"])
@@ -168,10 +203,14 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, data, damage, reason
         f"error: every checkpoint in {tmp_path} is damaged (checkpoint-00000010.pth: {reason}"
     )
     after = files(tmp_path)
-    assert {name for name in before | after if before.get(name) != after.get(name)} == {"log.txt", ".lock"}
+    assert {name for name in before | after if before.get(name) != after.get(name)} == {
+        "log.txt",
+        ".lock",
+    }
 
 
-# --- R9, R19: a save that fails ---------------------------------------------------------------------------------------
+# --- R9, R19: a save that fails
+# ---------------------------------------------------------------------------------------
 
 
 def save_on_a_full_disk(folder: Path) -> None:
@@ -212,14 +251,23 @@ def test_a_run_that_finds_no_room_ends_with_one_line(tmp_path, data):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     result = subprocess.run(
-        command(*arguments), env=environment(), preexec_fn=limit, capture_output=True, text=True, check=False
+        command(*arguments),
+        env=environment(),
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: the checkpoint of step 20 cannot be saved in {tmp_path}: ")
+    assert result.stderr.startswith(
+        f"error: the checkpoint of step 20 cannot be saved in {tmp_path}: "
+    )
     assert "Traceback" not in result.stderr
     after = files(tmp_path)
     checkpoints = {name: text for name, text in before.items() if name.startswith("checkpoint-")}
-    assert {name: text for name, text in after.items() if name.startswith("checkpoint-")} == checkpoints
+    assert {
+        name: text for name, text in after.items() if name.startswith("checkpoint-")
+    } == checkpoints
     assert len(checkpoints) == 2
 
 
@@ -236,19 +284,26 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_save_or_st
         return original(output_dir, of_step, *rest)
 
     monkeypatch.setattr(saving, "save_checkpoint", failing)
-    with pytest.raises(InputError, match=f"the checkpoint of step {step} cannot be saved in .*: .*No space left"):
+    with pytest.raises(
+        InputError, match=f"the checkpoint of step {step} cannot be saved in .*: .*No space left"
+    ):
         main_pretrain.main(pretraining(data, tmp_path, "--save_minutes", save_minutes))
     saved = load_newest_checkpoint(tmp_path)
     assert (0 if saved is None else saved["step"]) == {3: 2, 10: 0, 20: 10}[step]
-    assert step <= log_lines(tmp_path)[-1]["step"] <= (step + 1 if save_minutes else min(step + 5, 20))
+    assert (
+        step <= log_lines(tmp_path)[-1]["step"] <= (step + 1 if save_minutes else min(step + 5, 20))
+    )
     assert not (tmp_path / "model.safetensors").exists()
 
 
-# --- R18: a save in the background ------------------------------------------------------------------------------------
+# --- R18: a save in the background
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("R18")
-def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(tmp_path, data, every_step, monkeypatch):
+def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
+    tmp_path, data, every_step, monkeypatch
+):
     """Each save begins to write only when the next step has changed the parameters."""
     original = saving.save_checkpoint
     stepped = threading.Event()
@@ -266,23 +321,28 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(tmp_path,
 
     monkeypatch.setattr(saving, "save_checkpoint", late)
     monkeypatch.setattr(main_pretrain, "optimizer_step", optimizer_step)
-    # a save waits for the one before, so every other step has one under way while the optimiser steps
+    # a save waits for the one before, so every other step has one under way while the optimiser
+    # steps
     more = ["--save_minutes", 1e-9, "--log_interval", 2, "--keep_last", 100]
     main_pretrain.main(pretraining(data, tmp_path, *more))
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*.pth"))
     assert names == [f"checkpoint-{step:08d}.pth" for step in range(2, 2 * STEPS + 1, 2)]
     for name in names:
-        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (tmp_path, every_step))
+        ours, theirs = (
+            torch.load(folder / name, weights_only=True) for folder in (tmp_path, every_step)
+        )
         assert_same(ours["model"], theirs["model"], name)
         assert_same(ours["optimizer"], theirs["optimizer"], name)
 
 
-# --- R17: the scaler of fp16 ------------------------------------------------------------------------------------------
+# --- R17: the scaler of fp16
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("R17")
 def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, monkeypatch):
-    """The loss overflows in two steps, one before the stop and one after; growth is counted in between."""
+    """The loss overflows in two steps, one before the stop and one after; growth is counted in
+    between."""
     forward, steps = MaskedAutoencoder.forward, []
 
     def overflowing(self, *args):
@@ -298,17 +358,27 @@ def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, 
     main_pretrain.main(pretraining(data, tmp_path / "stopped", *more))
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
     end = load_newest_checkpoint(tmp_path / "whole")["scaler"]
-    assert (middle["scale"], middle["_growth_tracker"]) == (2.0**15, 6)  # from 2^16, halved once, 6 good steps since
+    assert (middle["scale"], middle["_growth_tracker"]) == (
+        2.0**15,
+        6,
+    )  # from 2^16, halved once, 6 good steps since
     assert (end["scale"], end["_growth_tracker"]) == (2.0**14, 5)
 
 
-# --- R20: retention ---------------------------------------------------------------------------------------------------
+# --- R20: retention
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("R20")
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "expected"),
-    [(1, 0, {60}), (2, 0, {50, 60}), (1, 20, {20, 40, 60}), (2, 30, {30, 50, 60}), (9, 7, {10, 20, 30, 40, 50, 60})],
+    [
+        (1, 0, {60}),
+        (2, 0, {50, 60}),
+        (1, 20, {20, 40, 60}),
+        (2, 30, {30, 50, 60}),
+        (9, 7, {10, 20, 30, 40, 50, 60}),
+    ],
 )
 def test_which_checkpoints_stay(tmp_path, keep_last, keep_every, expected):
     steps = [10, 20, 30, 40, 50, 60]
@@ -321,7 +391,18 @@ def test_which_checkpoints_stay(tmp_path, keep_last, keep_every, expected):
 
 @pytest.mark.fault("R20")
 def test_every_second_epoch_stays_beside_the_newest(tmp_path, data):
-    more = ["--epochs", 5, "--save_epochs", 0, "--save_minutes", 0, "--keep_every", 2, "--keep_last", 1]
+    more = [
+        "--epochs",
+        5,
+        "--save_epochs",
+        0,
+        "--save_minutes",
+        0,
+        "--keep_every",
+        2,
+        "--keep_last",
+        1,
+    ]
     main_pretrain.main(pretraining(data, tmp_path, *more))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*.pth")) == [
         f"checkpoint-{STEPS * epoch:08d}.pth" for epoch in (2, 4, 5)
@@ -332,15 +413,19 @@ def test_every_second_epoch_stays_beside_the_newest(tmp_path, data):
 def test_an_old_checkpoint_that_cannot_be_removed_is_only_a_warning(tmp_path, caplog):
     (tmp_path / "checkpoint-00000001.pth").mkdir()  # a folder cannot be unlinked, not even by root
     save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=1)
-    assert f"cannot remove the old checkpoint {tmp_path / 'checkpoint-00000001.pth'}: " in caplog.text
+    assert (
+        f"cannot remove the old checkpoint {tmp_path / 'checkpoint-00000001.pth'}: " in caplog.text
+    )
     assert load_newest_checkpoint(tmp_path)["step"] == 2
 
 
-# --- R21: two jobs on one output folder -------------------------------------------------------------------------------
+# --- R21: two jobs on one output folder
+# -------------------------------------------------------------------------------
 
 
 def hold(folder: Path) -> tuple[int, int]:
-    """Locks the folder in a forked process, whose own child outlives it; returns its id and a pipe that ends it."""
+    """Locks the folder in a forked process, whose own child outlives it; returns its id and a pipe
+    that ends it."""
     ready, tell = os.pipe()
     stop, end = os.pipe()
     child = os.fork()
@@ -364,12 +449,16 @@ def test_a_second_job_is_refused_until_the_first_has_ended_however_that_ended(tm
     arguments = pretraining(data, tmp_path)
     child, end = hold(tmp_path)
     before = files(tmp_path)
-    with pytest.raises(InputError, match=rf"{tmp_path} is in use by another job \(process {child} on .*\): wait"):
+    with pytest.raises(
+        InputError, match=rf"{tmp_path} is in use by another job \(process {child} on .*\): wait"
+    ):
         main_pretrain.main(arguments)
     assert files(tmp_path) == before
     os.kill(child, 9)
     os.waitpid(child, 0)
-    assert main_pretrain.main(arguments)["step"] == 2 * STEPS  # the lock's file is still there, and locks nothing
+    assert (
+        main_pretrain.main(arguments)["step"] == 2 * STEPS
+    )  # the lock's file is still there, and locks nothing
     os.close(end)
 
 
@@ -377,7 +466,11 @@ def test_a_second_job_is_refused_until_the_first_has_ended_however_that_ended(tm
 def test_who_only_looks_needs_no_lock(tmp_path, data, every_step):
     child, end = hold(tmp_path)
     weights = str(every_step / "model.safetensors")
-    with open_run(main_finetune.FinetuneConfig(output_dir=str(tmp_path), device="cpu", finetune=weights, eval=True)):
+    with open_run(
+        main_finetune.FinetuneConfig(
+            output_dir=str(tmp_path), device="cpu", finetune=weights, eval=True
+        )
+    ):
         pass
     for cfg in (
         main_finetune.FinetuneConfig(output_dir=str(tmp_path), device="cpu"),
@@ -394,10 +487,15 @@ def test_who_only_looks_needs_no_lock(tmp_path, data, every_step):
 def test_a_second_command_ends_with_one_line(tmp_path, data):
     arguments = pretraining(data, tmp_path)
     child, end = hold(tmp_path)
-    for result in (run(command(*arguments)), run(["sh", "run_pretrain.sh", *arguments, "-b", "6"], NGPU="2")):
+    for result in (
+        run(command(*arguments)),
+        run(["sh", "run_pretrain.sh", *arguments, "-b", "6"], NGPU="2"),
+    ):
         assert result.returncode != 0
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and "is in use by another job" in errors[0]
-        assert "open_run" not in result.stderr  # no traceback of ours; the launcher has one of its own
+        assert (
+            "open_run" not in result.stderr
+        )  # no traceback of ours; the launcher has one of its own
     os.close(end)
     os.waitpid(child, 0)

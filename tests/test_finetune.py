@@ -1,4 +1,5 @@
-"""`main_finetune.py` end to end: what it learns and leaves, --eval, exact resume, and what it refuses."""
+"""`main_finetune.py` end to end: what it learns and leaves, --eval, exact resume, and what it
+refuses."""
 
 import json
 import logging
@@ -31,24 +32,56 @@ from runs import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import engine.classification
+import engine.evaluation.classification
 import engine.loop
 import main_finetune
 import main_knn
 import main_lincls
-from data.labelled import build_labelled_data
-from engine.checkpoint import load_newest_checkpoint
-from engine.evaluate import Scores
+from data.labels import build_labelled_data
+from engine.evaluation.evaluate import Scores
+from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
-from models.weights import load_weights
+from models.weights.convert import load_weights
 from util.errors import InputError
 
 # learns: no regularisation, a full-speed schedule; chance is 33.3 %
-LEARN = ["--lr", 0.1, "--epochs", 8, "--warmup_epochs", 1, "--crop_min", 0.8, "--label_smoothing", 0,
-         "--drop_path_rate", 0, "--clip_grad", 1]  # fmt: skip
+LEARN = [
+    "--lr",
+    0.1,
+    "--epochs",
+    8,
+    "--warmup_epochs",
+    1,
+    "--crop_min",
+    0.8,
+    "--label_smoothing",
+    0,
+    "--drop_path_rate",
+    0,
+    "--clip_grad",
+    1,
+]
 # everything that draws random numbers, and the moving average
-ALL_ON = ["--lr", 0.03, "--mixup", 0.8, "--cutmix", 1.0, "--re_prob", 0.5, "--drop_path_rate", 0.3, "--hflip", 0.5,
-          "--auto_augment", "rand-m9-mstd0.5-inc1", "--ema_decay", 0.8, "--clip_grad", 1]  # fmt: skip
+ALL_ON = [
+    "--lr",
+    0.03,
+    "--mixup",
+    0.8,
+    "--cutmix",
+    1.0,
+    "--re_prob",
+    0.5,
+    "--drop_path_rate",
+    0.3,
+    "--hflip",
+    0.5,
+    "--auto_augment",
+    "rand-m9-mstd0.5-inc1",
+    "--ema_decay",
+    0.8,
+    "--clip_grad",
+    1,
+]
 
 
 STAGES = {"finetune": main_finetune.main, "lincls": main_lincls.main, "knn": main_knn.main}
@@ -77,7 +110,9 @@ def tokenless(tmp_path_factory, data) -> Path:
 def finished(tmp_path_factory, data, pretrained):
     """A run from model.safetensors that is done: its folder, command line and results."""
     folder = tmp_path_factory.mktemp("finished")
-    arguments = pictures(data, folder, *LEARN, "--finetune", pretrained / "model.safetensors", "--per_class")
+    arguments = pictures(
+        data, folder, *LEARN, "--finetune", pretrained / "model.safetensors", "--per_class"
+    )
     return folder, arguments, main_finetune.main(arguments)
 
 
@@ -85,13 +120,19 @@ def finished(tmp_path_factory, data, pretrained):
 def all_on(tmp_path_factory, data, pretrained):
     """An uninterrupted run with everything random on."""
     folder = tmp_path_factory.mktemp("all_on")
-    main_finetune.main(pictures(data, folder, *ALL_ON, "--finetune", pretrained / "model.safetensors"))
+    main_finetune.main(
+        pictures(data, folder, *ALL_ON, "--finetune", pretrained / "model.safetensors")
+    )
     return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder but the log that each start writes to."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("log.txt", "eval.json")}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in ("log.txt", "eval.json")
+    }
 
 
 def looks_like_a_result(folder: Path) -> list[str]:
@@ -116,7 +157,8 @@ def evaluations(folder: Path) -> list[dict]:
     return [line for line in log_lines(folder) if "val_loss" in line]
 
 
-# --- what it learns and leaves ----------------------------------------------------------------------------------------
+# --- what it learns and leaves
+# ----------------------------------------------------------------------------------------
 
 
 def test_it_learns_and_its_results_say_what_and_from_where(finished, pretrained):
@@ -126,27 +168,46 @@ def test_it_learns_and_its_results_say_what_and_from_where(finished, pretrained)
     assert results["acc1"] == 100 * results["correct1"] / 60 and results["acc5"] == 100.0
     assert (results["num_samples"], results["correct5"], results["num_train"]) == (60, 60, 120)
     weights = pretrained / "model.safetensors"
-    assert (results["protocol"], results["checkpoint"], results["dataset"]) == ("fine-tuning", str(weights), "folder")
+    assert (results["protocol"], results["checkpoint"], results["dataset"]) == (
+        "fine-tuning",
+        str(weights),
+        "folder",
+    )
     assert len(results["sha256"]) == 64
     # 20 validation images of each class
     assert list(results["per_class"]) == list(CLASSES)
     assert sum(results["per_class"].values()) * 20 / 100 == pytest.approx(results["correct1"])
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "best.safetensors",
-        "checkpoint-00000060.pth", "checkpoint-00000060.pth.sha256",
-        "checkpoint-00000070.pth", "checkpoint-00000070.pth.sha256",
-        "checkpoint-00000080.pth", "checkpoint-00000080.pth.sha256",
-        "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "results.json",
-    ]  # fmt: skip
+        ".lock",
+        "best.safetensors",
+        "checkpoint-00000060.pth",
+        "checkpoint-00000060.pth.sha256",
+        "checkpoint-00000070.pth",
+        "checkpoint-00000070.pth.sha256",
+        "checkpoint-00000080.pth",
+        "checkpoint-00000080.pth.sha256",
+        "config.yaml",
+        "log.jsonl",
+        "log.txt",
+        "model.safetensors",
+        "results.json",
+    ]
     lines = evaluations(folder)
     assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60, 70, 80]
     accuracies = [line["acc1"] for line in lines]
     assert (accuracies[-1], lines[-1]["val_loss"]) == (results["acc1"], results["loss"])
-    assert max(accuracies) == results["best_acc1"] and accuracies.index(max(accuracies)) + 1 == results["best_epoch"]
+    assert (
+        max(accuracies) == results["best_acc1"]
+        and accuracies.index(max(accuracies)) + 1 == results["best_epoch"]
+    )
 
 
-def test_it_learns_from_a_pretraining_checkpoint_as_from_its_weights(tmp_path, data, pretrained, finished):
-    arguments = pictures(data, tmp_path, *LEARN, "--finetune", pretrained / "checkpoint-00000020.pth")
+def test_it_learns_from_a_pretraining_checkpoint_as_from_its_weights(
+    tmp_path, data, pretrained, finished
+):
+    arguments = pictures(
+        data, tmp_path, *LEARN, "--finetune", pretrained / "checkpoint-00000020.pth"
+    )
     results = main_finetune.main(arguments)
     assert results["sha256"] != finished[2]["sha256"]  # another file with the same tensors
     assert step_losses(tmp_path) == step_losses(finished[0])
@@ -155,15 +216,25 @@ def test_it_learns_from_a_pretraining_checkpoint_as_from_its_weights(tmp_path, d
 def test_it_learns_from_scratch(tmp_path, data):
     results = main_finetune.main(pictures(data, tmp_path, *LEARN, "--layer_decay", 1))
     assert results["acc1"] > 65
-    assert (results["protocol"], results["checkpoint"], results["sha256"]) == ("from scratch", None, None)
+    assert (results["protocol"], results["checkpoint"], results["sha256"]) == (
+        "from scratch",
+        None,
+        None,
+    )
     assert "per_class" not in results
 
 
 def test_pretrained_weights_are_where_training_starts(tmp_path, data, pretrained):
-    """With a learning rate that moves nothing, the file that is written is the file that was read."""
+    """With a learning rate that moves nothing, the file that is written is the file that was
+    read."""
     more = ["--lr", 1e-30, "--weight_decay", 0, "--stop_epoch", 1]
-    main_finetune.main(pictures(data, tmp_path, *more, "--finetune", pretrained / "model.safetensors"))
-    source, ours = load_file(pretrained / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    main_finetune.main(
+        pictures(data, tmp_path, *more, "--finetune", pretrained / "model.safetensors")
+    )
+    source, ours = (
+        load_file(pretrained / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
     shared = {name for name in source if not name.startswith(("decoder_", "mask_token", "norm."))}
     assert ours.keys() - shared == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     for name in shared:
@@ -184,13 +255,18 @@ def test_the_moving_average_is_judged_and_gives_the_best(tmp_path, data, pretrai
     lines = evaluations(all_on)
     averages = [line["ema_acc1"] for line in lines]
     assert results["ema"]["acc1"] == averages[-1]
-    assert results["best_acc1"] == max(averages) and results["best_epoch"] == averages.index(max(averages)) + 1
+    assert (
+        results["best_acc1"] == max(averages)
+        and results["best_epoch"] == averages.index(max(averages)) + 1
+    )
     assert results["ema"]["loss"] != results["loss"]
     of_best = evaluate(data, tmp_path, all_on / "best.safetensors")
     assert of_best["acc1"] == results["best_acc1"]
     if results["best_epoch"] == 3:
         assert of_best["loss"] == results["ema"]["loss"]
-    last = evaluate(data, tmp_path, all_on / "model.safetensors")  # of the model itself, without its drop path
+    last = evaluate(
+        data, tmp_path, all_on / "model.safetensors"
+    )  # of the model itself, without its drop path
     assert (last["acc1"], last["loss"]) == (results["acc1"], results["loss"])
 
 
@@ -200,13 +276,21 @@ def test_the_moving_average_by_hand(tmp_path, data, monkeypatch):
 
     def watched(optimizer, scaler, clip_grad):
         result = original(optimizer, scaler, clip_grad)
-        named = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+        named = {
+            n: p
+            for g in optimizer.param_groups
+            for n, p in zip(g["names"], g["params"], strict=True)
+        }
         heads.append(named["head.weight"].detach().clone())
         return result
 
     monkeypatch.setattr(main_finetune, "optimizer_step", watched)
-    main_finetune.main(pictures(data, tmp_path, "--ema_decay", 0.75, "--stop_epoch", 1, "--warmup_epochs", 0.1))
-    average = heads[0]  # lr 0 in the first step: still the initial weights, where the average starts
+    main_finetune.main(
+        pictures(data, tmp_path, "--ema_decay", 0.75, "--stop_epoch", 1, "--warmup_epochs", 0.1)
+    )
+    average = heads[
+        0
+    ]  # lr 0 in the first step: still the initial weights, where the average starts
     for head in heads[1:]:
         average = 0.75 * average + 0.25 * head
     saved = load_newest_checkpoint(tmp_path)
@@ -225,16 +309,22 @@ def test_a_skipped_step_leaves_the_moving_average_alone(tmp_path, data, monkeypa
     def watched(ema, model, found_inf):
         before = {name: tensor.clone() for name, tensor in ema.module.state_dict().items()}
         update(ema, model, found_inf)
-        changed = any(not torch.equal(before[name], tensor) for name, tensor in ema.module.state_dict().items())
+        changed = any(
+            not torch.equal(before[name], tensor)
+            for name, tensor in ema.module.state_dict().items()
+        )
         moved.append((bool(found_inf), changed))
 
     monkeypatch.setattr(main_finetune, "optimizer_step", spoilt)
     monkeypatch.setattr(engine.loop, "update_ema", watched)
-    main_finetune.main(pictures(data, tmp_path, "--ema_decay", 0.5, "--stop_epoch", 1, "--warmup_epochs", 0))
+    main_finetune.main(
+        pictures(data, tmp_path, "--ema_decay", 0.5, "--stop_epoch", 1, "--warmup_epochs", 0)
+    )
     assert moved == [(False, True)] * 4 + [(True, False)] + [(False, True)] * 5
 
 
-# --- --eval -----------------------------------------------------------------------------------------------------------
+# --- --eval
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_files_that_a_run_leaves_evaluate_to_what_it_said(tmp_path, data, finished):
@@ -272,22 +362,39 @@ def test_every_validation_image_counts_once_in_any_batch(tmp_path, data, finishe
 
 
 def test_eval_needs_a_head_for_these_classes(tmp_path, data, pretrained, finished):
-    with pytest.raises(InputError, match=r"model.safetensors is no classifier of 3 classes, it lacks .*head.weight"):
+    with pytest.raises(
+        InputError, match=r"model.safetensors is no classifier of 3 classes, it lacks .*head.weight"
+    ):
         evaluate(data, tmp_path / "run", pretrained / "model.safetensors")
     two = make_pictures(tmp_path / "two", (0, 1), 2, 2, CLASSES[:2])
-    with pytest.raises(InputError, match=r"model.safetensors is no classifier of 2 classes, it lacks .*head.weight"):
+    with pytest.raises(
+        InputError, match=r"model.safetensors is no classifier of 2 classes, it lacks .*head.weight"
+    ):
         evaluate(two, tmp_path / "run", finished[0] / "model.safetensors")
     assert looks_like_a_result(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize(
     ("stage", "trained", "asked"),
-    [(stage, *readouts) for stage in ("finetune", "lincls") for readouts in (("token", "avg"), ("avg", "token"))],
+    [
+        (stage, *readouts)
+        for stage in ("finetune", "lincls")
+        for readouts in (("token", "avg"), ("avg", "token"))
+    ],
 )
-def test_eval_of_a_classifier_with_the_other_readout_is_an_error(tmp_path, data, pretrained, stage, trained, asked):
+def test_eval_of_a_classifier_with_the_other_readout_is_an_error(
+    tmp_path, data, pretrained, stage, trained, asked
+):
     """Its head was trained on another feature: the number would be wrong without a word."""
     weights = tmp_path / "run" / "model.safetensors"
-    more = ["--global_pool", trained, "--stop_epoch", 1, "--finetune", pretrained / "model.safetensors"]
+    more = [
+        "--global_pool",
+        trained,
+        "--stop_epoch",
+        1,
+        "--finetune",
+        pretrained / "model.safetensors",
+    ]
     results = STAGES[stage](pictures(data, tmp_path / "run", *more))
     same = evaluate(data, tmp_path / "eval", weights, "--global_pool", trained)
     assert same["correct1"] == results["correct1"]
@@ -295,16 +402,27 @@ def test_eval_of_a_classifier_with_the_other_readout_is_an_error(tmp_path, data,
         evaluate(data, tmp_path / "eval", weights, "--global_pool", asked)
 
 
-# --- settings that shape the model and the training -------------------------------------------------------------------
+# --- settings that shape the model and the training
+# -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "grid"), [((32,), (8, 8)), ((28, 36), (7, 9)), ((36, 28), (9, 7))])
-def test_another_image_size_resizes_the_positions_and_trains(tmp_path, data, pretrained, caplog, size, grid):
+@pytest.mark.parametrize(
+    ("size", "grid"), [((32,), (8, 8)), ((28, 36), (7, 9)), ((36, 28), (9, 7))]
+)
+def test_another_image_size_resizes_the_positions_and_trains(
+    tmp_path, data, pretrained, caplog, size, grid
+):
     caplog.set_level(logging.INFO)
-    arguments = pictures(data, tmp_path, *LEARN, "--stop_epoch", 4, "--finetune", pretrained / "model.safetensors")
+    arguments = pictures(
+        data, tmp_path, *LEARN, "--stop_epoch", 4, "--finetune", pretrained / "model.safetensors"
+    )
     results = main_finetune.main([*arguments, "--img_size", *map(str, size)])
     assert f"positions resized from 7x7 to {grid[0]}x{grid[1]} patches" in caplog.text
-    assert load_file(tmp_path / "model.safetensors")["pos_embed"].shape == (1, grid[0] * grid[1] + 1, 32)
+    assert load_file(tmp_path / "model.safetensors")["pos_embed"].shape == (
+        1,
+        grid[0] * grid[1] + 1,
+        32,
+    )
     losses = results_losses(tmp_path)
     assert losses[-1] < 0.9 * losses[0] and results["best_acc1"] > 45
 
@@ -320,25 +438,49 @@ def test_the_class_token_follows_the_weights(tmp_path, data, pretrained, tokenle
     base = ["--finetune", weights, "--stop_epoch", 1]
     main_finetune.main(pictures(data, tmp_path / "null", *base))
     assert ("cls_token" in load_file(tmp_path / "null" / "model.safetensors")) == has_token
-    main_finetune.main(pictures(data, tmp_path / "stated", *base, "--class_token", str(has_token).lower()))
+    main_finetune.main(
+        pictures(data, tmp_path / "stated", *base, "--class_token", str(has_token).lower())
+    )
     assert step_losses(tmp_path / "null") == step_losses(tmp_path / "stated")
     with pytest.raises(InputError) as error:
-        main_finetune.main(pictures(data, tmp_path / "wrong", *base, "--class_token", str(not has_token).lower()))
+        main_finetune.main(
+            pictures(data, tmp_path / "wrong", *base, "--class_token", str(not has_token).lower())
+        )
     ours, theirs = ("no", "a") if has_token else ("a", "no")
-    assert str(error.value) == f"the settings say {ours} class token and {weights} has {theirs} class token"
+    assert (
+        str(error.value)
+        == f"the settings say {ours} class token and {weights} has {theirs} class token"
+    )
     assert looks_like_a_result(tmp_path / "wrong") == []
 
 
 def test_reading_a_class_token_that_the_weights_lack_is_an_error(tmp_path, data, tokenless):
-    with pytest.raises(InputError, match=r"global_pool token reads the class token and .*model.safetensors has none"):
-        main_finetune.main(pictures(data, tmp_path, "--finetune", tokenless, "--global_pool", "token"))
-    with pytest.raises(InputError, match="global_pool token reads the class token: it needs class_token true"):
-        main_finetune.main(pictures(data, tmp_path, "--global_pool", "token", "--class_token", "false"))
+    with pytest.raises(
+        InputError,
+        match=r"global_pool token reads the class token and .*model.safetensors has none",
+    ):
+        main_finetune.main(
+            pictures(data, tmp_path, "--finetune", tokenless, "--global_pool", "token")
+        )
+    with pytest.raises(
+        InputError, match="global_pool token reads the class token: it needs class_token true"
+    ):
+        main_finetune.main(
+            pictures(data, tmp_path, "--global_pool", "token", "--class_token", "false")
+        )
     assert looks_like_a_result(tmp_path) == []
 
 
 def test_the_class_token_can_be_read(tmp_path, data, pretrained):
-    arguments = [*LEARN, "--stop_epoch", 4, "--global_pool", "token", "--finetune", pretrained / "model.safetensors"]
+    arguments = [
+        *LEARN,
+        "--stop_epoch",
+        4,
+        "--global_pool",
+        "token",
+        "--finetune",
+        pretrained / "model.safetensors",
+    ]
     results = main_finetune.main(pictures(data, tmp_path, *arguments))
     weights = load_file(tmp_path / "model.safetensors")
     assert "norm.weight" in weights and "fc_norm.weight" not in weights
@@ -349,19 +491,26 @@ def test_a_head_of_another_class_count_is_dropped_and_said_so(tmp_path, data, fi
     caplog.set_level(logging.INFO)
     two = make_pictures(tmp_path / "two", (0, 1), 12, 6, CLASSES[:2])
     weights = finished[0] / "model.safetensors"
-    results = main_finetune.main(pictures(two, tmp_path / "run", "--stop_epoch", 1, "--finetune", weights))
+    results = main_finetune.main(
+        pictures(two, tmp_path / "run", "--stop_epoch", 1, "--finetune", weights)
+    )
     assert caplog.text.count("head of 3 classes dropped: the data has 2") == 1
     assert load_file(tmp_path / "run" / "model.safetensors")["head.weight"].shape == (2, 32)
     assert results["num_samples"] == 12
     caplog.clear()
-    main_finetune.main(pictures(data, tmp_path / "same", "--stop_epoch", 1, "--lr", 1e-30, "--finetune", weights))
+    main_finetune.main(
+        pictures(data, tmp_path / "same", "--stop_epoch", 1, "--lr", 1e-30, "--finetune", weights)
+    )
     assert "dropped" not in caplog.text
     torch.testing.assert_close(
-        load_file(tmp_path / "same" / "model.safetensors")["head.weight"], load_file(weights)["head.weight"]
+        load_file(tmp_path / "same" / "model.safetensors")["head.weight"],
+        load_file(weights)["head.weight"],
     )
 
 
-def test_a_subset_is_the_same_choice_for_the_same_seed_in_every_stage(tmp_path, data, pretrained, monkeypatch):
+def test_a_subset_is_the_same_choice_for_the_same_seed_in_every_stage(
+    tmp_path, data, pretrained, monkeypatch
+):
     chosen = []
     for stage in (main_finetune, main_lincls, main_knn):
         original = stage.take_subset
@@ -381,12 +530,16 @@ def test_a_subset_is_the_same_choice_for_the_same_seed_in_every_stage(tmp_path, 
     assert results["num_train"] == 25 and results["num_samples"] == 60
     assert first == second == third and sorted(first[1]) == [8, 8, 9]  # 25 of three equal classes
     assert other[0] != first[0] and sorted(other[1]) == [8, 8, 9]
-    with pytest.raises(InputError, match="subset 121 must lie between the 3 classes and the 120 training images"):
+    with pytest.raises(
+        InputError, match="subset 121 must lie between the 3 classes and the 120 training images"
+    ):
         main_finetune.main(pictures(data, tmp_path / "h", *weights, "--subset", 121))
 
 
 def test_evaluations_come_every_so_many_epochs_and_at_the_end(tmp_path, data):
-    main_finetune.main(pictures(data, tmp_path, "--eval_epochs", 2, "--epochs", 5, "--stop_epoch", 3))
+    main_finetune.main(
+        pictures(data, tmp_path, "--eval_epochs", 2, "--epochs", 5, "--stop_epoch", 3)
+    )
     assert [line["epoch"] for line in evaluations(tmp_path)] == [2.0, 3.0]
 
 
@@ -396,7 +549,9 @@ def test_clipping_limits_the_step_and_reports_the_norm_before(tmp_path, data, mo
 
     def watched(parameters, limit, norm):
         original(parameters, limit, norm)
-        norms.append((norm.item(), torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()))
+        norms.append(
+            (norm.item(), torch.nn.utils.get_total_norm([p.grad for p in parameters]).item())
+        )
 
     monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", watched)
     main_finetune.main(pictures(data, tmp_path, "--stop_epoch", 1, "--clip_grad", 1e-3))
@@ -409,10 +564,20 @@ def test_clipping_limits_the_step_and_reports_the_norm_before(tmp_path, data, mo
 
 @pytest.mark.parametrize(
     "off",
-    [["--mixup", 0], ["--cutmix", 0], ["--re_prob", 0], ["--drop_path_rate", 0], ["--auto_augment", "null"],
-     ["--label_smoothing", 0], ["--hflip", 0], ["--layer_decay", 1], ["--weight_decay", 5], ["--mixup_switch_prob", 0]],
+    [
+        ["--mixup", 0],
+        ["--cutmix", 0],
+        ["--re_prob", 0],
+        ["--drop_path_rate", 0],
+        ["--auto_augment", "null"],
+        ["--label_smoothing", 0],
+        ["--hflip", 0],
+        ["--layer_decay", 1],
+        ["--weight_decay", 5],
+        ["--mixup_switch_prob", 0],
+    ],
     ids=lambda off: off[0][2:],
-)  # fmt: skip
+)
 def test_each_ingredient_changes_the_losses(tmp_path, data, pretrained, all_on, off):
     weights = ["--finetune", pretrained / "model.safetensors"]
     main_finetune.main(pictures(data, tmp_path, *ALL_ON, *weights, "--stop_epoch", 1, *off))
@@ -420,7 +585,9 @@ def test_each_ingredient_changes_the_losses(tmp_path, data, pretrained, all_on, 
     assert sum(ours[step] != theirs[step] for step in ours) >= 2
 
 
-def test_each_micro_batch_is_mixed_by_its_own_draw_and_a_repeat_by_the_same(tmp_path, data, monkeypatch):
+def test_each_micro_batch_is_mixed_by_its_own_draw_and_a_repeat_by_the_same(
+    tmp_path, data, monkeypatch
+):
     drawn = []
     original = main_finetune.BatchMixer.__call__
 
@@ -430,23 +597,48 @@ def test_each_micro_batch_is_mixed_by_its_own_draw_and_a_repeat_by_the_same(tmp_
         return images, targets
 
     monkeypatch.setattr(main_finetune.BatchMixer, "__call__", watched)
-    more = ["--mixup", 0.8, "--cutmix", 1, "--re_prob", 0.5, "--epochs", 2, "--warmup_epochs", 0, "-b", 6]
+    more = [
+        "--mixup",
+        0.8,
+        "--cutmix",
+        1,
+        "--re_prob",
+        0.5,
+        "--epochs",
+        2,
+        "--warmup_epochs",
+        0,
+        "-b",
+        6,
+    ]
     for name in "ab":
         main_finetune.main(pictures(data, tmp_path / name, *more, "--accum_iter", 2))
     first, again = drawn[:40], drawn[40:]
     assert first == again
     assert len(set(map(repr, first))) == 40  # two epochs of ten steps of two micro-batches
-    assert len({max(shares) for _, shares in first}) > 15  # where both images are of one class, the shares say nothing
+    assert (
+        len({max(shares) for _, shares in first}) > 15
+    )  # where both images are of one class, the shares say nothing
 
 
-# --- resume -----------------------------------------------------------------------------------------------------------
+# --- resume
+# -----------------------------------------------------------------------------------------------------------
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Losses by float.hex, all of the newest checkpoint, the weights, the best and the results."""
     assert step_losses(one) == step_losses(other)
     ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
-    for name in ("step", "model", "ema", "optimizer", "scaler", "samples_seen", "total_batch", "epoch_losses"):
+    for name in (
+        "step",
+        "model",
+        "ema",
+        "optimizer",
+        "scaler",
+        "samples_seen",
+        "total_batch",
+        "epoch_losses",
+    ):
         assert_same(ours[name], theirs[name], name)
     for name in ("model.safetensors", "best.safetensors"):
         assert_same(load_file(one / name), load_file(other / name), name)
@@ -460,7 +652,8 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 2), (2, 0)])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, data, pretrained, all_on, before, after):
-    """Mixup, cutmix, erasing, drop path, RandAugment and the moving average on; other workers change nothing."""
+    """Mixup, cutmix, erasing, drop path, RandAugment and the moving average on; other workers
+    change nothing."""
     base = pictures(data, tmp_path, *ALL_ON, "--finetune", pretrained / "model.safetensors")
     stopped = main_finetune.main([*base, "--stop_epoch", "1", "--num_workers", str(before)])
     assert stopped == results_of(tmp_path) and (tmp_path / "model.safetensors").exists()
@@ -475,7 +668,8 @@ class Cut(BaseException):
 
 
 def cut_after(monkeypatch, stage, name: str, steps: int) -> None:
-    """Makes `stage.name`, which takes the optimiser's step, end the run in place of step `steps` + 1."""
+    """Makes `stage.name`, which takes the optimiser's step, end the run in place of step `steps` +
+    1."""
     original = getattr(stage, name)
     taken = []
 
@@ -489,9 +683,20 @@ def cut_after(monkeypatch, stage, name: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 14])
-def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(tmp_path, data, pretrained, all_on, monkeypatch, steps):
-    """After its first step, before the last of an epoch, at its end, and in the middle of the next."""
-    base = pictures(data, tmp_path, *ALL_ON, "--finetune", pretrained / "model.safetensors", "--save_minutes", 1e-9)
+def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(
+    tmp_path, data, pretrained, all_on, monkeypatch, steps
+):
+    """After its first step, before the last of an epoch, at its end, and in the middle of the
+    next."""
+    base = pictures(
+        data,
+        tmp_path,
+        *ALL_ON,
+        "--finetune",
+        pretrained / "model.safetensors",
+        "--save_minutes",
+        1e-9,
+    )
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, main_finetune, "optimizer_step", steps)
         main_finetune.main(base)
@@ -512,7 +717,14 @@ def test_accumulated_steps_resume_bit_for_bit(tmp_path, data, pretrained):
 
 
 def test_one_batch_equals_accumulated_micro_batches(tmp_path, data, pretrained):
-    more = ["--drop_path_rate", 0, "--finetune", pretrained / "model.safetensors", "--stop_epoch", 1]
+    more = [
+        "--drop_path_rate",
+        0,
+        "--finetune",
+        pretrained / "model.safetensors",
+        "--stop_epoch",
+        1,
+    ]
     main_finetune.main(pictures(data, tmp_path / "once", *more))
     main_finetune.main(pictures(data, tmp_path / "twice", *more, "-b", 6, "--total_batch_size", 12))
     for one, other in zip(log_lines(tmp_path / "once"), log_lines(tmp_path / "twice"), strict=True):
@@ -529,7 +741,7 @@ def scripted(monkeypatch, correct: list[int]) -> None:
         right = next(says)
         return [Scores(60, right, 60, 1.0, [right, 0, 0], [20, 20, 20])]
 
-    monkeypatch.setattr(engine.classification.Evaluator, "__call__", call)
+    monkeypatch.setattr(engine.evaluation.classification.Evaluator, "__call__", call)
 
 
 def best_of(folder: Path) -> tuple[float, int]:
@@ -545,9 +757,15 @@ def test_a_later_epoch_that_is_worse_or_equal_never_replaces_the_best(tmp_path, 
     kept = (tmp_path / "best.safetensors").read_bytes()
     scripted(monkeypatch, [30, 45, 44])
     results = main_finetune.main(base)
-    assert (results["acc1"], results["best_acc1"], results["best_epoch"]) == (100 * 44 / 60, 75.0, 2)
+    assert (results["acc1"], results["best_acc1"], results["best_epoch"]) == (
+        100 * 44 / 60,
+        75.0,
+        2,
+    )
     assert (tmp_path / "best.safetensors").read_bytes() == kept
-    assert [line["acc1"] for line in evaluations(tmp_path)] == [100 * n / 60 for n in (40, 45, 30, 45, 44)]
+    assert [line["acc1"] for line in evaluations(tmp_path)] == [
+        100 * n / 60 for n in (40, 45, 30, 45, 44)
+    ]
 
 
 def test_a_best_left_by_a_run_without_a_checkpoint_is_not_believed(tmp_path, data, monkeypatch):
@@ -568,9 +786,14 @@ def test_results_lost_after_the_last_checkpoint_are_found_again(tmp_path, data, 
     (tmp_path / "copy" / "results.json").unlink()
     (tmp_path / "copy" / "model.safetensors").unlink()
     assert main_finetune.main(arguments) == finished[2]
-    assert_same(load_file(tmp_path / "copy" / "model.safetensors"), load_file(finished[0] / "model.safetensors"))
+    assert_same(
+        load_file(tmp_path / "copy" / "model.safetensors"),
+        load_file(finished[0] / "model.safetensors"),
+    )
     assert best_of(tmp_path / "copy") == best_of(finished[0])
-    assert evaluations(tmp_path / "copy") == evaluations(finished[0])  # the last one was made again, and is there once
+    assert evaluations(tmp_path / "copy") == evaluations(
+        finished[0]
+    )  # the last one was made again, and is there once
 
 
 def test_equal_weights_are_equal_files(tmp_path, data, pretrained):
@@ -595,7 +818,10 @@ def test_equal_weights_are_equal_files(tmp_path, data, pretrained):
         (["--img_size", 32], "img_size: 28 -> 32"),
         (["--global_pool", "token"], "global_pool: avg -> token"),
         (["--seed", 1], "seed: 0 -> 1"),
-        (["-b", 24], "the run's total batch so far, 12 is not a multiple of batch_size 24 x 1 processes = 24"),
+        (
+            ["-b", 24],
+            "the run's total batch so far, 12 is not a multiple of batch_size 24 x 1 processes = 24",
+        ),
         (["--total_batch_size", 24], "total_batch_size is now 24 and the run so far has 12"),
     ],
     ids=lambda value: value[0][2:] if isinstance(value, list) else "",
@@ -609,14 +835,20 @@ def test_a_changed_setting_is_refused_on_resume(finished, change, message):
     assert contents(folder) == before
 
 
-def test_other_weights_are_refused_on_resume_and_moved_ones_are_not(tmp_path, data, pretrained, finished):
+def test_other_weights_are_refused_on_resume_and_moved_ones_are_not(
+    tmp_path, data, pretrained, finished
+):
     folder, arguments, results = finished
     moved = shutil.copy(pretrained / "model.safetensors", tmp_path / "moved.safetensors")
     assert main_finetune.main([*arguments, "--finetune", str(moved)]) == results
     other = pretrained / "checkpoint-00000010.pth"
-    with pytest.raises(InputError, match=f"finetune: weights of sha256 {results['sha256']} -> [0-9a-f]{{64}}"):
+    with pytest.raises(
+        InputError, match=f"finetune: weights of sha256 {results['sha256']} -> [0-9a-f]{{64}}"
+    ):
         main_finetune.main([*arguments, "--finetune", str(other)])
-    with pytest.raises(InputError, match=f"finetune: weights of sha256 {results['sha256']} -> None"):
+    with pytest.raises(
+        InputError, match=f"finetune: weights of sha256 {results['sha256']} -> None"
+    ):
         main_finetune.main([*arguments, "--finetune", "null", "--class_token", "true"])
     assert results_of(folder) == results
 
@@ -628,9 +860,11 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, data, pretrained, all_on):
     arguments = [*base, "--save_minutes", "1e-9", "--num_workers", "2"]
     for step in (1, 12, 20):
         process = subprocess.Popen(
-            command(*arguments, script="main_finetune.py"), env=environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command(*arguments, script="main_finetune.py"),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             if any(int(path.name[11:19]) >= step for path in tmp_path.glob("checkpoint-*.sha256")):
@@ -645,7 +879,8 @@ def test_killed_runs_resume_bit_for_bit(tmp_path, data, pretrained, all_on):
     assert_equal_runs(all_on, tmp_path)
 
 
-# --- refused, with one clear line, before any compute -----------------------------------------------------------------
+# --- refused, with one clear line, before any compute
+# -----------------------------------------------------------------
 
 
 def missing(tmp_path: Path) -> tuple[Path, str]:
@@ -674,7 +909,10 @@ class Bomb:
 
 def bomb(tmp_path: Path) -> tuple[Path, str]:
     torch.save({"model": {"x": Bomb(tmp_path / "marker")}}, tmp_path / "bomb.pth")
-    return tmp_path / "bomb.pth", "bomb.pth: refused, it asks to run or build posix.mkdir: only tensors and plain"
+    return (
+        tmp_path / "bomb.pth",
+        "bomb.pth: refused, it asks to run or build posix.mkdir: only tensors and plain",
+    )
 
 
 def damaged(tmp_path: Path) -> tuple[Path, str]:
@@ -695,7 +933,9 @@ def no_compute(monkeypatch):
     monkeypatch.setattr(VisionTransformer, "forward_features", forbidden)
 
 
-@pytest.mark.parametrize("make", [missing, text, image, bomb, damaged], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [missing, text, image, bomb, damaged], ids=lambda make: make.__name__
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_no_weights_is_refused_before_any_compute(tmp_path, data, no_compute, stage, make):
     weights, message = make(tmp_path)
@@ -714,7 +954,9 @@ def test_the_bomb_would_go_off(tmp_path):
 
 @pytest.mark.parametrize("change", [["--embed_dim", 48], ["--depth", 3], ["--patch_size", 7]])
 @pytest.mark.parametrize("stage", STAGES)
-def test_weights_of_another_shape_are_refused_with_both_sides(tmp_path, data, pretrained, no_compute, stage, change):
+def test_weights_of_another_shape_are_refused_with_both_sides(
+    tmp_path, data, pretrained, no_compute, stage, change
+):
     weights = ["--finetune", pretrained / "model.safetensors"]
     with pytest.raises(InputError) as error:
         STAGES[stage](arguments_of(stage, data, tmp_path / "run", *weights, *change))
@@ -740,9 +982,13 @@ def without_val(root: Path) -> str:
     return f"data_path {root} has no val/: it must hold train/ and val/, with a folder per class"
 
 
-@pytest.mark.parametrize("spoil", [without_a_class, with_an_empty_class, without_val], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "spoil", [without_a_class, with_an_empty_class, without_val], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("stage", STAGES)
-def test_folders_that_would_only_show_as_a_bad_accuracy(tmp_path, pretrained, no_compute, stage, spoil):
+def test_folders_that_would_only_show_as_a_bad_accuracy(
+    tmp_path, pretrained, no_compute, stage, spoil
+):
     root = make_pictures(tmp_path / "data", train=2, val=2)
     message = spoil(root)
     weights = ["--finetune", pretrained / "model.safetensors"]
@@ -755,19 +1001,25 @@ def test_folders_that_would_only_show_as_a_bad_accuracy(tmp_path, pretrained, no
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_wrong_number_of_classes_is_refused(tmp_path, data, no_compute, stage):
     random = [] if stage == "finetune" else ["--finetune", "random"]
-    with pytest.raises(InputError, match="num_classes is 10 and the data has 3 classes: leave num_classes out"):
+    with pytest.raises(
+        InputError, match="num_classes is 10 and the data has 3 classes: leave num_classes out"
+    ):
         STAGES[stage](arguments_of(stage, data, tmp_path / "run", *random, "--num_classes", 10))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_bad_validation_image_fails_the_evaluation_and_names_the_file(tmp_path, pretrained, stage):
+def test_a_bad_validation_image_fails_the_evaluation_and_names_the_file(
+    tmp_path, pretrained, stage
+):
     root = make_pictures(tmp_path / "data", train=12, val=4)
     bad = root / "val" / "one" / "013.png"
     bad.write_bytes(bad.read_bytes()[:60])
     weights = ["--finetune", pretrained / "model.safetensors"]
     with pytest.raises(InputError, match=str(bad)):
         STAGES[stage](arguments_of(stage, root, tmp_path / "run", *weights))
-    assert not {"results.json", "model.safetensors", "best.safetensors"} & set(looks_like_a_result(tmp_path / "run"))
+    assert not {"results.json", "model.safetensors", "best.safetensors"} & set(
+        looks_like_a_result(tmp_path / "run")
+    )
 
 
 @pytest.mark.parametrize("stage", ["finetune", "lincls"])
@@ -777,28 +1029,42 @@ def test_a_bad_training_image_is_replaced_and_written_down(tmp_path, pretrained,
     bad.write_bytes(b"")
     weights = ["--finetune", pretrained / "model.safetensors"]
     results = STAGES[stage](arguments_of(stage, root, tmp_path / "run", *weights))
-    entries = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    ]
     assert entries == [{"path": str(bad), "reason": "the file is empty"}]
     assert results["num_train"] == 36 and results["num_samples"] == 12
-    assert [line["bad_files"] for line in log_lines(tmp_path / "run") if "bad_files" in line][-1] == 1
+    assert [line["bad_files"] for line in log_lines(tmp_path / "run") if "bad_files" in line][
+        -1
+    ] == 1
 
 
 REFUSED = {
     "odd batch with mixup": (
-        ["--mixup", 0.8, "-b", 15], "batch_size 15 is odd: mixup and cutmix pair the images of a batch"
+        ["--mixup", 0.8, "-b", 15],
+        "batch_size 15 is odd: mixup and cutmix pair the images of a batch",
     ),
     "odd batch with cutmix": (
-        ["--cutmix", 1, "-b", 15], "batch_size 15 is odd: mixup and cutmix pair the images of a batch"
+        ["--cutmix", 1, "-b", 15],
+        "batch_size 15 is odd: mixup and cutmix pair the images of a batch",
     ),
     "augmentation": (
-        ["--auto_augment", "rand-m9-typo2"], "auto_augment must be like rand-m9-mstd0.5-inc1, got 'rand-m9-typo2'"
+        ["--auto_augment", "rand-m9-typo2"],
+        "auto_augment must be like rand-m9-mstd0.5-inc1, got 'rand-m9-typo2'",
     ),
-    "another augmentation": (["--auto_augment", "v0"], "auto_augment must be like rand-m9-mstd0.5-inc1, got 'v0'"),
+    "another augmentation": (
+        ["--auto_augment", "v0"],
+        "auto_augment must be like rand-m9-mstd0.5-inc1, got 'v0'",
+    ),
     "random": (["--finetune", "random"], "finetune random belongs to the frozen evaluations"),
     "eval of nothing": (["--eval"], "eval needs the classifier to evaluate: give --finetune PATH"),
     "too few images": (["-b", 128], "the data set has 120 images and one optimiser step takes 128"),
-    "accumulation": (["--total_batch_size", 20], "total_batch_size 20 is not a multiple of batch_size 12"),
-}  # fmt: skip
+    "accumulation": (
+        ["--total_batch_size", 20],
+        "total_batch_size 20 is not a multiple of batch_size 12",
+    ),
+}
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED.values(), ids=REFUSED.keys())
@@ -810,14 +1076,20 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, data, no_compute
 
 
 @pytest.mark.parametrize("poisoned", [True, False])
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_no_result(tmp_path, data, pretrained, poisoned):
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_no_result(
+    tmp_path, data, pretrained, poisoned
+):
     more = ["--lr", 1e9, "--warmup_epochs", 0]
     if poisoned:
         tensors = load_file(pretrained / "model.safetensors")
         tensors["blocks.0.mlp.fc1.bias"][0] = float("nan")
-        save_file(tensors, tmp_path / "poisoned.safetensors", header(pretrained / "model.safetensors"))
+        save_file(
+            tensors, tmp_path / "poisoned.safetensors", header(pretrained / "model.safetensors")
+        )
         more = ["--finetune", tmp_path / "poisoned.safetensors", "--lr", 1e-3]
-    with pytest.raises(InputError, match=r"steps in a row up to step \d+ had a non-finite gradient"):
+    with pytest.raises(
+        InputError, match=r"steps in a row up to step \d+ had a non-finite gradient"
+    ):
         main_finetune.main(pictures(data, tmp_path / "run", *more))
     assert not {"results.json", "model.safetensors"} & set(looks_like_a_result(tmp_path / "run"))
 

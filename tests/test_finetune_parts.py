@@ -1,4 +1,5 @@
-"""Layer decay, moving average, mixing, augmentation, the classifiers from weights and the best of them: in numbers."""
+"""Layer decay, moving average, mixing, augmentation, the classifiers from weights and the best of
+them: in numbers."""
 
 import logging
 import math
@@ -14,31 +15,42 @@ from torch.amp import GradScaler
 from torch.nn import functional as F
 
 from data.transforms import finetune_transform, pretrain_transform
-from engine.backbone import Classifier, build_finetuned, build_frozen
-from engine.best import Best
-from engine.checkpoint import best_path, save_weights, weights_header
 from engine.ema import build_ema, update_ema
+from engine.evaluation.best import Best
+from engine.evaluation.from_weights import Classifier, build_finetuned, build_frozen
 from engine.mixing import BatchMixer
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
-from engine.run import Run
+from engine.run.checkpoint import best_path, save_weights, weights_header
+from engine.run.folder import Run
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from models.weights import weights_digest
+from models.weights.convert import weights_digest
 from util.dist import Processes
 from util.errors import InputError
 from util.rng import seed_libraries, seeded
-from util.schema_eval import FinetuneConfig, KnnConfig
+from util.settings.evaluation import FinetuneConfig, KnnConfig
 
 CPU = torch.device("cpu")
 NO_SCALER = GradScaler("cpu", enabled=False)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 GEOMETRY = {
-    "img_size": 16, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0
-}  # fmt: skip
+    "img_size": 16,
+    "patch_size": 8,
+    "in_chans": 3,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "mlp_ratio": 4.0,
+}
 MAE = GEOMETRY | {
-    "class_token": True, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
-    "decoder_class_token": True, "mask_ratio": 0.75, "norm_pix_loss": True,
-}  # fmt: skip
+    "class_token": True,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "decoder_class_token": True,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": True,
+}
 NO_TOKEN = {"class_token": False, "decoder_class_token": False}
 STATS = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.2]}
 
@@ -49,15 +61,28 @@ def vit(**changes) -> VisionTransformer:
 
 
 BLOCK = {  # decay of each parameter of a block
-    "norm1.weight": 0.0, "norm1.bias": 0.0, "attn.qkv.weight": 0.05, "attn.qkv.bias": 0.0,
-    "attn.proj.weight": 0.05, "attn.proj.bias": 0.0, "norm2.weight": 0.0, "norm2.bias": 0.0,
-    "mlp.fc1.weight": 0.05, "mlp.fc1.bias": 0.0, "mlp.fc2.weight": 0.05, "mlp.fc2.bias": 0.0,
-}  # fmt: skip
+    "norm1.weight": 0.0,
+    "norm1.bias": 0.0,
+    "attn.qkv.weight": 0.05,
+    "attn.qkv.bias": 0.0,
+    "attn.proj.weight": 0.05,
+    "attn.proj.bias": 0.0,
+    "norm2.weight": 0.0,
+    "norm2.bias": 0.0,
+    "mlp.fc1.weight": 0.05,
+    "mlp.fc1.bias": 0.0,
+    "mlp.fc2.weight": 0.05,
+    "mlp.fc2.bias": 0.0,
+}
 
 
 @pytest.mark.parametrize(
     ("norm", "readout"),
-    [("fc_norm", {}), ("norm", {"fc_norm": False}), ("norm", {"global_pool": "token", "fc_norm": False})],
+    [
+        ("fc_norm", {}),
+        ("norm", {"fc_norm": False}),
+        ("norm", {"global_pool": "token", "fc_norm": False}),
+    ],
 )
 def test_scale_and_decay_of_every_parameter_by_hand(norm, readout):
     """Layer decay 0.75, three blocks: 0.75^4 below them, 0.75^3 to 0.75^1 in them, 1 above."""
@@ -75,16 +100,27 @@ def test_scale_and_decay_of_every_parameter_by_hand(norm, readout):
         expected |= {f"blocks.{block}.{name}": (scale, decay) for name, decay in BLOCK.items()}
     model = vit(**readout)
     groups = param_groups(model, weight_decay=0.05, layer_decay=0.75)
-    found = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
+    found = {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for name in group["names"]
+    }
     assert found == expected
-    assert sum(len(group["params"]) for group in groups) == len(expected) == len(list(model.parameters()))
+    assert (
+        sum(len(group["params"]) for group in groups)
+        == len(expected)
+        == len(list(model.parameters()))
+    )
     named = dict(model.named_parameters())
     for group in groups:
-        assert all(named[name] is p for name, p in zip(group["names"], group["params"], strict=True))
+        assert all(
+            named[name] is p for name, p in zip(group["names"], group["params"], strict=True)
+        )
 
 
 def test_an_adamw_step_with_layer_decay_by_hand():
-    """Peak lr 0.1: a matrix of block 0 (scale 0.75^3, decays) and the head's bias (scale 1, does not)."""
+    """Peak lr 0.1: a matrix of block 0 (scale 0.75^3, decays) and the head's bias (scale 1, does
+    not)."""
     model = vit()
     optimizer = build_adamw(param_groups(model, weight_decay=0.05, layer_decay=0.75), 0.9, 0.999)
     set_lr(optimizer, 0.1)
@@ -161,7 +197,9 @@ def test_without_any_mixing_nothing_changes():
 def test_erasing_comes_as_often_as_asked_and_paints_as_asked(mode):
     """A quarter of 1,600 images: 400, standard deviation 17."""
     seed_libraries(0)
-    images, labels = mixer(re_prob=0.25, re_mode=mode)(torch.full((1600, 3, 16, 16), 9.0), torch.zeros(1600))
+    images, labels = mixer(re_prob=0.25, re_mode=mode)(
+        torch.full((1600, 3, 16, 16), 9.0), torch.zeros(1600)
+    )
     erased = (images != 9.0).flatten(2).any(2).all(1)
     assert 330 < erased.sum() < 470
     assert not labels.any()
@@ -185,7 +223,9 @@ def test_erasing_up_to_three_areas():
     def rectangles(count: int) -> int:
         """Images whose erased part is no single rectangle."""
         seed_libraries(1)
-        images, _ = mixer(re_prob=1.0, re_mode="const", re_count=count)(torch.ones(300, 1, 32, 32), torch.zeros(300))
+        images, _ = mixer(re_prob=1.0, re_mode="const", re_count=count)(
+            torch.ones(300, 1, 32, 32), torch.zeros(300)
+        )
         changed = (images == 0).squeeze(1)
         return int((changed.sum((1, 2)) != changed.any(2).sum(1) * changed.any(1).sum(1)).sum())
 
@@ -214,7 +254,9 @@ def test_mixup_shares_labels_as_it_shares_pixels(smoothing):
         images, targets = mixer(mixup=0.8, label_smoothing=smoothing)(flat_images(6), labels)
         lam = 1 - images[0, 0, 0, 0].item() / 5  # image 0 is lam * 0 + (1 - lam) * 5
         expected = lam * torch.arange(6.0) + (1 - lam) * torch.arange(6.0).flip(0)
-        torch.testing.assert_close(images, expected.view(6, 1, 1, 1).expand(6, 3, 20, 20), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            images, expected.view(6, 1, 1, 1).expand(6, 3, 20, 20), rtol=0, atol=1e-5
+        )
         torch.testing.assert_close(targets, shares(labels, lam, 5, smoothing), rtol=0, atol=1e-5)
         torch.testing.assert_close(targets.sum(1), torch.ones(6), rtol=0, atol=1e-6)
         found.add(round(lam, 6))
@@ -235,7 +277,9 @@ def test_cutmix_shares_labels_as_it_shares_the_area(smoothing):
         torch.testing.assert_close(targets.sum(1), torch.ones(6), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("switch", "low", "high"), [(0.0, 0, 0), (0.5, 160, 240), (0.9, 330, 390), (1.0, 400, 400)])
+@pytest.mark.parametrize(
+    ("switch", "low", "high"), [(0.0, 0, 0), (0.5, 160, 240), (0.9, 330, 390), (1.0, 400, 400)]
+)
 def test_cutmix_takes_the_place_of_mixup_as_often_as_asked(switch, low, high):
     both, cut = mixer(mixup=0.8, cutmix=1.0, mixup_switch_prob=switch), 0
     for seed in range(400):
@@ -245,7 +289,9 @@ def test_cutmix_takes_the_place_of_mixup_as_often_as_asked(switch, low, high):
     assert low <= cut <= high
 
 
-@pytest.mark.parametrize("changes", [{"re_prob": 0.5}, {"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"re_prob": 0.5}, {"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}]
+)
 def test_mixing_is_a_function_of_the_seed(changes):
     def made(seed: int) -> tuple[bytes, bytes]:
         seed_libraries(seed)
@@ -263,7 +309,9 @@ def test_smoothing_without_mixing_by_hand():
     log_sum = math.log(sum(math.exp(x) for x in (1, 2, 3, 4)))
     of_first = -(0.025 * (1 + 2 + 3) + 0.925 * 4 - log_sum)
     smooth = mixer(4, label_smoothing=0.1)
-    assert smooth.loss(logits, torch.tensor([3, 0])).item() == pytest.approx((of_first + math.log(4)) / 2, abs=1e-6)
+    assert smooth.loss(logits, torch.tensor([3, 0])).item() == pytest.approx(
+        (of_first + math.log(4)) / 2, abs=1e-6
+    )
     plain = mixer(4).loss(logits, torch.tensor([3, 0])).item()
     assert plain == pytest.approx((log_sum - 4 + math.log(4)) / 2, abs=1e-6)
 
@@ -283,8 +331,12 @@ def test_smoothing_is_not_applied_a_second_time_to_mixed_labels():
     lam = 1 - images[0, 0, 0, 0].item()
     log_p = F.log_softmax(logits[0], dim=0)
     smooth = {label: 0.9 * log_p[label] + 0.1 * log_p.mean() for label in (3, 0)}
-    expected = -(lam * smooth[3] + (1 - lam) * smooth[0] + lam * smooth[0] + (1 - lam) * smooth[3]) / 2
-    assert mixing.loss(logits.expand(2, -1), mixed).item() == pytest.approx(expected.item(), abs=1e-6)
+    expected = (
+        -(lam * smooth[3] + (1 - lam) * smooth[0] + lam * smooth[0] + (1 - lam) * smooth[3]) / 2
+    )
+    assert mixing.loss(logits.expand(2, -1), mixed).item() == pytest.approx(
+        expected.item(), abs=1e-6
+    )
 
 
 def picture(channels: int = 3, height: int = 40, width: int = 36) -> torch.Tensor:
@@ -294,13 +346,25 @@ def picture(channels: int = 3, height: int = 40, width: int = 36) -> torch.Tenso
     return torch.stack([ramp, other, (ramp + other) / 2][:channels]).round().to(torch.uint8)
 
 
-def augmentation(channels: int = 3, auto_augment: str | None = RAND_AUGMENT, **changes) -> nn.Module:
-    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if channels == 3 else ((0.13,), (0.31,))
-    settings = {"img_size": 24, "in_chans": channels, "mean": mean, "std": std, "auto_augment": auto_augment}
+def augmentation(
+    channels: int = 3, auto_augment: str | None = RAND_AUGMENT, **changes
+) -> nn.Module:
+    mean, std = (
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if channels == 3 else ((0.13,), (0.31,))
+    )
+    settings = {
+        "img_size": 24,
+        "in_chans": channels,
+        "mean": mean,
+        "std": std,
+        "auto_augment": auto_augment,
+    }
     return finetune_transform(FinetuneConfig(**settings | changes))
 
 
-@pytest.mark.parametrize("auto_augment", [RAND_AUGMENT, "rand-m10-inc1", "rand-m10", "rand-m9-mstd0.5"])
+@pytest.mark.parametrize(
+    "auto_augment", [RAND_AUGMENT, "rand-m10-inc1", "rand-m10", "rand-m9-mstd0.5"]
+)
 @pytest.mark.parametrize("channels", [3, 1])
 def test_rand_augment_takes_every_image(channels, auto_augment):
     """300 images; magnitude 10 is where posterising keeps 0 bits."""
@@ -309,13 +373,21 @@ def test_rand_augment_takes_every_image(channels, auto_augment):
     for seed in range(300):
         with seeded(seed, libraries=True):
             results.append(augment(image))
-    assert {(result.dtype, tuple(result.shape)) for result in results} == {(torch.uint8, (channels, 24, 24))}
+    assert {(result.dtype, tuple(result.shape)) for result in results} == {
+        (torch.uint8, (channels, 24, 24))
+    }
     assert len({result.numpy().tobytes() for result in results}) > 200
     assert torch.equal(image, picture(channels))
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"auto_augment": None}, {"auto_augment": None, "color_jitter": 0.4}, {"img_size": (16, 32)}]
+    "changes",
+    [
+        {},
+        {"auto_augment": None},
+        {"auto_augment": None, "color_jitter": 0.4},
+        {"img_size": (16, 32)},
+    ],
 )
 def test_augmentation_is_a_function_of_the_seed_and_leaves_the_global_states_alone(changes):
     augment, image = augmentation(**changes), picture()
@@ -351,21 +423,29 @@ def test_without_augmentation_it_is_the_crop_of_pretraining():
 
 
 def test_rand_augment_crops_and_flips_as_asked():
-    """With every operation off (none is chosen), what is left is the crop of the whole picture, or its mirror."""
+    """With every operation off (none is chosen), what is left is the crop of the whole picture, or
+    its mirror."""
     image, seen = picture(3, 24, 24), Counter()
     whole = augmentation(auto_augment="rand-n0", crop_min=0.9999, hflip=0.5)
     for seed in range(200):
         with seeded(seed, libraries=True):
             result = whole(image)
         seen[
-            "same" if torch.equal(result, image) else "mirrored" if torch.equal(result, image.flip(-1)) else "other"
+            "same"
+            if torch.equal(result, image)
+            else "mirrored"
+            if torch.equal(result, image.flip(-1))
+            else "other"
         ] += 1
     assert seen["other"] == 0
     assert 70 < seen["mirrored"] < 130
 
 
-def save(folder: Path, model: nn.Module, kwargs: dict, name: str = "own.safetensors", **stats) -> str:
-    """As a finished run writes it; all its parameters are random, so that a swapped or forgotten tensor shows."""
+def save(
+    folder: Path, model: nn.Module, kwargs: dict, name: str = "own.safetensors", **stats
+) -> str:
+    """As a finished run writes it; all its parameters are random, so that a swapped or forgotten
+    tensor shows."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -379,17 +459,28 @@ def pretrained(folder: Path, **changes) -> str:
 
 
 def classifier(folder: Path, **changes) -> str:
-    kwargs = {**GEOMETRY, "num_classes": 5, "class_token": True, "global_pool": "avg", "fc_norm": True, **changes}
+    kwargs = {
+        **GEOMETRY,
+        "num_classes": 5,
+        "class_token": True,
+        "global_pool": "avg",
+        "fc_norm": True,
+        **changes,
+    }
     return save(folder, VisionTransformer(**kwargs), kwargs)
 
 
 def knn(**changes) -> KnnConfig:
-    return KnnConfig(size="debug", **{**GEOMETRY, "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.2), **changes})
+    return KnnConfig(
+        size="debug", **{**GEOMETRY, "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.2), **changes}
+    )
 
 
 def finetuning(**changes) -> FinetuneConfig:
     return FinetuneConfig(
-        size="debug", drop_path_rate=0.0, **{**GEOMETRY, "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.2), **changes}
+        size="debug",
+        drop_path_rate=0.0,
+        **{**GEOMETRY, "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.2), **changes},
     )
 
 
@@ -454,13 +545,20 @@ def test_a_pretrained_encoder_is_read_through_its_own_norm(tmp_path, global_pool
     mae.load_state_dict(load_file(path))
     tokens = encoded(mae, images())
     expected = tokens[:, 0] if global_pool == "token" else tokens[:, 1:].mean(dim=1)
-    torch.testing.assert_close(found.model.forward_features(images()), expected.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found.model.forward_features(images()), expected.detach(), rtol=0, atol=1e-5
+    )
 
 
 def encoded(mae: MaskedAutoencoder, pixels: torch.Tensor) -> torch.Tensor:
     """The encoder's normalised tokens of all patches, from its parts."""
-    patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # (B, N, C, P, P)
-    x = torch.einsum("bncpq,dcpq->bnd", patches, mae.patch_embed.proj.weight) + mae.patch_embed.proj.bias
+    patches = (
+        pixels.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    )  # (B, N, C, P, P)
+    x = (
+        torch.einsum("bncpq,dcpq->bnd", patches, mae.patch_embed.proj.weight)
+        + mae.patch_embed.proj.bias
+    )
     x = torch.cat([mae.cls_token.expand(len(x), -1, -1), x], dim=1) + mae.pos_embed
     for block in mae.blocks:
         x = block(x)
@@ -473,7 +571,9 @@ def test_a_classifier_is_judged_through_the_norm_that_it_holds(tmp_path):
     source.load_state_dict(load_file(path))
     found = build_frozen(knn(), path, 5)
     assert has_fc_norm(found.model)
-    assert torch.equal(found.model.forward_features(images()), source.eval().forward_features(images()))
+    assert torch.equal(
+        found.model.forward_features(images()), source.eval().forward_features(images())
+    )
     path = classifier(tmp_path, fc_norm=False)
     found = build_frozen(knn(), path, 5)
     assert not has_fc_norm(found.model)
@@ -502,7 +602,9 @@ def test_the_class_token_follows_the_weights(tmp_path, build):
     assert str(error.value) == f"the settings say a class token and {without} has no class token"
     with pytest.raises(InputError) as error:
         build(without, global_pool="token")
-    expected = f"global_pool token reads the class token and {without} has none: use --global_pool avg"
+    expected = (
+        f"global_pool token reads the class token and {without} has none: use --global_pool avg"
+    )
     assert str(error.value) == expected
 
 
@@ -512,7 +614,9 @@ def test_other_pixel_statistics_are_worth_a_warning(tmp_path, caplog, build):
     build(path)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     build(path, mean=(0.5, 0.4, 0.2), std=(0.3, 0.2, 0.2))
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+    assert [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ] == [
         "the weights were trained with mean (0.5, 0.4, 0.3) and the settings say (0.5, 0.4, 0.2)",
         "the weights were trained with std (0.25, 0.2, 0.2) and the settings say (0.3, 0.2, 0.2)",
     ]
@@ -535,12 +639,17 @@ def test_fine_tuning_starts_with_a_small_fresh_head(tmp_path, global_pool):
         assert not model.fc_norm.bias.any()
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert found.sha256 == weights_digest(path)
-    head = {seed: build_finetuned(finetuning(finetune=path, seed=seed), 1000).model.head.weight for seed in (0, 1)}
+    head = {
+        seed: build_finetuned(finetuning(finetune=path, seed=seed), 1000).model.head.weight
+        for seed in (0, 1)
+    }
     assert torch.equal(head[0], model.head.weight)
     assert not torch.equal(head[0], head[1])
 
 
-@pytest.mark.parametrize(("global_pool", "class_token"), [("avg", None), ("avg", True), ("token", None)])
+@pytest.mark.parametrize(
+    ("global_pool", "class_token"), [("avg", None), ("avg", True), ("token", None)]
+)
 def test_training_from_scratch_starts_with_a_truncated_normal(global_pool, class_token):
     found = build_finetuned(finetuning(global_pool=global_pool, class_token=class_token), 1000)
     model = found.model
@@ -573,26 +682,37 @@ def test_evaluation_needs_a_head(tmp_path):
     path = classifier(tmp_path)
     with pytest.raises(InputError) as error:
         build_finetuned(finetuning(finetune=path, eval=True), 6)
-    assert str(error.value) == f"eval: {path} is no classifier of 6 classes, it lacks ['head.bias', 'head.weight']"
+    assert (
+        str(error.value)
+        == f"eval: {path} is no classifier of 6 classes, it lacks ['head.bias', 'head.weight']"
+    )
 
 
 @pytest.mark.parametrize(
-    "readout", [{}, {"fc_norm": False}, {"global_pool": "token", "fc_norm": False}, {"class_token": False}]
+    "readout",
+    [{}, {"fc_norm": False}, {"global_pool": "token", "fc_norm": False}, {"class_token": False}],
 )
 def test_evaluation_takes_a_classifier_as_it_is(tmp_path, readout):
     """Every bit of it, the norm included: averaging with `norm` is not given a fresh `fc_norm`."""
     path = classifier(tmp_path, **readout)
     source = vit(**readout)
     source.load_state_dict(load_file(path))
-    found = build_finetuned(finetuning(finetune=path, eval=True, global_pool=readout.get("global_pool", "avg")), 5)
+    found = build_finetuned(
+        finetuning(finetune=path, eval=True, global_pool=readout.get("global_pool", "avg")), 5
+    )
     assert torch.equal(found.model.eval()(images()), source.eval()(images()))
 
 
 @pytest.mark.parametrize(
     ("of_file", "of_settings"),
-    [({"global_pool": "token", "fc_norm": False}, "avg"), ({"global_pool": "avg", "fc_norm": False}, "token")],
+    [
+        ({"global_pool": "token", "fc_norm": False}, "avg"),
+        ({"global_pool": "avg", "fc_norm": False}, "token"),
+    ],
 )
-def test_evaluation_refuses_another_readout_than_the_head_was_trained_with(tmp_path, of_file, of_settings):
+def test_evaluation_refuses_another_readout_than_the_head_was_trained_with(
+    tmp_path, of_file, of_settings
+):
     """It would only show as a bad accuracy."""
     path = classifier(tmp_path, **of_file)
     with pytest.raises(InputError, match="global_pool"):
@@ -621,7 +741,14 @@ def kept(folder: Path) -> tuple[float, dict]:
 def test_the_best_evaluation_is_kept_and_of_equals_the_first(tmp_path):
     best = Best(run_in(tmp_path), FACTS, resumed=False)
     assert (best.acc1, best.epoch) == (-1.0, 0)
-    for epoch, acc1, winner in ((1, 0.0, 1), (2, 50.0, 2), (3, 50.0, 2), (4, 49.9, 2), (5, 50.1, 5), (6, 0.0, 5)):
+    for epoch, acc1, winner in (
+        (1, 0.0, 1),
+        (2, 50.0, 2),
+        (3, 50.0, 2),
+        (4, 49.9, 2),
+        (5, 50.1, 5),
+        (6, 0.0, 5),
+    ):
         best.offer(filled(epoch), epoch, acc1)
         assert best.epoch == winner
         weight, header = kept(tmp_path)
@@ -648,7 +775,9 @@ def test_a_fresh_start_takes_no_best_from_an_earlier_run(tmp_path):
     assert not best_path(tmp_path).exists()
     best.offer(filled(2), 1, 10.0)
     assert kept(tmp_path)[0] == 2.0
-    empty = Best(run_in(tmp_path / "elsewhere"), FACTS, resumed=True)  # stopped before its first evaluation
+    empty = Best(
+        run_in(tmp_path / "elsewhere"), FACTS, resumed=True
+    )  # stopped before its first evaluation
     assert (empty.acc1, empty.epoch) == (-1.0, 0)
 
 

@@ -1,4 +1,5 @@
-"""Row R9 beside checkpoints: what a run writes when the disk is full is one clear line, and what was there stays."""
+"""Row R9 beside checkpoints: what a run writes when the disk is full is one clear line, and what
+was there stays."""
 
 import json
 import resource
@@ -11,18 +12,18 @@ from runs import command, environment, log_lines, make_pictures, pictures, pretr
 from torch import nn
 
 import main_pretrain
-from data.loaders import BadSample
+from data.loader import BadSample
 from data.sampler import SampleKey
-from engine.bad_samples import BadSamples
-from engine.bad_steps import BadSteps
-from engine.best import Best
-from engine.checkpoint import best_path
-from engine.results import write_results
-from engine.run import Run
+from engine.evaluation.best import Best
+from engine.run.bad_samples import BadSamples
+from engine.run.bad_steps import BadSteps
+from engine.run.checkpoint import best_path
+from engine.run.folder import Run
+from engine.run.results import write_results
 from util.dist import Processes
 from util.errors import InputError, LocalInputError
 from util.files import write_output
-from util.schema import RunConfig
+from util.settings.base import RunConfig
 
 FULL = "cannot be written: No space left on device"
 FACTS = {"model_args": {"depth": 1}, "mean": [0.5], "std": [0.25]}
@@ -34,22 +35,28 @@ def data(tmp_path_factory):
 
 
 def fill(path: Path) -> None:
-    """The next write to that place finds a full disk, as /dev/full answers; never read it, it has no end."""
+    """The next write to that place finds a full disk, as /dev/full answers; never read it, it has
+    no end."""
     path.symlink_to("/dev/full")
 
 
 def run_with_little_room(
     arguments: list[str], script: str = "main_pretrain.py", room: int = 100_000
 ) -> subprocess.CompletedProcess[str]:
-    """Runs an entry script that may write so many bytes per file; by default logs fit, weights do not."""
+    """Runs an entry script that may write so many bytes per file; by default logs fit, weights do
+    not."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     return subprocess.run(
-        command(*arguments, script=script), env=environment(), preexec_fn=limit, capture_output=True, text=True,
+        command(*arguments, script=script),
+        env=environment(),
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.fault("R9")
@@ -62,7 +69,10 @@ def test_the_weights_of_a_finished_run_find_no_room(tmp_path, data):
     weights.unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint-*")}
     result = run_with_little_room(arguments)
-    assert (result.returncode, result.stderr) == (2, f"error: {weights} cannot be written: File too large\n")
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"error: {weights} cannot be written: File too large\n",
+    )
     assert {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint-*")} == before
     assert not list(tmp_path.glob("model.safetensors*"))
     main_pretrain.main(arguments)  # once there is room
@@ -75,7 +85,10 @@ def test_the_weights_of_the_best_evaluation_find_no_room(tmp_path, data):
     arguments = [*pictures(data, tmp_path), "--class_token", "true", "--global_pool", "token"]
     result = run_with_little_room(arguments, "main_finetune.py")
     best = best_path(tmp_path)
-    assert (result.returncode, result.stderr) == (2, f"error: {best} cannot be written: File too large\n")
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"error: {best} cannot be written: File too large\n",
+    )
     assert not list(tmp_path.glob("best.safetensors*"))
 
 
@@ -84,10 +97,13 @@ def test_the_weights_of_the_best_evaluation_find_no_room(tmp_path, data):
 def test_curves_find_no_room(tmp_path, data):
     """TensorBoard's own thread tells its part first."""
     result = run_with_little_room(
-        pretraining(data, tmp_path, "--tensorboard", "true", "--epochs", 9, "--save_epochs", 9), room=4000
+        pretraining(data, tmp_path, "--tensorboard", "true", "--epochs", 9, "--save_epochs", 9),
+        room=4000,
     )
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == f"error: {tmp_path}/tb cannot be written: File too large"
+    assert (
+        result.stderr.splitlines()[-1] == f"error: {tmp_path}/tb cannot be written: File too large"
+    )
     assert len(log_lines(tmp_path)) >= 1
 
 
@@ -111,16 +127,23 @@ def test_the_best_so_far_stays_where_a_better_one_finds_no_room(tmp_path):
     fill(tmp_path / "best.safetensors.tmp")
     with pytest.raises(LocalInputError, match=rf"^{best.path} {FULL}$"):
         best.offer(nn.Linear(2, 2), 2, 60.0)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"best.safetensors": before}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "best.safetensors": before
+    }
     again = best_in(tmp_path, resumed=True)
     assert (again.acc1, again.epoch) == (50.0, 1)
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda content: content[:-1], lambda content: content[:20], lambda content: b"",
-               lambda content: content.replace(b'"acc1"', b'"acc2"')],
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content[:20],
+        lambda content: b"",
+        lambda content: content.replace(b'"acc1"', b'"acc2"'),
+    ],
     ids=["last byte", "20 bytes", "empty", "another header"],
-)  # fmt: skip
+)
 def test_a_damaged_best_is_one_clear_line_and_stays(tmp_path, damage):
     """It may be the best of all epochs, so none that is worse takes its place without a word."""
     best_in(tmp_path, resumed=False).offer(nn.Linear(2, 2), 1, 50.0)
@@ -153,7 +176,9 @@ def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     fill(tmp_path / "bad_steps.jsonl.tmp")
     with pytest.raises(InputError) as error:
         bad_steps.check(1)
-    assert str(error.value).startswith("1 steps in a row up to step 7 had a non-finite gradient: in the first of them")
+    assert str(error.value).startswith(
+        "1 steps in a row up to step 7 had a non-finite gradient: in the first of them"
+    )
     assert f"with images 40 of the data set; {path} {FULL}. Lower lr" in str(error.value)
     assert path.read_text() == "of an earlier stop\n"
     with pytest.raises(InputError, match=f"all are in {path}"):  # the temporary name is free again

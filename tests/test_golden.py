@@ -1,4 +1,5 @@
-"""Row R24: the losses of the first steps, so that a change of the mathematics cannot come unnoticed."""
+"""Row R24: the losses of the first steps, so that a change of the mathematics cannot come
+unnoticed."""
 
 import pytest
 import torch
@@ -7,16 +8,36 @@ from runs import digits, step_losses
 import main_pretrain
 
 GOLDEN = [  # of steps 1 to 20, fp32; the learning rate rises from 0 over 31 steps
-    1.154701, 1.157825, 1.156171, 1.177370, 1.152974, 1.175975, 1.165751, 1.139648, 1.125410, 1.150191,
-    1.105623, 1.122522, 1.098192, 1.079898, 1.073173, 1.067368, 1.042025, 1.053218, 1.019900, 1.006566,
-]  # fmt: skip
+    1.154701,
+    1.157825,
+    1.156171,
+    1.177370,
+    1.152974,
+    1.175975,
+    1.165751,
+    1.139648,
+    1.125410,
+    1.150191,
+    1.105623,
+    1.122522,
+    1.098192,
+    1.079898,
+    1.073173,
+    1.067368,
+    1.042025,
+    1.053218,
+    1.019900,
+    1.006566,
+]
 
 
 @pytest.mark.fault("R24")
 def test_losses_of_twenty_steps(tmp_path, record_property):
     runs = []
     for name in ("one", "other"):
-        main_pretrain.main(digits(tmp_path / name, "--log_interval", 1, "--epochs", 1, "--warmup_epochs", 0.5))
+        main_pretrain.main(
+            digits(tmp_path / name, "--log_interval", 1, "--epochs", 1, "--warmup_epochs", 0.5)
+        )
         runs.append(step_losses(tmp_path / name))
     record_property("tries", len(runs))
     assert runs[0] == runs[1]

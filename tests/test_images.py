@@ -1,4 +1,5 @@
-"""Decoding: every kind of file that a folder of images may hold, and every way in which one may be broken."""
+"""Decoding: every kind of file that a folder of images may hold, and every way in which one may be
+broken."""
 
 import io
 import random
@@ -15,14 +16,16 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from data.datasets import FolderSource
 from data.images import BadImageError, decode_image, to_channels
+from data.sources import FolderSource
 from data.transforms import pretrain_transform
 
 HEIGHT, WIDTH = 48, 64
 ROWS, COLUMNS = np.mgrid[0:HEIGHT, 0:WIDTH]
 # Smooth, so that JPEG keeps it, and with no symmetry, so that every orientation shows.
-COLOURS = np.stack([COLUMNS * 4, ROWS * 5, 255 - 2 * COLUMNS - ROWS], axis=-1).astype(np.uint8)  # (H, W, 3)
+COLOURS = np.stack([COLUMNS * 4, ROWS * 5, 255 - 2 * COLUMNS - ROWS], axis=-1).astype(
+    np.uint8
+)  # (H, W, 3)
 RAMP16 = np.linspace(0, 65535, HEIGHT * WIDTH).round().astype(np.uint16).reshape(HEIGHT, WIDTH)
 RGB = Image.fromarray(COLOURS)
 GREY = RGB.convert("L")
@@ -49,19 +52,36 @@ def animated(kind: str, **options) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour_type: int, rows: bytes) -> bytes:
-    """A PNG by hand: Pillow writes neither 16-bit colours nor headers that lie. Each row starts with a filter byte."""
+    """A PNG by hand: Pillow writes neither 16-bit colours nor headers that lie. Each row starts
+    with a filter byte."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def png16(pixels: np.ndarray, colour_type: int) -> bytes:
     """`(H, W, C)` uint16 as a PNG."""
     height, width = pixels.shape[:2]
-    return png(width, height, 16, colour_type, b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels))
+    return png(
+        width,
+        height,
+        16,
+        colour_type,
+        b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels),
+    )
 
 
 def inks() -> np.ndarray:
@@ -84,9 +104,12 @@ def cmyk_jpeg_without_marker() -> bytes:
 
 
 def ycck_jpeg() -> bytes:
-    """The inverted inks as luma and chroma of their complement, beside the black; the Adobe marker says transform 2."""
+    """The inverted inks as luma and chroma of their complement, beside the black; the Adobe marker
+    says transform 2."""
     ycc = np.asarray(Image.fromarray(inks()[..., :3]).convert("YCbCr"))
-    stored = np.concatenate([255 - ycc, inks()[..., 3:]], axis=-1)  # Pillow inverts all four when it writes
+    stored = np.concatenate(
+        [255 - ycc, inks()[..., 3:]], axis=-1
+    )  # Pillow inverts all four when it writes
     content = bytearray(encoded(Image.fromarray(stored, "CMYK"), "JPEG", quality=98))
     content[content.index(b"Adobe") + 11] = 2
     return bytes(content)
@@ -105,7 +128,11 @@ GREY16 = Image.fromarray((RAMP16 >> 8).astype(np.uint8))
 # file, what it shows, tolerance
 KINDS: dict[str, tuple[Callable[[], bytes], Image.Image, int]] = {
     "jpeg": (lambda: encoded(RGB, "JPEG", quality=98), RGB, JPEG_ERROR),
-    "jpeg progressive": (lambda: encoded(RGB, "JPEG", quality=98, progressive=True), RGB, JPEG_ERROR),
+    "jpeg progressive": (
+        lambda: encoded(RGB, "JPEG", quality=98, progressive=True),
+        RGB,
+        JPEG_ERROR,
+    ),
     "jpeg L": (lambda: encoded(GREY, "JPEG", quality=98), GREY, 2),
     "jpeg stored as RGB": (lambda: encoded(RGB, "JPEG", quality=98, keep_rgb=True), RGB, 2),
     "jpeg CMYK": (cmyk_jpeg, RGB, 4),
@@ -118,11 +145,19 @@ KINDS: dict[str, tuple[Callable[[], bytes], Image.Image, int]] = {
     "png RGBA": (lambda: encoded(with_alpha(RGB), "PNG"), RGB, 0),
     "png P": (lambda: encoded(PALETTE, "PNG"), PALETTE, 0),
     "png P, one colour transparent": (lambda: encoded(PALETTE, "PNG", transparency=7), PALETTE, 0),
-    "png P, a transparency each": (lambda: encoded(PALETTE, "PNG", transparency=bytes(range(64))), PALETTE, 0),
+    "png P, a transparency each": (
+        lambda: encoded(PALETTE, "PNG", transparency=bytes(range(64))),
+        PALETTE,
+        0,
+    ),
     "png 1-bit": (lambda: encoded(RGB.convert("1"), "PNG"), RGB.convert("1"), 0),
     "png 16-bit L": (lambda: encoded(Image.fromarray(RAMP16), "PNG"), GREY16, 1),
     "png 16-bit LA": (lambda: png16(np.stack([RAMP16, RAMP16[::-1]], axis=-1), 4), GREY16, 1),
-    "png 16-bit RGB": (lambda: png16(COLOURS16, 2), Image.fromarray((COLOURS16 >> 8).astype(np.uint8)), 1),
+    "png 16-bit RGB": (
+        lambda: png16(COLOURS16, 2),
+        Image.fromarray((COLOURS16 >> 8).astype(np.uint8)),
+        1,
+    ),
     "png animated": (lambda: animated("PNG"), RGB, 0),
     "webp": (lambda: encoded(RGB, "WEBP", quality=98), RGB, 8),
     "webp lossless": (lambda: encoded(RGB, "WEBP", lossless=True), RGB, 0),
@@ -131,11 +166,19 @@ KINDS: dict[str, tuple[Callable[[], bytes], Image.Image, int]] = {
     "webp of one frame": (one_frame_webp, RGB, 0),
     "gif": (lambda: encoded(PALETTE, "GIF"), PALETTE, 0),
     "gif, one colour transparent": (lambda: encoded(PALETTE, "GIF", transparency=7), PALETTE, 0),
-    "gif animated": (lambda: encoded(PALETTE, "GIF", save_all=True, append_images=[GREY]), PALETTE, 0),
+    "gif animated": (
+        lambda: encoded(PALETTE, "GIF", save_all=True, append_images=[GREY]),
+        PALETTE,
+        0,
+    ),
     "bmp": (lambda: encoded(RGB, "BMP"), RGB, 0),
     "bmp P": (lambda: encoded(PALETTE, "BMP"), PALETTE, 0),
     "ppm": (lambda: encoded(RGB, "PPM"), RGB, 0),
-    "pgm 16-bit": (lambda: b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + RAMP16.astype(">u2").tobytes(), GREY16, 1),
+    "pgm 16-bit": (
+        lambda: b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + RAMP16.astype(">u2").tobytes(),
+        GREY16,
+        1,
+    ),
     "tiff": (lambda: encoded(RGB, "TIFF"), RGB, 0),
     "tiff LZW": (lambda: encoded(RGB, "TIFF", compression="tiff_lzw"), RGB, 0),
     "tiff L": (lambda: encoded(GREY, "TIFF"), GREY, 0),
@@ -145,7 +188,11 @@ KINDS: dict[str, tuple[Callable[[], bytes], Image.Image, int]] = {
     "tiff P": (lambda: encoded(PALETTE, "TIFF"), PALETTE, 0),
     "tiff 1-bit": (lambda: encoded(RGB.convert("1"), "TIFF"), RGB.convert("1"), 0),
     "tiff 16-bit L": (lambda: encoded(Image.fromarray(RAMP16), "TIFF"), GREY16, 1),
-    "tiff 16-bit L, big-endian": (lambda: encoded(Image.fromarray(RAMP16.astype(">u2")), "TIFF"), GREY16, 1),
+    "tiff 16-bit L, big-endian": (
+        lambda: encoded(Image.fromarray(RAMP16.astype(">u2")), "TIFF"),
+        GREY16,
+        1,
+    ),
 }
 
 
@@ -172,7 +219,9 @@ def refusal(content: bytes, in_chans: int = 3) -> str:
 def test_every_kind_of_file_shows_its_picture(kind, in_chans):
     content, picture, tolerance = KINDS[kind]
     decoded = decode_image(content(), in_chans)
-    grey_rounding = 2 if in_chans == 1 else 0  # weights in fixed point, before or after the colours are rounded
+    grey_rounding = (
+        2 if in_chans == 1 else 0
+    )  # weights in fixed point, before or after the colours are rounded
     assert largest_difference(decoded, shown(picture, in_chans)) <= tolerance + grey_rounding
 
 
@@ -197,16 +246,26 @@ def test_pixels_without_a_defined_range_are_refused(in_chans):
 
 
 def test_32_bit_integers_are_refused_rather_than_saturated():
-    """Their range is as little defined as that of floats: most would come out all white, or all black."""
+    """Their range is as little defined as that of floats: most would come out all white, or all
+    black."""
     assert refusal(encoded(Image.fromarray(RAMP16.astype(np.int32) * 30000), "TIFF"))
 
 
-@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (12, 200, 77)])
+@pytest.mark.parametrize(
+    "colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (12, 200, 77)]
+)
 def test_grey_has_the_weights_of_pillow(colour):
     flat = Image.new("RGB", (8, 8), colour)
     expected = flat.convert("L").getpixel((0, 0))
-    for kind, options in (("PNG", {}), ("JPEG", {"quality": 98}), ("WEBP", {"lossless": True}), ("BMP", {})):
-        assert abs(decode_image(encoded(flat, kind, **options), 1).float().mean() - expected) <= 1.5, kind
+    for kind, options in (
+        ("PNG", {}),
+        ("JPEG", {"quality": 98}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+    ):
+        assert (
+            abs(decode_image(encoded(flat, kind, **options), 1).float().mean() - expected) <= 1.5
+        ), kind
     pixels = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)
     assert abs(to_channels(pixels, 1).item() - expected) <= 1
 
@@ -236,23 +295,34 @@ STORED_AS = {
 def oriented(kind: str, orientation: int, stored: np.ndarray) -> bytes:
     image = Image.fromarray(np.ascontiguousarray(stored))
     if kind.startswith("TIFF"):
-        return encoded(image, "TIFF", tiffinfo={274: orientation}, compression="tiff_lzw" if "LZW" in kind else None)
+        return encoded(
+            image,
+            "TIFF",
+            tiffinfo={274: orientation},
+            compression="tiff_lzw" if "LZW" in kind else None,
+        )
     exif = Image.Exif()
     exif[274] = orientation
-    options = {"quality": 98} if kind in ("JPEG", "MPO") else {"lossless": True} if "WEBP" in kind else {}
+    options = (
+        {"quality": 98} if kind in ("JPEG", "MPO") else {"lossless": True} if "WEBP" in kind else {}
+    )
     if kind == "MPO" or "animated" in kind:
         options |= {"save_all": True, "append_images": [ImageOps.invert(image)]}
     return encoded(image, kind.split()[0], exif=exif.tobytes(), **options)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "PNG animated", "WEBP", "WEBP animated", "TIFF", "TIFF LZW"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "MPO", "PNG", "PNG animated", "WEBP", "WEBP animated", "TIFF", "TIFF LZW"]
+)
 def test_all_8_orientations_come_out_upright(kind):
     """JPEG, PNG and still WebP by torchcodec, the others by Pillow."""
     for orientation, stored in STORED_AS.items():
         decoded = decode_image(oriented(kind, orientation, stored), 3)
         tolerance = JPEG_ERROR if kind in ("JPEG", "MPO") else 0
         assert largest_difference(decoded, shown(RGB, 3)) <= tolerance, orientation
-        assert decode_image(oriented(kind, orientation, stored), 1).shape == (1, HEIGHT, WIDTH), orientation
+        assert decode_image(oriented(kind, orientation, stored), 1).shape == (1, HEIGHT, WIDTH), (
+            orientation
+        )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "WEBP animated", "TIFF"])
@@ -318,15 +388,26 @@ def test_a_truncated_file_is_bad_and_not_a_grey_half(kind):
 
 
 def test_a_photograph_cut_anywhere_is_bad(photographs):
-    content = min(photographs.rglob("*.JPEG"), key=lambda path: (path.stat().st_size, path.name)).read_bytes()
+    content = min(
+        photographs.rglob("*.JPEG"), key=lambda path: (path.stat().st_size, path.name)
+    ).read_bytes()
     assert decode_image(content, 3).shape[0] == 3
-    for length in [1, 2, 3, 10, 20, *range(100, len(content), max(1, len(content) // 25)), len(content) - 3]:
+    for length in [
+        1,
+        2,
+        3,
+        10,
+        20,
+        *range(100, len(content), max(1, len(content) // 25)),
+        len(content) - 3,
+    ]:
         refusal(content[:length])
 
 
 @pytest.mark.parametrize("kind", ["text", "JPEG", "PNG"])
 def test_a_reason_is_one_line_for_its_reader(kind):
-    """It goes to a log and to bad_samples.jsonl: no memory address, no source line of somebody's build machine."""
+    """It goes to a log and to bad_samples.jsonl: no memory address, no source line of somebody's
+    build machine."""
     content = b"an error page\n" * 20 if kind == "text" else encoded(NOISE, kind)
     reason = refusal(content[: len(content) // 2])
     assert "\n" not in reason
@@ -355,7 +436,9 @@ def test_a_header_that_declares_too_many_pixels_is_refused_before_decoding(kind)
     peak, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, time.perf_counter()
     assert "too many pixels" in refusal(content)
     assert time.perf_counter() - begin < 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - peak < 50e6  # decoded it would be 2.7 GB
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - peak < 50e6
+    )  # decoded it would be 2.7 GB
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -378,7 +461,8 @@ def test_photographs_have_the_colours_that_pillow_sees(photographs):
     for content in some_photographs(photographs):
         image = Image.open(io.BytesIO(content))
         assert largest_difference(decode_image(content, 3), shown(image, 3)) <= 2
-        # A JPEG's own luma: not clipped to the range of colours before it is weighed, so a few strong colours differ.
+        # A JPEG's own luma: not clipped to the range of colours before it is weighed, so a few
+        # strong colours differ.
         difference = np.abs(decode_image(content, 1).numpy().astype(int) - shown(image, 1))
         assert difference.mean() < 0.5
         assert (difference > 2).mean() < 0.03
@@ -386,9 +470,17 @@ def test_photographs_have_the_colours_that_pillow_sees(photographs):
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "BMP", "CMYK"])
 def test_photographs_in_other_formats_have_the_colours_that_pillow_sees(photographs, kind):
-    photograph = Image.open(io.BytesIO(some_photographs(photographs)[1])).convert("RGB").crop((0, 0, 151, 101))
+    photograph = (
+        Image.open(io.BytesIO(some_photographs(photographs)[1]))
+        .convert("RGB")
+        .crop((0, 0, 151, 101))
+    )
     is_cmyk = kind == "CMYK"
-    content = encoded(photograph.convert("CMYK") if is_cmyk else photograph, "JPEG" if is_cmyk else kind, quality=95)
+    content = encoded(
+        photograph.convert("CMYK") if is_cmyk else photograph,
+        "JPEG" if is_cmyk else kind,
+        quality=95,
+    )
     image = Image.open(io.BytesIO(content))
     for in_chans in (1, 3):
         assert largest_difference(decode_image(content, in_chans), shown(image, in_chans)) <= 2
@@ -417,7 +509,9 @@ FUZZED = {
 def corrupted(content: bytes, seed: int) -> bytes:
     """Perhaps cut, then one to eight bytes changed, the header's more often than others."""
     chance = random.Random(seed)
-    changed = bytearray(content[: chance.randrange(1, len(content))] if chance.random() < 0.25 else content)
+    changed = bytearray(
+        content[: chance.randrange(1, len(content))] if chance.random() < 0.25 else content
+    )
     for _ in range(chance.choice([1, 1, 2, 8])):
         position = chance.randrange(min(len(changed), chance.choice([40, 200, len(changed)])))
         flipped = changed[position] ^ 1 << chance.randrange(8)
@@ -428,7 +522,9 @@ def corrupted(content: bytes, seed: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 @pytest.mark.parametrize("kind", FUZZED)
 def test_a_corrupted_file_gives_an_image_or_a_reason(kind, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)  # a flipped bit in a size would only cost time here
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 500_000
+    )  # a flipped bit in a size would only cost time here
     content = FUZZED[kind]()
     outcomes = {"image": 0, "reason": 0}
     for seed in range(200):

@@ -1,4 +1,5 @@
-"""Labelled data: what a folder must look like, which label an image gets, and fixed choices of a part of it."""
+"""Labelled data: what a folder must look like, which label an image gets, and fixed choices of a
+part of it."""
 
 import logging
 import os
@@ -16,10 +17,17 @@ from runs import loading
 from test_datasets import archive_of, publish, records
 from test_sampler import global_states
 
-from data.cifar import CIFAR_ARCHIVES
 from data.images import BadImageError
-from data.labelled import LabelledArray, LabelledData, Subset, build_labelled_data, stratified_choice, take_subset
-from data.loaders import LabelledBatch, LabelledDataset, build_train_loader, collate_labelled
+from data.known_sets import CIFAR_ARCHIVES
+from data.labels import (
+    LabelledArray,
+    LabelledData,
+    Subset,
+    build_labelled_data,
+    stratified_choice,
+    take_subset,
+)
+from data.loader import LabelledBatch, LabelledDataset, build_train_loader, collate_labelled
 from data.sampler import SampleKey, StepSampler
 from data.transforms import pretrain_transform
 from util.errors import InputError
@@ -49,8 +57,22 @@ def listed(source) -> list[tuple[str, int]]:
 
 
 def test_classes_are_numbered_in_the_order_of_their_names(tmp_path):
-    touch(tmp_path, "train/dog/1.jpg", "train/cat/2.jpg", "train/cat/1.jpg", "train/Zebra/1.png", "train/10/a.gif")
-    touch(tmp_path, "val/dog/9.jpg", "val/cat/8.jpg", "val/Zebra/7.png", "val/10/6.bmp", "val/10/5.bmp")
+    touch(
+        tmp_path,
+        "train/dog/1.jpg",
+        "train/cat/2.jpg",
+        "train/cat/1.jpg",
+        "train/Zebra/1.png",
+        "train/10/a.gif",
+    )
+    touch(
+        tmp_path,
+        "val/dog/9.jpg",
+        "val/cat/8.jpg",
+        "val/Zebra/7.png",
+        "val/10/6.bmp",
+        "val/10/5.bmp",
+    )
     data = read(tmp_path)
     assert data.class_names == ["10", "Zebra", "cat", "dog"]
     assert listed(data.train) == [
@@ -72,19 +94,32 @@ def test_classes_are_numbered_in_the_order_of_their_names(tmp_path):
 
 
 def test_the_first_folder_is_the_class_however_deep_an_image_lies(tmp_path):
-    touch(tmp_path, "train/a/b/1.jpg", "train/a/b/c/2.jpg", "train/a/train/3.jpg", "train/b/a/4.jpg", "train/b/5.jpg")
+    touch(
+        tmp_path,
+        "train/a/b/1.jpg",
+        "train/a/b/c/2.jpg",
+        "train/a/train/3.jpg",
+        "train/b/a/4.jpg",
+        "train/b/5.jpg",
+    )
     touch(tmp_path, "val/a/x/y/z/1.jpg", "val/b/1.jpg")
     data = read(tmp_path)
     assert dict(listed(data.train)) == {
-        "a/b/1.jpg": 0, "a/b/c/2.jpg": 0, "a/train/3.jpg": 0, "b/5.jpg": 1, "b/a/4.jpg": 1
-    }  # fmt: skip
+        "a/b/1.jpg": 0,
+        "a/b/c/2.jpg": 0,
+        "a/train/3.jpg": 0,
+        "b/5.jpg": 1,
+        "b/a/4.jpg": 1,
+    }
     assert listed(data.val) == [("a/x/y/z/1.jpg", 0), ("b/1.jpg", 1)]
 
 
 def test_a_class_whose_name_begins_like_another_is_its_own(tmp_path):
     """A slash sorts behind a space and a hyphen, so names are not in the order of the paths."""
     for split in ("train", "val"):
-        touch(tmp_path, *(f"{split}/{name}/1.jpg" for name in ("cat", "cat-big", "cat big", "cats")))
+        touch(
+            tmp_path, *(f"{split}/{name}/1.jpg" for name in ("cat", "cat-big", "cat big", "cats"))
+        )
     data = read(tmp_path)
     assert data.class_names == ["cat", "cat big", "cat-big", "cats"]
     for name, label in listed(data.train):
@@ -102,12 +137,19 @@ def test_pixels_and_labels_belong_together(tmp_path):
     given = ["übung", "日本", "💡", os.fsdecode(b"caf\xe9")]
     for source, shade in ((data.train, 0), (data.val, 100)):
         for index in range(4):
-            assert source.read(index)[0, 0, 0] - shade == given.index(data.class_names[source.labels[index]])
+            assert source.read(index)[0, 0, 0] - shade == given.index(
+                data.class_names[source.labels[index]]
+            )
 
 
 def test_what_is_hidden_is_no_class_and_no_image(tmp_path):
     touch(
-        tmp_path, "train/a/1.jpg", "train/.git/2.jpg", "train/a/.cache/3.jpg", "train/a/.4.jpg", ".hidden/train/5.jpg"
+        tmp_path,
+        "train/a/1.jpg",
+        "train/.git/2.jpg",
+        "train/a/.cache/3.jpg",
+        "train/a/.4.jpg",
+        ".hidden/train/5.jpg",
     )
     touch(tmp_path, "val/a/1.jpg", "val/a/notes.txt", "test/b/1.jpg", "readme.txt")
     data = read(tmp_path)
@@ -116,18 +158,34 @@ def test_what_is_hidden_is_no_class_and_no_image(tmp_path):
 
 
 def test_linked_classes_are_followed(tmp_path):
-    touch(tmp_path, "elsewhere/cats/1.jpg", "all/train/dog/1.jpg", "all/val/dog/1.jpg", "all/val/cat/2.jpg")
+    touch(
+        tmp_path,
+        "elsewhere/cats/1.jpg",
+        "all/train/dog/1.jpg",
+        "all/val/dog/1.jpg",
+        "all/val/cat/2.jpg",
+    )
     (tmp_path / "all/train/cat").symlink_to(tmp_path / "elsewhere/cats")
     assert listed(read(tmp_path / "all").train) == [("cat/1.jpg", 0), ("dog/1.jpg", 1)]
 
 
 def test_images_outside_the_class_folders_are_left_out_with_a_warning(tmp_path, caplog):
-    touch(tmp_path, "train/1.jpg", "train/z.png", "train/b/2.jpg", "train/a/3.jpg", "val/a/1.jpg", "val/b/1.jpg")
+    touch(
+        tmp_path,
+        "train/1.jpg",
+        "train/z.png",
+        "train/b/2.jpg",
+        "train/a/3.jpg",
+        "val/a/1.jpg",
+        "val/b/1.jpg",
+    )
     data = read(tmp_path)
     assert listed(data.train) == [("a/3.jpg", 0), ("b/2.jpg", 1)]
     assert len(data.train) == 2
     assert data.train.fingerprint() != data.val.fingerprint()
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    warnings = [
+        record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+    ]
     assert warnings == [f"{tmp_path}/train: 2 images lie in no class folder and are left out"]
 
 
@@ -145,7 +203,8 @@ def test_wrong_layouts_are_refused_in_exact_words(tmp_path):
     assert refusal(here / "file_train") == f"data_path {here}/file_train has no train/: {needs}"
     touch(here, "no_classes/train/a/1.jpg", "no_classes/val/1.jpg", "no_classes/val/.b/1.jpg")
     assert (
-        refusal(here / "no_classes") == f"{here}/no_classes/val has no class folders: it must hold a folder per class"
+        refusal(here / "no_classes")
+        == f"{here}/no_classes/val has no class folders: it must hold a folder per class"
     )
 
 
@@ -159,9 +218,16 @@ def test_splits_with_different_classes_are_refused_in_exact_words(tmp_path):
     assert refusal(tmp_path / "2") == expected
     touch(tmp_path / "3", *both, *(f"train/class {number}/1.jpg" for number in range(7)))
     names = "class 0, class 1, class 2, class 3, class 4, ..."
-    assert refusal(tmp_path / "3") == f"7 class folders are in {tmp_path}/3/train and not in val/: {names}"
-    touch(tmp_path / "4", "train/Dog/1.jpg", "val/dog/1.jpg")  # another name, by the case of its letters
-    assert refusal(tmp_path / "4") == f"1 class folders are in {tmp_path}/4/train and not in val/: Dog"
+    assert (
+        refusal(tmp_path / "3")
+        == f"7 class folders are in {tmp_path}/3/train and not in val/: {names}"
+    )
+    touch(
+        tmp_path / "4", "train/Dog/1.jpg", "val/dog/1.jpg"
+    )  # another name, by the case of its letters
+    assert (
+        refusal(tmp_path / "4") == f"1 class folders are in {tmp_path}/4/train and not in val/: Dog"
+    )
     touch(tmp_path / "5", *both, *(f"train/{number}/1.jpg" for number in range(5)))
     assert refusal(tmp_path / "5").endswith(": 0, 1, 2, 3, 4")  # five are named without dots
 
@@ -174,8 +240,12 @@ def test_empty_classes_are_refused_in_exact_words(tmp_path):
     (tmp_path / "2/train/c").mkdir()
     assert refusal(tmp_path / "2") == f"2 class folders in {tmp_path}/2/train hold no image: c, d"
     touch(tmp_path / "3", "train/a/notes.txt", "val/a/1.jpg")
-    assert refusal(tmp_path / "3").startswith(f"no images under {tmp_path}/3/train: none of its files ends in .jpg")
-    touch(tmp_path / "4", "train/1.jpg", "train/a/notes.txt", "val/a/1.jpg")  # the only image is a stray one
+    assert refusal(tmp_path / "3").startswith(
+        f"no images under {tmp_path}/3/train: none of its files ends in .jpg"
+    )
+    touch(
+        tmp_path / "4", "train/1.jpg", "train/a/notes.txt", "val/a/1.jpg"
+    )  # the only image is a stray one
     assert refusal(tmp_path / "4") == f"1 class folders in {tmp_path}/4/train hold no image: a"
 
 
@@ -253,13 +323,18 @@ def test_cifar_labels_go_with_their_images(tmp_path, monkeypatch, dataset, num_c
         expected = np.concatenate([rows[member] for member in members])
         assert source.labels.tolist() == expected[:, spec.label_bytes - 1].tolist()
         for index in range(len(expected)):
-            assert source.read(index).flatten().tolist() == expected[index, spec.label_bytes :].tolist()
+            assert (
+                source.read(index).flatten().tolist()
+                == expected[index, spec.label_bytes :].tolist()
+            )
     assert data.val.name(0) == f"{dataset} val[0]"
 
 
 def test_a_label_outside_the_classes_is_refused(tmp_path, monkeypatch):
     spec = CIFAR_ARCHIVES["cifar10"]
-    members = {name: np.zeros((2, 3073), dtype=np.uint8) for name in spec.train_members + spec.test_members}
+    members = {
+        name: np.zeros((2, 3073), dtype=np.uint8) for name in spec.train_members + spec.test_members
+    }
     members[spec.test_members[0]][1, 0] = 10
     content = archive_of({name: rows.tobytes() for name, rows in members.items()})
     name = publish(monkeypatch, "cifar10", "http://127.0.0.1:1/c.tar.gz", content)
@@ -286,9 +361,18 @@ def test_a_choice_holds_each_class_in_proportion(count, seed):
 
 
 def test_quotas_by_hand():
-    """200 images, 20 asked for: 10, 5, 3.1, 1.7, 0.2; the missing one goes to the class of the largest rest."""
-    assert np.bincount(LABELS[stratified_choice(LABELS, 20, 0)], minlength=5).tolist() == [10, 5, 3, 2, 0]
-    equal = np.repeat(np.arange(4), 10)  # 10 of 40: 2.5 each; of equal rests chance gives one more, by the seed
+    """200 images, 20 asked for: 10, 5, 3.1, 1.7, 0.2; the missing one goes to the class of the
+    largest rest."""
+    assert np.bincount(LABELS[stratified_choice(LABELS, 20, 0)], minlength=5).tolist() == [
+        10,
+        5,
+        3,
+        2,
+        0,
+    ]
+    equal = np.repeat(
+        np.arange(4), 10
+    )  # 10 of 40: 2.5 each; of equal rests chance gives one more, by the seed
     quotas = [tuple(np.bincount(equal[stratified_choice(equal, 10, seed)])) for seed in range(12)]
     assert {tuple(sorted(quota)) for quota in quotas} == {(2, 2, 3, 3)} and len(set(quotas)) > 2
     many = np.repeat(np.arange(1000), 5)  # fewer than classes: not the first ones
@@ -296,7 +380,9 @@ def test_quotas_by_hand():
 
 
 def test_another_seed_chooses_others_and_the_same_seed_the_same(digits):
-    chosen = [tuple(stratified_choice(digits.train.labels, 400, seed).tolist()) for seed in (0, 1, 2, 0)]
+    chosen = [
+        tuple(stratified_choice(digits.train.labels, 400, seed).tolist()) for seed in (0, 1, 2, 0)
+    ]
     assert chosen[0] == chosen[3]
     assert len(set(chosen)) == 3
     assert len(set(chosen[0]) & set(chosen[1])) < 80  # 40 by chance
@@ -313,7 +399,9 @@ def test_the_choice_leaves_the_global_random_states_alone():
 
 def source_of(labels: np.ndarray) -> LabelledArray:
     """Image i is filled with i."""
-    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 3, 6, 6), dtype=np.uint8)
+    images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones(
+        (1, 3, 6, 6), dtype=np.uint8
+    )
     return LabelledArray("shades", images, labels, 3)
 
 
@@ -339,7 +427,10 @@ def test_subsets_of_impossible_size_are_refused_with_the_numbers():
     for count in (1, 4, 201):
         with pytest.raises(InputError) as error:
             take_subset(source, count, 0)
-        assert str(error.value) == f"subset {count} must lie between the 5 classes and the 200 training images"
+        assert (
+            str(error.value)
+            == f"subset {count} must lie between the 5 classes and the 200 training images"
+        )
 
 
 class Broken(LabelledArray):
@@ -371,11 +462,17 @@ def test_a_replaced_image_brings_its_own_label():
         assert (sample.target.dtype, sample.target.shape) == (torch.int64, ())
         assert image not in broken
         assert (image == position) == (position not in broken)
-        assert [bad.path for bad in sample.bad][:1] == ([f"shades[{position}]"] if position in broken else [])
+        assert [bad.path for bad in sample.bad][:1] == (
+            [f"shades[{position}]"] if position in broken else []
+        )
         replaced |= {image} if position in broken else set()
     assert len(replaced) > 8  # of 20
-    assert dataset[key(0)].image[0, 0, 0] == dataset[key(0)].image[0, 0, 0]  # the same one each time
-    assert len({int(dataset[key(0, epoch)].target) for epoch in range(10)}) > 3  # and another one in another epoch
+    assert (
+        dataset[key(0)].image[0, 0, 0] == dataset[key(0)].image[0, 0, 0]
+    )  # the same one each time
+    assert (
+        len({int(dataset[key(0, epoch)].target) for epoch in range(10)}) > 3
+    )  # and another one in another epoch
 
 
 def test_a_batch_of_bad_files_has_no_images():
@@ -384,7 +481,11 @@ def test_a_batch_of_bad_files_has_no_images():
     assert (batch.failed, len(batch.images), len(batch.labels)) == (True, 0, 2)
     half = LabelledDataset(Broken({0}), lambda image: image, seed=0)
     batch = collate_labelled([half[key(0)], half[key(1)]])
-    assert (batch.failed, batch.images.shape, [bad.path for bad in batch.bad]) == (False, (2, 3, 6, 6), ["shades[0]"])
+    assert (batch.failed, batch.images.shape, [bad.path for bad in batch.bad]) == (
+        False,
+        (2, 3, 6, 6),
+        ["shades[0]"],
+    )
 
 
 def drawing(image: torch.Tensor) -> torch.Tensor:
@@ -398,7 +499,9 @@ def test_an_image_is_a_function_of_seed_epoch_and_position():
         dataset = LabelledDataset(source_of(np.arange(40)), drawing, seed)
         return dataset[SampleKey(0, epoch, position, step)].image.numpy().tobytes()
 
-    everything = [(seed, epoch, position) for seed in range(2) for epoch in range(3) for position in range(4)]
+    everything = [
+        (seed, epoch, position) for seed in range(2) for epoch in range(3) for position in range(4)
+    ]
     before = global_states()
     first = [made(*coordinates) for coordinates in everything]
     assert global_states() == before
@@ -407,12 +510,16 @@ def test_an_image_is_a_function_of_seed_epoch_and_position():
     assert len(set(first)) == 24
     for generator in range(3):  # each of the three is seeded, and by the sample
         assert len({pixels[36 * generator] for pixels in first}) > 12
-    assert made(0, 1, 2, step=9) == made(0, 1, 2, step=3)  # another total batch size gives the same crop
+    assert made(0, 1, 2, step=9) == made(
+        0, 1, 2, step=3
+    )  # another total batch size gives the same crop
 
 
 def loaded(num_workers: int, start_step: int = 0) -> list[LabelledBatch]:
     dataset = LabelledDataset(Broken({3, 8}), drawing, seed=5)
-    steps = StepSampler(40, 4, accum_iter=1, rank=0, world_size=1, seed=5, start_step=start_step, stop_step=15)
+    steps = StepSampler(
+        40, 4, accum_iter=1, rank=0, world_size=1, seed=5, start_step=start_step, stop_step=15
+    )
     return list(build_train_loader(dataset, steps, loading(num_workers)))
 
 
@@ -441,7 +548,9 @@ def test_the_usual_transform_keeps_labels_and_images_together(tmp_path):
     shutil.copy(tmp_path / "val/class 0/0.png", tmp_path / "train/stray.png")
     data = read(tmp_path)
     dataset = LabelledDataset(data.train, pretrain_transform(8, 0.2, "bicubic", 0.5), seed=0)
-    steps = StepSampler(len(dataset), 4, accum_iter=1, rank=0, world_size=1, seed=0, start_step=0, stop_step=3)
+    steps = StepSampler(
+        len(dataset), 4, accum_iter=1, rank=0, world_size=1, seed=0, start_step=0, stop_step=3
+    )
     for batch in build_train_loader(dataset, steps, loading(0)):
         assert batch.images.shape == (4, 3, 8, 8)
         assert (batch.images[:, 0, 0, 0] // 60).tolist() == batch.labels.tolist()

@@ -1,4 +1,5 @@
-"""The launchers on one machine: what listens, and what happens when the launcher, its terminal or its session ends."""
+"""The launchers on one machine: what listens, and what happens when the launcher, its terminal or
+its session ends."""
 
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 from runs import command, digits, environment, log_lines, run
 from test_nodes import DRIVEN, children, start, wait_for_step
 
-from engine.checkpoint import load_newest_checkpoint
+from engine.run.checkpoint import load_newest_checkpoint
 
 pytestmark = pytest.mark.long
 
@@ -19,15 +20,26 @@ pytestmark = pytest.mark.long
 def launched(out: Path, *before: str, pause: str = "0.1", **env: str) -> subprocess.Popen[bytes]:
     """A pretraining of two processes, 12 s of it steps; its output in `out`.txt."""
     arguments = digits(out, "--log_interval", 1, "--batch_size", 32)
-    return start([*before, "sh", "-c", f'{DRIVEN} "$@"', "sh"], arguments, out.with_suffix(".txt"), NGPU="2",
-                 PAUSE=pause, **env)  # fmt: skip
+    return start(
+        [*before, "sh", "-c", f'{DRIVEN} "$@"', "sh"],
+        arguments,
+        out.with_suffix(".txt"),
+        NGPU="2",
+        PAUSE=pause,
+        **env,
+    )
 
 
 def test_nothing_listens_beyond_this_machine(tmp_path):
     launcher = launched(tmp_path / "out")
     wait_for_step(tmp_path / "out", 3, [launcher])
     pids = [launcher.pid, *children(launcher.pid)]
-    links = [str(entry.readlink()) for pid in pids for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    links = [
+        str(entry.readlink())
+        for pid in pids
+        for entry in Path(f"/proc/{pid}/fd").iterdir()
+        if entry.is_symlink()
+    ]
     sockets = {match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))}
     listening = [
         fields[1]
@@ -54,7 +66,9 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     saved = load_newest_checkpoint(tmp_path / "out")
-    assert saved is not None and 10 <= saved["step"] == log_lines(tmp_path / "out")[-1]["step"] < 124
+    assert (
+        saved is not None and 10 <= saved["step"] == log_lines(tmp_path / "out")[-1]["step"] < 124
+    )
     again = launched(tmp_path / "out", pause="0")
     assert again.wait(timeout=120) == 0
     assert f"at step {saved['step']}" in (tmp_path / "out.txt").read_text()
@@ -92,10 +106,22 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path):
     out = tmp_path / "out"
     controller, terminal = os.openpty()
     process = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", *command("main_pretrain.py", *digits(out, "--log_interval", 1, "--epochs", 40),
-                                                script="tests/fault_driver.py")],
-        stdin=terminal, stdout=terminal, stderr=terminal, env=environment(PAUSE="0.01"), start_new_session=True,
-    )  # fmt: skip
+        [
+            "setsid",
+            "--ctty",
+            "--wait",
+            *command(
+                "main_pretrain.py",
+                *digits(out, "--log_interval", 1, "--epochs", 40),
+                script="tests/fault_driver.py",
+            ),
+        ],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment(PAUSE="0.01"),
+        start_new_session=True,
+    )
     os.close(terminal)
     wait_for_step(out, 10, [process])
     shown = os.read(controller, 65536)
@@ -110,7 +136,9 @@ def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(tmp_path):
     """While images are listed and the model is built there is nothing to save."""
     out = tmp_path / "out"
     arguments = command(*digits(out, "--epochs", 1))
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (out / "log.txt").exists():
         assert process.poll() is None
         time.sleep(0.005)

@@ -1,6 +1,8 @@
-"""The rules of the source itself: which way imports point, what is never called, how long files and functions are.
+"""The rules of the source itself: which way imports point, what is never called, how long files and
+functions are.
 
-Each rule is a small function of a source text that returns what is wrong with it; the last part shows that they bite.
+Each rule is a small function of a source text that returns what is wrong with it; the last part
+shows that they bite.
 """
 
 import ast
@@ -29,12 +31,27 @@ BELOW = {  # what a layer may import of this project, beside itself
 MAX_FILE, MAX_FUNCTION, MAX_STORY = 250, 60, 75  # lines
 STORIES = {("engine/loop.py", "train")}  # beside each entry script's main
 FORBIDDEN_NAMES = {  # by their full name, however they were imported, called or handed on
-    "eval", "exec", "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "os.system", "os.popen",
-    "subprocess.getoutput", "subprocess.getstatusoutput", "shutil.unpack_archive", "pandas.read_pickle",
-    "torch.jit.load", "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.package.PackageImporter",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "shutil.unpack_archive",
+    "pandas.read_pickle",
+    "torch.jit.load",
+    "torch.hub.load",
+    "torch.hub.load_state_dict_from_url",
+    "torch.package.PackageImporter",
+}
 FORBIDDEN_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-EXCUSED_IMPORTS = {("models/weights_file.py", "pickle")}  # for the one name that is harmless, an error
+EXCUSED_IMPORTS = {
+    ("models/weights/files.py", "pickle")
+}  # for the one name that is harmless, an error
 HARMLESS_NAMES = {"pickle", "pickle.UnpicklingError"}
 NEED_WEIGHTS_ONLY = {"torch.load", "torch.serialization.load"}
 FORBIDDEN_KEYWORDS = {("weights_only", False), ("shell", True), ("allow_pickle", True)}
@@ -55,7 +72,10 @@ def names_in(source: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, "." * node.level + (node.module or "")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "import_module",
+            "__import__",
+        ):
             yield node.lineno, ast.unparse(node.args[0]).strip("'\"")
 
 
@@ -73,17 +93,24 @@ def wrong_imports(source: str, layer: str, tools: frozenset[str] = frozenset()) 
 
 def star_imports(source: str) -> list[str]:
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    return [f"line {node.lineno}: from {node.module} import *" for node in nodes if node.names[0].name == "*"]
+    return [
+        f"line {node.lineno}: from {node.module} import *"
+        for node in nodes
+        if node.names[0].name == "*"
+    ]
 
 
 def imported_names(tree: ast.AST) -> dict[str, str]:
-    """What the names stand for that a source imports: p for `import pickle as p`, load for `from torch import load`."""
+    """What the names stand for that a source imports: p for `import pickle as p`, load for `from
+    torch import load`."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.asname: alias.name for alias in node.names if alias.asname}
         elif isinstance(node, ast.ImportFrom):
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
     return found
 
 
@@ -101,33 +128,51 @@ def forbidden(source: str, file: str = "") -> list[str]:
             found.append(f"line {line}: import of {module}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):  # comes before its parts
-            keywords = {(k.arg, k.value.value) for k in node.keywords if isinstance(k.value, ast.Constant)}
-            if full_name(node.func).split(".")[-1] in FORBIDDEN_METHODS or keywords & FORBIDDEN_KEYWORDS:
+            keywords = {
+                (k.arg, k.value.value) for k in node.keywords if isinstance(k.value, ast.Constant)
+            }
+            if (
+                full_name(node.func).split(".")[-1] in FORBIDDEN_METHODS
+                or keywords & FORBIDDEN_KEYWORDS
+            ):
                 found.append(f"line {node.lineno}: {ast.unparse(node)}")
             if ("weights_only", True) in keywords:
                 safe.add(node.func)
         if isinstance(node, ast.ImportFrom):
             found += [
-                f"line {node.lineno}: {name}" for name in imported_names(node).values() if name in FORBIDDEN_NAMES
+                f"line {node.lineno}: {name}"
+                for name in imported_names(node).values()
+                if name in FORBIDDEN_NAMES
             ]
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
             name = full_name(node)
             is_pickle = name.split(".")[0] in FORBIDDEN_MODULES and name not in HARMLESS_NAMES
-            if name in FORBIDDEN_NAMES or is_pickle or (name in NEED_WEIGHTS_ONLY and node not in safe):
+            if (
+                name in FORBIDDEN_NAMES
+                or is_pickle
+                or (name in NEED_WEIGHTS_ONLY and node not in safe)
+            ):
                 found.append(f"line {node.lineno}: {name}")
     return found
 
 
 def prints(source: str) -> list[str]:
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    return [f"line {node.lineno}: {ast.unparse(node)}" for node in calls if ast.unparse(node.func) == "print"]
+    return [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in calls
+        if ast.unparse(node.func) == "print"
+    ]
 
 
 def too_long(source: str, file: str) -> list[str]:
-    """A file above 250 lines, a function above 60, a story (an entry's main, the training loop) above 75."""
+    """A file above 250 lines, a function above 60, a story (an entry's main, the training loop)
+    above 75."""
     lines = len(source.splitlines())
     found = [f"{lines} lines"] if lines > MAX_FILE else []
-    stories = {name for path, name in STORIES if path == file} | ({"main"} if layer_of(file) == "main" else set())
+    stories = {name for path, name in STORIES if path == file} | (
+        {"main"} if layer_of(file) == "main" else set()
+    )
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -172,10 +217,18 @@ def test_packages_and_entry_scripts_log_and_stay_short(file):
 
 
 def test_packages_are_empty_at_the_top_and_listed():
-    inits = [path for path in ROOT.glob("*/**/__init__.py") if path.relative_to(ROOT).parts[0] in PACKAGES]
+    inits = [
+        path
+        for path in ROOT.glob("*/**/__init__.py")
+        if path.relative_to(ROOT).parts[0] in PACKAGES
+    ]
     assert [path.relative_to(ROOT).as_posix() for path in inits if path.read_bytes()] == []
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in inits}
-    holding = {Path(file).parent.as_posix().replace("/", ".") for file in SOURCES if layer_of(file) in PACKAGES}
+    holding = {
+        Path(file).parent.as_posix().replace("/", ".")
+        for file in SOURCES
+        if layer_of(file) in PACKAGES
+    }
     assert holding == folders  # a folder of modules without __init__.py would not be installed
     assert unlisted_packages(folders, read("pyproject.toml")) == set()
     assert not (ROOT / "tools" / "__init__.py").exists()  # tools are scripts
@@ -188,7 +241,7 @@ def test_packages_are_empty_at_the_top_and_listed():
     ("layer", "line"),
     [
         ("util", "from models.vit import Block"),
-        ("util", "import engine.run"),
+        ("util", "import engine.run.folder"),
         ("util", "def f():\n    from data import sampler"),
         ("models", "import data.sampler"),
         ("models", "from engine.optim import param_groups"),
@@ -203,7 +256,7 @@ def test_packages_are_empty_at_the_top_and_listed():
         ("tools", "from main_pretrain import main"),
         ("tools", "from . import run_mae_vis"),
         ("models", "from .vit import Block"),
-        ("data", "import importlib\nimportlib.import_module('engine.run')"),
+        ("data", "import importlib\nimportlib.import_module('engine.run.folder')"),
         ("util", "from conftest import ROOT"),
     ],
 )
@@ -214,11 +267,23 @@ def test_an_arrow_that_points_up_or_sideways_is_found(layer, line):
 @pytest.mark.parametrize(
     ("layer", "line"),
     [
-        ("main", "import torch\nfrom engine.run import Run\nfrom models.mae import x\nfrom data.loaders import y"),
-        ("tools", "from util.errors import run_cli\nimport engine.knn"),
-        ("engine", "from data.loaders import PretrainBatch\nfrom models import build\nimport engine.run"),
-        ("models", "from models.vit import Block\nfrom util.errors import InputError\nfrom timm.data import Mixup"),
-        ("data", "from torch.utils.data import Dataset\nimport mlxtend.data\nfrom data.cifar import read_cifar"),
+        (
+            "main",
+            "import torch\nfrom engine.run.folder import Run\nfrom models.mae import x\nfrom data.loader import y",
+        ),
+        ("tools", "from util.errors import run_cli\nimport engine.evaluation.knn"),
+        (
+            "engine",
+            "from data.loader import PretrainBatch\nfrom models import build\nimport engine.run.folder",
+        ),
+        (
+            "models",
+            "from models.vit import Block\nfrom util.errors import InputError\nfrom timm.data import Mixup",
+        ),
+        (
+            "data",
+            "from torch.utils.data import Dataset\nimport mlxtend.data\nfrom data.known_sets import read_cifar",
+        ),
         ("util", "import torch.utils.data\nfrom util import dist"),
     ],
 )
@@ -284,7 +349,7 @@ def test_harmless_calls_are_left_alone(line):
 
 
 def test_an_excused_import_excuses_no_call():
-    file = "models/weights_file.py"
+    file = "models/weights/files.py"
     assert forbidden("import pickle\nraise pickle.UnpicklingError", file) == []
     assert forbidden("import pickle\npickle.load(stream)", file) == ["line 2: pickle.load"]
     assert forbidden("from pickle import load", "models/vit.py") != []
@@ -292,7 +357,9 @@ def test_an_excused_import_excuses_no_call():
 
 
 def test_a_print_and_a_star_import_are_found():
-    assert prints("def f():\n    print('x', file=sys.stderr)") == ["line 2: print('x', file=sys.stderr)"]
+    assert prints("def f():\n    print('x', file=sys.stderr)") == [
+        "line 2: print('x', file=sys.stderr)"
+    ]
     assert prints("pprint(x)\nparser.print_help()\n'print(x)'") == []
     assert star_imports("from models.vit import *") == ["line 1: from models.vit import *"]
     assert star_imports("from models.vit import Block") == []
@@ -316,9 +383,11 @@ def test_only_the_stories_may_be_longer():
     assert too_long(function("main", 76), "main_knn.py") == ["main: 76 lines"]
     assert too_long(function("other", 61), "main_knn.py") == ["other: 61 lines"]
     assert too_long(function("main", 61), "util/a.py") == ["main: 61 lines"]
-    assert too_long("class A:\n" + function("main", 61, "    "), "main_knn.py") == ["main: 61 lines"]
+    assert too_long("class A:\n" + function("main", 61, "    "), "main_knn.py") == [
+        "main: 61 lines"
+    ]
     assert too_long(function("train", 75), "engine/loop.py") == []
-    assert too_long(function("train", 61), "engine/probe.py") == ["train: 61 lines"]
+    assert too_long(function("train", 61), "engine/evaluation/probe.py") == ["train: 61 lines"]
 
 
 def test_a_package_that_is_not_listed_is_found():

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.benchmarks.memory import LiveBytes
 from models import blocks, lean
 from models.blocks import Block, CrossBlock
 from tools import benchmark
+from tools.benchmarks.memory import LiveBytes
 
 
 def bf16():
@@ -75,8 +75,9 @@ def kept_for_the_gradient(block, x):
 
 @pytest.mark.parametrize("tokens", [40, blocks.WEIGHTS_AGAIN_FROM_TOKENS])
 def test_what_a_block_keeps(tokens, monkeypatch):
-    """In units of one token's bf16 row: both norms' inputs (the second in fp32 is 2) and outputs, q, k, v, the
-    attention's output, the GELU's input; plainly its output, a copy of q, k, v and all weights, too."""
+    """In units of one token's bf16 row: both norms' inputs (the second in fp32 is 2) and outputs,
+    q, k, v, the attention's output, the GELU's input; plainly its output, a copy of q, k, v and all
+    weights, too."""
     dim, heads, batch = 64, 4, 2
     block, x = Block(dim, heads, 4.0), draw(batch, tokens, 64).requires_grad_()
     row = 2 * dim * batch * tokens
@@ -110,11 +111,15 @@ def test_a_copied_block_and_a_frozen_one_work():
     block.attn.proj.requires_grad_(True)
     with bf16():
         block(draw(2, 5, 32)).sum().backward()
-    assert {n for n, p in block.named_parameters() if p.grad is not None} == {"attn.proj.weight", "attn.proj.bias"}
+    assert {n for n, p in block.named_parameters() if p.grad is not None} == {
+        "attn.proj.weight",
+        "attn.proj.bias",
+    }
 
 
 @pytest.mark.long
 def test_activation_memory_of_the_base_step():
-    """A count, so that it holds everywhere: at most half the peer's, a quarter with checkpointing."""
+    """A count, so that it holds everywhere: at most half the peer's, a quarter with
+    checkpointing."""
     shares = benchmark.main(["memory"])["base/16"]["activations_over_peer"]
     assert shares["ours bf16"] <= 0.5 and shares["ours bf16 checkpointing"] <= 0.25

@@ -1,4 +1,5 @@
-"""`main_lincls.py` end to end: a frozen backbone, a fair choice among learning rates, exact resume."""
+"""`main_lincls.py` end to end: a frozen backbone, a fair choice among learning rates, exact
+resume."""
 
 import logging
 from collections.abc import Callable
@@ -19,14 +20,14 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-import engine.classification
+import engine.evaluation.classification
 import main_finetune
 import main_lincls
-from data.sampler import HEAD, generator
-from engine.checkpoint import load_newest_checkpoint
-from engine.evaluate import Scores
+from engine.evaluation.evaluate import Scores
+from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
 from util.errors import InputError
+from util.rng import HEAD, generator
 
 LEARN = ["--crop_min", 0.8, "--epochs", 8, "--warmup_epochs", 1]
 RATES = (0.03, 0.3, 3.0)
@@ -80,9 +81,11 @@ def scripted(monkeypatch, by_images: dict[int, list[int]]) -> None:
     def call(self, classify, num_heads=1):
         size = len(self.batches.begin(0)[0].dataset)
         assert num_heads == len(by_images[size])
-        return [Scores(size, right, size, 1.0, [right, 0, 0], [size, 0, 0]) for right in by_images[size]]
+        return [
+            Scores(size, right, size, 1.0, [right, 0, 0], [size, 0, 0]) for right in by_images[size]
+        ]
 
-    monkeypatch.setattr(engine.classification.Evaluator, "__call__", call)
+    monkeypatch.setattr(engine.evaluation.classification.Evaluator, "__call__", call)
 
 
 def on_features(monkeypatch, do: Callable[[VisionTransformer, int], None]) -> None:
@@ -98,7 +101,8 @@ def on_features(monkeypatch, do: Callable[[VisionTransformer, int], None]) -> No
     monkeypatch.setattr(VisionTransformer, "forward_features", called)
 
 
-# --- what it learns and leaves ----------------------------------------------------------------------------------------
+# --- what it learns and leaves
+# ----------------------------------------------------------------------------------------
 
 
 def test_it_learns_and_its_results_say_what_and_from_where(finished, weights):
@@ -115,9 +119,15 @@ def test_it_learns_and_its_results_say_what_and_from_where(finished, weights):
     assert list(results["per_class"]) == list(CLASSES)
     assert sum(results["per_class"].values()) * 20 / 100 == pytest.approx(results["correct1"])
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "checkpoint-00000072.pth", "checkpoint-00000072.pth.sha256",
-        "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "results.json",
-    ]  # fmt: skip
+        ".lock",
+        "checkpoint-00000072.pth",
+        "checkpoint-00000072.pth.sha256",
+        "config.yaml",
+        "log.jsonl",
+        "log.txt",
+        "model.safetensors",
+        "results.json",
+    ]
 
 
 def test_no_tensor_of_the_backbone_has_changed(finished, weights):
@@ -134,7 +144,9 @@ def test_the_backbone_is_frozen_and_in_eval_mode_all_the_time(tmp_path, data, we
 
     def watch(model, _):
         modes = {module.training for module in model.modules()}
-        seen.append((modes, any(p.requires_grad for p in model.parameters()), torch.is_grad_enabled()))
+        seen.append(
+            (modes, any(p.requires_grad for p in model.parameters()), torch.is_grad_enabled())
+        )
 
     on_features(monkeypatch, watch)
     results = main_lincls.main(pictures(data, tmp_path, "--finetune", weights, "--eval_epochs", 1))
@@ -153,7 +165,9 @@ def test_a_backbone_that_changes_is_caught(tmp_path, data, weights, monkeypatch,
     on_features(monkeypatch, spoil)
     with pytest.raises(RuntimeError, match="the frozen backbone has changed"):
         main_lincls.main(pictures(data, tmp_path, "--finetune", weights))
-    assert not (tmp_path / "results.json").exists() and not (tmp_path / "model.safetensors").exists()
+    assert (
+        not (tmp_path / "results.json").exists() and not (tmp_path / "model.safetensors").exists()
+    )
     assert step_losses(tmp_path).keys() == set(range(1, 11))  # caught after the first epoch
 
 
@@ -171,13 +185,18 @@ def test_a_finished_run_is_left_alone(finished):
     folder, arguments, results = finished
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
     assert main_lincls.main(arguments) == results
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
+    assert {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"
+    } == before
 
 
 @pytest.mark.parametrize(("optimizer", "lr", "least"), [("sgd", 1.0, 65), ("lars", 10.0, 50)])
 def test_one_rate_trains_on_all_images(tmp_path, data, weights, optimizer, lr, least):
-    """LARS moves a matrix by a thousandth of its norm at a rate of 1: with so few steps it gets less far."""
-    arguments = pictures(data, tmp_path, *LEARN, "--finetune", weights, "--lr", lr, "--optimizer", optimizer)
+    """LARS moves a matrix by a thousandth of its norm at a rate of 1: with so few steps it gets
+    less far."""
+    arguments = pictures(
+        data, tmp_path, *LEARN, "--finetune", weights, "--lr", lr, "--optimizer", optimizer
+    )
     results = main_lincls.main(arguments)
     assert (results["num_train"], results["num_held_out"], results["lr"]) == (120, 0, lr)
     assert results["curve"] == [{"lr": lr, "val_acc1": results["acc1"]}]
@@ -187,9 +206,22 @@ def test_one_rate_trains_on_all_images(tmp_path, data, weights, optimizer, lr, l
 
 
 @pytest.mark.parametrize(("optimizer", "adapted"), [("lars", True), ("sgd", False)])
-def test_lars_adapts_to_the_norm_even_without_weight_decay(tmp_path, data, weights, monkeypatch, optimizer, adapted):
+def test_lars_adapts_to_the_norm_even_without_weight_decay(
+    tmp_path, data, weights, monkeypatch, optimizer, adapted
+):
     """By hand: the first step moves the matrix by lr * 0.001 of its norm; lr is 2 * 12 / 256."""
-    more = ["--finetune", weights, "--optimizer", optimizer, "--lr", 2, "--warmup_epochs", 0, "--save_minutes", 1e-9]
+    more = [
+        "--finetune",
+        weights,
+        "--optimizer",
+        optimizer,
+        "--lr",
+        2,
+        "--warmup_epochs",
+        0,
+        "--save_minutes",
+        1e-9,
+    ]
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, 1)
         main_lincls.main(pictures(data, tmp_path, *more))
@@ -204,15 +236,21 @@ def test_an_untrained_model_can_be_judged(tmp_path, data, weights):
     assert (results["checkpoint"], results["sha256"]) == ("random", None)
     assert "cls_token" not in load_file(tmp_path / "a" / "model.safetensors")
     again = main_lincls.main(pictures(data, tmp_path / "b", *LEARN, "--finetune", "random"))
-    other = main_lincls.main(pictures(data, tmp_path / "c", *LEARN, "--finetune", "random", "--seed", 1))
+    other = main_lincls.main(
+        pictures(data, tmp_path / "c", *LEARN, "--finetune", "random", "--seed", 1)
+    )
     assert again == results and other["loss"] != results["loss"]
     with pytest.raises(InputError) as error:
         main_lincls.main(pictures(data, tmp_path / "d", *LEARN))
-    assert str(error.value) == "finetune is needed: the weights to judge, or the word random for an untrained model"
+    assert (
+        str(error.value)
+        == "finetune is needed: the weights to judge, or the word random for an untrained model"
+    )
     assert not (tmp_path / "d").exists()
 
 
-# --- several learning rates -------------------------------------------------------------------------------------------
+# --- several learning rates
+# -------------------------------------------------------------------------------------------
 
 
 def test_held_out_images_choose_and_validation_images_do_not(tmp_path, data, weights, monkeypatch):
@@ -226,7 +264,9 @@ def test_held_out_images_choose_and_validation_images_do_not(tmp_path, data, wei
         {"lr": 3.0, "val_acc1": 100 * 10 / 60, "held_out_acc1": 75.0},
     ]
     # 10 and 9 right are what each line of the log shows, too
-    assert [(line["val_acc1"], line["held_out_acc1"]) for line in evaluations(tmp_path)] == 3 * [(100 * 10 / 60, 75.0)]
+    assert [(line["val_acc1"], line["held_out_acc1"]) for line in evaluations(tmp_path)] == 3 * [
+        (100 * 10 / 60, 75.0)
+    ]
     # and the head that is written is the third
     saved = load_newest_checkpoint(tmp_path)["model"]
     scale = (saved["bn.running_var"].double() + 1e-6).rsqrt()
@@ -239,10 +279,15 @@ def test_held_out_images_choose_and_validation_images_do_not(tmp_path, data, wei
 
 def test_of_equal_rates_the_first_is_chosen(tmp_path, data, weights, monkeypatch):
     scripted(monkeypatch, {60: [1, 2, 3], 12: [4, 7, 7]})
-    assert main_lincls.main(pictures(data, tmp_path, "--finetune", weights, "--lr", *RATES))["lr"] == 0.3
+    assert (
+        main_lincls.main(pictures(data, tmp_path, "--finetune", weights, "--lr", *RATES))["lr"]
+        == 0.3
+    )
 
 
-def test_the_held_out_tenth_is_stratified_fixed_by_the_seed_and_never_trained_on(tmp_path, data, weights, monkeypatch):
+def test_the_held_out_tenth_is_stratified_fixed_by_the_seed_and_never_trained_on(
+    tmp_path, data, weights, monkeypatch
+):
     splits = []
     original = main_lincls.split_training_set
 
@@ -268,7 +313,9 @@ def test_a_rate_that_diverges_does_not_disturb_the_others(tmp_path, data, weight
     arguments = [*LEARN, "--finetune", weights, "--epochs", 4, "--weight_decay", 1e-3, "--lr"]
     alone = main_lincls.main(pictures(data, tmp_path / "alone", *arguments, 0.1, 1.0))
     beside = main_lincls.main(pictures(data, tmp_path / "beside", *arguments, 0.1, 1.0, 1e8))
-    ours, theirs = (load_newest_checkpoint(tmp_path / name)["model"] for name in ("beside", "alone"))
+    ours, theirs = (
+        load_newest_checkpoint(tmp_path / name)["model"] for name in ("beside", "alone")
+    )
     assert not ours["weights.2"].isfinite().all()  # it did diverge
     for one, other in zip(beside["curve"], alone["curve"], strict=False):
         assert one == pytest.approx(other, abs=1e-6)
@@ -281,7 +328,9 @@ def test_a_rate_that_diverges_does_not_disturb_the_others(tmp_path, data, weight
 
 def test_when_all_rates_diverge_the_run_ends_and_leaves_no_result(tmp_path, data, weights):
     more = ["--lr", 1e8, "--weight_decay", 1e-3, "--warmup_epochs", 0]
-    with pytest.raises(InputError, match=r"steps in a row up to step \d+ had a non-finite gradient"):
+    with pytest.raises(
+        InputError, match=r"steps in a row up to step \d+ had a non-finite gradient"
+    ):
         main_lincls.main(pictures(data, tmp_path, "--finetune", weights, *more))
     assert not (tmp_path / "results.json").exists()
 
@@ -293,7 +342,10 @@ def test_when_all_rates_diverge_the_run_ends_and_leaves_no_result(tmp_path, data
         (["--lr", 0.1, 1, "--min_lr", 0.01], "min_lr must be 0 where lr is a list"),
         (["--lr", 0], "lr: expected > 0, got 0"),
         (["--optimizer", "adam"], "optimizer: expected one of sgd, lars, got 'adam'"),
-        (["--global_pool", "token", "--class_token", "false"], "global_pool token reads the class token"),
+        (
+            ["--global_pool", "token", "--class_token", "false"],
+            "global_pool token reads the class token",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path, data, weights, more, message):
@@ -303,7 +355,8 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, data, weights, m
     assert not (tmp_path / "run").exists()
 
 
-# --- resume -----------------------------------------------------------------------------------------------------------
+# --- resume
+# -----------------------------------------------------------------------------------------------------------
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -334,7 +387,9 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimiz
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
     assert len(set(step_losses(tmp_path / "whole").values())) == 3 * STEPS
     buffers = load_newest_checkpoint(tmp_path / "whole")["optimizer"]["state"]
-    assert all(entry["momentum_buffer"].any() for entry in buffers.values())  # there was something to restore
+    assert all(
+        entry["momentum_buffer"].any() for entry in buffers.values()
+    )  # there was something to restore
 
 
 @pytest.mark.parametrize(
@@ -356,16 +411,28 @@ def test_a_changed_setting_is_refused_on_resume(finished, change, message):
 
 
 def test_the_readout_follows_the_weights(tmp_path, data, weights, finished, caplog):
-    """Of a fine-tuned classifier the norm after the mean is kept, so the probe sees the feature its head saw."""
+    """Of a fine-tuned classifier the norm after the mean is kept, so the probe sees the feature its
+    head saw."""
     caplog.set_level(logging.INFO)
     main_finetune.main(pictures(data, tmp_path / "tuned", "--finetune", weights, "--stop_epoch", 1))
     tuned = tmp_path / "tuned" / "model.safetensors"
     main_lincls.main(pictures(data, tmp_path / "probe", "--finetune", tuned, "--stop_epoch", 1))
     source, ours = load_file(tuned), load_file(tmp_path / "probe" / "model.safetensors")
     assert ours.keys() == source.keys() and "fc_norm.weight" in ours
-    assert all(torch.equal(ours[name], source[name]) for name in ours if not name.startswith("head."))
+    assert all(
+        torch.equal(ours[name], source[name]) for name in ours if not name.startswith("head.")
+    )
     assert not torch.equal(ours["head.weight"], source["head.weight"])
     token = main_lincls.main(
-        pictures(data, tmp_path / "token", "--finetune", weights, "--global_pool", "token", "--stop_epoch", 1)
+        pictures(
+            data,
+            tmp_path / "token",
+            "--finetune",
+            weights,
+            "--global_pool",
+            "token",
+            "--stop_epoch",
+            1,
+        )
     )
     assert token["num_samples"] == 60

@@ -1,4 +1,5 @@
-"""The list of a folder's images: the same whether it was kept or is made anew, and never a stale one."""
+"""The list of a folder's images: the same whether it was kept or is made anew, and never a stale
+one."""
 
 import hashlib
 import json
@@ -17,10 +18,10 @@ import pytest
 from conftest import ROOT
 
 from data import listing
-from data.datasets import FolderSource
-from data.labelled import ClassFolder
+from data.labels import ClassFolder
 from data.listing import IMAGE_ENDINGS, image_names
-from data.packing import list_images
+from data.sources import FolderSource
+from tools.packing.packing import list_images
 from util.errors import InputError
 
 GRAIN = 0.03  # s; more than the clock of any file system here
@@ -79,7 +80,17 @@ def kept_file(cache: Path) -> Path:
 def make_tree(tmp_path: Path) -> Path:
     """Folders, hidden things, links to folders, files and nowhere, and a cycle."""
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
-    touch(root, "a/1.jpg", "a/deep/2.JPG", "a/.hidden.png", ".git/3.jpg", "b/notes.txt", "b/4.png", "5.webp", "empty/x")
+    touch(
+        root,
+        "a/1.jpg",
+        "a/deep/2.JPG",
+        "a/.hidden.png",
+        ".git/3.jpg",
+        "b/notes.txt",
+        "b/4.png",
+        "5.webp",
+        "empty/x",
+    )
     touch(elsewhere, "folder/6.jpg", "folder/deep/7.jpg", "8.jpg", "other/9.jpg")
     (root / "linked").symlink_to(elsewhere / "folder")
     (root / "chain").symlink_to(elsewhere / "chain")
@@ -112,7 +123,10 @@ def test_a_kept_list_is_the_same_and_no_folder_is_read_for_it(tmp_path, cache, l
         names = image_names(root)
     assert looked_into == []
     assert names == TREE
-    assert f"{len(TREE)} images as listed in {kept_file(cache)}, as nothing changed in its 9 folders" in caplog.text
+    assert (
+        f"{len(TREE)} images as listed in {kept_file(cache)}, as nothing changed in its 9 folders"
+        in caplog.text
+    )
 
 
 def change_the_time_back(root: Path) -> None:
@@ -147,21 +161,35 @@ CHANGES: dict[str, Callable[[Path, Path], object]] = {
     "folder hidden": lambda root, _: (root / "a").rename(root / ".a"),
     "folder shown": lambda root, _: (root / ".git").rename(root / "git"),
     "folder replaced": lambda root, _: put_another_folder_in_place(root / "a"),
-    "file replaced by a folder": lambda root, _: [(root / "5.webp").unlink(), touch(root, "5.webp/new.jpg")],
+    "file replaced by a folder": lambda root, _: [
+        (root / "5.webp").unlink(),
+        touch(root, "5.webp/new.jpg"),
+    ],
     "time set back": lambda root, _: change_the_time_back(root),
     "file added behind a link": lambda _, elsewhere: touch(elsewhere, "folder/deep/new.jpg"),
     "file added behind two links": lambda _, elsewhere: touch(elsewhere, "other/new.jpg"),
-    "folder behind a link replaced": lambda _, elsewhere: put_another_folder_in_place(elsewhere / "folder"),
-    "folder behind a link removed": lambda _, elsewhere: (elsewhere / "folder").rename(elsewhere / "away"),
-    "link points elsewhere": lambda root, elsewhere: point_elsewhere(root / "linked", elsewhere / "other"),
-    "second link points elsewhere": lambda _, elsewhere: point_elsewhere(elsewhere / "chain", elsewhere / "folder"),
-    "folder appears behind a link to nowhere": lambda _, elsewhere: touch(elsewhere, "gone/new.jpg"),
+    "folder behind a link replaced": lambda _, elsewhere: put_another_folder_in_place(
+        elsewhere / "folder"
+    ),
+    "folder behind a link removed": lambda _, elsewhere: (elsewhere / "folder").rename(
+        elsewhere / "away"
+    ),
+    "link points elsewhere": lambda root, elsewhere: point_elsewhere(
+        root / "linked", elsewhere / "other"
+    ),
+    "second link points elsewhere": lambda _, elsewhere: point_elsewhere(
+        elsewhere / "chain", elsewhere / "folder"
+    ),
+    "folder appears behind a link to nowhere": lambda _, elsewhere: touch(
+        elsewhere, "gone/new.jpg"
+    ),
     "folder appears behind a link to a file": lambda _, elsewhere: [
-        (elsewhere / "8.jpg").unlink(), touch(elsewhere, "8.jpg/new.jpg"),
+        (elsewhere / "8.jpg").unlink(),
+        touch(elsewhere, "8.jpg/new.jpg"),
     ],
     "cycle opened": lambda root, elsewhere: point_elsewhere(root / "a/up", elsewhere),
     "root replaced": lambda root, _: put_another_folder_in_place(root),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -184,7 +212,9 @@ def test_folders_of_the_same_time_are_told_apart(tmp_path, cache):
     touch(other, "twin.jpg")
     times: set[tuple[int, int]] = set()
     while len(times) != 1:
-        time.sleep(GRAIN)  # else newer kernels give times finer than a tick, as these were looked at
+        time.sleep(
+            GRAIN
+        )  # else newer kernels give times finer than a tick, as these were looked at
         os.utime(one, ns=(0, 0))
         os.utime(other, ns=(0, 0))
         times = {(path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in (one, other)}
@@ -199,19 +229,25 @@ def test_other_content_in_the_same_files_is_no_change(tmp_path, cache, looked_in
     image_names(root)
     looked_into.clear()
     (root / "a/1.jpg").write_bytes(b"more")
-    (tmp_path / "elsewhere/8.jpg").unlink()  # what b/file.jpg points to: now a bad image, and still listed
+    (
+        tmp_path / "elsewhere/8.jpg"
+    ).unlink()  # what b/file.jpg points to: now a bad image, and still listed
     names = image_names(root)
     assert looked_into == []
     assert names == TREE == walked(root)
 
 
 def random_name(chance: random.Random) -> str:
-    return chance.choice("abcde") + chance.choice(["", "", ".jpg", ".PNG", ".txt", "\n.gif", "\udce9.bmp"])
+    return chance.choice("abcde") + chance.choice(
+        ["", "", ".jpg", ".PNG", ".txt", "\n.gif", "\udce9.bmp"]
+    )
 
 
 def change_at_random(root: Path, elsewhere: Path, chance: random.Random) -> None:
     """Adds, links, renames or removes something somewhere."""
-    folders = [path for top in (root, elsewhere) for path in (top, *top.rglob("*")) if path.is_dir()]
+    folders = [
+        path for top in (root, elsewhere) for path in (top, *top.rglob("*")) if path.is_dir()
+    ]
     folder = chance.choice(folders)
     path = folder / random_name(chance)
     action = chance.randrange(5)
@@ -219,7 +255,9 @@ def change_at_random(root: Path, elsewhere: Path, chance: random.Random) -> None
         if action == 0:
             path.mkdir()
         elif action == 1:
-            path.symlink_to(chance.choice([*folders, elsewhere / "gone", elsewhere / random_name(chance)]))
+            path.symlink_to(
+                chance.choice([*folders, elsewhere / "gone", elsewhere / random_name(chance)])
+            )
         else:
             path.touch()
     elif action == 0:
@@ -295,7 +333,9 @@ def test_the_margin_is_longer_than_a_coarse_clock_and_a_servers_delay():
     assert listing.RECENT_S >= 2
 
 
-def test_file_systems_that_may_not_keep_times_are_not_trusted(tmp_path, cache, monkeypatch, looked_into, caplog):
+def test_file_systems_that_may_not_keep_times_are_not_trusted(
+    tmp_path, cache, monkeypatch, looked_into, caplog
+):
     assert listing._keep_times({tmp_path.stat().st_dev})
     assert not listing._keep_times({tmp_path.stat().st_dev, Path("/proc").stat().st_dev})
     assert not listing._keep_times({os.makedev(4095, 4095)})
@@ -317,7 +357,9 @@ def test_file_systems_that_may_not_keep_times_are_not_trusted(tmp_path, cache, m
 
 def test_small_trees_and_those_with_a_folder_per_image_leave_no_file(tmp_path, cache, monkeypatch):
     root = tmp_path / "root"
-    touch(root, *(f"{folder}/{number}.jpg" for folder in range(4) for number in range(10)))  # 40 images, 5 looks
+    touch(
+        root, *(f"{folder}/{number}.jpg" for folder in range(4) for number in range(10))
+    )  # 40 images, 5 looks
     time.sleep(GRAIN)
     for kept_from, share, keeps in ((41, 8, False), (40, 9, False), (40, 8, True)):
         monkeypatch.setattr(listing, "KEPT_FROM", kept_from)
@@ -333,7 +375,8 @@ def test_small_trees_and_those_with_a_folder_per_image_leave_no_file(tmp_path, c
 
 
 def test_the_shipped_limits():
-    """CIFAR-10's 50,000 files and ImageNet's 50,000 for validation leave none, its 1,281,167 of 1,000 classes do."""
+    """CIFAR-10's 50,000 files and ImageNet's 50,000 for validation leave none, its 1,281,167 of
+    1,000 classes do."""
     assert 50_000 < listing.KEPT_FROM < 1_281_167
     assert 1_001 * listing.KEPT_SHARE < listing.KEPT_FROM
 
@@ -343,7 +386,17 @@ def damage(content: bytes) -> list[bytes]:
     places = (0, 63, 64, 65, len(content) // 2, len(content) - 1)
     for copy, place in zip(flipped, places, strict=True):
         copy[place] ^= 1
-    return [b"", b"\n", content[:10], content[:64], content[:65], content[:-1], content + b" ", b"\0" * 500, *flipped]
+    return [
+        b"",
+        b"\n",
+        content[:10],
+        content[:64],
+        content[:65],
+        content[:-1],
+        content + b" ",
+        b"\0" * 500,
+        *flipped,
+    ]
 
 
 def test_a_damaged_file_is_listed_anew_and_replaced(tmp_path, cache, looked_into):
@@ -405,9 +458,10 @@ def test_the_cache_folder_follows_the_rules(tmp_path, cache, monkeypatch):
     root = make_tree(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for given, place in (
-        (str(tmp_path / "given"), tmp_path / "given"), ("relative", tmp_path / "home/.cache"),
+        (str(tmp_path / "given"), tmp_path / "given"),
+        ("relative", tmp_path / "home/.cache"),
         ("", tmp_path / "home/.cache"),
-    ):  # fmt: skip
+    ):
         monkeypatch.setenv("XDG_CACHE_HOME", given)
         image_names(root)
         assert kept_file(place / "mae/listings")
@@ -423,7 +477,9 @@ def test_the_cache_folder_follows_the_rules(tmp_path, cache, monkeypatch):
     ]  # nothing beside the images
 
 
-def test_a_folder_is_the_same_by_every_path_to_it_and_another_one_is_not(tmp_path, cache, looked_into, monkeypatch):
+def test_a_folder_is_the_same_by_every_path_to_it_and_another_one_is_not(
+    tmp_path, cache, looked_into, monkeypatch
+):
     root = make_tree(tmp_path)
     (tmp_path / "alias").symlink_to(root)
     image_names(tmp_path / "alias")
@@ -440,14 +496,23 @@ def test_a_folder_is_the_same_by_every_path_to_it_and_another_one_is_not(tmp_pat
 
 def test_all_that_read_folders_find_the_same_kept_or_not(tmp_path, cache, looked_into):
     for split in ("train", "val"):
-        touch(tmp_path / "data", *(f"{split}/{name}/{number}.jpg" for name in ("cat", "dog") for number in range(3)))
+        touch(
+            tmp_path / "data",
+            *(f"{split}/{name}/{number}.jpg" for name in ("cat", "dog") for number in range(3)),
+        )
     time.sleep(GRAIN)
     train = tmp_path / "data/train"
 
     def facts() -> list[object]:
-        source, labelled = FolderSource(str(tmp_path / "data"), 3), ClassFolder(train, ["cat", "dog"], 3)
+        source, labelled = (
+            FolderSource(str(tmp_path / "data"), 3),
+            ClassFolder(train, ["cat", "dog"], 3),
+        )
         packing = list_images(train, True)
-        lists = [array.tolist() for array in (source.names, labelled.names, labelled.labels, packing.names)]
+        lists = [
+            array.tolist()
+            for array in (source.names, labelled.names, labelled.labels, packing.names)
+        ]
         return [*lists, source.names.dtype, source.fingerprint(), source.name(5), packing.digest()]
 
     first = facts()
@@ -496,7 +561,12 @@ def test_processes_that_start_together_do_not_disturb_one_another(tmp_path, cach
     """Each lists, writes, reads and removes, thirty times, at the same time as the three others."""
     root = tmp_path / "root"
     touch(
-        root, *(f"{folder}/a long enough name for a file {number}.jpg" for folder in range(4) for number in range(100))
+        root,
+        *(
+            f"{folder}/a long enough name for a file {number}.jpg"
+            for folder in range(4)
+            for number in range(100)
+        ),
     )
     time.sleep(GRAIN)
     command = [sys.executable, "-c", CHILD, str(root), str(listing._place(root))]

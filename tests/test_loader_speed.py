@@ -1,4 +1,5 @@
-"""What makes loading cheap changes nothing: crops are torchvision's to the last bit, batches keep their layout."""
+"""What makes loading cheap changes nothing: crops are torchvision's to the last bit, batches keep
+their layout."""
 
 import numpy as np
 import pytest
@@ -6,9 +7,9 @@ import torch
 from runs import loading
 from torchvision.transforms import v2
 
-from data.datasets import ArraySource
-from data.loaders import PretrainDataset, Sample, build_train_loader, collate, collate_labelled
+from data.loader import PretrainDataset, Sample, build_train_loader, collate, collate_labelled
 from data.sampler import SampleKey, StepSampler
+from data.sources import ArraySource
 from data.transforms import PixelNormalizer, pretrain_transform
 from models.mae import MaskedAutoencoder
 
@@ -16,10 +17,13 @@ MODES = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMo
 
 
 def picture(chance: np.random.Generator, channels_last: bool, channels: int = 3) -> torch.Tensor:
-    """uint8 `(C, H, W)` of some size, smooth enough that neighbouring pixels do not just average out."""
+    """uint8 `(C, H, W)` of some size, smooth enough that neighbouring pixels do not just average
+    out."""
     height, width = chance.integers(1, 90, 2).tolist()
     coarse = torch.from_numpy(chance.integers(0, 256, (1, channels, 5, 7))).float()
-    image = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].to(torch.uint8)
+    image = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0].to(
+        torch.uint8
+    )
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if channels_last else image
 
 
@@ -27,12 +31,18 @@ def picture(chance: np.random.Generator, channels_last: bool, channels: int = 3)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("interpolation", MODES)
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-def test_crops_and_flips_are_torchvisions_to_the_last_bit(size, interpolation, channels_last, channels):
+def test_crops_and_flips_are_torchvisions_to_the_last_bit(
+    size, interpolation, channels_last, channels
+):
     """Also what is drawn afterwards is the same: as many numbers were taken."""
-    theirs = v2.Compose([
-        v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=MODES[interpolation], antialias=True),
-        v2.RandomHorizontalFlip(0.3),
-    ])  # fmt: skip
+    theirs = v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                size, scale=(0.2, 1.0), interpolation=MODES[interpolation], antialias=True
+            ),
+            v2.RandomHorizontalFlip(0.3),
+        ]
+    )
     ours = pretrain_transform(size, 0.2, interpolation, 0.3)
     chance = np.random.default_rng(0)
     flips = 0
@@ -61,14 +71,19 @@ def test_a_crop_leaves_its_image_alone():
 
 
 def samples(images: list[torch.Tensor]) -> list[Sample]:
-    return [Sample(image, torch.tensor(n), SampleKey(n, 0, n, 0), []) for n, image in enumerate(images)]
+    return [
+        Sample(image, torch.tensor(n), SampleKey(n, 0, n, 0), []) for n, image in enumerate(images)
+    ]
 
 
 @pytest.mark.parametrize("gather", [collate, collate_labelled])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_batch_has_the_memory_layout_of_its_images(gather, channels):
     chance = np.random.default_rng(2)
-    planes = [torch.from_numpy(chance.integers(0, 256, (channels, 8, 6), dtype=np.uint8)) for _ in range(5)]
+    planes = [
+        torch.from_numpy(chance.integers(0, 256, (channels, 8, 6), dtype=np.uint8))
+        for _ in range(5)
+    ]
     last = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in planes]
     for images in (planes, last, [*planes[:2], *last[2:]]):
         batch = gather(samples(images)).images
@@ -81,8 +96,12 @@ def test_a_batch_has_the_memory_layout_of_its_images(gather, channels):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_of_a_loader_are_channels_last(num_workers):
     pixels = np.random.default_rng(3).integers(0, 256, (30, 3, 20, 24), dtype=np.uint8)
-    dataset = PretrainDataset(ArraySource("noise", pixels, 3), pretrain_transform(8, 0.2, "bicubic", 0.5), 4, False, 0)
-    for batch in build_train_loader(dataset, StepSampler(30, 6, 1, 0, 1, 0, 0, 5), loading(num_workers)):
+    dataset = PretrainDataset(
+        ArraySource("noise", pixels, 3), pretrain_transform(8, 0.2, "bicubic", 0.5), 4, False, 0
+    )
+    for batch in build_train_loader(
+        dataset, StepSampler(30, 6, 1, 0, 1, 0, 0, 5), loading(num_workers)
+    ):
         assert batch.images.shape == (6, 3, 8, 8)
         assert batch.images.permute(0, 2, 3, 1).is_contiguous()
         for key, image in zip(batch.keys, batch.images, strict=True):
@@ -90,13 +109,26 @@ def test_batches_of_a_loader_are_channels_last(num_workers):
 
 
 def test_the_layout_of_a_batch_changes_neither_loss_nor_gradient():
-    images = torch.from_numpy(np.random.default_rng(4).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8))
+    images = torch.from_numpy(
+        np.random.default_rng(4).integers(0, 256, (6, 3, 16, 16), dtype=np.uint8)
+    )
     torch.manual_seed(0)
     model = MaskedAutoencoder(
-        img_size=16, patch_size=4, in_chans=3, embed_dim=16, depth=1, num_heads=2, mlp_ratio=2.0, class_token=True,
-        decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2, decoder_class_token=True, mask_ratio=0.75,
+        img_size=16,
+        patch_size=4,
+        in_chans=3,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        mlp_ratio=2.0,
+        class_token=True,
+        decoder_embed_dim=8,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        decoder_class_token=True,
+        mask_ratio=0.75,
         norm_pix_loss=True,
-    )  # fmt: skip
+    )
     normalize = PixelNormalizer((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), torch.device("cpu"))
     ids_shuffle = torch.rand(6, 16).argsort(dim=1)
     found = []

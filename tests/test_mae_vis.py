@@ -1,4 +1,5 @@
-"""`tools/run_mae_vis.py`: the pictures it writes, the images it takes, and one clear line for what it cannot do."""
+"""`tools/run_mae_vis.py`: the pictures it writes, the images it takes, and one clear line for what
+it cannot do."""
 
 import os
 import random
@@ -14,45 +15,56 @@ from safetensors.torch import load_file, save_file
 from test_images import KINDS, STORED_AS, oriented, shown
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-from data.datasets import ArraySource, read_mnist5k
-from data.sampler import MASK, generator
+from data.sources import ArraySource, read_mnist5k
 from data.transforms import EvalTransform
-from engine.checkpoint import save_weights
-from engine.pictures import CELL, GAP, TEXT
-from engine.reconstruction import NORMALISED_TARGET, RAW_TARGET
-from engine.resume import run_facts
+from engine.pictures.drawing import CELL, GAP, TEXT
+from engine.pictures.reconstruction import NORMALISED_TARGET, RAW_TARGET
+from engine.run.checkpoint import save_weights
+from engine.run.resume import run_facts
 from models.build import build_mae, model_kwargs
 from models.mae import MaskedAutoencoder
-from models.masking import draw_mask
+from models.masks import draw_mask
 from tools import run_mae_vis
-from util.config import load_config
 from util.errors import InputError
-from util.schema import IMAGENET_MEAN, IMAGENET_STD
-from util.schema_pretrain import PretrainConfig
+from util.rng import MASK, generator
+from util.settings.base import IMAGENET_MEAN, IMAGENET_STD
+from util.settings.pretrain import PretrainConfig
+from util.settings.read import load_config
 
 SIZE = 32
-SMALL = {"size": "debug", "img_size": SIZE, "patch_size": 8, "decoder_embed_dim": 16, "decoder_depth": 1,
-         "decoder_num_heads": 2}  # fmt: skip
+SMALL = {
+    "size": "debug",
+    "img_size": SIZE,
+    "patch_size": 8,
+    "decoder_embed_dim": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
 GREY = {"in_chans": 1, "mean": 0.5, "std": 0.5}
 COLUMNS = ("original", "masked", "prediction", "pasted")
 QUICKSTART = ["--config", str(ROOT / "cfgs/quickstart/pretrain.yaml")]
 
 
 def save_untrained(path: Path, cfg: PretrainConfig) -> Path:
-    """Weights as a finished run writes them, all of them random: with zero biases a forgotten tensor would not show."""
+    """Weights as a finished run writes them, all of them random: with zero biases a forgotten
+    tensor would not show."""
     torch.manual_seed(0)
     model = build_mae(cfg)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.1)
-    facts = run_facts(cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    facts = run_facts(
+        cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1)
+    )
     return save_weights(path, model, facts)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """An autoencoder of RGB images of 32 x 32 and 4 x 4 patches, with a normalised target."""
-    return save_untrained(tmp_path_factory.mktemp("weights") / "mae.safetensors", PretrainConfig(**SMALL))
+    return save_untrained(
+        tmp_path_factory.mktemp("weights") / "mae.safetensors", PretrainConfig(**SMALL)
+    )
 
 
 def flags(settings: dict[str, object]) -> list[str]:
@@ -71,7 +83,9 @@ def draw(weights: Path, folder: Path, *more: object) -> dict[str, object]:
 def noise(path: Path, seed: int, size: tuple[int, int] = (40, 36)) -> Path:
     """A file of random pixels, of (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+        path
+    )
     return path
 
 
@@ -110,11 +124,26 @@ def pictures_of(*names: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "mask_ratio"), [("random", 0.75), ("block", 0.5), ("grid", 0.75)])
-def test_the_pictures_are_what_the_saved_model_makes_of_the_image(weights, tmp_path, capsys, kind, mask_ratio):
+def test_the_pictures_are_what_the_saved_model_makes_of_the_image(
+    weights, tmp_path, capsys, kind, mask_ratio
+):
     file = noise(tmp_path / "noise.png", 1)
-    found = draw(weights, tmp_path / "out", "--img_path", file, "--mask", kind, "--mask_ratio", mask_ratio, "--seed", 5)
+    found = draw(
+        weights,
+        tmp_path / "out",
+        "--img_path",
+        file,
+        "--mask",
+        kind,
+        "--mask_ratio",
+        mask_ratio,
+        "--seed",
+        5,
+    )
     assert names_in(tmp_path / "out") == pictures_of("noise")
-    original, masked, prediction, pasted = (read(tmp_path / "out" / f"noise_{column}.png") for column in COLUMNS)
+    original, masked, prediction, pasted = (
+        read(tmp_path / "out" / f"noise_{column}.png") for column in COLUMNS
+    )
     assert np.array_equal(original, fitted_file(file))
 
     mask = draw_mask(kind, (4, 4), mask_ratio, generator(5, MASK, 0))
@@ -130,7 +159,12 @@ def test_the_pictures_are_what_the_saved_model_makes_of_the_image(weights, tmp_p
     unit = torch.from_numpy(original / 255).permute(2, 0, 1)[None].float()
     with torch.no_grad():
         pred, _ = model.reconstruct((unit - mean) / std, mask.ids_shuffle[None], mask.mask_ratio)
-        pixels = (model.to_pixels(pred, (unit - mean) / std) * std + mean).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+        pixels = (
+            (model.to_pixels(pred, (unit - mean) / std) * std + mean)
+            .clamp(0, 1)[0]
+            .permute(1, 2, 0)
+            .numpy()
+        )
     assert np.abs(prediction - pixels * 255).max() < 0.51
     error = ((pixels - original / 255) ** 2)[removed[..., 0]].mean()
     assert found["psnr"]["noise"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
@@ -142,7 +176,10 @@ def test_the_pictures_are_what_the_saved_model_makes_of_the_image(weights, tmp_p
 
 
 def test_the_grid_shows_all_the_pictures(weights, tmp_path, capsys):
-    files = [noise(tmp_path / f"{name}.png", seed) for seed, name in enumerate(("cat", "$x$ 100%", "dog"))]
+    files = [
+        noise(tmp_path / f"{name}.png", seed)
+        for seed, name in enumerate(("cat", "$x$ 100%", "dog"))
+    ]
     found = draw(weights, tmp_path / "out", "--img_path", *files)
     assert names_in(tmp_path / "out") == pictures_of("cat", "$x$ 100%", "dog")
     assert list(found["psnr"]) == ["cat", "$x$ 100%", "dog"]
@@ -163,8 +200,15 @@ def test_the_grid_shows_all_the_pictures(weights, tmp_path, capsys):
 
 def test_each_image_ratio_and_seed_has_its_own_mask(weights, tmp_path):
     same = [noise(tmp_path / name, 3) for name in ("a.png", "b.png")]
-    found = draw(weights, tmp_path / "out", "--img_path", *same, "--mask_ratio", 0.5, 0.75, "--seed", 0, 1, 2)
-    names = [f"{name}_seed{seed}_{ratio}" for name in "ab" for seed in range(3) for ratio in ("0.5", "0.75")]
+    found = draw(
+        weights, tmp_path / "out", "--img_path", *same, "--mask_ratio", 0.5, 0.75, "--seed", 0, 1, 2
+    )
+    names = [
+        f"{name}_seed{seed}_{ratio}"
+        for name in "ab"
+        for seed in range(3)
+        for ratio in ("0.5", "0.75")
+    ]
     assert names_in(tmp_path / "out") == pictures_of(*names)
     assert list(found["psnr"]) == names
     assert len(set(found["psnr"].values())) == len(names)
@@ -172,7 +216,9 @@ def test_each_image_ratio_and_seed_has_its_own_mask(weights, tmp_path):
     assert [gap.sum() for gap in gaps.values()] == [8, 12] * 6
     assert len({gap.tobytes() for gap in gaps.values()}) == len(names)
 
-    alone = draw(weights, tmp_path / "alone", "--img_path", same[0], "--mask_ratio", 0.75, "--seed", 1)
+    alone = draw(
+        weights, tmp_path / "alone", "--img_path", same[0], "--mask_ratio", 0.75, "--seed", 1
+    )
     assert alone["psnr"] == {"a": found["psnr"]["a_seed1_0.75"]}
     for column in COLUMNS:
         path = tmp_path / "out" / f"a_seed1_0.75_{column}.png"
@@ -191,7 +237,9 @@ def test_the_same_command_gives_the_same_files(weights, tmp_path):
         arguments = ["--img_path", *files, "--mask", "block", "--seed", 0, 1]
         results.append(draw(weights, folder, *arguments)["psnr"])
     assert results[0] == results[1]
-    assert names_in(tmp_path / "1") == names_in(tmp_path / "2") and len(names_in(tmp_path / "1")) == 17
+    assert (
+        names_in(tmp_path / "1") == names_in(tmp_path / "2") and len(names_in(tmp_path / "1")) == 17
+    )
     for name in names_in(tmp_path / "1"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
@@ -200,8 +248,12 @@ def test_the_same_command_gives_the_same_files(weights, tmp_path):
 def test_the_grid_carries_the_caption_of_the_target(tmp_path, monkeypatch, norm_pix_loss):
     captions = []
     real = run_mae_vis.draw_grid
-    monkeypatch.setattr(run_mae_vis, "draw_grid", lambda *rest: captions.append(rest[-1]) or real(*rest))
-    path = save_untrained(tmp_path / "a.safetensors", PretrainConfig(**SMALL, norm_pix_loss=norm_pix_loss))
+    monkeypatch.setattr(
+        run_mae_vis, "draw_grid", lambda *rest: captions.append(rest[-1]) or real(*rest)
+    )
+    path = save_untrained(
+        tmp_path / "a.safetensors", PretrainConfig(**SMALL, norm_pix_loss=norm_pix_loss)
+    )
     settings = ["--img_path", noise(tmp_path / "a.png", 0), "--norm_pix_loss", norm_pix_loss]
     draw(path, tmp_path / "out", *settings)
     assert len(captions) == 1
@@ -212,12 +264,16 @@ def test_the_grid_carries_the_caption_of_the_target(tmp_path, monkeypatch, norm_
 
 
 def test_the_same_name_in_two_folders(weights, tmp_path):
-    files = [noise(tmp_path / folder / "same.png", seed) for seed, folder in enumerate(("one", "two"))]
+    files = [
+        noise(tmp_path / folder / "same.png", seed) for seed, folder in enumerate(("one", "two"))
+    ]
     found = draw(weights, tmp_path / "out", "--img_path", *files)
     assert list(found["psnr"]) == ["0_same", "1_same"]
     assert names_in(tmp_path / "out") == pictures_of("0_same", "1_same")
     for place, file in enumerate(files):
-        assert np.array_equal(read(tmp_path / "out" / f"{place}_same_original.png"), fitted_file(file))
+        assert np.array_equal(
+            read(tmp_path / "out" / f"{place}_same_original.png"), fitted_file(file)
+        )
 
 
 def test_a_folder_gives_evenly_spaced_images(weights, tmp_path):
@@ -228,7 +284,9 @@ def test_a_folder_gives_evenly_spaced_images(weights, tmp_path):
     every = draw(weights, tmp_path / "every", "--img_path", tmp_path / "images")
     assert list(every["psnr"]) == [str(index) for index in listed]
     other = noise(tmp_path / "other.png", 10)
-    some = draw(weights, tmp_path / "some", "--img_path", tmp_path / "images", other, "--num_images", 3)
+    some = draw(
+        weights, tmp_path / "some", "--img_path", tmp_path / "images", other, "--num_images", 3
+    )
     assert list(some["psnr"]) == ["0", "4", "8", "other"]  # places 0, 4 and 8 of nine
 
 
@@ -246,18 +304,40 @@ def test_without_img_path_validation_images_of_the_folder_are_taken(weights, tmp
 
 def test_the_quickstart_s_recipe_draws_validation_digits(tmp_path):
     """Its settings of training are skipped, its `mask_ratio` is taken."""
-    path = save_untrained(tmp_path / "a.safetensors", load_config(PretrainConfig, "pretrain", QUICKSTART))
-    more = ["--model_path", str(path), "--save_path", str(tmp_path / "out"), "--num_images", "3", "--device", "cpu"]
+    path = save_untrained(
+        tmp_path / "a.safetensors", load_config(PretrainConfig, "pretrain", QUICKSTART)
+    )
+    more = [
+        "--model_path",
+        str(path),
+        "--save_path",
+        str(tmp_path / "out"),
+        "--num_images",
+        "3",
+        "--device",
+        "cpu",
+    ]
     found = run_mae_vis.main([*QUICKSTART, *more])
     assert list(found["psnr"]) == ["val_00000", "val_00500", "val_00999"]
     digits, _ = read_mnist5k(train=False)
     for index in (0, 500, 999):
-        original, masked = (read(tmp_path / "out" / f"val_{index:05d}_{column}.png") for column in COLUMNS[:2])
+        original, masked = (
+            read(tmp_path / "out" / f"val_{index:05d}_{column}.png") for column in COLUMNS[:2]
+        )
         assert np.array_equal(original, np.repeat(digits[index, 0, :, :, None], 3, axis=2))
         assert (masked == 128).sum() >= 37 * 16 * 3  # 49 patches, 12 kept
 
 
-OTHER_KINDS = ("png RGBA", "png L", "jpeg CMYK", "png 16-bit L", "png 16-bit RGB", "gif", "gif animated", "tiff LZW")
+OTHER_KINDS = (
+    "png RGBA",
+    "png L",
+    "jpeg CMYK",
+    "png 16-bit L",
+    "png 16-bit RGB",
+    "gif",
+    "gif animated",
+    "tiff LZW",
+)
 
 
 @pytest.mark.parametrize("in_chans", [3, 1])
@@ -276,7 +356,9 @@ def test_every_kind_of_image_is_shown_as_it_is(weights, tmp_path, in_chans):
         _, picture, tolerance = KINDS[kind]
         original = read(tmp_path / "out" / f"{kind}_original.png")
         difference = np.abs(original - fitted(shown(picture, in_chans)))
-        assert difference.max() <= tolerance + 2, kind  # of grey, rounded before or after it is resized
+        assert difference.max() <= tolerance + 2, (
+            kind
+        )  # of grey, rounded before or after it is resized
         assert original.std() > 10, kind
 
 
@@ -291,7 +373,9 @@ def test_a_turned_photograph_is_shown_upright(weights, tmp_path, orientation):
     (tmp_path / "turned.jpg").write_bytes(oriented("JPEG", orientation, STORED_AS[orientation]))
     draw(weights, tmp_path / "out", "--img_path", tmp_path / "turned.jpg")
     expected = fitted(shown(KINDS["png RGBA"][1], 3))
-    assert np.abs(read(tmp_path / "out" / "turned_original.png") - expected).max() <= KINDS["jpeg"][2]
+    assert (
+        np.abs(read(tmp_path / "out" / "turned_original.png") - expected).max() <= KINDS["jpeg"][2]
+    )
 
 
 def test_a_large_photograph(weights, photographs, tmp_path):
@@ -307,7 +391,8 @@ def test_a_large_photograph(weights, photographs, tmp_path):
 
 @pytest.mark.parametrize(("side", "marker"), [(32, 1), (64, 4), (200, 13)])
 def test_the_whole_of_a_square_image_is_seen(weights, tmp_path, side, marker):
-    """Red, green, blue and white corners, of a sixteenth of the side or less: a cut of 1 - 224/256 would lose them."""
+    """Red, green, blue and white corners, of a sixteenth of the side or less: a cut of 1 - 224/256
+    would lose them."""
     image = np.zeros((side, side, 3), dtype=np.uint8)
     ends = (slice(0, marker), slice(side - marker, side))
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
@@ -374,7 +459,10 @@ def refusal(arguments: list[str], problems: int = 1) -> str:
         ("--img_path good.png text.jpg", "img_path text.jpg: cannot identify image file"),
         ("--img_path cut.png", "img_path cut.png: cannot be decoded"),
         ("--img_path zero.jpg", "img_path zero.jpg: the file is empty"),
-        (f"--img_path {'a' * 300}.jpg", f"img_path {'a' * 300}.jpg "),  # the system refuses even to look
+        (
+            f"--img_path {'a' * 300}.jpg",
+            f"img_path {'a' * 300}.jpg ",
+        ),  # the system refuses even to look
         ("--img_path empty", "no images under empty"),
         ("--data_path nowhere", "data_path nowhere does not exist"),
         ("--save_path good.png", "save_path good.png cannot be written: File exists"),
@@ -386,15 +474,33 @@ def refusal(arguments: list[str], problems: int = 1) -> str:
         ("--mask_ratio abc", "command line: mask_ratio: expected a list of numbers, got 'abc'"),
         ("--mask_ratio 0.75 0.99", "mask_ratio 0.99 keeps 0 of 16 patches"),
         ("--mask_ratio 0.5 0.5", "mask_ratio names a number twice: 0.5 0.5"),
-        ("--mask_ratio 0.75 0.7500001", "mask_ratio names a number twice: 0.75 0.75"),  # files of the same name
+        (
+            "--mask_ratio 0.75 0.7500001",
+            "mask_ratio names a number twice: 0.75 0.75",
+        ),  # files of the same name
         ("--seed 1 2 1", "seed names a number twice: 1 2 1"),
         ("--seed -1", "command line: seed: expected >= 0, <= 2147483647, got -1"),
         ("--num_images 0", "command line: num_images: expected >= 1, got 0"),
-        ("--mask blok", "command line: mask: expected one of random, block, grid, got 'blok', did you mean 'block'?"),
-        ("--mask grid --mask_ratio 0.6", "mask grid keeps one patch of every 4, 9 or 16: mask_ratio 0.75, 0.89, 0.94"),
-        ("--mask grid --mask_ratio 0.75 0.6", "mask grid keeps one patch of every 4, 9 or 16: mask_ratio 0.75, 0.89"),
-        ("--mask_raito 0.5", "command line: unknown setting 'mask_raito', did you mean 'mask_ratio'?"),
-        ("--image_path good.png", "command line: unknown setting 'image_path', did you mean 'img_path'?"),
+        (
+            "--mask blok",
+            "command line: mask: expected one of random, block, grid, got 'blok', did you mean 'block'?",
+        ),
+        (
+            "--mask grid --mask_ratio 0.6",
+            "mask grid keeps one patch of every 4, 9 or 16: mask_ratio 0.75, 0.89, 0.94",
+        ),
+        (
+            "--mask grid --mask_ratio 0.75 0.6",
+            "mask grid keeps one patch of every 4, 9 or 16: mask_ratio 0.75, 0.89",
+        ),
+        (
+            "--mask_raito 0.5",
+            "command line: unknown setting 'mask_raito', did you mean 'mask_ratio'?",
+        ),
+        (
+            "--image_path good.png",
+            "command line: unknown setting 'image_path', did you mean 'img_path'?",
+        ),
         ("--model_path nowhere.safetensors", "nowhere.safetensors: there is no such file"),
         ("--model_path text.jpg", "text.jpg: "),
         ("--patch_size 8 7", "patch_size 7 does not divide the image width 32"),
@@ -416,19 +522,27 @@ def test_a_bad_validation_image_is_named(weights, inputs):
 @pytest.mark.parametrize(
     ("settings", "sides"),
     [
-        ({"size": "tiny"}, ["embed_dim 32 in the file, 192 in the settings", "depth 2 in the file, 12 in"]),
+        (
+            {"size": "tiny"},
+            ["embed_dim 32 in the file, 192 in the settings", "depth 2 in the file, 12 in"],
+        ),
         ({"embed_dim": 64}, ["embed_dim 32 in the file, 64 in the settings"]),
         ({"img_size": 64}, ["img_size 32x32 in the file, 64x64 in the settings"]),
         ({"patch_size": 4}, ["patch_size 8x8 in the file, 4x4 in the settings"]),
         ({"decoder_embed_dim": 32}, ["decoder_embed_dim 16 in the file, 32 in the settings"]),
         ({"decoder_depth": 2}, ["decoder_depth 1 in the file, 2 in the settings"]),
-        ({"decoder_class_token": "false"}, ["decoder_class_token true in the file, false in the settings"]),
+        (
+            {"decoder_class_token": "false"},
+            ["decoder_class_token true in the file, false in the settings"],
+        ),
         (GREY, ["in_chans 3 in the file, 1 in the settings"]),
         ({"norm_pix_loss": "false"}, ["norm_pix_loss is false in the settings and true in "]),
     ],
 )
 def test_settings_that_are_not_the_weights_name_both_sides(weights, inputs, settings, sides):
-    message = refusal(words("out", "--model_path", weights, "--img_path", "good.png", *flags(settings)))
+    message = refusal(
+        words("out", "--model_path", weights, "--img_path", "good.png", *flags(settings))
+    )
     assert str(weights) in message
     for side in sides:
         assert side in message
@@ -443,10 +557,14 @@ def test_a_normalised_target_is_not_taken_for_weights_of_a_raw_one(inputs):
 @pytest.mark.parametrize("kind", ["MAE", "timm"])
 def test_weights_without_a_decoder_are_refused_and_not_filled_up(weights, inputs, kind):
     if kind == "MAE":
-        encoder = {n: t for n, t in load_file(weights).items() if not n.startswith(("decoder", "mask"))}
+        encoder = {
+            n: t for n, t in load_file(weights).items() if not n.startswith(("decoder", "mask"))
+        }
         torch.save({"model": encoder}, "encoder.pth")
     else:
-        timm_vit = TimmViT(img_size=SIZE, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+        timm_vit = TimmViT(
+            img_size=SIZE, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3
+        )
         save_file(timm_vit.state_dict(), "encoder.pth")
     message = refusal(words("out", "--model_path", "encoder.pth", "--img_path", "good.png"))
     assert "it holds no decoder: take a file of the whole autoencoder" in message
@@ -461,11 +579,20 @@ def test_all_that_is_missing_is_said_in_one_go(inputs):
 
 def test_the_command_line_says_one_line_and_needs_no_display(inputs, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    more = ["--model_path", "nowhere.safetensors", "--img_path", str(inputs / "text.jpg"), "--save_path"]
+    more = [
+        "--model_path",
+        "nowhere.safetensors",
+        "--img_path",
+        str(inputs / "text.jpg"),
+        "--save_path",
+    ]
     result = run(command(*QUICKSTART, *more, str(inputs / "out"), script="tools/run_mae_vis.py"))
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and f"img_path {inputs / 'text.jpg'}: cannot identify image file" in errors[0]
+    assert (
+        len(errors) == 1
+        and f"img_path {inputs / 'text.jpg'}: cannot identify image file" in errors[0]
+    )
     assert result.stderr.splitlines()[-1] == errors[0]
     assert "Traceback" not in result.stderr and not result.stdout
     assert not list(inputs.rglob("*_original.png"))

@@ -1,4 +1,5 @@
-"""Model parity with independent implementations, shapes, masking, and the frozen state-dict keys."""
+"""Model parity with independent implementations, shapes, masking, and the frozen state-dict
+keys."""
 
 import math
 from functools import partial
@@ -10,21 +11,41 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.blocks import Attention, Block
-from models.geometry import num_kept
 from models.mae import MaskedAutoencoder
 from models.pos_embed import sincos_pos_embed
+from models.spec import num_kept
 from models.vit import VisionTransformer
 from util.errors import InputError
 
 MAE = {
-    "img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 4.0,
-    "class_token": True, "decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 2,
-    "decoder_class_token": True, "mask_ratio": 0.75, "norm_pix_loss": True,
-}  # fmt: skip
+    "img_size": 32,
+    "patch_size": 8,
+    "in_chans": 3,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "mlp_ratio": 4.0,
+    "class_token": True,
+    "decoder_embed_dim": 24,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+    "decoder_class_token": True,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": True,
+}
 VIT = {
-    "img_size": 32, "patch_size": 8, "in_chans": 3, "num_classes": 7, "embed_dim": 48, "depth": 2, "num_heads": 3,
-    "mlp_ratio": 4.0, "class_token": True, "global_pool": "token", "fc_norm": False,
-}  # fmt: skip
+    "img_size": 32,
+    "patch_size": 8,
+    "in_chans": 3,
+    "num_classes": 7,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "mlp_ratio": 4.0,
+    "class_token": True,
+    "global_pool": "token",
+    "fc_norm": False,
+}
 
 
 def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -42,7 +63,9 @@ def test_loss_and_every_gradient_equal_transformers_in_float64(norm_pix_loss):
     ours = randomized(MaskedAutoencoder(**kwargs)).double()
     reference = huggingface_mae(ours, kwargs).double()
     reference.load_state_dict(to_huggingface(ours.state_dict()))  # in float64
-    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(
+        4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(2))
 
     loss = ours(images, noise.argsort(dim=1))
@@ -52,7 +75,9 @@ def test_loss_and_every_gradient_equal_transformers_in_float64(norm_pix_loss):
 
     assert abs(loss.item() - expected.item()) < 1e-9
     gradients = to_huggingface({name: p.grad for name, p in ours.named_parameters()})
-    reference_gradients = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
+    reference_gradients = {
+        name: p.grad for name, p in reference.named_parameters() if p.requires_grad
+    }
     assert gradients.keys() == reference_gradients.keys()
     for name, gradient in gradients.items():
         assert gradient.abs().max() > 0, name
@@ -73,10 +98,21 @@ def test_reconstruction_and_mask_equal_transformers():
 
 @pytest.mark.parametrize(
     ("class_token", "global_pool", "fc_norm"),
-    [(True, "token", False), (True, "avg", True), (True, "avg", False), (False, "avg", True), (False, "avg", False)],
+    [
+        (True, "token", False),
+        (True, "avg", True),
+        (True, "avg", False),
+        (False, "avg", True),
+        (False, "avg", False),
+    ],
 )
 def test_logits_and_features_equal_timm_for_each_readout(class_token, global_pool, fc_norm):
-    kwargs = VIT | {"class_token": class_token, "global_pool": global_pool, "fc_norm": fc_norm, "in_chans": 5}
+    kwargs = VIT | {
+        "class_token": class_token,
+        "global_pool": global_pool,
+        "fc_norm": fc_norm,
+        "in_chans": 5,
+    }
     kwargs |= {"img_size": (32, 48), "patch_size": (8, 16)}
     ours = randomized(VisionTransformer(**kwargs)).eval()
     reference = timm_vit(ours, kwargs).eval()
@@ -88,7 +124,9 @@ def test_logits_and_features_equal_timm_for_each_readout(class_token, global_poo
 
 def test_block_equals_timm_block():
     ours = randomized(Block(48, 3, 4.0))
-    reference = TimmBlock(48, 3, 4.0, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6))
+    reference = TimmBlock(
+        48, 3, 4.0, qkv_bias=True, norm_layer=partial(torch.nn.LayerNorm, eps=1e-6)
+    )
     reference.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(2, 9, 48)
     torch.testing.assert_close(ours(x), reference(x), rtol=0, atol=1e-5)
@@ -118,7 +156,9 @@ def test_attention_maps_are_the_softmax_that_the_forward_pass_uses():
     logits, maps = model.forward_with_attention(images)
     torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-12)
     assert [m.shape for m in maps] == [(2, 3, 17, 17)] * 2
-    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 3, 17, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        maps[0].sum(-1), torch.ones(2, 3, 17, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     # by hand from the first block's qkv: softmax(q k / sqrt(16))
     tokens = model.blocks[0].norm1(model._embed(images))
     q, k, _ = model.blocks[0].attn.qkv(tokens).chunk(3, dim=-1)
@@ -132,15 +172,20 @@ def test_positions_on_a_2_by_3_grid_by_hand():
     table = sincos_pos_embed(8, (2, 3), class_token=True)
     assert table.shape == (1, 7, 8)
     assert table[0, 0].tolist() == [0.0] * 8  # the class token's row
-    # width 8: two frequencies per axis, 10000^0 = 1 and 10000^(-1/2) = 0.01; column first, then row; sin, then cos
+    # width 8: two frequencies per axis, 10000^0 = 1 and 10000^(-1/2) = 0.01; column first, then
+    # row; sin, then cos
     for row in range(2):
         for column in range(3):
-            expected = [f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in (1.0, 0.01)]
+            expected = [
+                f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in (1.0, 0.01)
+            ]
             assert table[0, 1 + row * 3 + column].tolist() == pytest.approx(expected, abs=1e-7)
 
 
 def test_patch_vectors_are_row_major_and_channels_last():
-    model = MaskedAutoencoder(**MAE | {"img_size": (4, 6), "patch_size": (2, 3), "in_chans": 2, "mask_ratio": 0.5})
+    model = MaskedAutoencoder(
+        **MAE | {"img_size": (4, 6), "patch_size": (2, 3), "in_chans": 2, "mask_ratio": 0.5}
+    )
     images = torch.arange(2 * 4 * 6, dtype=torch.float32).reshape(1, 2, 4, 6)
     patches = model.patchify(images)
     assert patches.shape == (1, 4, 12)
@@ -151,7 +196,8 @@ def test_patch_vectors_are_row_major_and_channels_last():
 
 
 def test_loss_by_hand_from_reconstruct():
-    """The training loss, which predicts only removed patches, equals the paper's definition over all of them."""
+    """The training loss, which predicts only removed patches, equals the paper's definition over
+    all of them."""
     model = randomized(MaskedAutoencoder(**MAE)).double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     ids = torch.rand(2, 16).argsort(dim=1)
@@ -159,7 +205,9 @@ def test_loss_by_hand_from_reconstruct():
     patches = model.patchify(images)
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
     error = (pred - (patches - mean) / (var + 1e-6).sqrt()).square().mean(-1)
-    assert model(images, ids).item() == pytest.approx(((error * mask).sum() / mask.sum()).item(), abs=1e-12)
+    assert model(images, ids).item() == pytest.approx(
+        ((error * mask).sum() / mask.sum()).item(), abs=1e-12
+    )
     for b in range(2):
         assert mask[b, ids[b, :4]].tolist() == [0.0] * 4
         assert mask[b, ids[b, 4:]].tolist() == [1.0] * 12
@@ -169,7 +217,9 @@ def test_loss_by_hand_from_reconstruct():
 def test_to_pixels_undoes_the_target(norm_pix_loss):
     model = MaskedAutoencoder(**MAE | {"norm_pix_loss": norm_pix_loss})
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model.to_pixels(model.target(model.patchify(images)), images), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.to_pixels(model.target(model.patchify(images)), images), images, atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +237,9 @@ def test_every_variant_trains_all_its_parameters(changes):
     height, width = model.img_size
     loss = model(torch.randn(2, kwargs["in_chans"], height, width))
     loss.backward()
-    dead = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    dead = [
+        name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0
+    ]
     assert dead == []
 
 
@@ -205,7 +257,15 @@ def test_removed_pixels_never_reach_the_encoder():
 
 @pytest.mark.parametrize(
     ("num_patches", "ratio", "kept"),
-    [(196, 0.75, 49), (49, 0.75, 12), (10, 0.9, 1), (64, 0.75, 16), (256, 0.75, 64), (5, 0.5, 2), (100, 0.15, 85)],
+    [
+        (196, 0.75, 49),
+        (49, 0.75, 12),
+        (10, 0.9, 1),
+        (64, 0.75, 16),
+        (256, 0.75, 64),
+        (5, 0.5, 2),
+        (100, 0.15, 85),
+    ],
 )
 def test_number_of_kept_patches(num_patches, ratio, kept):
     assert num_kept(num_patches, ratio) == kept
@@ -218,7 +278,11 @@ def test_initialisation():
     bound = math.sqrt(6 / (192 + 192))  # xavier-uniform: fan in 3 * 8 * 8, fan out 192
     assert 0.98 * bound < weight.abs().max().item() <= bound
     qkv = model.blocks[0].attn.qkv
-    assert 0.98 * math.sqrt(6 / (192 + 576)) < qkv.weight.abs().max().item() <= math.sqrt(6 / (192 + 576))
+    assert (
+        0.98 * math.sqrt(6 / (192 + 576))
+        < qkv.weight.abs().max().item()
+        <= math.sqrt(6 / (192 + 576))
+    )
     assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
     assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
     assert all(p.abs().max() == 0 for name, p in model.named_parameters() if name.endswith("bias"))
@@ -237,11 +301,23 @@ def stack_keys(prefix: str, depth: int) -> list[str]:
 
 def test_state_dict_keys_are_those_of_the_published_weights():
     keys = [
-        "cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-        *stack_keys("blocks", 2), "norm.weight", "norm.bias", "decoder_embed.weight", "decoder_embed.bias",
-        *stack_keys("decoder_blocks", 2), "decoder_norm.weight", "decoder_norm.bias",
-        "decoder_pred.weight", "decoder_pred.bias",
-    ]  # fmt: skip
+        "cls_token",
+        "pos_embed",
+        "mask_token",
+        "decoder_pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+        *stack_keys("blocks", 2),
+        "norm.weight",
+        "norm.bias",
+        "decoder_embed.weight",
+        "decoder_embed.bias",
+        *stack_keys("decoder_blocks", 2),
+        "decoder_norm.weight",
+        "decoder_norm.bias",
+        "decoder_pred.weight",
+        "decoder_pred.bias",
+    ]
     mae = MaskedAutoencoder(**MAE)
     assert sorted(mae.state_dict()) == sorted(keys)
     assert {name for name, _ in mae.named_buffers()} == {"pos_embed", "decoder_pos_embed"}
@@ -250,7 +326,12 @@ def test_state_dict_keys_are_those_of_the_published_weights():
     assert without.pos_embed.shape == (1, 17, 48)
     assert without.decoder_pos_embed.shape == (1, 16, 24)
 
-    encoder = ["pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", *stack_keys("blocks", 2)]
+    encoder = [
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+        *stack_keys("blocks", 2),
+    ]
     encoder += ["head.weight", "head.bias"]
     token = VisionTransformer(**VIT)
     assert sorted(token.state_dict()) == sorted([*encoder, "cls_token", "norm.weight", "norm.bias"])
@@ -262,13 +343,21 @@ def test_state_dict_keys_are_those_of_the_published_weights():
 def test_no_tensor_is_left_on_the_cpu_when_the_model_is_on_cuda():
     """There is no GPU here: fake tensors raise when an operation mixes devices."""
     with FakeTensorMode(), torch.device("cuda"):
-        for changes in ({}, {"class_token": False, "decoder_class_token": False}, {"decoder_class_token": False}):
+        for changes in (
+            {},
+            {"class_token": False, "decoder_class_token": False},
+            {"decoder_class_token": False},
+        ):
             model = MaskedAutoencoder(**MAE | changes)
             images = torch.rand(2, 3, 32, 32)
             assert model(images).device.type == "cuda"
             assert model(images, torch.rand(2, 16).argsort(dim=1)).device.type == "cuda"
             pred, mask = model.reconstruct(images)
-            assert {pred.device.type, mask.device.type, model.to_pixels(pred, images).device.type} == {"cuda"}
+            assert {
+                pred.device.type,
+                mask.device.type,
+                model.to_pixels(pred, images).device.type,
+            } == {"cuda"}
         classifier = VisionTransformer(**VIT)
         assert classifier(torch.rand(2, 3, 32, 32)).device.type == "cuda"
         assert classifier.attention_maps(torch.rand(2, 3, 32, 32))[0].device.type == "cuda"
@@ -277,7 +366,10 @@ def test_no_tensor_is_left_on_the_cpu_when_the_model_is_on_cuda():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 7}, "patch_size 7 does not divide the image height 32; patch_size 7 does not divide"),
+        (
+            {"patch_size": 7},
+            "patch_size 7 does not divide the image height 32; patch_size 7 does not divide",
+        ),
         ({"num_heads": 5}, "embed_dim 48 is not divisible by num_heads 5"),
         ({"embed_dim": 50, "num_heads": 5}, "embed_dim 50 is not divisible by 4"),
         ({"decoder_num_heads": 7}, "decoder_embed_dim 24 is not divisible by decoder_num_heads 7"),

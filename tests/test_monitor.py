@@ -1,4 +1,5 @@
-"""`engine/monitor.py`: looks change no bit of a run, come when they are due, and their figures are recomputed here."""
+"""`engine/pictures/monitor.py`: looks change no bit of a run, come when they are due, and their
+figures are recomputed here."""
 
 import logging
 import random
@@ -38,25 +39,24 @@ import main_knn
 import main_lincls
 import main_pretrain
 from data.images import decode_image
-from data.labelled import LabelledArray, LabelledData, stratified_choice
-from data.sampler import MONITOR, generator
+from data.labels import LabelledArray, LabelledData, stratified_choice
 from data.transforms import EvalTransform, PixelNormalizer
-from engine import monitor as module
-from engine import saving
-from engine.backbone import build_frozen, encoder_of
-from engine.monitor import PROBE_DECAY, Monitor, fit_linear
-from engine.pictures import CELL, GAP, TEXT, enlarged, heat_over
-from engine.reconstruction import reconstruct
-from engine.rollout import rollout
-from engine.state import TrainState
+from engine.evaluation.from_weights import build_frozen, encoder_of
+from engine.pictures import monitor as module
+from engine.pictures.drawing import CELL, GAP, TEXT, enlarged, heat_over
+from engine.pictures.monitor import PROBE_DECAY, Monitor, fit_linear
+from engine.pictures.reconstruction import reconstruct
+from engine.pictures.rollout import rollout
+from engine.run import saving
+from engine.run.state import TrainState
 from models.build import build_mae
 from models.mae import MaskedAutoencoder
-from models.masking import draw_mask
+from models.masks import draw_mask
 from util.dist import Processes
 from util.errors import InputError
-from util.rng import seed_libraries
-from util.schema_eval import KnnConfig
-from util.schema_pretrain import PretrainConfig
+from util.rng import MONITOR, generator, seed_libraries
+from util.settings.evaluation import KnnConfig
+from util.settings.pretrain import PretrainConfig
 
 CPU = torch.device("cpu")
 GREY = PixelNormalizer((0.1307,), (0.3081,), CPU)
@@ -64,7 +64,14 @@ COLOUR = ("--mean", 0.1, 0.15, 0.2, "--std", 0.3, 0.35, 0.4)
 LOOKING = ("--monitor_epochs", 1, "--monitor_probe")
 FAST = ("--monitor_images", 1, "--monitor_knn", 0)  # where only the times of the looks count
 # six of the 60 validation images, evenly spaced: 0, 12, 24, 35, 47 and 59 in the order of the files
-SHOWN = ("nought/040.png", "nought/052.png", "one/044.png", "one/055.png", "seven/047.png", "seven/059.png")
+SHOWN = (
+    "nought/040.png",
+    "nought/052.png",
+    "one/044.png",
+    "one/055.png",
+    "seven/047.png",
+    "seven/059.png",
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +111,8 @@ def watched(see=lambda monitor, state: None) -> Iterator[list[tuple[Monitor, Any
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data):
-    """A run of three epochs with a look at each, with curves: its folder, and its monitor with the final weights."""
+    """A run of three epochs with a look at each, with curves: its folder, and its monitor with the
+    final weights."""
     folder = tmp_path_factory.mktemp("finished")
     more = ["--epochs", 3, "--lr", 0.1, *LOOKING, "--monitor_knn", 1000, "--tensorboard", "true"]
     with watched() as calls:
@@ -125,7 +133,8 @@ def steps_of(events, tag: str) -> list[int]:
     return [event.step for event in events.Images(tag)]
 
 
-# --- nothing of a run changes -----------------------------------------------------------------------------------------
+# --- nothing of a run changes
+# -----------------------------------------------------------------------------------------
 
 
 def random_states() -> tuple:
@@ -136,14 +145,28 @@ def random_states() -> tuple:
 
 def assert_the_same_run(one: Path, other: Path, steps: tuple[int, ...]):
     """Losses, final weights and checkpoints are equal, bit for bit; only their settings differ."""
-    assert step_losses(one) == step_losses(other) and len(set(step_losses(one).values())) == steps[-1]
+    assert (
+        step_losses(one) == step_losses(other) and len(set(step_losses(one).values())) == steps[-1]
+    )
     assert_same(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
     for step in steps:
-        ours, theirs = (torch.load(f / f"checkpoint-{step:08d}.pth", weights_only=True) for f in (one, other))
-        changed = {name for name, value in ours["config"].items() if value != theirs["config"][name]}
+        ours, theirs = (
+            torch.load(f / f"checkpoint-{step:08d}.pth", weights_only=True) for f in (one, other)
+        )
+        changed = {
+            name for name, value in ours["config"].items() if value != theirs["config"][name]
+        }
         assert changed >= {"monitor_epochs", "output_dir"}
-        assert changed <= {"monitor_epochs", "monitor_images", "monitor_knn", "monitor_probe", "output_dir",
-                           "num_workers", "prefetch_factor", "tensorboard"}  # fmt: skip
+        assert changed <= {
+            "monitor_epochs",
+            "monitor_images",
+            "monitor_knn",
+            "monitor_probe",
+            "output_dir",
+            "num_workers",
+            "prefetch_factor",
+            "tensorboard",
+        }
         for saved in (ours, theirs):
             del saved["config"]
         assert_same(ours, theirs, f"checkpoint {step}")
@@ -173,7 +196,9 @@ def test_a_run_on_the_digits_is_the_same_with_looks_and_without(tmp_path, blind,
     assert [look["epoch"] for look in looks] == [0, 1, 2] and not looks_of(blind[0])
     for look in looks:
         assert look.keys() == {"step", "epoch", "knn_acc1", "probe_acc1", "psnr", "monitor_s"}
-        assert 10 < look["knn_acc1"] < 100 and 10 < look["probe_acc1"] < 100 and 5 < look["psnr"] < 30
+        assert (
+            10 < look["knn_acc1"] < 100 and 10 < look["probe_acc1"] < 100 and 5 < look["psnr"] < 30
+        )
         assert look["knn_acc1"] % 2 == 0  # of 50 validation images
     assert looks[2]["psnr"] > looks[0]["psnr"] + 0.5
 
@@ -187,12 +212,15 @@ def test_a_run_on_files_is_the_same_with_looks_and_without(tmp_path, data, worke
         pretrain_pictures(data, tmp_path / name, "--monitor_epochs", epochs, *more)
         left.append(random_states())
     assert_same(*left)
-    assert_the_same_run(tmp_path / "looking", tmp_path / "blind", (PICTURE_STEPS, 2 * PICTURE_STEPS))
+    assert_the_same_run(
+        tmp_path / "looking", tmp_path / "blind", (PICTURE_STEPS, 2 * PICTURE_STEPS)
+    )
     assert len(looks_of(tmp_path / "looking")) == 3
 
 
 def test_a_look_leaves_the_model_as_it_was(tmp_path, data):
-    """Modes, gradients, and every tensor, by identity and by value; and it draws no random number."""
+    """Modes, gradients, and every tensor, by identity and by value; and it draws no random
+    number."""
 
     def see(monitor: Monitor, state: TrainState) -> dict[str, Any]:
         assert monitor.model is state.model
@@ -217,15 +245,19 @@ def test_a_look_leaves_the_model_as_it_was(tmp_path, data):
         assert before["requires_grad"].count(False) == 0
     cfg = calls[0][0].cfg
     torch.manual_seed(cfg.seed)
-    assert_same(calls[0][1]["values"], dict(build_mae(cfg).state_dict()))  # the first look is the untrained model
+    assert_same(
+        calls[0][1]["values"], dict(build_mae(cfg).state_dict())
+    )  # the first look is the untrained model
     assert_same(calls[2][1]["values"], load_file(tmp_path / "model.safetensors"))
 
 
-# --- when it looks ----------------------------------------------------------------------------------------------------
+# --- when it looks
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("interval", "expected"), [(2, [0, 2, 4, 5]), (1, [0, 1, 2, 3, 4, 5]), (5, [0, 5]), (10, [0, 5])]
+    ("interval", "expected"),
+    [(2, [0, 2, 4, 5]), (1, [0, 1, 2, 3, 4, 5]), (5, [0, 5]), (10, [0, 5])],
 )
 def test_looks_come_first_every_so_many_epochs_and_last(tmp_path, data, interval, expected):
     pretrain_pictures(data, tmp_path, *FAST, "--epochs", 5, "--monitor_epochs", interval)
@@ -254,7 +286,10 @@ def test_a_stopped_run_goes_on_looking_and_repeats_no_look(tmp_path, data, stop,
     pretrain_pictures(data, tmp_path, *more, "--stop_epoch", stop)
     next_second()
     first = looks_of(tmp_path)
-    assert [look["epoch"] for look in first] == [0, stop]  # one before the first step, and one at its end
+    assert [look["epoch"] for look in first] == [
+        0,
+        stop,
+    ]  # one before the first step, and one at its end
     pretrain_pictures(data, tmp_path, *more)
     steps = [PICTURE_STEPS * epoch for epoch in expected]
     assert places(tmp_path) == list(zip(steps, expected, strict=True))
@@ -268,17 +303,24 @@ def test_other_knobs_may_come_with_a_resume(tmp_path, data):
     pretrain_pictures(data, tmp_path / "whole", "--epochs", 4)
     run = ["--epochs", 4, "--monitor_images", 1]
     pretrain_pictures(data, tmp_path / "run", *run, "--stop_epoch", 1, "--monitor_epochs", 0)
-    pretrain_pictures(data, tmp_path / "run", *run, "--stop_epoch", 2, "--monitor_epochs", 3, "--monitor_knn", 0)
-    pretrain_pictures(data, tmp_path / "run", *run, *LOOKING, "--monitor_images", 0, "--monitor_knn", 40)
+    pretrain_pictures(
+        data, tmp_path / "run", *run, "--stop_epoch", 2, "--monitor_epochs", 3, "--monitor_knn", 0
+    )
+    pretrain_pictures(
+        data, tmp_path / "run", *run, *LOOKING, "--monitor_images", 0, "--monitor_knn", 40
+    )
     assert [look.keys() - {"step", "monitor_s"} for look in looks_of(tmp_path / "run")] == [
-        {"epoch", "psnr"}, {"epoch", "knn_acc1", "probe_acc1"}, {"epoch", "knn_acc1", "probe_acc1"},
-    ]  # fmt: skip
+        {"epoch", "psnr"},
+        {"epoch", "knn_acc1", "probe_acc1"},
+        {"epoch", "knn_acc1", "probe_acc1"},
+    ]
     assert places(tmp_path / "run") == [(20, 2), (30, 3), (40, 4)]
     assert step_losses(tmp_path / "run") == step_losses(tmp_path / "whole")
 
 
 def next_second() -> None:
-    """TensorBoard reads a run's event files in the order of their names, which begin with the second."""
+    """TensorBoard reads a run's event files in the order of their names, which begin with the
+    second."""
     time.sleep(1.1)
 
 
@@ -286,7 +328,9 @@ def dying(*_):
     raise KeyboardInterrupt
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_one_first_look(tmp_path, data, monkeypatch):
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_one_first_look(
+    tmp_path, data, monkeypatch
+):
     more = [*FAST, "--monitor_epochs", 1, "--tensorboard", "true"]
     for place, name in ((main_pretrain, "train"), (saving, "save_checkpoint")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -302,20 +346,27 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_anew_with_one_first_
     assert [event.step for event in events.Scalars("monitor/psnr")] == [0, 10, 20]
 
 
-def test_a_run_that_died_between_a_look_and_its_checkpoint_looks_again_and_keeps_one_line(tmp_path, data, monkeypatch):
+def test_a_run_that_died_between_a_look_and_its_checkpoint_looks_again_and_keeps_one_line(
+    tmp_path, data, monkeypatch
+):
     save = saving.save_checkpoint
     more = [*FAST, "--epochs", 3, "--monitor_epochs", 1, "--tensorboard", "true"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(saving, "save_checkpoint", lambda *of: (save if of[1] < 20 else dying)(*of))
         pretrain_pictures(data, tmp_path, *more)
-    assert places(tmp_path) == [(0, 0), (10, 1), (20, 2)]  # the last one lies past the newest checkpoint
+    assert places(tmp_path) == [
+        (0, 0),
+        (10, 1),
+        (20, 2),
+    ]  # the last one lies past the newest checkpoint
     next_second()
     pretrain_pictures(data, tmp_path, *more)
     assert places(tmp_path) == [(0, 0), (10, 1), (20, 2), (30, 3)]
     assert steps_of(events_of(tmp_path), "monitor") == [0, 10, 20, 30]
 
 
-# --- the k-NN ---------------------------------------------------------------------------------------------------------
+# --- the k-NN
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_its_knn_equals_the_evaluation_of_the_same_weights(tmp_path, data, finished):
@@ -324,7 +375,9 @@ def test_its_knn_equals_the_evaluation_of_the_same_weights(tmp_path, data, finis
     accuracies = [look["knn_acc1"] for look in looks_of(folder)]
     assert len(set(accuracies)) > 1 and max(accuracies) < 100  # not vacuous
     for name, accuracy in zip(
-        ("checkpoint-00000010.pth", "checkpoint-00000020.pth", "model.safetensors"), accuracies[1:], strict=True
+        ("checkpoint-00000010.pth", "checkpoint-00000020.pth", "model.safetensors"),
+        accuracies[1:],
+        strict=True,
     ):
         more = ["--finetune", folder / name, "--global_pool", "avg", "--ks", 10, 20]
         results = main_knn.main(pictures(data, tmp_path, *more, training=False))
@@ -333,12 +386,25 @@ def test_its_knn_equals_the_evaluation_of_the_same_weights(tmp_path, data, finis
 
 
 # at 40 pixels the evaluation crop is 224 / 256 of the sides; the smaller images are seen whole
-@pytest.mark.parametrize("more", [(), ("--img_size", 40), ("--class_token", "false", "--decoder_class_token", "false")])
+@pytest.mark.parametrize(
+    "more", [(), ("--img_size", 40), ("--class_token", "false", "--decoder_class_token", "false")]
+)
 def test_its_features_equal_those_of_the_evaluation(tmp_path, data, more):
     with watched() as calls:
-        pretrain_pictures(data, tmp_path / "run", *LOOKING, *more, "--monitor_knn", 240, "--epochs", 1)
+        pretrain_pictures(
+            data, tmp_path / "run", *LOOKING, *more, "--monitor_knn", 240, "--epochs", 1
+        )
     monitor = calls[-1][0]
-    read = ["--finetune", tmp_path / "run" / "model.safetensors", "-b", 12, "--ks", 10, "--save_path", tmp_path]
+    read = [
+        "--finetune",
+        tmp_path / "run" / "model.safetensors",
+        "-b",
+        12,
+        "--ks",
+        10,
+        "--save_path",
+        tmp_path,
+    ]
     size = more if "--img_size" in more else ()
     results = main_knn.main(pictures(data, tmp_path / "knn", *read, *size, training=False))
     saved = load_file(tmp_path / "features.safetensors")
@@ -350,25 +416,44 @@ def test_its_features_equal_those_of_the_evaluation(tmp_path, data, more):
 
 
 def test_a_fixed_choice_with_each_class_in_proportion(tmp_path, data):
-    """60 of 120 training images, and a quarter as many of the 60 for validation, the same ones at each look."""
+    """60 of 120 training images, and a quarter as many of the 60 for validation, the same ones at
+    each look."""
     chosen = {}
     for seed in (0, 1):
-        with watched(lambda monitor, _: (monitor.train.indices.copy(), monitor.val.indices.copy())) as calls:
-            more = ["--monitor_epochs", 1, "--monitor_images", 0, "--monitor_knn", 60, "--seed", seed]
+        with watched(
+            lambda monitor, _: (monitor.train.indices.copy(), monitor.val.indices.copy())
+        ) as calls:
+            more = [
+                "--monitor_epochs",
+                1,
+                "--monitor_images",
+                0,
+                "--monitor_knn",
+                60,
+                "--seed",
+                seed,
+            ]
             pretrain_pictures(data, tmp_path / str(seed), *more)
         for _, before, after in calls:
             for ours, first in zip((*before, *after), calls[0][1] * 2, strict=True):
                 assert ours.tolist() == first.tolist()
         train, val = calls[0][1]
         assert train.tolist() == stratified_choice(np.repeat([0, 1, 2], 40), 60, seed).tolist()
-        assert np.bincount(train // 40).tolist() == [20, 20, 20] and np.bincount(val // 20).tolist() == [5, 5, 5]
+        assert np.bincount(train // 40).tolist() == [20, 20, 20] and np.bincount(
+            val // 20
+        ).tolist() == [5, 5, 5]
         chosen[seed] = train.tolist()
     assert chosen[0] != chosen[1]
     # its accuracy, in 64 bits and numpy: cosine, the 10 nearest, each with exp(similarity / 0.07)
     monitor = calls[-1][0]
     encoder = encoder_of(monitor.model, monitor.cfg)
-    train, val = (monitor.features(encoder, source).double().numpy() for source in (monitor.train, monitor.val))
-    similarity = (val / np.linalg.norm(val, axis=1, keepdims=True)) @ (train / np.linalg.norm(train, axis=1)[:, None]).T
+    train, val = (
+        monitor.features(encoder, source).double().numpy()
+        for source in (monitor.train, monitor.val)
+    )
+    similarity = (val / np.linalg.norm(val, axis=1, keepdims=True)) @ (
+        train / np.linalg.norm(train, axis=1)[:, None]
+    ).T
     right = 0
     for row, label in zip(similarity, monitor.val.labels, strict=True):
         votes = np.zeros(3)
@@ -379,7 +464,8 @@ def test_a_fixed_choice_with_each_class_in_proportion(tmp_path, data):
 
 
 def test_ten_neighbours_vote_by_exp_of_similarity_over_7_percent(monkeypatch):
-    """Four at similarity 1 against six at s: 4 exp(1 / T) = 6 exp(s / T) at 1 - s = T ln 1.5 = 0.0284 for T = 0.07."""
+    """Four at similarity 1 against six at s: 4 exp(1 / T) = 6 exp(s / T) at 1 - s = T ln 1.5 =
+    0.0284 for T = 0.07."""
     rows, labels = [], []
     for plane, s in enumerate((1 - 0.029, 1 - 0.028)):  # the four win, the six win
         for number, similarity, label in ((4, 1.0, 0), (6, s, 1), (20, 0.9, 2)):
@@ -399,7 +485,8 @@ def test_ten_neighbours_vote_by_exp_of_similarity_over_7_percent(monkeypatch):
     assert monitor.classify(None) == {"knn_acc1": 0.0}
 
 
-# --- the linear layer -------------------------------------------------------------------------------------------------
+# --- the linear layer
+# -------------------------------------------------------------------------------------------------
 
 
 def test_separable_classes_are_told_apart():
@@ -408,7 +495,9 @@ def test_separable_classes_are_told_apart():
     labels = torch.arange(4).repeat(25)
     train, val = (centres[labels] + torch.rand(100, 3, generator=stream) for _ in range(2))
     assert fit_linear(train, labels, val, 4).tolist() == labels.tolist()
-    assert fit_linear(train * 1e-3 + 7, labels, val * 1e-3 + 7, 4).tolist() == labels.tolist()  # features of any scale
+    assert (
+        fit_linear(train * 1e-3 + 7, labels, val * 1e-3 + 7, 4).tolist() == labels.tolist()
+    )  # features of any scale
 
 
 def noisy() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -430,7 +519,10 @@ def test_it_is_the_logistic_regression_of_another_implementation():
         return torch.from_numpy(model.predict(((val - mean) / std).double().numpy()))
 
     ours = fit_linear(train, labels, val, 5)
-    agree = {factor: (another(factor * PROBE_DECAY) == ours).double().mean().item() for factor in (1, 0.5, 2)}
+    agree = {
+        factor: (another(factor * PROBE_DECAY) == ours).double().mean().item()
+        for factor in (1, 0.5, 2)
+    }
     assert agree[1] >= 0.99
     assert agree[0.5] < 0.98 > agree[2]  # the test sees another penalty
 
@@ -454,7 +546,9 @@ def test_a_constant_feature_changes_nothing():
     train, labels, val = noisy()
     expected = fit_linear(train, labels, val, 5)
     for constant in (0.0, 0.1, -300.0):
-        wider = [torch.cat([part, torch.full((len(part), 1), constant)], dim=1) for part in (train, val)]
+        wider = [
+            torch.cat([part, torch.full((len(part), 1), constant)], dim=1) for part in (train, val)
+        ]
         found = fit_linear(wider[0], labels, wider[1], 5)
         assert (found == expected).double().mean() > 0.97, constant
 
@@ -464,10 +558,15 @@ def test_its_accuracy_is_that_of_the_features(data, finished):
     encoder = encoder_of(monitor.model, monitor.cfg)
     train, val = (monitor.features(encoder, source) for source in (monitor.train, monitor.val))
     predicted = fit_linear(train, torch.from_numpy(monitor.train.labels), val, 3).numpy()
-    assert looks_of(finished[0])[-1]["probe_acc1"] == 100 * (predicted == monitor.val.labels).sum() / 60 > 50
+    assert (
+        looks_of(finished[0])[-1]["probe_acc1"]
+        == 100 * (predicted == monitor.val.labels).sum() / 60
+        > 50
+    )
 
 
-# --- the picture ------------------------------------------------------------------------------------------------------
+# --- the picture
+# ------------------------------------------------------------------------------------------------------
 
 
 def autoencoder(folder: Path) -> MaskedAutoencoder:
@@ -507,7 +606,9 @@ def test_the_picture_is_there_and_is_another_at_each_look(finished):
             assert (cell(picture, row, 1, side, side) == masked).all()
         for one, other in zip(drawn, drawn[1:], strict=False):
             for column in (2, 3, 4):  # prediction, pasted, attention
-                assert (cell(one, row, column, side, side) != cell(other, row, column, side, side)).any()
+                assert (
+                    cell(one, row, column, side, side) != cell(other, row, column, side, side)
+                ).any()
     masks = [cell(drawn[0], row, 1, side, side) == 128 for row in range(6)]
     assert len({mask.tobytes() for mask in masks}) == 6  # each image has its own
 
@@ -515,7 +616,9 @@ def test_the_picture_is_there_and_is_another_at_each_look(finished):
 def test_psnr_and_cells_are_those_of_the_weights(data, finished):
     folder, _ = finished
     model = autoencoder(folder)
-    cfg = KnnConfig(size="debug", img_size=28, patch_size=4, in_chans=1, mean=(0.1307,), std=(0.3081,))
+    cfg = KnnConfig(
+        size="debug", img_size=28, patch_size=4, in_chans=1, mean=(0.1307,), std=(0.3081,)
+    )
     encoder = build_frozen(cfg, str(folder / "model.safetensors"), 3).model
     picture = np.asarray(Image.open(folder / "monitor.png"))
     psnr = []
@@ -525,15 +628,21 @@ def test_psnr_and_cells_are_those_of_the_weights(data, finished):
         found = reconstruct(model, image, [mask], GREY)
         psnr.append(found.psnr.item())
         attention = rollout(encoder.attention_maps(GREY(image)), "mean", 0.0, True).view(7, 7)
-        shown = [(part[0, 0] * 255).round().byte().numpy()[..., None].repeat(3, 2) for part in found[:4]]
+        shown = [
+            (part[0, 0] * 255).round().byte().numpy()[..., None].repeat(3, 2) for part in found[:4]
+        ]
         shown.append(heat_over(shown[0], attention.numpy()))
         for column, expected in enumerate(shown):
-            assert (cell(picture, row, column, 140, 140) == enlarged(expected, CELL)).all(), (name, column)
+            assert (cell(picture, row, column, 140, 140) == enlarged(expected, CELL)).all(), (
+                name,
+                column,
+            )
     assert looks_of(folder)[-1]["psnr"] == pytest.approx(np.mean(psnr), rel=1e-6)
     assert np.std(psnr) > 0.1
 
 
-# --- curves and settings ----------------------------------------------------------------------------------------------
+# --- curves and settings
+# ----------------------------------------------------------------------------------------------
 
 
 def settings_in(events) -> dict[str, Any]:
@@ -541,7 +650,11 @@ def settings_in(events) -> dict[str, Any]:
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     tags = events.PluginTagToContent("hparams")
-    assert tags.keys() == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
+    assert tags.keys() == {
+        "_hparams_/experiment",
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
+    }
     start = HParamsPluginData.FromString(tags["_hparams_/session_start_info"]).session_start_info
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
 
@@ -551,7 +664,9 @@ def assert_settings_are_those_of_the_run(folder: Path, events):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert found.keys() == config.keys()
     for name, value in config.items():
-        assert found[name] == (value if isinstance(value, bool | int | float | str) else str(value)), name
+        assert found[name] == (
+            value if isinstance(value, bool | int | float | str) else str(value)
+        ), name
 
 
 GROUPS = {
@@ -577,7 +692,10 @@ def test_tensorboard_has_every_curve_in_its_group(finished):
             assert [event.step for event in curve] == [line["step"] for line in lines]
             assert [event.value for event in curve] == pytest.approx([line[name] for line in lines])
     (final,) = events.Scalars("final/loss")
-    assert (final.step, final.value) == (30, pytest.approx(events.Scalars("epoch/epoch_loss")[-1].value))
+    assert (final.step, final.value) == (
+        30,
+        pytest.approx(events.Scalars("epoch/epoch_loss")[-1].value),
+    )
 
 
 def test_the_settings_of_a_finished_run_are_beside_its_figures(finished):
@@ -586,20 +704,25 @@ def test_the_settings_of_a_finished_run_are_beside_its_figures(finished):
 
 
 @pytest.mark.parametrize("stage", [main_finetune, main_lincls])
-def test_the_settings_of_a_finished_evaluation_are_beside_its_accuracy(tmp_path, data, finished, stage):
+def test_the_settings_of_a_finished_evaluation_are_beside_its_accuracy(
+    tmp_path, data, finished, stage
+):
     more = ["--finetune", finished[0] / "model.safetensors", "--tensorboard", "true", "--epochs", 1]
     results = stage.main(pictures(data, tmp_path, *more))
     assert results == results_of(tmp_path)
     events = events_of(tmp_path)
     assert_settings_are_those_of_the_run(tmp_path, events)
     tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "train/lr", "epoch/epoch_loss"} < tags and any(tag.startswith("val/") for tag in tags)
+    assert {"train/loss", "train/lr", "epoch/epoch_loss"} < tags and any(
+        tag.startswith("val/") for tag in tags
+    )
     assert not any(tag.startswith("monitor") for tag in tags)
     (final,) = events.Scalars("final/acc1")
     assert (final.step, final.value) == (PICTURE_STEPS, pytest.approx(results["acc1"]))
 
 
-# --- what the data cannot give ----------------------------------------------------------------------------------------
+# --- what the data cannot give
+# ----------------------------------------------------------------------------------------
 
 
 def look_at(data: Path, folder: Path, *more: Any) -> Monitor:
@@ -666,7 +789,10 @@ def test_without_validation_images_training_images_are_shown(tmp_path, caplog):
     (reason,) = reasons(tmp_path / "run")
     assert reason.startswith(f"no images under {root / 'val'}")
     assert f"the monitor shows training images: {reason}" in caplog.text
-    expected = [decode_image((root / "train" / name).read_bytes(), 1) for name in ("nought/000.png", "seven/039.png")]
+    expected = [
+        decode_image((root / "train" / name).read_bytes(), 1)
+        for name in ("nought/000.png", "seven/039.png")
+    ]
     assert_same(shown_by(monitor), [("000.png", expected[0]), ("039.png", expected[1])])
 
 
@@ -675,8 +801,12 @@ def test_a_broken_image_ends_the_knn_and_not_the_run(tmp_path, caplog, broken):
     root = make_pictures(tmp_path / "digits")
     (root / broken).write_bytes(b"")
     monitor = look_at(root, tmp_path / "run", "--monitor_probe")
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    (off,) = [warning for warning in warnings if "k-NN is off from here on: " in warning]  # said once
+    warnings = [
+        record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+    ]
+    (off,) = [
+        warning for warning in warnings if "k-NN is off from here on: " in warning
+    ]  # said once
     assert str(root / broken) in off and "the file is empty" in off
     shown = list(SHOWN)
     if broken.startswith("val"):
@@ -691,7 +821,12 @@ def test_weights_that_are_not_numbers_end_the_knn_and_then_the_run(tmp_path, dat
         if state.step == 20:  # the last look, after all of training
             nn.init.constant_(state.model.patch_embed.proj.bias, float("nan"))
 
-    with watched(poison), pytest.raises(InputError, match="the model state is not finite after step 20, so it is not"):
+    with (
+        watched(poison),
+        pytest.raises(
+            InputError, match="the model state is not finite after step 20, so it is not"
+        ),
+    ):
         pretrain_pictures(data, tmp_path, *LOOKING)
     assert [look.get("psnr") is None for look in looks_of(tmp_path)] == [False, False, True]
     assert ["knn_acc1" in look for look in looks_of(tmp_path)] == [True, True, False]
@@ -705,17 +840,24 @@ def test_each_part_can_be_off(tmp_path, data):
     ):
         folder = tmp_path / name
         look_at(data, folder, *more)
-        assert all(look.keys() == {"step", "epoch", "monitor_s"} | facts for look in looks_of(folder))
+        assert all(
+            look.keys() == {"step", "epoch", "monitor_s"} | facts for look in looks_of(folder)
+        )
         assert (folder / "monitor.png").exists() == ("psnr" in facts)
         assert reasons(folder) == [] and "WARNING" not in text_of(folder)
-    pretrain_pictures(data, tmp_path / "both", "--monitor_epochs", 1, "--monitor_images", 0, "--monitor_knn", 0)
+    pretrain_pictures(
+        data, tmp_path / "both", "--monitor_epochs", 1, "--monitor_images", 0, "--monitor_knn", 0
+    )
     assert looks_of(tmp_path / "both") == []  # nothing to look at
-    with pytest.raises(InputError, match="monitor_probe fits a layer to the features of monitor_knn's images"):
+    with pytest.raises(
+        InputError, match="monitor_probe fits a layer to the features of monitor_knn's images"
+    ):
         pretrain_pictures(data, tmp_path / "probe", "--monitor_knn", 0, "--monitor_probe")
 
 
 def test_many_classes_are_thinned_to_a_choice_that_neighbours_can_belong_to(tmp_path):
-    """One class for every 20 images, the same ones in training and validation, and not the first ones."""
+    """One class for every 20 images, the same ones in training and validation, and not the first
+    ones."""
     labels = np.repeat(np.arange(100), 30)
     source = LabelledArray("many", np.zeros((3000, 1, 1, 1), np.uint8), labels, 1)
     data = LabelledData(source, source, [str(label) for label in range(100)])
@@ -730,7 +872,9 @@ def test_many_classes_are_thinned_to_a_choice_that_neighbours_can_belong_to(tmp_
 
 
 def test_without_knn_nobody_asks_for_labels(tmp_path):
-    look_at(flatten(make_pictures(tmp_path / "digits") / "train"), tmp_path / "run", "--monitor_knn", 0)
+    look_at(
+        flatten(make_pictures(tmp_path / "digits") / "train"), tmp_path / "run", "--monitor_knn", 0
+    )
     assert reasons(tmp_path / "run") == [] and "k-NN" not in text_of(tmp_path / "run")
 
 
@@ -741,7 +885,12 @@ def test_fewer_images_than_asked_for_are_all_taken(tmp_path):
     monitor = look_at(root, tmp_path / "run", "--monitor_images", 100, "--monitor_knn", 10**6)
     assert names_shown(monitor) == ["nought.png", "one.png", "seven.png"]
     assert (len(monitor.train), len(monitor.val)) == (120, 3)
-    assert {look["knn_acc1"] for look in looks_of(tmp_path / "run")} <= {0.0, 100 / 3, 200 / 3, 100.0}
+    assert {look["knn_acc1"] for look in looks_of(tmp_path / "run")} <= {
+        0.0,
+        100 / 3,
+        200 / 3,
+        100.0,
+    }
 
 
 def test_images_of_one_name_are_all_shown(tmp_path):
@@ -763,7 +912,10 @@ def test_fewer_chosen_images_than_classes_are_no_error(tmp_path):
     for wanted in (1, 2, 4):
         folder = tmp_path / str(wanted)
         pretrain_pictures(root, folder, *LOOKING, "--monitor_images", 0, "--monitor_knn", wanted)
-        assert all(0 <= look.get("knn_acc1", 0) <= 100 for look in looks_of(folder)) and len(looks_of(folder)) == 3
+        assert (
+            all(0 <= look.get("knn_acc1", 0) <= 100 for look in looks_of(folder))
+            and len(looks_of(folder)) == 3
+        )
 
 
 SHAPES = {
@@ -787,7 +939,9 @@ def test_models_of_every_shape_are_looked_at(tmp_path, data, more):
     encoder = encoder_of(model, cfg)
     psnr = []
     for row, name in enumerate((SHOWN[0], SHOWN[-1])):
-        image = EvalTransform(cfg.img_size, 1.0)(decode_image((data / "val" / name).read_bytes(), cfg.in_chans))
+        image = EvalTransform(cfg.img_size, 1.0)(
+            decode_image((data / "val" / name).read_bytes(), cfg.in_chans)
+        )
         original = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
         mask = draw_mask("random", model.grid_size, cfg.mask_ratio, generator(0, MONITOR, row))
         psnr.append(reconstruct(model, image[None], [mask], normalize).psnr.item())
@@ -799,14 +953,18 @@ def test_models_of_every_shape_are_looked_at(tmp_path, data, more):
             assert (found == enlarged(expected, CELL)).all(), (name, column)
     looks = looks_of(tmp_path)
     assert looks[-1]["psnr"] == pytest.approx(np.mean(psnr), rel=1e-6)
-    assert all(look["knn_acc1"] > 50 and look["probe_acc1"] > 50 for look in looks)  # 33.3 is chance
+    assert all(
+        look["knn_acc1"] > 50 and look["probe_acc1"] > 50 for look in looks
+    )  # 33.3 is chance
 
 
-# --- what it costs ----------------------------------------------------------------------------------------------------
+# --- what it costs
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_each_look_says_what_it_found_and_what_it_cost(tmp_path, data, monkeypatch):
-    """A look of 10 seconds, 30 seconds after the last one ended, is a quarter of the time since then."""
+    """A look of 10 seconds, 30 seconds after the last one ended, is a quarter of the time since
+    then."""
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
@@ -846,7 +1004,8 @@ def test_the_line_and_the_log_agree(finished):
         assert 0 < look["monitor_s"] < 60
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -860,7 +1019,9 @@ def test_two_processes_see_what_one_sees(tmp_path):
         arguments = pretraining(data, tmp_path / folder, *looking, *more, "-b", size)
         result = launch(arguments, 12 // size)
         assert result.returncode == 0, result.stderr
-        assert len(re.findall("monitor  10-NN", result.stdout)) == (3 if looking else 0)  # only rank 0 speaks
+        assert len(re.findall("monitor  10-NN", result.stdout)) == (
+            3 if looking else 0
+        )  # only rank 0 speaks
     one, two = looks_of(tmp_path / "one"), looks_of(tmp_path / "two")
     for name in ("step", "epoch", "knn_acc1", "probe_acc1"):
         assert one[0][name] == two[0][name], name  # the untrained model

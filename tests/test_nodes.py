@@ -1,4 +1,5 @@
-"""Several machines as several launchers on this one: pretraining and its k-NN, and a machine that is lost and back."""
+"""Several machines as several launchers on this one: pretraining and its k-NN, and a machine that
+is lost and back."""
 
 import os
 import re
@@ -25,13 +26,19 @@ from runs import (
 from test_distributed import assert_steps_agree, free_port
 
 pytestmark = pytest.mark.long
-DRIVEN = f". {ROOT}/util/launch.sh; launch {ROOT} tests/fault_driver.py main_pretrain.py"  # for PAUSE
+DRIVEN = (
+    f". {ROOT}/util/launch.sh; launch {ROOT} tests/fault_driver.py main_pretrain.py"  # for PAUSE
+)
 
 
-def start(shell: list[str], arguments: list[str], output: Path, **env: str) -> subprocess.Popen[bytes]:
+def start(
+    shell: list[str], arguments: list[str], output: Path, **env: str
+) -> subprocess.Popen[bytes]:
     """A launcher, its output in a file."""
     with output.open("wb") as file:
-        return subprocess.Popen([*shell, *arguments], env=environment(**env), stdout=file, stderr=file, cwd=ROOT)
+        return subprocess.Popen(
+            [*shell, *arguments], env=environment(**env), stdout=file, stderr=file, cwd=ROOT
+        )
 
 
 def children(pid: int) -> list[int]:
@@ -46,7 +53,9 @@ def listens(port: int) -> bool:
 def wait_for_step(folder: Path, step: int, nodes: list[subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + 120
     while not (folder / "log.jsonl").exists() or max(step_losses(folder), default=0) < step:
-        assert time.monotonic() < deadline and all(node.poll() is None for node in nodes), "see the launchers' output"
+        assert time.monotonic() < deadline and all(node.poll() is None for node in nodes), (
+            "see the launchers' output"
+        )
         time.sleep(0.05)
 
 
@@ -54,17 +63,51 @@ def test_two_machines_of_two_processes_pretrain_and_search(tmp_path):
     """The same losses as one process, and the same k-NN."""
     alone, out = tmp_path / "alone", tmp_path / "out"
     assert run(command(*digits(alone, "--log_interval", 1))).returncode == 0
-    knn = ["--dataset", "mnist5k", "--img_size", "28", "--in_chans", "1", "--mean", "0.1307", "--std", "0.3081",
-           "--size", "debug", "--patch_size", "4", "--finetune", str(out / "model.safetensors"), "--device", "cpu",
-           "--precision", "fp32", "--num_workers", "1", "--batch_size", "100"]  # fmt: skip
+    knn = [
+        "--dataset",
+        "mnist5k",
+        "--img_size",
+        "28",
+        "--in_chans",
+        "1",
+        "--mean",
+        "0.1307",
+        "--std",
+        "0.3081",
+        "--size",
+        "debug",
+        "--patch_size",
+        "4",
+        "--finetune",
+        str(out / "model.safetensors"),
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--num_workers",
+        "1",
+        "--batch_size",
+        "100",
+    ]
     stages = {
         "run_pretrain.sh": digits(out, "--log_interval", 1, "--batch_size", 16),
         "run_knn.sh": [*knn, "--output_dir", str(tmp_path / "knn")],
     }
     for launcher, arguments in stages.items():
-        place = {"NGPU": "2", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        place = {
+            "NGPU": "2",
+            "NNODES": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         nodes = [
-            start(["sh", str(ROOT / launcher)], arguments, tmp_path / f"node{rank}", NODE_RANK=str(rank), **place)
+            start(
+                ["sh", str(ROOT / launcher)],
+                arguments,
+                tmp_path / f"node{rank}",
+                NODE_RANK=str(rank),
+                **place,
+            )
             for rank in (0, 1)
         ]
         for rank, node in enumerate(nodes):
@@ -79,31 +122,56 @@ def test_two_machines_of_two_processes_pretrain_and_search(tmp_path):
 
 def test_machines_with_different_images_are_refused(tmp_path):
     """A copy on each machine's own disk, one of which lacks a file."""
-    place = {"NGPU": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {
+        "NGPU": "1",
+        "NNODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     nodes = []
     for rank in (0, 1):
         data = make_pictures(tmp_path / f"disk{rank}")
         if rank == 1:
             (data / "train" / "one" / "003.png").unlink()
         arguments = pretraining(data, tmp_path / "out", "--batch_size", 6, "--total_batch_size", 12)
-        nodes.append(start(["sh", str(ROOT / "run_pretrain.sh")], arguments, tmp_path / f"node{rank}",
-                           NODE_RANK=str(rank), **place))  # fmt: skip
+        nodes.append(
+            start(
+                ["sh", str(ROOT / "run_pretrain.sh")],
+                arguments,
+                tmp_path / f"node{rank}",
+                NODE_RANK=str(rank),
+                **place,
+            )
+        )
     for rank, node in enumerate(nodes):
         assert node.wait(timeout=120) != 0
-        assert "the processes see different lists of images, of [120, 119]" in (tmp_path / f"node{rank}").read_text()
+        assert (
+            "the processes see different lists of images, of [120, 119]"
+            in (tmp_path / f"node{rank}").read_text()
+        )
     assert not list((tmp_path / "out").glob("checkpoint*"))
 
 
 @pytest.mark.fault("R12")
-def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(tmp_path, record_property):
-    """NNODES=1:2 with two processes each: four, then two, then four again, at the same total batch."""
+def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(
+    tmp_path, record_property
+):
+    """NNODES=1:2 with two processes each: four, then two, then four again, at the same total
+    batch."""
     alone, out = tmp_path / "alone", tmp_path / "out"
     assert run(command(*digits(alone, "--log_interval", 1))).returncode == 0
     arguments = digits(out, "--log_interval", 1, "--batch_size", 16, "--save_minutes", 1e-9)
-    place = {"NGPU": "2", "NNODES": "1:2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {
+        "NGPU": "2",
+        "NNODES": "1:2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
 
     def launcher(name: str) -> subprocess.Popen[bytes]:
-        return start(["sh", "-c", f'{DRIVEN} "$@"', "sh"], arguments, tmp_path / name, PAUSE="0.1", **place)
+        return start(
+            ["sh", "-c", f'{DRIVEN} "$@"', "sh"], arguments, tmp_path / name, PAUSE="0.1", **place
+        )
 
     nodes = [launcher("stays")]
     while not listens(int(place["MASTER_PORT"])):
@@ -120,9 +188,15 @@ def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(tmp_pa
     for node, name in zip(nodes, ("stays", "back"), strict=True):
         assert node.wait(timeout=300) == 0, (tmp_path / name).read_text()
     assert_steps_agree(alone, out)
-    assert [line["step"] for line in log_lines(out) if "grad_norm" in line] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
+    assert [line["step"] for line in log_lines(out) if "grad_norm" in line] == list(
+        range(1, 2 * STEPS_PER_EPOCH + 1)
+    )
     log = (out / "log.txt").read_text()
-    assert re.findall(r"16 x (\d) processes x (\d) accumulated", log) == [("4", "1"), ("2", "2"), ("4", "1")]
+    assert re.findall(r"16 x (\d) processes x (\d) accumulated", log) == [
+        ("4", "1"),
+        ("2", "2"),
+        ("4", "1"),
+    ]
     assert "stopped by SIGTERM" in log  # to make room for the one that is back nothing is lost
     lost = before - int(re.findall(r"resuming .* at step (\d+)", log)[0])
     assert lost <= 2

@@ -1,4 +1,5 @@
-"""`dataset: packed`: reading at an index, labels, the order of an epoch, and training and evaluating from shards."""
+"""`dataset: packed`: reading at an index, labels, the order of an epoch, and training and
+evaluating from shards."""
 
 import json
 import os
@@ -11,16 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packs import (
-    PACKED,
-    Killed,
-    member,
-    pack,
-    patched,
-    png,
-    shards,
-    write_tar,
-)
+from packs import PACKED, Killed, member, pack, patched, png, shards, write_tar
 from runs import (
     CLASSES,
     PICTURE_STEPS,
@@ -38,17 +30,18 @@ import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
-from data import pack_index, packed
-from data.datasets import FolderSource, build_pretrain_source
 from data.images import BadImageError
-from data.labelled import LabelledData, build_labelled_data
-from data.loaders import PretrainDataset, build_train_loader
-from data.packed import LabelledPack, PackedSource
-from data.pictures import validation_source
+from data.labels import LabelledData, build_labelled_data
+from data.loader import PretrainDataset, build_train_loader
+from data.packs import index as pack_index
+from data.packs import source as packed
+from data.packs.shards import index_shard
+from data.packs.source import LabelledPack, PackedSource
 from data.sampler import StepSampler, epoch_order
-from data.shards import index_shard
+from data.sources import FolderSource, build_pretrain_source
 from data.transforms import pretrain_transform
-from engine import batches as batches_module
+from engine.pictures.choose import validation_source
+from engine.run import batches as batches_module
 from util.errors import DataError, InputError
 
 
@@ -70,13 +63,20 @@ def own(tmp_path, packs) -> Path:
     return shutil.copytree(packs, tmp_path / "own")
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_pack_shows_the_images_of_the_folder(data, packs):
-    source, folder = PackedSource(packs / "train", 3), FolderSource(str(data / "train"), 3, prefer_train=False)
+    source, folder = (
+        PackedSource(packs / "train", 3),
+        FolderSource(str(data / "train"), 3, prefer_train=False),
+    )
     assert len(source) == len(folder) == 120
-    by_name = {folder.name(i).removeprefix(f"{data}/train/").replace("/", "_"): folder.read(i) for i in range(120)}
+    by_name = {
+        folder.name(i).removeprefix(f"{data}/train/").replace("/", "_"): folder.read(i)
+        for i in range(120)
+    }
     for index in range(120):
         shard, name = source.name(index).removeprefix(f"{packs}/train/").split("/")
         assert re.fullmatch(r"shard-00000\d\.tar", shard)
@@ -105,7 +105,11 @@ def place_of(folder: Path, index: int) -> tuple[Path, int, int]:
     """Shard, offset and length of an image."""
     source = PackedSource(folder, 1)
     entry = source.index.entries[index]
-    return folder / source.index.shards[entry["shard"]].name, int(entry["offset"]), int(entry["length"])
+    return (
+        folder / source.index.shards[entry["shard"]].name,
+        int(entry["offset"]),
+        int(entry["length"]),
+    )
 
 
 def flip_bit(folder: Path, index: int) -> str:
@@ -121,7 +125,9 @@ def test_a_damaged_image_is_a_bad_image_that_names_its_place(own):
     folder = own / "train"
     source = PackedSource(folder, 1)
     where = flip_bit(folder, 50)
-    with pytest.raises(BadImageError, match=rf"is damaged: {where}, has the crc32 \w{{8}}, expected \w{{8}}$"):
+    with pytest.raises(
+        BadImageError, match=rf"is damaged: {where}, has the crc32 \w{{8}}, expected \w{{8}}$"
+    ):
         source.read(50)
     assert source.read(49).shape == (1, 28, 28)
     path, offset, length = place_of(folder, 60)
@@ -131,7 +137,10 @@ def test_a_damaged_image_is_a_bad_image_that_names_its_place(own):
         source.read(60)
     fresh = PackedSource(own / "val", 1)
     shards(own / "val")[0].unlink()
-    with pytest.raises(BadImageError, match=r"cannot be read: shard-000000.tar at byte 512, member 0.*: No such file"):
+    with pytest.raises(
+        BadImageError,
+        match=r"cannot be read: shard-000000.tar at byte 512, member 0.*: No such file",
+    ):
         fresh.read(0)
 
 
@@ -171,7 +180,9 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(own, packs):
     restore()
     content = second.read_bytes()
     patched(second, 0, b"9", header=0)
-    assert len(second.read_bytes()) == len(content) and refusal() == older  # another name, all else equal
+    assert (
+        len(second.read_bytes()) == len(content) and refusal() == older
+    )  # another name, all else equal
     for name in ("index.json", "index.npy", "names.npy"):
         restore()
         (folder / name).unlink()
@@ -188,12 +199,17 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(own, packs):
     assert "is damaged (Array can't be memory-mapped: Python objects in dtype" in refusal()
     restore()
     facts = json.loads((folder / "index.json").read_text())
-    for change in ({"version": 2}, {"shards": [{**facts["shards"][0], "name": "../x.tar"}, *facts["shards"][1:]]}):
+    for change in (
+        {"version": 2},
+        {"shards": [{**facts["shards"][0], "name": "../x.tar"}, *facts["shards"][1:]]},
+    ):
         (folder / "index.json").write_text(json.dumps({**facts, **change}))
         assert "do not fit one another" in refusal()
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])]
+)
 def test_a_run_on_a_damaged_shard_says_how_to_look_at_the_data(tmp_path, own, damage):
     damage(shards(own / "train")[1])
     with pytest.raises(DataError, match=r"shard-000001\.tar") as error:
@@ -205,7 +221,10 @@ def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
     with pytest.raises(InputError, match=r"data_path .*nowhere does not exist") as error:
         build_pretrain_source("packed", str(tmp_path / "nowhere"), 3, False)
     assert not isinstance(error.value, DataError)  # there is nothing to look at
-    with pytest.raises(DataError, match=r"train has no index\.json: give the command that packed it again, or for sh"):
+    with pytest.raises(
+        DataError,
+        match=r"train has no index\.json: give the command that packed it again, or for sh",
+    ):
         build_pretrain_source("packed", str(data), 3, False)
 
 
@@ -244,13 +263,16 @@ def test_few_shards_are_open_at_a_time(packs, monkeypatch):
         source.read(index)
         assert len(source.files) <= 2
     assert list(source.files) == [4, 5]
-    source.read(int(np.flatnonzero(source.index.entries["shard"] == 4)[0]))  # used again: the other one goes next
+    source.read(
+        int(np.flatnonzero(source.index.entries["shard"] == 4)[0])
+    )  # used again: the other one goes next
     source.read(0)
     assert list(source.files) == [4, 0]
 
 
 def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
-    """The images of block 2 of 32, which lie in three shards, and nothing before it is asked for."""
+    """The images of block 2 of 32, which lie in three shards, and nothing before it is asked
+    for."""
     announced = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: announced.append(arguments))
     source = PackedSource(packs / "train", 1)
@@ -266,14 +288,19 @@ def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
         start, end = expected.get(int(entry["shard"]), (int(entry["offset"]), 0))
         expected[int(entry["shard"])] = (start, int(entry["offset"] + entry["length"]))
     assert len(expected) >= 2
-    assert [(offset, offset + length) for _, offset, length, _ in announced] == list(expected.values())
-    assert [descriptor for descriptor, *_ in announced] == [source.files[shard].fileno() for shard in expected]
+    assert [(offset, offset + length) for _, offset, length, _ in announced] == list(
+        expected.values()
+    )
+    assert [descriptor for descriptor, *_ in announced] == [
+        source.files[shard].fileno() for shard in expected
+    ]
     assert {advice for *_, advice in announced} == {os.POSIX_FADV_WILLNEED}
     source.read(63)
     assert len(announced) > len(expected)
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
+# --- labels
+# -----------------------------------------------------------------------------------------------------------
 
 
 def labelled(root: Path, num_classes: int | None = None) -> LabelledData:
@@ -305,7 +332,10 @@ def test_both_splits_with_the_class_names_of_the_index(packs):
     assert data.train.labels.dtype == np.int64
     for index in range(0, 120, 7):
         assert CLASSES[data.train.labels[index]] in data.train.name(index)
-    assert refusal_of(packs, num_classes=4) == "num_classes is 4 and the data has 3 classes: leave num_classes out"
+    assert (
+        refusal_of(packs, num_classes=4)
+        == "num_classes is 4 and the data has 3 classes: leave num_classes out"
+    )
 
 
 def test_packs_that_evaluation_cannot_take_are_refused_in_exact_words(tmp_path, own, data):
@@ -320,15 +350,22 @@ def test_packs_that_evaluation_cannot_take_are_refused_in_exact_words(tmp_path, 
     make_pack(tmp_path / "a/val", [0, 0])
     assert refusal_of(tmp_path / "a") == f"1 classes in {tmp_path}/a/val hold no image: 1"
     make_pack(tmp_path / "a/val", [0, 1, 999_999_999])
-    assert refusal_of(tmp_path / "a") == (f"the labels in {tmp_path}/a go up to 999999999, with 2 images to train on")
+    assert refusal_of(tmp_path / "a") == (
+        f"the labels in {tmp_path}/a go up to 999999999, with 2 images to train on"
+    )
     make_pack(tmp_path / "a/train", [0, 1], ["cat", "dog"])
-    assert "the val split of packed has the label 999999999, outside its 2 classes" in refusal_of(tmp_path / "a")
+    assert "the val split of packed has the label 999999999, outside its 2 classes" in refusal_of(
+        tmp_path / "a"
+    )
     make_pack(tmp_path / "a/val", [0, 1], ["cat", "mouse"])
     assert refusal_of(tmp_path / "a") == f"1 classes are in {tmp_path}/a/train and not in val/: dog"
     make_pack(tmp_path / "a/val", [0, 0], ["cat", "dog"])
     assert refusal_of(tmp_path / "a") == f"1 classes in {tmp_path}/a/val hold no image: dog"
     flat = pack(data / "train", tmp_path / "flat")
-    assert refusal_of(flat) == f"data_path {flat} has no train/: it must hold train/ and val/, each with shards"
+    assert (
+        refusal_of(flat)
+        == f"data_path {flat} has no train/: it must hold train/ and val/, each with shards"
+    )
     assert refusal_of(tmp_path / "nowhere") == f"data_path {tmp_path}/nowhere does not exist"
 
 
@@ -337,7 +374,11 @@ def test_classes_without_names_are_called_by_their_labels(tmp_path):
     make_pack(tmp_path / "val", [0, 1, 2])
     assert labelled(tmp_path).class_names == ["0", "1", "2"]
     make_pack(tmp_path / "val", [0, 1, 2], ["cat", "dog", "cow"])
-    assert labelled(tmp_path).class_names == ["cat", "dog", "cow"]  # one split's names are both splits'
+    assert labelled(tmp_path).class_names == [
+        "cat",
+        "dog",
+        "cow",
+    ]  # one split's names are both splits'
 
 
 def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
@@ -351,7 +392,11 @@ def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
 
 
 def test_what_pictures_are_made_of(tmp_path, packs, data):
-    assert validation_source("packed", str(packs), 1).name(0).startswith(f"{packs}/val/shard-000000.tar/000000000-")
+    assert (
+        validation_source("packed", str(packs), 1)
+        .name(0)
+        .startswith(f"{packs}/val/shard-000000.tar/000000000-")
+    )
     assert len(validation_source("packed", str(packs), 1)) == 60
     flat = pack(data / "val", tmp_path / "flat")
     assert validation_source("packed", str(flat), 1).name(0).startswith(f"{flat}/shard-000000.tar/")
@@ -361,18 +406,29 @@ def test_what_pictures_are_made_of(tmp_path, packs, data):
     assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 1
 
 
-# --- the order of an epoch --------------------------------------------------------------------------------------------
+# --- the order of an epoch
+# --------------------------------------------------------------------------------------------
 
 
 def test_golden_order_by_blocks():
-    """The order belongs to every checkpoint: when these numbers change, no run on packed data can be resumed."""
+    """The order belongs to every checkpoint: when these numbers change, no run on packed data can
+    be resumed."""
     assert epoch_order(10, 4, 42, 0).tolist() == [3, 6, 2, 8, 4, 5, 7, 9, 0, 1]
-    assert epoch_order(100_000, 256, 0, 3)[[0, 1, 20_000, 99_999]].tolist() == [50752, 8242, 6793, 65846]
+    assert epoch_order(100_000, 256, 0, 3)[[0, 1, 20_000, 99_999]].tolist() == [
+        50752,
+        8242,
+        6793,
+        65846,
+    ]
 
 
-@pytest.mark.parametrize(("num_images", "block_size"), [(1, 4), (3, 4), (4, 4), (1000, 7), (5000, 16), (40_000, 256)])
+@pytest.mark.parametrize(
+    ("num_images", "block_size"), [(1, 4), (3, 4), (4, 4), (1000, 7), (5000, 16), (40_000, 256)]
+)
 def test_an_epoch_by_blocks_is_a_permutation_of_its_own(num_images, block_size):
-    orders = [epoch_order(num_images, block_size, seed, epoch) for seed in range(2) for epoch in range(3)]
+    orders = [
+        epoch_order(num_images, block_size, seed, epoch) for seed in range(2) for epoch in range(3)
+    ]
     for order in orders:
         assert np.array_equal(np.sort(order), np.arange(num_images))
     if num_images >= 1000:
@@ -381,7 +437,8 @@ def test_an_epoch_by_blocks_is_a_permutation_of_its_own(num_images, block_size):
 
 
 def test_64_blocks_are_read_at_a_time_and_mixed():
-    """10,000 blocks of 8: each 512 positions hold 64 whole blocks, from all over the data set, in no order."""
+    """10,000 blocks of 8: each 512 positions hold 64 whole blocks, from all over the data set, in
+    no order."""
     order = epoch_order(80_000, 8, 0, 0)
     first_blocks = []
     for start in range(0, 80_000, 512):
@@ -402,15 +459,24 @@ def test_64_blocks_are_read_at_a_time_and_mixed():
 
 def test_a_block_size_of_one_is_any_permutation():
     sampler = StepSampler(1000, 5, 1, 0, 1, 42, 0, 1, block_size=1)
-    assert [key.image for key in next(iter(sampler))] == [333, 887, 105, 55, 224]  # as for every other data set
+    assert [key.image for key in next(iter(sampler))] == [
+        333,
+        887,
+        105,
+        55,
+        224,
+    ]  # as for every other data set
 
 
 def keys_of(world_size: int, accum_iter: int, start: int = 0, stop: int = 40) -> list[list]:
-    """The samples of each step over all processes, by position: 6 steps an epoch of 400 images in blocks of 5."""
+    """The samples of each step over all processes, by position: 6 steps an epoch of 400 images in
+    blocks of 5."""
     gathered: list[list] = [[] for _ in range(stop - start)]
     for rank in range(world_size):
         batch_size = 64 // world_size // accum_iter
-        steps = StepSampler(400, batch_size, accum_iter, rank, world_size, 3, start, stop, block_size=5)
+        steps = StepSampler(
+            400, batch_size, accum_iter, rank, world_size, 3, start, stop, block_size=5
+        )
         for number, batch in enumerate(steps):
             gathered[number // accum_iter] += batch
     return [sorted(keys, key=lambda key: key.position) for keys in gathered]
@@ -425,7 +491,8 @@ def test_a_step_by_blocks_is_the_same_however_it_is_shared_out_and_wherever_it_s
         assert keys_of(2, 2, start) == whole[start:]
 
 
-# --- the stages -------------------------------------------------------------------------------------------------------
+# --- the stages
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -445,7 +512,8 @@ def small_blocks(monkeypatch) -> list[int]:
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, packs, small_blocks):
-    """Stopped after the first epoch of two; then with loader processes, and after a move to another folder."""
+    """Stopped after the first epoch of two; then with loader processes, and after a move to another
+    folder."""
     pretrain_pictures(packs, tmp_path / "whole", *PACKED)
     pretrain_pictures(packs, tmp_path / "parts", *PACKED, "--stop_epoch", 1)
     moved = shutil.copytree(packs, tmp_path / "moved")
@@ -453,12 +521,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, packs, small_block
     losses = step_losses(tmp_path / "whole")
     assert len(set(losses.values())) == 2 * PICTURE_STEPS
     assert step_losses(tmp_path / "parts") == losses
-    assert (tmp_path / "parts/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert (tmp_path / "parts/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model.safetensors"
+    ).read_bytes()
     assert small_blocks == [8, 8, 8]
 
 
-def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(tmp_path, packs, small_blocks, monkeypatch):
-    """Saved at every line; the process ends in place of step 16, the checkpoint is of step 15 of 20."""
+def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(
+    tmp_path, packs, small_blocks, monkeypatch
+):
+    """Saved at every line; the process ends in place of step 16, the checkpoint is of step 15 of
+    20."""
     often = ("--save_minutes", 1e-9, "--log_interval", 5)
     pretrain_pictures(packs, tmp_path / "whole", *PACKED, "--log_interval", 1)
     original, taken = main_pretrain.optimizer_step, []
@@ -479,7 +552,9 @@ def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(tmp_path, packs, small
     assert {step: loss for step, loss in step_losses(tmp_path / "parts").items() if step > 15} == {
         step: losses[step] for step in range(16, 21)
     }
-    assert (tmp_path / "parts/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert (tmp_path / "parts/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model.safetensors"
+    ).read_bytes()
 
 
 def test_a_run_on_other_images_is_not_gone_on_with(tmp_path, packs, data):
@@ -497,10 +572,23 @@ def test_a_run_on_other_images_is_not_gone_on_with(tmp_path, packs, data):
 def test_two_processes_train_as_one_and_go_on_as_one(tmp_path, packs):
     """12 images a step: by one process; by two; and by one, two and one again, an epoch each."""
     decoder = ["--decoder_embed_dim", 16, "--decoder_depth", 1, "--decoder_num_heads", 2]
-    more = [*PACKED, *decoder, "--lr", 1e-2, "--save_epochs", 1, "--monitor_epochs", 0, "--num_workers", 1]
+    more = [
+        *PACKED,
+        *decoder,
+        "--lr",
+        1e-2,
+        "--save_epochs",
+        1,
+        "--monitor_epochs",
+        0,
+        "--num_workers",
+        1,
+    ]
 
     def start(folder: str, processes: int, *flags) -> None:
-        arguments = pictures(packs, tmp_path / folder, *more, "--batch_size", 12 // processes, *flags)
+        arguments = pictures(
+            packs, tmp_path / folder, *more, "--batch_size", 12 // processes, *flags
+        )
         result = launch(arguments, processes)
         assert result.returncode == 0, result.stderr
 
@@ -518,7 +606,10 @@ def test_two_processes_train_as_one_and_go_on_as_one(tmp_path, packs):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, packs) -> Path:
-    return pretrain_pictures(packs, tmp_path_factory.mktemp("pretrained"), *PACKED) / "model.safetensors"
+    return (
+        pretrain_pictures(packs, tmp_path_factory.mktemp("pretrained"), *PACKED)
+        / "model.safetensors"
+    )
 
 
 def test_the_evaluations_take_a_pack(tmp_path, data, packs, weights):
@@ -534,12 +625,16 @@ def test_the_evaluations_take_a_pack(tmp_path, data, packs, weights):
     assert linear["acc1"] > 65
     assert (linear["num_train"], linear["num_held_out"]) == (108, 12)
     gentle = ["--lr", 0.1, "--label_smoothing", 0, "--drop_path_rate", 0, "--clip_grad", 1]
-    tuned = main_finetune.main(pictures(packs, tmp_path / "finetune", *PACKED, *learn, *gentle, "--per_class"))
+    tuned = main_finetune.main(
+        pictures(packs, tmp_path / "finetune", *PACKED, *learn, *gentle, "--per_class")
+    )
     assert tuned["acc1"] > 65
     assert list(tuned["per_class"]) == list(CLASSES)
 
 
-def test_the_order_by_blocks_reaches_every_stage_and_only_there(tmp_path, packs, data, weights, small_blocks):
+def test_the_order_by_blocks_reaches_every_stage_and_only_there(
+    tmp_path, packs, data, weights, small_blocks
+):
     """A part of a pack keeps its blocks, too."""
     learn = ["--epochs", 1, "--warmup_epochs", 0, "--finetune", weights]
     main_lincls.main(pictures(packs, tmp_path / "1", *PACKED, *learn, "--lr", 0.3))
@@ -574,7 +669,11 @@ def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, 
     in_val = flip_bit(own / "val", 33)
     commands = (
         (main_knn.main, where, pictures(own, tmp_path / "knn", training=False)),
-        (main_finetune.main, in_val, pictures(own, tmp_path / "tune", "--epochs", 1, "--warmup_epochs", 0)),
+        (
+            main_finetune.main,
+            in_val,
+            pictures(own, tmp_path / "tune", "--epochs", 1, "--warmup_epochs", 0),
+        ),
     )
     for main, damaged, arguments in commands:
         with pytest.raises(InputError) as error:
@@ -588,11 +687,15 @@ def test_a_shard_that_goes_away_while_training_stops_the_run(tmp_path, own):
     source = build_pretrain_source("packed", str(own), 1, False)
     shutil.rmtree(own)
     images = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
-    batch = next(iter(build_train_loader(images, StepSampler(120, 10, 1, 0, 1, 0, 0, 8, 8), loading(0))))
+    batch = next(
+        iter(build_train_loader(images, StepSampler(120, 10, 1, 0, 1, 0, 0, 8, 8), loading(0)))
+    )
     assert batch.failed
     assert "No such file or directory" in batch.bad[0].reason
 
 
 def test_the_settings_ask_for_the_folder():
-    with pytest.raises(InputError, match="data_path is needed for dataset packed: give --data_path FOLDER"):
+    with pytest.raises(
+        InputError, match="data_path is needed for dataset packed: give --data_path FOLDER"
+    ):
         main_pretrain.main(["--dataset", "packed"])

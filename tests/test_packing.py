@@ -1,4 +1,5 @@
-"""`tools/pack_dataset.py`: what it writes, byte for byte, what it leaves out, and how it goes on after a kill."""
+"""`tools/pack_dataset.py`: what it writes, byte for byte, what it leaves out, and how it goes on
+after a kill."""
 
 import fcntl
 import io
@@ -20,35 +21,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from packs import (
-    SMALL,
-    Killed,
-    contents,
-    index_tars,
-    pack,
-    refused,
-    saved,
-    shards,
-)
+from packs import SMALL, Killed, contents, index_tars, pack, refused, saved, shards
 from PIL import Image
-from runs import (
-    CLASSES,
-    environment,
-    make_pictures,
-    run,
-)
+from runs import CLASSES, environment, make_pictures, run
 from torchvision.transforms import v2
 
-from data import packing
 from data.images import decode_image
-from data.packed import LabelledPack, PackedSource
-from data.packing import pack_image, shard_starts
-from data.shards import ENTRY
+from data.packs.shards import ENTRY
+from data.packs.source import LabelledPack, PackedSource
+from tools.packing import packing
+from tools.packing.packing import pack_image, shard_starts
 from util.errors import InputError
 
 
 def samples(folder: Path) -> list[tuple[str, bytes, str | None]]:
-    """Name, content and label of every image, by another reader: tarfile, and WebDataset's way to group."""
+    """Name, content and label of every image, by another reader: tarfile, and WebDataset's way to
+    group."""
     found: list[list] = []
     for path in shards(folder):
         keys = []
@@ -84,20 +72,29 @@ def own(tmp_path, packs) -> Path:
     return shutil.copytree(packs, tmp_path / "own")
 
 
-# --- what is packed ---------------------------------------------------------------------------------------------------
+# --- what is packed
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_with_classes_becomes_shards_with_labels(data, packs):
     assert sorted(contents(packs)) == sorted(
         f"{split}/{name}"
         for split, count in (("train", 6), ("val", 3))
-        for name in ["index.json", "index.npy", "names.npy", "packing.json",
-                     *(f"shard-{number:06d}.tar" for number in range(count))]
-    )  # fmt: skip
+        for name in [
+            "index.json",
+            "index.npy",
+            "names.npy",
+            "packing.json",
+            *(f"shard-{number:06d}.tar" for number in range(count)),
+        ]
+    )
     for split, each in (("train", 40), ("val", 20)):
         found = samples(packs / split)
         assert Counter(label for _, _, label in found) == {"0": each, "1": each, "2": each}
-        expected = {(path.read_bytes(), str(CLASSES.index(path.parent.name))) for path in (data / split).rglob("*.png")}
+        expected = {
+            (path.read_bytes(), str(CLASSES.index(path.parent.name)))
+            for path in (data / split).rglob("*.png")
+        }
         assert {(content, label) for _, content, label in found} == expected
         for number, (name, content, label) in enumerate(found):
             # the key counts in the order of the pack and ends like the source
@@ -122,10 +119,17 @@ def test_the_index_says_where_each_image_lies(packs):
     entries, names = np.load(folder / "index.npy"), np.load(folder / "names.npy").tobytes()
     facts = json.loads((folder / "index.json").read_text())
     assert (entries.dtype, len(entries)) == (ENTRY, 120)
-    assert (facts["version"], facts["num_images"], facts["num_labelled"], facts["num_left_out"]) == (1, 120, 120, 0)
+    assert (
+        facts["version"],
+        facts["num_images"],
+        facts["num_labelled"],
+        facts["num_left_out"],
+    ) == (1, 120, 120, 0)
     assert (facts["class_names"], facts["side"]) == (list(CLASSES), 256)
     assert [shard["name"] for shard in facts["shards"]] == [path.name for path in shards(folder)]
-    assert [shard["size"] for shard in facts["shards"]] == [path.stat().st_size for path in shards(folder)]
+    assert [shard["size"] for shard in facts["shards"]] == [
+        path.stat().st_size for path in shards(folder)
+    ]
     ends = [*entries["name"][1:], len(names)]
     for entry, end, (name, content, label) in zip(entries, ends, samples(folder), strict=True):
         shard = (folder / facts["shards"][entry["shard"]]["name"]).read_bytes()
@@ -143,11 +147,19 @@ def test_without_train_all_of_a_folder_is_packed_without_labels(tmp_path, data, 
                 shutil.copy(path, source / f"{number}.png")
         folder = pack(source, tmp_path / f"packed {source.name}")
         found = samples(folder)
-        assert sorted(content for _, content, _ in found) == sorted(p.read_bytes() for p in source.rglob("*.png"))
+        assert sorted(content for _, content, _ in found) == sorted(
+            p.read_bytes() for p in source.rglob("*.png")
+        )
         assert {label for _, _, label in found} == {None}
         assert json.loads((folder / "index.json").read_text())["class_names"] is None
-        assert f"{folder} has no labels: they come from class folders in train/ and val/" in caplog.text
-    assert (len(samples(tmp_path / "packed train")), len(samples(tmp_path / "packed flat"))) == (120, 60)
+        assert (
+            f"{folder} has no labels: they come from class folders in train/ and val/"
+            in caplog.text
+        )
+    assert (len(samples(tmp_path / "packed train")), len(samples(tmp_path / "packed flat"))) == (
+        120,
+        60,
+    )
 
 
 def test_only_train_and_images_outside_the_class_folders(tmp_path, data, caplog):
@@ -177,13 +189,16 @@ def decoded(content: bytes) -> Image.Image:
 def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:
     """Each channel its own slope."""
     y, x = np.mgrid[:height, :width]
-    planes = np.stack([255 * x / width, 255 * y / height, 255 * (x + y) / (width + height)], axis=-1)
+    planes = np.stack(
+        [255 * x / width, 255 * y / height, 255 * (x + y) / (width + height)], axis=-1
+    )
     return Image.fromarray(planes.astype(np.uint8)).convert(mode)
 
 
 @pytest.mark.parametrize("side", [256, 384])
 def test_photographs_are_reduced_with_the_decoder_of_training(photographs, side):
-    """Pixels are those of torch's resize up to what JPEG loses, close to Pillow's own; smaller images stay."""
+    """Pixels are those of torch's resize up to what JPEG loses, close to Pillow's own; smaller
+    images stay."""
     reduced = kept = 0
     for path in sorted(photographs.rglob("*.JPEG"))[::5]:
         original = path.read_bytes()
@@ -195,14 +210,20 @@ def test_photographs_are_reduced_with_the_decoder_of_training(photographs, side)
             kept += 1
             continue
         reduced += 1
-        expected = v2.functional.resize(image, [side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        expected = v2.functional.resize(
+            image, [side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        )
         found = decode_image(content, 3)
         assert found.shape == expected.shape
         assert min(found.shape[-2:]) == side
-        assert found.shape[-1] / found.shape[-2] == pytest.approx(image.shape[-1] / image.shape[-2], rel=0.01)
+        assert found.shape[-1] / found.shape[-2] == pytest.approx(
+            image.shape[-1] / image.shape[-2], rel=0.01
+        )
         pixels = Image.fromarray(expected.permute(1, 2, 0).numpy())
         assert content == saved(pixels.convert(decoded(content).mode), "JPEG", quality=90)
-        by_pillow = decoded(original).convert("RGB").resize(found.shape[:0:-1], Image.Resampling.BICUBIC)
+        by_pillow = (
+            decoded(original).convert("RGB").resize(found.shape[:0:-1], Image.Resampling.BICUBIC)
+        )
         assert np.abs(np.asarray(by_pillow, float) - expected.permute(1, 2, 0).numpy()).mean() < 1.5
     assert min(reduced, kept) >= 4
     assert kept + reduced == 50
@@ -263,17 +284,24 @@ def test_an_image_that_would_be_too_long_for_jpeg_is_kept():
     assert pack_image(content, 10) == (content, "png")
 
 
-# --- shard borders, order, and the same bytes every time --------------------------------------------------------------
+# --- shard borders, order, and the same bytes every time
+# --------------------------------------------------------------
 
 
 def test_shard_borders_by_hand():
-    """Each image counts its file's size, at most 0.35 bytes a pixel of a 4:3 image, and 2048 bytes of tar."""
+    """Each image counts its file's size, at most 0.35 bytes a pixel of a 4:3 image, and 2048 bytes
+    of tar."""
     mib = 2**20
     sizes = np.full(10, mib // 2 - 2048)
     assert shard_starts(sizes, 0, 1.0).tolist() == [0, 2, 4, 6, 8]
     assert shard_starts(sizes, 0, 1.5).tolist() == [0, 3, 6, 9]
     assert shard_starts(sizes, 0, 5).tolist() == [0]
-    assert shard_starts(np.array([5 * mib, 1, 1, 5 * mib, 5 * mib, 1]), 0, 1.0).tolist() == [0, 1, 4, 5]
+    assert shard_starts(np.array([5 * mib, 1, 1, 5 * mib, 5 * mib, 1]), 0, 1.0).tolist() == [
+        0,
+        1,
+        4,
+        5,
+    ]
     largest = 0.35 * 256 * 256 * 4 / 3  # 30,583
     assert shard_starts(sizes, 256, 9.1 * (largest + 2048) / mib).tolist() == [0]
     assert shard_starts(sizes, 256, 4.9 * (largest + 2048) / mib).tolist() == [0, 5]
@@ -306,10 +334,14 @@ def test_the_bytes_do_not_depend_on_time_or_workers(tmp_path, data, packs, worke
 def test_another_place_and_other_times_give_the_same_shards(tmp_path, data, packs):
     source = shutil.copytree(data, tmp_path / "elsewhere", copy_function=shutil.copyfile)
     again, first = contents(pack(source, tmp_path / "again")), contents(packs)
-    assert {name for name in first if again[name] != first[name]} == {"train/packing.json", "val/packing.json"}
+    assert {name for name in first if again[name] != first[name]} == {
+        "train/packing.json",
+        "val/packing.json",
+    }
 
 
-# --- images that cannot be packed -------------------------------------------------------------------------------------
+# --- images that cannot be packed
+# -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -335,13 +367,19 @@ def test_what_cannot_be_decoded_is_left_out_counted_and_listed(tmp_path, spoilt,
     assert len(samples(folder)) == len(PackedSource(folder, 1)) == 117
     facts = json.loads((folder / "index.json").read_text())
     assert (facts["num_images"], facts["num_left_out"]) == (117, 4)
-    assert f"4 images were left out, see {folder}/bad_samples.jsonl; first {lines[0]['path']}" in caplog.text
+    assert (
+        f"4 images were left out, see {folder}/bad_samples.jsonl; first {lines[0]['path']}"
+        in caplog.text
+    )
 
 
 def test_a_folder_with_no_readable_image_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/1.jpg").write_bytes(b"")
-    assert refused(tmp_path / "in", tmp_path / "out", *SMALL) == f"there is no image in the shards of {tmp_path}/out"
+    assert (
+        refused(tmp_path / "in", tmp_path / "out", *SMALL)
+        == f"there is no image in the shards of {tmp_path}/out"
+    )
     (tmp_path / "empty").mkdir()
     assert "no images under" in refused(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out/index.json").exists()
@@ -368,9 +406,15 @@ def retouch(path: Path) -> None:
     ("change", "message"),
     [
         (lambda last: last.unlink(), "{last} vanished while it was packed"),
-        (lambda last: last.write_bytes(last.read_bytes() + b"\0"), "{last} changed while it was packed"),
+        (
+            lambda last: last.write_bytes(last.read_bytes() + b"\0"),
+            "{last} changed while it was packed",
+        ),
         (retouch, "{last} changed while it was packed"),
-        (lambda last: shutil.copy(last, last.with_name("new.png")), "the images in {root} changed while they were"),
+        (
+            lambda last: shutil.copy(last, last.with_name("new.png")),
+            "the images in {root} changed while they were",
+        ),
         (lambda last: next(last.parent.parent.glob("*/000.png")).unlink(), "packed"),
     ],
     ids=["vanished", "size", "time", "one more", "one less"],
@@ -394,16 +438,22 @@ def test_a_shard_is_read_back_and_compared(tmp_path, data, monkeypatch):
 
     def add(archive, name, content):
         count.append(None)
-        changed = content[:50] + bytes([content[50] ^ 1]) + content[51:] if len(count) == 3 else content
+        changed = (
+            content[:50] + bytes([content[50] ^ 1]) + content[51:] if len(count) == 3 else content
+        )
         original(archive, name, changed)
 
     monkeypatch.setattr(packing, "_add", add)
     found = refused(data / "train", tmp_path / "out", *SMALL)
-    assert found == f"{tmp_path}/out/shard-000000.tar was not read back as it was written: is the disk in order?"
+    assert (
+        found
+        == f"{tmp_path}/out/shard-000000.tar was not read back as it was written: is the disk in order?"
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["packing.json"]
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- going on
+# ---------------------------------------------------------------------------------------------------------
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -448,7 +498,10 @@ def test_another_pack_in_the_same_folder_is_refused(own, data, tmp_path):
     assert "shard_mb: 0.05 -> 0.1" in refused(data, own, "--shard_mb", 0.1)
     source = shutil.copytree(data, tmp_path / "in")  # with its times
     retouch(source / "train/one/003.png")
-    assert re.search(r"images or settings \(old -> new\): images: \w{64} -> \w{64}: give", refused(source, own, *SMALL))
+    assert re.search(
+        r"images or settings \(old -> new\): images: \w{64} -> \w{64}: give",
+        refused(source, own, *SMALL),
+    )
     (source / "train/one/003.png").unlink()
     assert "num_images: 120 -> 119" in refused(source, own, *SMALL)
     assert contents(own) == before
@@ -460,7 +513,10 @@ def test_what_cannot_be_packed_into_is_refused(own, data, tmp_path):
     assert "is not empty, and no pack was begun there" in refused(data / "train", tmp_path / "full")
     assert "is the folder of images" in refused(data, data)
     (tmp_path / "file").touch()
-    assert refused(data, tmp_path / "file/out") == f"{tmp_path}/file/out/train cannot be written: Not a directory"
+    assert (
+        refused(data, tmp_path / "file/out")
+        == f"{tmp_path}/file/out/train cannot be written: Not a directory"
+    )
     assert "does not exist" in refused(tmp_path / "nowhere", tmp_path / "out")
     with (own / "train/packing.json").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -527,7 +583,8 @@ run_cli(lambda: main(sys.argv[2:]))
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_leaves_no_half_shard(tmp_path, data, packs, workers):
-    """A file may have 60 kB, which the first shard passes: exit 2 and one line; then the same command goes on."""
+    """A file may have 60 kB, which the first shard passes: exit 2 and one line; then the same
+    command goes on."""
     largest = max(path.stat().st_size for path in shards(packs / "train"))
     arguments = [str(data), str(tmp_path / "out"), *map(str, SMALL), "--workers", str(workers)]
     for limit in (largest - 1, 3000):
@@ -536,11 +593,15 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, data, packs, workers):
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert re.fullmatch(
             rf"error: {tmp_path}/out/train/shard-\d+\.tar cannot be written: File too large; finished shards are kept, "
-            "the same command goes on", line
-        )  # fmt: skip
+            "the same command goes on",
+            line,
+        )
         assert "Traceback" not in result.stderr
         for path in (tmp_path / "out/train").iterdir():
-            assert path.name == "packing.json" or path.read_bytes() == (packs / "train" / path.name).read_bytes()
+            assert (
+                path.name == "packing.json"
+                or path.read_bytes() == (packs / "train" / path.name).read_bytes()
+            )
     pack(data, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(packs)
 

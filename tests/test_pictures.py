@@ -1,4 +1,5 @@
-"""Heat maps, grids and overlays pixel by pixel; the part of an image that a model sees; which images are drawn."""
+"""Heat maps, grids and overlays pixel by pixel; the part of an image that a model sees; which
+images are drawn."""
 
 import math
 import os
@@ -14,10 +15,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.datasets import read_mnist5k
-from data.pictures import find_images, open_images, spread
+from data.sources import read_mnist5k
 from data.transforms import EvalTransform
-from engine.pictures import (
+from engine.pictures.choose import find_images, open_images, spread
+from engine.pictures.drawing import (
     CELL,
     LARGEST_CELL,
     OPACITY,
@@ -42,34 +43,45 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def blended(pixels, value: float) -> np.ndarray:
     """Half of the pixels, half of the colour that stands for a value in [0, 1]."""
-    return np.round(np.asarray(pixels) * (1 - OPACITY) + np.array(TURBO(float(value))[:3]) * 255 * OPACITY)
+    return np.round(
+        np.asarray(pixels) * (1 - OPACITY) + np.array(TURBO(float(value))[:3]) * 255 * OPACITY
+    )
 
 
 def places(canvas: np.ndarray, picture: np.ndarray, tolerance: int = 0) -> list[tuple[int, int]]:
-    """(row, column) wherever on a canvas a picture stands, so many levels of colour apart at most."""
+    """(row, column) wherever on a canvas a picture stands, so many levels of colour apart at
+    most."""
     height, width = picture.shape[:2]
     inner = canvas[: canvas.shape[0] - height + 1, : canvas.shape[1] - width + 1].astype(int)
     candidates = np.argwhere((np.abs(inner - picture[0, 0]) <= tolerance).all(axis=-1))
     return [
-        (int(y), int(x)) for y, x in candidates
+        (int(y), int(x))
+        for y, x in candidates
         if np.abs(canvas[y : y + height, x : x + width].astype(int) - picture).max() <= tolerance
-    ]  # fmt: skip
+    ]
 
 
-# --- heat maps over a picture -----------------------------------------------------------------------------------------
+# --- heat maps over a picture
+# -----------------------------------------------------------------------------------------
 
 
 def test_only_the_box_is_coloured():
     picture = noise(60, 90)
     before = picture.copy()
     heat = np.random.default_rng(1).random((3, 4))
-    result = heat_over(picture, heat, (10.3, 19.6, 49.7, 80.2))  # rounds to rows 10 to 49, columns 20 to 79
-    assert np.array_equal(picture, before) and (result.shape, result.dtype) == (picture.shape, np.uint8)
+    result = heat_over(
+        picture, heat, (10.3, 19.6, 49.7, 80.2)
+    )  # rounds to rows 10 to 49, columns 20 to 79
+    assert np.array_equal(picture, before) and (result.shape, result.dtype) == (
+        picture.shape,
+        np.uint8,
+    )
     inside = np.zeros((60, 90), dtype=bool)
     inside[10:50, 20:80] = True
     assert np.array_equal(result[~inside], picture[~inside])
     assert (result[inside] != picture[inside]).any(axis=-1).mean() > 0.99
-    # what is under it shows through by half, so no pixel moves by more than half of the range and a rounding
+    # what is under it shows through by half, so no pixel moves by more than half of the range and a
+    # rounding
     assert np.abs(result[inside].astype(int) - picture[inside]).max() <= 128
     alone = heat_over(picture[10:50, 20:80], heat)  # without a box, the whole of that part
     assert np.array_equal(result[10:50, 20:80], alone)
@@ -97,13 +109,16 @@ def test_a_box_at_the_edges_or_past_them_by_rounding(box, coloured):
 
 
 def test_a_box_past_the_edge_keeps_its_map_in_place():
-    """The map belongs to the whole box: what lies outside of the picture is cut off, not squeezed in."""
+    """The map belongs to the whole box: what lies outside of the picture is cut off, not squeezed
+    in."""
     picture, heat = np.zeros((20, 30, 3), np.uint8), np.random.default_rng(0).random((2, 3))
     whole = heat_over(np.zeros((22, 33, 3), np.uint8), heat)
     assert np.array_equal(heat_over(picture, heat, (-1, -2, 21, 31)), whole[1:21, 2:32])
 
 
-@pytest.mark.parametrize(("start", "end"), [(2499.5, 2500.5), (7.2, 7.4), (9.6, 9.9), (0, 0.2), (4999.6, 4999.9)])
+@pytest.mark.parametrize(
+    ("start", "end"), [(2499.5, 2500.5), (7.2, 7.4), (9.6, 9.9), (0, 0.2), (4999.6, 4999.9)]
+)
 def test_a_box_of_less_than_a_pixel_is_drawn_too(start, end):
     """The model's view of a very long image may be that small; one pixel shows it."""
     heat = np.array([[0.0, 1.0]])
@@ -119,22 +134,33 @@ GRIDS = [(3, 5, 90, 250), (5, 3, 90, 250), (4, 4, 48, 200), (2, 7, 70, 49)]
 
 @pytest.mark.parametrize(("rows", "columns", "height", "width"), GRIDS)
 def test_a_peak_lands_in_its_patch(rows, columns, height, width):
-    """Patches that are not square, and neither grid nor picture is: nothing may be transposed or squashed."""
+    """Patches that are not square, and neither grid nor picture is: nothing may be transposed or
+    squashed."""
     hottest = blended((0, 0, 0), 1.0)
     for row in range(rows):
         for column in range(columns):
             heat = np.zeros((rows, columns), dtype=np.float32)
             heat[row, column] = 3.0
             for box, offset in ((None, (0, 0)), ((7, 11, 7 + height, 11 + width), (7, 11))):
-                picture = np.zeros((height + 20, width + 20, 3) if box else (height, width, 3), dtype=np.uint8)
+                picture = np.zeros(
+                    (height + 20, width + 20, 3) if box else (height, width, 3), dtype=np.uint8
+                )
                 result = heat_over(picture, heat, box).astype(int)
                 distance = np.abs(result - hottest).sum(axis=-1)
-                y, x = np.argwhere(distance == distance.min()).mean(axis=0) + 0.5 - offset  # pixel centres
+                y, x = (
+                    np.argwhere(distance == distance.min()).mean(axis=0) + 0.5 - offset
+                )  # pixel centres
                 patch_height, patch_width = height / rows, width / columns
                 # at the picture's border the peak is a plateau from the patch's centre outwards
                 edge = (row in (0, rows - 1), column in (0, columns - 1))
-                assert abs(y - (row + 0.5) * patch_height) <= (0.5 if edge[0] else 0.1) * patch_height + 0.5
-                assert abs(x - (column + 0.5) * patch_width) <= (0.5 if edge[1] else 0.1) * patch_width + 0.5
+                assert (
+                    abs(y - (row + 0.5) * patch_height)
+                    <= (0.5 if edge[0] else 0.1) * patch_height + 0.5
+                )
+                assert (
+                    abs(x - (column + 0.5) * patch_width)
+                    <= (0.5 if edge[1] else 0.1) * patch_width + 0.5
+                )
 
 
 def test_values_between_two_patches_by_hand():
@@ -152,17 +178,30 @@ def test_a_flat_map_is_one_colour_and_ranges_are_stretched():
         result = heat_over(picture, np.full((2, 3), value, dtype=np.float32))
         assert np.array_equal(result, np.broadcast_to(blended((40, 40, 40), 0.0), (8, 12, 3)))
     heat = np.random.default_rng(0).random((2, 3)).astype(np.float32)
-    assert np.abs(heat_over(picture, heat).astype(int) - heat_over(picture, heat * 1e-6 + 5e-5)).max() <= 1
+    assert (
+        np.abs(heat_over(picture, heat).astype(int) - heat_over(picture, heat * 1e-6 + 5e-5)).max()
+        <= 1
+    )
     assert unit_range(np.array([[2.0, 4.0, 3.0]])).tolist() == [[0.0, 1.0, 0.5]]
     assert unit_range(np.array([[7.0, 7.0]])).tolist() == [[0.0, 0.0]]
 
 
-# --- the overlay with its bar -----------------------------------------------------------------------------------------
+# --- the overlay with its bar
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("height", "width", "factor"),
-    [(28, 28, 17), (32, 48, 10), (480, 300, 1), (241, 240, 1), (240, 239, 2), (600, 29, 1), (29, 700, 1), (1, 1, 480)],
+    [
+        (28, 28, 17),
+        (32, 48, 10),
+        (480, 300, 1),
+        (241, 240, 1),
+        (240, 239, 2),
+        (600, 29, 1),
+        (29, 700, 1),
+        (1, 1, 480),
+    ],
 )
 def test_the_overlay_is_the_image_not_squashed_and_a_bar(height, width, factor):
     picture, heat = noise(height, width), np.random.default_rng(1).random((3, 5))
@@ -199,13 +238,16 @@ def test_the_bar_has_the_maps_colours_and_its_label():
 def test_a_large_photograph_takes_seconds():
     picture = np.zeros((3000, 5000, 3), dtype=np.uint8)
     started = time.monotonic()
-    result = draw_overlay(picture, np.random.default_rng(0).random((14, 14)), (100, 0, 2900, 5000), "attention")
+    result = draw_overlay(
+        picture, np.random.default_rng(0).random((14, 14)), (100, 0, 2900, 5000), "attention"
+    )
     assert time.monotonic() - started < 20
     assert result.shape[0] == 3000 and result.shape[1] > 5000
     assert not result[:100, :5000].any() and result[100:2900, :5000].any(axis=-1).all()
 
 
-# --- grids ------------------------------------------------------------------------------------------------------------
+# --- grids
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_small_pictures_become_whole_squares_of_pixels():
@@ -247,7 +289,9 @@ def test_every_picture_of_a_grid_is_there_pixel_by_pixel(shape, layout, columns,
     assert all(upper + height < lower for upper, lower in zip(tops, tops[1:], strict=False))
     for row in found:
         lefts = [place[0][1] for place in row]
-        assert lefts == [found[0][place][0][1] for place in range(len(row))]  # columns stand under each other
+        assert lefts == [
+            found[0][place][0][1] for place in range(len(row))
+        ]  # columns stand under each other
         assert all(left + width < right for left, right in zip(lefts, lefts[1:], strict=False))
 
     # around the pictures it is white, but for the texts, of which there are some where they belong
@@ -287,12 +331,25 @@ def test_titles_labels_and_captions_take_their_lines():
 
 @pytest.mark.parametrize(
     "text",
-    ["$", "a$b$", r"$\frac{1}{$", "_under_score_^", r"back\slash {brace} %percent", "naïve façade ÄÖÜ ß", "日本語",
-     "a\nb", "tab\there", "n02$_^\x01", b"caf\xe9".decode("utf-8", "surrogateescape"), "x" * 300],
-)  # fmt: skip
+    [
+        "$",
+        "a$b$",
+        r"$\frac{1}{$",
+        "_under_score_^",
+        r"back\slash {brace} %percent",
+        "naïve façade ÄÖÜ ß",
+        "日本語",
+        "a\nb",
+        "tab\there",
+        "n02$_^\x01",
+        b"caf\xe9".decode("utf-8", "surrogateescape"),
+        "x" * 300,
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_of_files_are_drawn_as_they_are(text):
-    """No mathematics, and no crash for what a file's name may hold; the last but one is not UTF-8."""
+    """No mathematics, and no crash for what a file's name may hold; the last but one is not
+    UTF-8."""
     picture = noise(32, 32)
     canvas = draw_grid([[picture]], [text], [text], text)
     assert len(places(canvas, cell_of(picture))) == 1
@@ -300,7 +357,9 @@ def test_names_of_files_are_drawn_as_they_are(text):
 
 
 def test_a_dollar_is_a_dollar():
-    (drawn, other, same) = (draw_grid([[noise(32, 32)]], [], [text]) for text in ("$x_1$", "x_1", "$x_1$"))
+    (drawn, other, same) = (
+        draw_grid([[noise(32, 32)]], [], [text]) for text in ("$x_1$", "x_1", "$x_1$")
+    )
     assert np.array_equal(drawn, same)
     ink = [(canvas[:TEXT] < 128).all(axis=-1).sum() for canvas in (drawn, other)]
     assert ink[0] > ink[1] + 15  # the two dollars are there
@@ -308,7 +367,16 @@ def test_a_dollar_is_a_dollar():
 
 def test_pictures_in_about_as_many_rows_as_columns():
     pictures = [noise(4, 4, seed) for seed in range(16)]
-    lengths = {1: [1], 2: [2], 3: [2, 1], 4: [2, 2], 6: [3, 3], 7: [3, 3, 1], 12: [4, 4, 4], 16: [4, 4, 4, 4]}
+    lengths = {
+        1: [1],
+        2: [2],
+        3: [2, 1],
+        4: [2, 2],
+        6: [3, 3],
+        7: [3, 3, 1],
+        12: [4, 4, 4],
+        16: [4, 4, 4, 4],
+    }
     for count, expected in lengths.items():
         rows = square_rows(pictures[:count])
         assert [len(row) for row in rows] == expected
@@ -328,25 +396,54 @@ def test_a_png_holds_the_picture_and_a_missing_folder_is_one_clear_error(tmp_pat
     path = write_png(tmp_path / "a.png", picture)
     assert path == tmp_path / "a.png" and np.array_equal(np.array(Image.open(path)), picture)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
-    for place, reason in ((tmp_path / "none" / "a.png", "No such file"), (path / "b.png", "Not a directory")):
+    for place, reason in (
+        (tmp_path / "none" / "a.png", "No such file"),
+        (path / "b.png", "Not a directory"),
+    ):
         with pytest.raises(InputError, match=f"{place} cannot be written: {reason}") as error:
             write_png(place, picture)
         assert "\n" not in str(error.value)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
-# --- what of an image the model sees ----------------------------------------------------------------------------------
+# --- what of an image the model sees
+# ----------------------------------------------------------------------------------
 
 SOURCES = [
-    (480, 640), (640, 480), (427, 640), (333, 500), (256, 256), (224, 224), (37, 37), (1, 1), (3, 2), (31, 33),
-    (60, 239), (240, 61), (100, 1000), (1000, 100), (1, 5000), (5000, 1), (7, 5001), (300, 1201),
-]  # fmt: skip
-TARGETS = [(224, 1.0), (224, 0.875), (32, None), (32, 0.9), ((48, 96), 0.875), ((96, 48), 1.0), ((16, 224), None)]
+    (480, 640),
+    (640, 480),
+    (427, 640),
+    (333, 500),
+    (256, 256),
+    (224, 224),
+    (37, 37),
+    (1, 1),
+    (3, 2),
+    (31, 33),
+    (60, 239),
+    (240, 61),
+    (100, 1000),
+    (1000, 100),
+    (1, 5000),
+    (5000, 1),
+    (7, 5001),
+    (300, 1201),
+]
+TARGETS = [
+    (224, 1.0),
+    (224, 0.875),
+    (32, None),
+    (32, 0.9),
+    ((48, 96), 0.875),
+    ((96, 48), 1.0),
+    ((16, 224), None),
+]
 
 
 @pytest.mark.parametrize(("img_size", "crop_pct"), TARGETS)
 def test_seen_is_where_the_pixels_come_from(img_size, crop_pct):
-    """Images whose two channels are the coordinates of their pixels' centres, so the result says where it is from."""
+    """Images whose two channels are the coordinates of their pixels' centres, so the result says
+    where it is from."""
     transform = EvalTransform(img_size, crop_pct)
     for height, width in SOURCES:
         top, left, bottom, right = transform.seen(height, width)
@@ -354,7 +451,10 @@ def test_seen_is_where_the_pixels_come_from(img_size, crop_pct):
         y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
         result = transform(torch.stack([y, x])).double().numpy()
         of_rows, of_columns = result[0], result[1]
-        for found, start, end, side in ((of_rows[:, 0], top, bottom, height), (of_columns[0], left, right, width)):
+        for found, start, end, side in (
+            (of_rows[:, 0], top, bottom, height),
+            (of_columns[0], left, right, width),
+        ):
             pixel = (end - start) / len(found)  # of the result, in pixels of the image
             expected = start + (np.arange(len(found)) + 0.5) * pixel
             where = f"{height} x {width}: {start} to {end}"
@@ -362,10 +462,15 @@ def test_seen_is_where_the_pixels_come_from(img_size, crop_pct):
             assert np.abs(found - expected).max() <= max(0.6, pixel), where
             inner = np.abs(expected - side / 2) < side / 2 - 4 * max(pixel, 1)
             assert np.abs(found - expected)[inner].max(initial=0) < 0.05 * max(pixel, 1), where
-        assert np.abs(of_rows - of_rows[:, :1]).max() < 1e-2 and np.abs(of_columns - of_columns[:1]).max() < 1e-2
+        assert (
+            np.abs(of_rows - of_rows[:, :1]).max() < 1e-2
+            and np.abs(of_columns - of_columns[:1]).max() < 1e-2
+        )
 
 
-@pytest.mark.parametrize(("img_size", "crop_pct"), [(64, 1.0), (64, 0.875), (64, 0.5), ((32, 96), 0.875)])
+@pytest.mark.parametrize(
+    ("img_size", "crop_pct"), [(64, 1.0), (64, 0.875), (64, 0.5), ((32, 96), 0.875)]
+)
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (350, 350), (200, 1500)])
 def test_what_is_not_seen_does_not_show(img_size, crop_pct, height, width):
     transform = EvalTransform(img_size, crop_pct)
@@ -389,20 +494,28 @@ def test_boxes_by_hand():
     )
     assert EvalTransform(224, 1.0).seen(500, 500) == (0, 0, 500, 500)
     assert EvalTransform(32, None).seen(32, 32) == (0, 0, 32, 32)
-    # 1 x 5000: the middle 4 columns, 2498 to 2501, are all that is resized, to 32 x 128; of these the middle 32
+    # 1 x 5000: the middle 4 columns, 2498 to 2501, are all that is resized, to 32 x 128; of these
+    # the middle 32
     assert EvalTransform(32, None).seen(1, 5000) == (0, 2499.5, 1, 2500.5)
-    # 90 x 40 to cover 32 x 64: the width decides, 64 / 40 is 1.6, and the middle 32 rows of 144 start at 56
+    # 90 x 40 to cover 32 x 64: the width decides, 64 / 40 is 1.6, and the middle 32 rows of 144
+    # start at 56
     assert EvalTransform((32, 64), 1.0).seen(90, 40) == pytest.approx((35, 0, 55, 40))
 
 
 def reference_eval(image: torch.Tensor, size: tuple[int, int], crop_pct: Fraction) -> torch.Tensor:
-    """Resized to cover `size` / crop_pct, the longer side rounded down, and cut: slices and whole-number arithmetic."""
+    """Resized to cover `size` / crop_pct, the longer side rounded down, and cut: slices and
+    whole-number arithmetic."""
     cover = [math.floor(side / crop_pct) for side in size]
     sides = list(image.shape[1:])
-    longest = math.ceil(Fraction(4 * max(cover) * min(sides), min(cover)))  # what no centre crop sees is left out
+    longest = math.ceil(
+        Fraction(4 * max(cover) * min(sides), min(cover))
+    )  # what no centre crop sees is left out
 
     def middle(image, sides):
-        starts = [round(Fraction(have - want, 2)) for have, want in zip(image.shape[1:], sides, strict=True)]
+        starts = [
+            round(Fraction(have - want, 2))
+            for have, want in zip(image.shape[1:], sides, strict=True)
+        ]
         return image[:, starts[0] : starts[0] + sides[0], starts[1] : starts[1] + sides[1]]
 
     image = middle(image, [min(side, longest) for side in sides])
@@ -426,10 +539,14 @@ def test_the_transform_equals_a_resize_and_two_slices(img_size, crop_pct, share)
     for height, width in SOURCES:
         generator = torch.Generator().manual_seed(height * 10_000 + width)
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
-        assert torch.equal(transform(image), reference_eval(image, img_size, share)), (height, width)
+        assert torch.equal(transform(image), reference_eval(image, img_size, share)), (
+            height,
+            width,
+        )
 
 
-# --- which images are drawn -------------------------------------------------------------------------------------------
+# --- which images are drawn
+# -------------------------------------------------------------------------------------------
 
 
 def test_spread_is_even_unique_and_within_range():
@@ -437,13 +554,18 @@ def test_spread_is_even_unique_and_within_range():
         for count in (1, 2, 3, 6, 16, 1000):
             chosen = spread(total, count)
             assert len(chosen) == len(set(chosen)) == min(total, count)
-            assert chosen == sorted(chosen) and all(type(index) is int and 0 <= index < total for index in chosen)
+            assert chosen == sorted(chosen) and all(
+                type(index) is int and 0 <= index < total for index in chosen
+            )
             gaps = {b - a for a, b in zip(chosen, chosen[1:], strict=False)}
             assert not gaps or max(gaps) - min(gaps) <= 1, (total, count)
             if len(chosen) > 1:
                 assert (chosen[0], chosen[-1]) == (0, total - 1)
                 step = (total - 1) / (len(chosen) - 1)
-                assert max(abs(index - place * step) for place, index in enumerate(chosen)) <= 0.5 + 1e-9
+                assert (
+                    max(abs(index - place * step) for place, index in enumerate(chosen))
+                    <= 0.5 + 1e-9
+                )
     assert spread(10, 4) == [0, 3, 6, 9]
     assert spread(6, 4) == [0, 2, 3, 5]
     assert spread(5, 8) == [0, 1, 2, 3, 4]
@@ -467,9 +589,17 @@ def test_named_images_keep_their_order_and_get_unique_names(images):
         return [(name, path.relative_to(images).as_posix()) for name, path in files.items()]
 
     assert found("x/b.png", "x/a.png") == [("b", "x/b.png"), ("a", "x/a.png")]
-    assert found("y/a.png", "x/b.png", "x/a.png") == [("0_a", "y/a.png"), ("1_b", "x/b.png"), ("2_a", "x/a.png")]
+    assert found("y/a.png", "x/b.png", "x/a.png") == [
+        ("0_a", "y/a.png"),
+        ("1_b", "x/b.png"),
+        ("2_a", "x/a.png"),
+    ]
     # a name that looks like one of those that are made up
-    assert found("x/a.png", "y/a.png", "y/1_a.png") == [("0_a", "x/a.png"), ("1_a", "y/a.png"), ("2_1_a", "y/1_a.png")]
+    assert found("x/a.png", "y/a.png", "y/1_a.png") == [
+        ("0_a", "x/a.png"),
+        ("1_a", "y/a.png"),
+        ("2_1_a", "y/1_a.png"),
+    ]
     assert found("x/a.png", "x/a.png") == [("0_a", "x/a.png"), ("1_a", "x/a.png")]
     assert found("y") == [("1_a", "y/1_a.png"), ("a", "y/a.png"), ("c", "y/deep/c.JPG")]
     assert found("y", num_images=2) == [("1_a", "y/1_a.png"), ("c", "y/deep/c.JPG")]
@@ -485,20 +615,34 @@ def test_named_images_keep_their_order_and_get_unique_names(images):
 
 
 def test_images_are_read_by_name_from_files_or_a_data_set(images):
-    read = open_images("image_path", [str(images / "x/b.png"), str(images / "y/a.png")], "folder", None, 16, 3)
+    read = open_images(
+        "image_path", [str(images / "x/b.png"), str(images / "y/a.png")], "folder", None, 16, 3
+    )
     assert list(read) == ["b", "a"]
     assert [(image.shape, image.dtype, image.max().item()) for image in read.values()] == [
-        ((3, 6, 8), torch.uint8, 40), ((3, 6, 8), torch.uint8, 80),
-    ]  # fmt: skip
-    assert open_images("image_path", [str(images / "x/b.png")], "folder", None, 16, 1)["b"].shape == (1, 6, 8)
+        ((3, 6, 8), torch.uint8, 40),
+        ((3, 6, 8), torch.uint8, 80),
+    ]
+    assert open_images("image_path", [str(images / "x/b.png")], "folder", None, 16, 1)[
+        "b"
+    ].shape == (1, 6, 8)
     # of a folder that has no val/, all; else val/
     everything = open_images("image_path", [], "folder", str(images), 16, 3)
     assert list(everything) == [f"val_{index:05d}" for index in range(5)]
-    assert [image.max().item() for image in everything.values()] == [0, 40, 160, 80, 120]  # x/, then y/ by name
+    assert [image.max().item() for image in everything.values()] == [
+        0,
+        40,
+        160,
+        80,
+        120,
+    ]  # x/, then y/ by name
     (images / "y").rename(images / "val")
     (images / "x").rename(images / "train")
     few = open_images("image_path", [], "folder", str(images), 2, 3)
-    assert [(name, image.max().item()) for name, image in few.items()] == [("val_00000", 160), ("val_00002", 120)]
+    assert [(name, image.max().item()) for name, image in few.items()] == [
+        ("val_00000", 160),
+        ("val_00002", 120),
+    ]
 
 
 def test_digits_of_the_validation_set():
@@ -507,7 +651,9 @@ def test_digits_of_the_validation_set():
     assert list(digits) == [f"val_{index:05d}" for index in range(0, 1000, 111)]
     for name, digit in digits.items():
         assert np.array_equal(digit.numpy(), images[int(name[4:])])
-    assert len({int(labels[int(name[4:])]) for name in digits}) == 10  # one of each, as they lie sorted by class
+    assert (
+        len({int(labels[int(name[4:])]) for name in digits}) == 10
+    )  # one of each, as they lie sorted by class
 
 
 def test_what_is_no_image_is_named_with_its_setting(images):
@@ -526,5 +672,7 @@ def test_what_is_no_image_is_named_with_its_setting(images):
     whole = write_png(images / "whole.png", noise(40, 40)).read_bytes()
     (images / "x" / "cut.png").write_bytes(whole[: len(whole) // 2])
     assert reason("x").startswith(f"img_path {images}/x/cut.png: cannot be")
-    assert reason(data_path=str(images / "x")).startswith(f"validation image {images}/x/cut.png: cannot be")
+    assert reason(data_path=str(images / "x")).startswith(
+        f"validation image {images}/x/cut.png: cannot be"
+    )
     assert reason(data_path=str(images / "nowhere")) == f"data_path {images}/nowhere does not exist"

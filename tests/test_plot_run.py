@@ -1,4 +1,5 @@
-"""`tools/plot_run.py`: curves of several runs, and a page about each; and the overview picture of the README."""
+"""`tools/plot_run.py`: curves of several runs, and a page about each; and the overview picture of
+the README."""
 
 import base64
 import json
@@ -46,22 +47,39 @@ def finished(tmp_path_factory) -> Path:
 
 def test_a_page_tells_what_the_run_did(finished, capsys):
     made = plot_run.main([str(finished / "pretrain")])
-    assert made == {"curves": finished / "pretrain" / "curves.png", "reports": [finished / "pretrain" / "report.html"]}
+    assert made == {
+        "curves": finished / "pretrain" / "curves.png",
+        "reports": [finished / "pretrain" / "report.html"],
+    }
     page = made["reports"][0].read_text()
     assert str(made["reports"][0]) in capsys.readouterr().out
     curves, looks = embedded(page)
     assert (looks == np.asarray(Image.open(finished / "pretrain" / "monitor.png"))).all()
     assert curves.shape[0] > 900 and curves.std() > 10
-    assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page  # nothing from elsewhere
+    assert (
+        not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
+    )  # nothing from elsewhere
     lines = log_lines(finished / "pretrain")
     look = [line for line in lines if "monitor_s" in line][-1]
     assert f"<b>{look['knn_acc1']:.4g}</b>10-NN, top-1 %" in page
-    assert f"{[line['epoch_loss'] for line in lines if 'epoch_loss' in line][-1]:.4g}</b>mean training loss" in page
+    assert (
+        f"{[line['epoch_loss'] for line in lines if 'epoch_loss' in line][-1]:.4g}</b>mean training loss"
+        in page
+    )
     assert page.count('<tr><td class="number">') == 3  # looks at epochs 0, 1 and 2
     results = json.loads((finished / "knn" / "results.json").read_text())
-    (row,) = re.findall(r"<tr><td>(\w+)</td><td>k-NN, cosine.*</td><td class=\"number\">([\d.]+)</td>", page)
-    assert row == ("knn", f"{results['acc1']:.2f}")  # of these weights; the untrained model's is not among them
-    assert "mask_ratio: 0.75" in page and "patch_size: 4" in page and ">step 20, epoch 2, finished</div>" in page
+    (row,) = re.findall(
+        r"<tr><td>(\w+)</td><td>k-NN, cosine.*</td><td class=\"number\">([\d.]+)</td>", page
+    )
+    assert row == (
+        "knn",
+        f"{results['acc1']:.2f}",
+    )  # of these weights; the untrained model's is not among them
+    assert (
+        "mask_ratio: 0.75" in page
+        and "patch_size: 4" in page
+        and ">step 20, epoch 2, finished</div>" in page
+    )
 
 
 def test_the_same_command_writes_the_same(finished):
@@ -73,23 +91,40 @@ def test_curves_are_those_of_the_logs(tmp_path):
     one = log(tmp_path / "one", *({"step": i, "epoch": i / 2, "loss": 1 / i} for i in range(1, 5)))
     read = plot_run.RunLog(one, "one", plot_run.read_log(one / "log.jsonl"))
     assert read.series("loss") == ([0.5, 1.0, 1.5, 2.0], [1.0, 0.5, 1 / 3, 0.25])
-    assert read.series("acc1") == ([], []) and read.last("loss") == 0.25 and read.last("acc1") is None
+    assert (
+        read.series("acc1") == ([], []) and read.last("loss") == 0.25 and read.last("acc1") is None
+    )
 
 
 def test_several_runs_share_a_picture(tmp_path):
-    one = log(tmp_path / "a" / "one", {"step": 1, "epoch": 1.0, "loss": 0.5}, {"step": 2, "epoch": 2.0, "loss": 0.4})
-    two = log(tmp_path / "b" / "two", {"step": 1, "epoch": 1.0, "val_loss": 0.5, "acc1": 20.0, "ema_acc1": None})
+    one = log(
+        tmp_path / "a" / "one",
+        {"step": 1, "epoch": 1.0, "loss": 0.5},
+        {"step": 2, "epoch": 2.0, "loss": 0.4},
+    )
+    two = log(
+        tmp_path / "b" / "two",
+        {"step": 1, "epoch": 1.0, "val_loss": 0.5, "acc1": 20.0, "ema_acc1": None},
+    )
     made = plot_run.main([str(one), str(two)])
     assert made["curves"] == tmp_path / "curves.png"
     assert made["reports"] == [one / "report.html", two / "report.html"]
     both = np.asarray(Image.open(made["curves"]))
-    alone = np.asarray(Image.open(plot_run.main([str(one), "--save_path", str(tmp_path / "alone.png")])["curves"]))
+    alone = np.asarray(
+        Image.open(plot_run.main([str(one), "--save_path", str(tmp_path / "alone.png")])["curves"])
+    )
     assert both.shape == alone.shape and (both != alone).any()
-    assert plot_run.main([str(tmp_path / "a"), str(one)])["reports"] == [one / "report.html"]  # a folder of runs; once
+    assert plot_run.main([str(tmp_path / "a"), str(one)])["reports"] == [
+        one / "report.html"
+    ]  # a folder of runs; once
 
 
 def test_a_run_that_goes_on_can_be_looked_at(tmp_path):
-    folder = log(tmp_path / "run", {"step": 1, "epoch": 0.5, "loss": None}, {"step": 2, "epoch": 1.0, "loss": 0.5})
+    folder = log(
+        tmp_path / "run",
+        {"step": 1, "epoch": 0.5, "loss": None},
+        {"step": 2, "epoch": 1.0, "loss": 0.5},
+    )
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"step": 3, "epo')
     page = plot_run.main([str(folder)])["reports"][0].read_text()
@@ -109,7 +144,9 @@ def test_a_run_that_stopped_on_its_schedule_is_not_finished(tmp_path):
     assert ">step 1, epoch 1, stopped, of 2 epochs</div>" in page
 
 
-def test_evaluations_are_found_in_the_default_folders_and_strange_files_passed_over(finished, tmp_path):
+def test_evaluations_are_found_in_the_default_folders_and_strange_files_passed_over(
+    finished, tmp_path
+):
     run = tmp_path / "output" / "pretrain" / "one"
     shutil.copytree(finished / "pretrain", run)
     shutil.copytree(finished / "knn", tmp_path / "output" / "knn" / "two")
@@ -122,7 +159,9 @@ def test_evaluations_are_found_in_the_default_folders_and_strange_files_passed_o
 
 def test_names_and_settings_cannot_break_the_page(tmp_path):
     folder = log(tmp_path / "<b>$x_1^", {"step": 1, "epoch": 1.0, "loss": 0.5})
-    (folder / "config.yaml").write_text("output_dir: <script>alert(1)</script>\nclip_grad: null\nmean: [0.5, 0.4]\n")
+    (folder / "config.yaml").write_text(
+        "output_dir: <script>alert(1)</script>\nclip_grad: null\nmean: [0.5, 0.4]\n"
+    )
     page = plot_run.main([str(folder)])["reports"][0].read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;$x_1^" in page
     assert "clip_grad: null" in page and "mean: [0.5, 0.4]" in page
@@ -153,20 +192,49 @@ def test_bad_input_is_one_clear_line(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         plot_run.main([str(folder), "--save_path", str(folder / "log.jsonl" / "curves.png")])
     result = run(command(str(tmp_path / "nothing"), script="tools/plot_run.py"))
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and result.stderr.startswith("error: ")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and result.stderr.startswith(
+        "error: "
+    )
 
 
 def test_the_overview_is_drawn(tmp_path):
     main_pretrain.main(digits(tmp_path / "run", "--epochs", 1, "--monitor_epochs", 0))
-    flags = ["--dataset", "mnist5k", "--img_size", "28", "--in_chans", "1", "--mean", "0.1307", "--std", "0.3081"]
-    flags += ["--size", "debug", "--patch_size", "4", "--decoder_embed_dim", "16", "--decoder_depth", "1"]
-    flags += ["--decoder_num_heads", "2", "--model_path", str(tmp_path / "run" / "model.safetensors")]
+    flags = [
+        "--dataset",
+        "mnist5k",
+        "--img_size",
+        "28",
+        "--in_chans",
+        "1",
+        "--mean",
+        "0.1307",
+        "--std",
+        "0.3081",
+    ]
+    flags += [
+        "--size",
+        "debug",
+        "--patch_size",
+        "4",
+        "--decoder_embed_dim",
+        "16",
+        "--decoder_depth",
+        "1",
+    ]
+    flags += [
+        "--decoder_num_heads",
+        "2",
+        "--model_path",
+        str(tmp_path / "run" / "model.safetensors"),
+    ]
     path = draw_overview.main([*flags, "--save_path", str(tmp_path / "new" / "overview.png")])
     picture = np.asarray(Image.open(path))
     assert picture.shape == (360, 1210, 3)
     assert (picture == (0x3B, 0x6E, 0xA5)).all(-1).sum() > 10_000  # the encoder
     with pytest.raises(InputError, match="norm_pix_loss"):
-        draw_overview.main([*flags, "--norm_pix_loss", "false", "--save_path", str(tmp_path / "x.png")])
+        draw_overview.main(
+            [*flags, "--norm_pix_loss", "false", "--save_path", str(tmp_path / "x.png")]
+        )
 
 
 def test_the_pictures_of_the_readme_are_there_and_small():

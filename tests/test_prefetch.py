@@ -9,18 +9,22 @@ from runs import log_lines, make_pictures, pretraining
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import main_pretrain
-from data.datasets import FolderSource
-from data.loaders import BadSample, LabelledBatch, PretrainBatch
+from data.loader import BadSample, LabelledBatch, PretrainBatch
 from data.sampler import SampleKey
+from data.sources import FolderSource
 from engine.prefetch import on_device
 
 
 def batch(number: int) -> PretrainBatch:
     images, ids = torch.full((2, 3, 4, 4), number, dtype=torch.uint8), torch.full((2, 5), number)
-    return PretrainBatch(images, ids, [SampleKey(number, 0, number, 0)], [BadSample(f"{number}.png", "torn")], False)
+    return PretrainBatch(
+        images, ids, [SampleKey(number, 0, number, 0)], [BadSample(f"{number}.png", "torn")], False
+    )
 
 
-def taken(batches: list[PretrainBatch], log: list[str], error_at: int | None = None) -> Iterator[PretrainBatch]:
+def taken(
+    batches: list[PretrainBatch], log: list[str], error_at: int | None = None
+) -> Iterator[PretrainBatch]:
     for number, each in enumerate(batches):
         if number == error_at:
             raise RuntimeError(f"batch {number} is lost")
@@ -43,7 +47,9 @@ def test_without_cuda_batches_pass_as_they_are_and_none_is_taken_before_it_is_as
 def test_an_error_of_the_loader_comes_in_its_step(device, streams):
     log: list[str] = []
     with FakeTensorMode():
-        iterator = on_device(taken([batch(number) for number in range(3)], log, error_at=2), torch.device(device))
+        iterator = on_device(
+            taken([batch(number) for number in range(3)], log, error_at=2), torch.device(device)
+        )
         assert [int(next(iterator).keys[0].image) for _ in range(2)] == [0, 1]
         with pytest.raises(RuntimeError, match="batch 2 is lost"):
             next(iterator)
@@ -65,7 +71,8 @@ def test_an_error_of_the_loader_ends_a_run_after_the_steps_before(tmp_path, monk
     assert [line["step"] for line in log_lines(tmp_path / "run")] == [1, 2, 3]
 
 
-# --- CUDA's way, without a GPU: tensors without content, and streams that write down what is asked of them ------------
+# --- CUDA's way, without a GPU: tensors without content, and streams that write down what is asked
+# of them ------------
 
 
 class Stream:
@@ -99,7 +106,9 @@ def streams(monkeypatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
     monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}")
+    )
     return log
 
 
@@ -121,6 +130,10 @@ def test_on_cuda_a_batch_is_copied_beside_the_computation_which_waits_for_it_alo
             assert type(found) is type(batches[number])
             assert found.images.device.type == found[1].device.type == "cuda"
             assert (found.images.shape, found.images.dtype) == ((2, 3, 4, 4), torch.uint8)
-            assert (found.keys, found.bad, found.failed) == (batches[number].keys, batches[number].bad, False)
+            assert (found.keys, found.bad, found.failed) == (
+                batches[number].keys,
+                batches[number].bad,
+                False,
+            )
             assert batches[number].images.device.type == "cpu"
         assert next(iterator, "the end") == "the end"

@@ -1,4 +1,5 @@
-"""`main_pretrain.py` end to end on real digits: what it writes, exact resume, accumulation, and what it refuses."""
+"""`main_pretrain.py` end to end on real digits: what it writes, exact resume, accumulation, and
+what it refuses."""
 
 import json
 import os
@@ -27,7 +28,7 @@ from runs import (
 from safetensors.torch import load_file
 
 import main_pretrain
-from engine.checkpoint import load_newest_checkpoint
+from engine.run.checkpoint import load_newest_checkpoint
 from models.mae import MaskedAutoencoder
 from util.errors import InputError
 
@@ -62,25 +63,45 @@ def test_a_run_learns_and_fills_its_folder(finished):
     assert metrics["loss"] == metrics["epoch_losses"][1] < 0.85 * metrics["epoch_losses"][0]
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
-        "checkpoint-00000062.pth", "checkpoint-00000062.pth.sha256",
-        "checkpoint-00000124.pth", "checkpoint-00000124.pth.sha256",
-        "config.yaml", "log.jsonl", "log.txt", "model.safetensors", "tb",
-    ]  # fmt: skip
+        "checkpoint-00000062.pth",
+        "checkpoint-00000062.pth.sha256",
+        "checkpoint-00000124.pth",
+        "checkpoint-00000124.pth.sha256",
+        "config.yaml",
+        "log.jsonl",
+        "log.txt",
+        "model.safetensors",
+        "tb",
+    ]
     lines = log_lines(folder)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 125))
     assert steps[0].keys() == {
-        "step", "epoch", "loss", "grad_norm", "lr", "images_per_s", "data_wait", "eta_s", "bad_files"
-    }  # fmt: skip
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "lr",
+        "images_per_s",
+        "data_wait",
+        "eta_s",
+        "bad_files",
+    }
     # peak 1e-3 * 64 / 256 after half an epoch of warmup; the first step has lr 0
     assert steps[0]["lr"] == 0.0
     assert steps[31]["lr"] == pytest.approx(2.5e-4)
     assert steps[123]["lr"] < 1e-6
     assert all(0 <= line["data_wait"] <= 1 and line["images_per_s"] > 0 for line in steps)
     epochs = [line["epoch_loss"] for line in lines if "epoch_loss" in line]
-    assert epochs == pytest.approx([np.mean([s["loss"] for s in steps[:62]]), np.mean([s["loss"] for s in steps[62:]])])
+    assert epochs == pytest.approx(
+        [np.mean([s["loss"] for s in steps[:62]]), np.mean([s["loss"] for s in steps[62:]])]
+    )
     text = (folder / "log.txt").read_text()
-    assert "4000 images" in text and "62 steps per epoch, 124 in all" in text and "epoch 2 done" in text
+    assert (
+        "4000 images" in text
+        and "62 steps per epoch, 124 in all" in text
+        and "epoch 2 done" in text
+    )
 
 
 def test_tensorboard_curves_equal_the_log(finished):
@@ -98,15 +119,23 @@ def test_tensorboard_curves_equal_the_log(finished):
 
 def test_a_checkpoint_holds_what_the_design_says(finished):
     saved = torch.load(finished[0] / "checkpoint-00000124.pth", weights_only=True)
-    assert {"model", "optimizer", "scaler", "ema", "step", "samples_seen", "total_batch", "config", "model_args"} < set(
-        saved
-    )
-    assert (saved["step"], saved["samples_seen"], saved["total_batch"], saved["format_version"]) == (
-        124,
-        124 * 64,
-        64,
-        1,
-    )
+    assert {
+        "model",
+        "optimizer",
+        "scaler",
+        "ema",
+        "step",
+        "samples_seen",
+        "total_batch",
+        "config",
+        "model_args",
+    } < set(saved)
+    assert (
+        saved["step"],
+        saved["samples_seen"],
+        saved["total_batch"],
+        saved["format_version"],
+    ) == (124, 124 * 64, 64, 1)
     assert (saved["mean"], saved["std"]) == ([0.1307], [0.3081])
     model = MaskedAutoencoder(**saved["model_args"])
     model.load_state_dict(saved["model"], strict=True)
@@ -154,11 +183,14 @@ def test_the_written_config_repeats_the_run(finished, tmp_path):
 def test_a_stopped_run_goes_on_and_equals_the_uninterrupted_one(finished, tmp_path):
     base = digits(tmp_path, "--log_interval", 1, "--save_epochs", 1)
     assert main_pretrain.main([*base, "--stop_epoch", "1"])["step"] == STEPS_PER_EPOCH
-    main_pretrain.main([*base, "--num_workers", "2", "--prefetch_factor", "2"])  # R5: other workers change nothing
+    main_pretrain.main(
+        [*base, "--num_workers", "2", "--prefetch_factor", "2"]
+    )  # R5: other workers change nothing
     assert_equal_bit_for_bit(finished[0], tmp_path)
 
 
-STOPS = {  # by loader processes: after the first step, mid-epoch, the last of an epoch, the first of the next
+# by loader processes: after the first step, mid-epoch, the last of an epoch, the first of the next
+STOPS = {
     0: {1: signal.SIGTERM, 30: signal.SIGKILL, 62: signal.SIGINT, 63: signal.SIGUSR1},
     2: {1: signal.SIGKILL, 30: signal.SIGHUP, 62: signal.SIGKILL, 63: signal.SIGTERM},
 }
@@ -167,18 +199,26 @@ STOPS = {  # by loader processes: after the first step, mid-epoch, the last of a
 @pytest.mark.fault("R1", "R5")
 @pytest.mark.long
 @pytest.mark.parametrize("workers", STOPS)
-def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(finished, tmp_path, record_property, workers):
-    """By signals that it answers, and killed where that step's checkpoint is complete; each start is a new process."""
+def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(
+    finished, tmp_path, record_property, workers
+):
+    """By signals that it answers, and killed where that step's checkpoint is complete; each start
+    is a new process."""
     folder, digests = tmp_path / "run", tmp_path / "digests"
     digests.mkdir()
     arguments = ["main_pretrain.py", *digits(folder, "--log_interval", 1, "--num_workers", workers)]
     before = 0
     for step, signum in STOPS[workers].items():
         killed = signum == signal.SIGKILL
-        more = ["--save_minutes", "1e-9"] if killed else []  # a signal that it answers makes it save
+        more = (
+            ["--save_minutes", "1e-9"] if killed else []
+        )  # a signal that it answers makes it save
         result = run(
-            driven(*arguments, *more), FAULTS=stop_at(step, signum), SETTLED="1", DIGESTS=str(digests)
-        )  # fmt: skip
+            driven(*arguments, *more),
+            FAULTS=stop_at(step, signum),
+            SETTLED="1",
+            DIGESTS=str(digests),
+        )
         assert result.returncode == (-signum if killed else 128 + signum), result.stderr
         assert (f"resuming {folder} at step {before}\n" in result.stdout) == (before > 0)
         assert list(step_losses(folder)) == list(range(1, step + 1))
@@ -190,9 +230,14 @@ def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(finished, tmp_pat
     assert_equal_bit_for_bit(finished[0], folder)
     losses, states = step_losses(folder), {}
     for line in map(json.loads, (digests / "0.jsonl").read_text().splitlines()):
-        assert states.setdefault(line["step"], line) == line  # before a stop and after the start that follows it
+        assert (
+            states.setdefault(line["step"], line) == line
+        )  # before a stop and after the start that follows it
     for step in STOPS[workers]:  # not vacuous
-        assert losses[step] != losses[step + 1] and states[step]["optimizer"] != states[step + 1]["optimizer"]
+        assert (
+            losses[step] != losses[step + 1]
+            and states[step]["optimizer"] != states[step + 1]["optimizer"]
+        )
         assert states[step]["model"] != states[step + 1]["model"]
     record_property("tries", len(STOPS[workers]))
 
@@ -201,7 +246,9 @@ def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(finished, tmp_pat
 def test_one_batch_equals_accumulated_micro_batches(finished, tmp_path):
     """1 x 64 = 4 accumulated x 16, in loss and gradient norm."""
     main_pretrain.main(digits(tmp_path, "--log_interval", 1, "--batch_size", 16, "--stop_epoch", 1))
-    once, accumulated = ([line for line in log_lines(f) if "loss" in line] for f in (finished[0], tmp_path))
+    once, accumulated = (
+        [line for line in log_lines(f) if "loss" in line] for f in (finished[0], tmp_path)
+    )
     assert len(accumulated) == STEPS_PER_EPOCH
     for a, b in zip(once[:STEPS_PER_EPOCH], accumulated, strict=True):
         for name in ("loss", "grad_norm"):  # 2.1e-7 and 1.6e-7 were measured
@@ -209,7 +256,8 @@ def test_one_batch_equals_accumulated_micro_batches(finished, tmp_path):
 
 
 def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
-    """Reads of a tensor's value in this process; images are decoded in another, which reads small CPU tensors."""
+    """Reads of a tensor's value in this process; images are decoded in another, which reads small
+    CPU tensors."""
     reads = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         original = getattr(torch.Tensor, name)
@@ -227,10 +275,9 @@ def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
         counts.append({name: reads.count(name) for name in set(reads)})
     fewer, more = counts
     # an epoch's end reads both meters: three sums as a list, one count as a number
-    assert {name: more[name] - fewer.get(name, 0) for name in more if more[name] != fewer.get(name, 0)} == {
-        "item": 2,
-        "tolist": 2,
-    }
+    assert {
+        name: more[name] - fewer.get(name, 0) for name in more if more[name] != fewer.get(name, 0)
+    } == {"item": 2, "tolist": 2}
 
 
 def test_shared_mask_and_variants_train(tmp_path):
@@ -244,7 +291,9 @@ def test_shared_mask_and_variants_train(tmp_path):
         "false",
         "--norm_pix_loss",
     ]
-    metrics = main_pretrain.main(digits(tmp_path, *more, "false", "--clip_grad", 0.5, "--precision", "bf16"))
+    metrics = main_pretrain.main(
+        digits(tmp_path, *more, "false", "--clip_grad", 0.5, "--precision", "bf16")
+    )
     assert metrics["step"] == STEPS_PER_EPOCH
     assert 0 < metrics["loss"] < 2
 
@@ -252,7 +301,9 @@ def test_shared_mask_and_variants_train(tmp_path):
 def test_non_finite_gradients_end_the_run(tmp_path):
     with pytest.raises(InputError, match="steps in a row up to step 20 had a non-finite gradient"):
         # with std 1e-30 pixels overflow
-        main_pretrain.main(digits(tmp_path, "--std", "1e-39", "--norm_pix_loss", "false", "--warmup_epochs", 0))
+        main_pretrain.main(
+            digits(tmp_path, "--std", "1e-39", "--norm_pix_loss", "false", "--warmup_epochs", 0)
+        )
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -262,24 +313,49 @@ def test_grey_alpha_and_odd_files_are_no_error_and_broken_ones_are_replaced(tmp_
     (images / "deep" / "er").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for index, mode in enumerate(["RGB", "L", "LA", "RGBA", "P", "1", "CMYK"] * 8):
-        picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).convert(mode)
+        picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).convert(
+            mode
+        )
         ending = "jpg" if mode == "CMYK" else "png"
         picture.save(images / ("deep/er" if index % 2 else ".") / f"{index} ä.{ending}")
     (images / "broken.jpg").write_bytes(b"")
     (images / "text.png").write_text("not an image")
     output = tmp_path / "run"
     arguments = digits(
-        output, "--dataset", "folder", "--data_path", images, "--img_size", 32, "--patch_size", 8, "--in_chans", 3,
-        "--mean", 0.5, 0.5, 0.5, "--std", 0.2, 0.2, 0.2, "--batch_size", 16, "--total_batch_size", 16,
-        "--log_interval", 3,
-    )  # fmt: skip
+        output,
+        "--dataset",
+        "folder",
+        "--data_path",
+        images,
+        "--img_size",
+        32,
+        "--patch_size",
+        8,
+        "--in_chans",
+        3,
+        "--mean",
+        0.5,
+        0.5,
+        0.5,
+        "--std",
+        0.2,
+        0.2,
+        0.2,
+        "--batch_size",
+        16,
+        "--total_batch_size",
+        16,
+        "--log_interval",
+        3,
+    )
     assert main_pretrain.main(arguments)["step"] == 2 * 3  # 58 images
     bad = [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
     assert {Path(entry["path"]).name for entry in bad} == {"broken.jpg", "text.png"}
     assert {entry["reason"] for entry in bad if "broken" in entry["path"]} == {"the file is empty"}
 
 
-# --- refused, with one clear line, before any compute -----------------------------------------------------------------
+# --- refused, with one clear line, before any compute
+# -----------------------------------------------------------------
 
 
 def empty_folder(tmp_path: Path) -> list:
@@ -300,11 +376,17 @@ def unwritable(tmp_path: Path) -> list:
 
 
 REFUSED = {
-    "path missing": (["--dataset", "folder", "--data_path", "/nowhere"], "data_path /nowhere does not exist"),
+    "path missing": (
+        ["--dataset", "folder", "--data_path", "/nowhere"],
+        "data_path /nowhere does not exist",
+    ),
     "no path": (["--dataset", "folder"], "data_path is needed for dataset folder"),
     "no images": (empty_folder, "no images under"),
     "too few images": (few_images, "the data set has 40 images and one optimiser step takes 64"),
-    "unknown flag": (["--mask_ration", 0.5], "unknown setting 'mask_ration', did you mean 'mask_ratio'?"),
+    "unknown flag": (
+        ["--mask_ration", 0.5],
+        "unknown setting 'mask_ration', did you mean 'mask_ratio'?",
+    ),
     "wrong type": (["--epochs", "many"], "epochs: expected a whole number, got 'many'"),
     "out of range": (["--mask_ratio", 1.5], "mask_ratio: expected > 0, < 1, got 1.5"),
     "patch": (["--patch_size", 5], "patch_size 5 does not divide the image height 28"),
@@ -312,13 +394,19 @@ REFUSED = {
     "keeps no patch": (["--mask_ratio", 0.999], "mask_ratio 0.999 keeps 0 of 49 patches"),
     "heads": (["--num_heads", 3], "embed_dim 32 is not divisible by num_heads 3"),
     "width": (["--embed_dim", 30, "--num_heads", 3], "embed_dim 30 is not divisible by 4"),
-    "accumulation": (["--batch_size", 24], "total_batch_size 64 is not a multiple of batch_size 24"),
+    "accumulation": (
+        ["--batch_size", 24],
+        "total_batch_size 64 is not a multiple of batch_size 24",
+    ),
     "channels": (["--in_chans", 3], "mean has 1 values and in_chans is 3"),
     "no config": (["--config", "cfgs/none.yaml"], "config cfgs/none.yaml: No such file"),
     "unwritable": (unwritable, "cannot be written: Not a directory"),
 }
 if not torch.cuda.is_available():
-    REFUSED["cuda absent"] = (["--device", "cuda"], "device cuda was asked for and this machine has 0 CUDA devices")
+    REFUSED["cuda absent"] = (
+        ["--device", "cuda"],
+        "device cuda was asked for and this machine has 0 CUDA devices",
+    )
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED.values(), ids=REFUSED.keys())
@@ -372,11 +460,15 @@ def test_a_changed_setting_is_refused_on_resume(finished, change, message):
 
 
 def test_changed_images_are_refused_on_resume(tmp_path):
-    arguments = digits(tmp_path / "run", *few_images(tmp_path), "--batch_size", 16, "--total_batch_size", 16)
+    arguments = digits(
+        tmp_path / "run", *few_images(tmp_path), "--batch_size", 16, "--total_batch_size", 16
+    )
     main_pretrain.main([*arguments, "--stop_epoch", "1"])
     (tmp_path / "few").rename(tmp_path / "moved")
     arguments[arguments.index("--data_path") + 1] = str(tmp_path / "moved")
-    assert main_pretrain.main([*arguments, "--stop_epoch", "1"])["step"] == 2  # the same images elsewhere are fine
+    assert (
+        main_pretrain.main([*arguments, "--stop_epoch", "1"])["step"] == 2
+    )  # the same images elsewhere are fine
     (tmp_path / "moved" / "0.png").unlink()
     with pytest.raises(InputError, match="images: a list of 40 -> 39"):
         main_pretrain.main(arguments)
@@ -397,6 +489,14 @@ def test_a_read_only_output_folder_is_refused(tmp_path):
 def test_help_names_every_section():
     result = run(command("--help"))
     assert result.returncode == 0
-    for section in ("Run:", "Monitoring:", "Data:", "Augmentation:", "Model:", "Masking:", "Batch and schedule:"):
+    for section in (
+        "Run:",
+        "Monitoring:",
+        "Data:",
+        "Augmentation:",
+        "Model:",
+        "Masking:",
+        "Batch and schedule:",
+    ):
         assert section in result.stdout
     assert str(ROOT) not in result.stdout

@@ -1,4 +1,5 @@
-"""Linear probes: many at once against each alone, both optimisers against hand arithmetic, and what they cost."""
+"""Linear probes: many at once against each alone, both optimisers against hand arithmetic, and what
+they cost."""
 
 import math
 import statistics
@@ -9,9 +10,8 @@ import torch
 from torch.amp import GradScaler
 from torch.nn import functional as F
 
-from engine.evaluate import Scores
-from engine.optim import set_lr
-from engine.probe import (
+from engine.evaluation.evaluate import Scores
+from engine.evaluation.probe import (
     LinearProbes,
     build_probe_optimizer,
     choose_probe,
@@ -20,9 +20,10 @@ from engine.probe import (
     probe_step,
     tensors_digest,
 )
+from engine.optim import set_lr
 from engine.schedule import warmup_cosine
 from models.build import build_classifier
-from util.schema_eval import LinclsConfig
+from util.settings.evaluation import LinclsConfig
 
 NO_SCALER = GradScaler("cpu", enabled=False)
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0)  # thirteen
@@ -38,14 +39,19 @@ def settings(lrs: tuple[float, ...], optimizer: str, **more) -> LinclsConfig:
     return LinclsConfig(lr=lrs, optimizer=optimizer, **more)
 
 
-def trained(lrs: tuple[float, ...], optimizer: str, dtype: torch.dtype, factor: float = 1.0, **more) -> LinearProbes:
-    """Twenty steps on fixed features whose columns differ in scale, 5 of them warmup; peak lr = lr * factor."""
+def trained(
+    lrs: tuple[float, ...], optimizer: str, dtype: torch.dtype, factor: float = 1.0, **more
+) -> LinearProbes:
+    """Twenty steps on fixed features whose columns differ in scale, 5 of them warmup; peak lr = lr
+    * factor."""
     cfg = settings(lrs, optimizer, **more)
     probes = seeded_probes(len(lrs)).to(dtype)
     steps = build_probe_optimizer(probes, cfg)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
-        features = torch.randn(16, 12, generator=generator, dtype=torch.float64) * torch.arange(1, 13) + 3
+        features = (
+            torch.randn(16, 12, generator=generator, dtype=torch.float64) * torch.arange(1, 13) + 3
+        )
         labels = torch.randint(5, (16,), generator=generator)
         set_lr(steps, warmup_cosine(step, STEPS, 5, cfg.base_lr * factor, 0.0))
         probe_loss(probes(features.to(dtype)), labels).sum().backward()
@@ -66,14 +72,19 @@ def test_thirteen_probes_at_once_are_thirteen_alone(optimizer, factor, weight_de
         torch.testing.assert_close(together.biases[probe], alone.biases[0], rtol=0, atol=1e-9)
         torch.testing.assert_close(together.bn.running_mean, alone.bn.running_mean, rtol=0, atol=0)
         torch.testing.assert_close(together.bn.running_var, alone.bn.running_var, rtol=0, atol=0)
-        assert (alone.weights[0] - start.weights[0]).abs().max() > 1e-6  # it has moved, by far more than that
+        assert (
+            alone.weights[0] - start.weights[0]
+        ).abs().max() > 1e-6  # it has moved, by far more than that
         weights.append(alone.weights[0])
-    assert min((a - b).abs().max() for a, b in zip(weights, weights[1:], strict=False)) > 1e-6  # no two alike
+    assert (
+        min((a - b).abs().max() for a, b in zip(weights, weights[1:], strict=False)) > 1e-6
+    )  # no two alike
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_diverging_probe_leaves_the_others_bit_identical(optimizer):
-    """Rates are powers of two, so that the schedule's peak (which the largest sets) rounds nothing."""
+    """Rates are powers of two, so that the schedule's peak (which the largest sets) rounds
+    nothing."""
     healthy = trained((0.125, 0.25, 0.5), optimizer, torch.float32)
     diverged = trained((0.125, 2.0**124, 0.5), optimizer, torch.float32)
     assert not diverged.weights[1].isfinite().all() or diverged.weights[1].abs().max() > 1e30
@@ -86,7 +97,8 @@ def test_a_diverging_probe_leaves_the_others_bit_identical(optimizer):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_probe_without_a_finite_gradient_waits(optimizer, bad):
-    """Its weights, and what its optimiser remembers, stay; the norm that is reported is that of the others."""
+    """Its weights, and what its optimiser remembers, stay; the norm that is reported is that of the
+    others."""
     probes = seeded_probes(3)
     steps = build_probe_optimizer(probes, settings((0.1, 0.2, 0.4), optimizer))
     set_lr(steps, 0.4)
@@ -135,27 +147,41 @@ def hand_made(optimizer: str, weight_decay: float) -> tuple[LinearProbes, torch.
 
 
 GRADIENTS = [
-    (torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64), torch.tensor([0.5, 0.0], dtype=torch.float64)),
-    (torch.tensor([[2.0, 0.0], [0.0, -1.0]], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)),
+    (
+        torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64),
+        torch.tensor([0.5, 0.0], dtype=torch.float64),
+    ),
+    (
+        torch.tensor([[2.0, 0.0], [0.0, -1.0]], dtype=torch.float64),
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+    ),
 ]
 
 
-def step_with(probes: LinearProbes, steps: torch.optim.Optimizer, number: int) -> tuple[list[float], list[float]]:
-    probes.weights[0].grad, probes.biases[0].grad = (gradient.clone() for gradient in GRADIENTS[number])
+def step_with(
+    probes: LinearProbes, steps: torch.optim.Optimizer, number: int
+) -> tuple[list[float], list[float]]:
+    probes.weights[0].grad, probes.biases[0].grad = (
+        gradient.clone() for gradient in GRADIENTS[number]
+    )
     probe_step(steps, NO_SCALER)
     return probes.weights[0].flatten().tolist(), probes.biases[0].tolist()
 
 
 def test_lars_by_hand():
-    """trust = 0.001 |w| / (|g| + 1e-8); momentum 0.9 on the adapted gradient; biases as in plain SGD."""
+    """trust = 0.001 |w| / (|g| + 1e-8); momentum 0.9 on the adapted gradient; biases as in plain
+    SGD."""
     probes, steps = hand_made("lars", 0.0)
     weight, bias = step_with(probes, steps, 0)
     assert weight == pytest.approx([3, -2 * 0.005, 0, 4], abs=1e-9)  # lr 2, trust 0.001 * 5 / 1
     assert bias == pytest.approx([1 - 2 * 0.5, -1], abs=1e-12)
     weight, bias = step_with(probes, steps, 1)
     trust = 0.001 * math.sqrt(9 + 0.01**2 + 16) / math.sqrt(5)
-    # buffers: 0.9 * 0.005 at the second entry; the new gradient, times its trust, at the first and last
-    assert weight == pytest.approx([3 - 2 * 2 * trust, -0.01 - 2 * 0.9 * 0.005, 0, 4 + 2 * trust], abs=1e-9)
+    # buffers: 0.9 * 0.005 at the second entry; the new gradient, times its trust, at the first and
+    # last
+    assert weight == pytest.approx(
+        [3 - 2 * 2 * trust, -0.01 - 2 * 0.9 * 0.005, 0, 4 + 2 * trust], abs=1e-9
+    )
     assert bias == pytest.approx([0 - 2 * 0.9 * 0.5, -1 - 2 * 1.0], abs=1e-12)
 
 
@@ -164,7 +190,9 @@ def test_lars_with_weight_decay_by_hand():
     probes, steps = hand_made("lars", 0.1)
     weight, bias = step_with(probes, steps, 0)
     trust = 0.001 * 5 / (1 + 0.1 * 5 + 1e-8)
-    assert weight == pytest.approx([3 - 2 * trust * 0.3, -2 * trust, 0, 4 - 2 * trust * 0.4], abs=1e-14)
+    assert weight == pytest.approx(
+        [3 - 2 * trust * 0.3, -2 * trust, 0, 4 - 2 * trust * 0.4], abs=1e-14
+    )
     assert bias == pytest.approx([0, -1], abs=1e-12)  # no decay
 
 
@@ -189,12 +217,16 @@ def test_nesterov_by_hand(weight_decay):
     expected, buffer = [3.0, 0.0, 0.0, 4.0], [0.0] * 4
     expected_bias, bias_buffer = [1.0, -1.0], [0.0] * 2
     for number, (gradient, bias_gradient) in enumerate(GRADIENTS):
-        g = [x + weight_decay * w for x, w in zip(gradient.flatten().tolist(), expected, strict=True)]
+        g = [
+            x + weight_decay * w for x, w in zip(gradient.flatten().tolist(), expected, strict=True)
+        ]
         buffer = [0.9 * b + x for b, x in zip(buffer, g, strict=True)]
         expected = [w - 2 * (x + 0.9 * b) for w, x, b in zip(expected, g, buffer, strict=True)]
         g = bias_gradient.tolist()
         bias_buffer = [0.9 * b + x for b, x in zip(bias_buffer, g, strict=True)]
-        expected_bias = [w - 2 * (x + 0.9 * b) for w, x, b in zip(expected_bias, g, bias_buffer, strict=True)]
+        expected_bias = [
+            w - 2 * (x + 0.9 * b) for w, x, b in zip(expected_bias, g, bias_buffer, strict=True)
+        ]
         weight, bias = step_with(probes, steps, number)
         assert weight == pytest.approx(expected, abs=1e-12)
         assert bias == pytest.approx(expected_bias, abs=1e-12)
@@ -206,9 +238,13 @@ def test_nesterov_by_hand(weight_decay):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_probe_has_the_rate_it_would_have_alone(optimizer):
     probes = seeded_probes(3)
-    steps = build_probe_optimizer(probes, settings((0.1, 4.0, 0.5), optimizer, weight_decay=0.25, momentum=0.8))
+    steps = build_probe_optimizer(
+        probes, settings((0.1, 4.0, 0.5), optimizer, weight_decay=0.25, momentum=0.8)
+    )
     set_lr(steps, 2.0)  # half way up to the peak of the largest
-    assert [group["lr"] for group in steps.param_groups] == pytest.approx([0.05, 0.05, 2.0, 2.0, 0.25, 0.25])
+    assert [group["lr"] for group in steps.param_groups] == pytest.approx(
+        [0.05, 0.05, 2.0, 2.0, 0.25, 0.25]
+    )
     assert [group["weight_decay"] for group in steps.param_groups] == [0.25, 0.0] * 3
     assert {group["momentum"] for group in steps.param_groups} == {0.8}
     parameters = [p for group in steps.param_groups for p in group["params"]]
@@ -226,13 +262,17 @@ def test_batch_normalisation_by_hand():
         probes.biases[0].copy_(torch.tensor([0.0, 0.5]))
     logits = probes(torch.tensor([[5.0], [5.002]], dtype=torch.float64))
     half = math.sqrt(0.5)
-    expected = torch.tensor([[[-half, 0.5 - 2 * half], [half, 0.5 + 2 * half]]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[[-half, 0.5 - 2 * half], [half, 0.5 + 2 * half]]], dtype=torch.float64
+    )
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
     assert probes.bn.running_mean.item() == pytest.approx(0.5001)  # momentum 0.1
     assert probes.bn.running_var.item() == pytest.approx(0.9 + 0.1 * 2e-6)  # unbiased
     probes.eval()
     single = probes(torch.tensor([[0.5001]], dtype=torch.float64))
-    torch.testing.assert_close(single, torch.tensor([[[0.0, 0.5]]], dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        single, torch.tensor([[[0.0, 0.5]]], dtype=torch.float64), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -252,7 +292,9 @@ def test_the_normalisation_folds_into_the_linear_layer(dtype, tolerance):
         weight, bias = probes.folded(probe)
         assert (weight.shape, bias.shape) == ((5, 12), (5,))
         assert weight.dtype == bias.dtype == dtype
-        torch.testing.assert_close(F.linear(features, weight, bias), logits[probe], rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            F.linear(features, weight, bias), logits[probe], rtol=0, atol=tolerance
+        )
     assert (probes.bn.running_mean - 2).abs().max() < 0.5
 
 
@@ -270,7 +312,9 @@ def test_all_probes_start_alike():
     generator = torch.Generator().manual_seed(3)
     probes = LinearProbes(400, 1000, 3, generator)
     first = probes.weights[0]
-    assert first.mean().item() == pytest.approx(0, abs=1e-4)  # 400,000 values: standard error 1.6e-5
+    assert first.mean().item() == pytest.approx(
+        0, abs=1e-4
+    )  # 400,000 values: standard error 1.6e-5
     assert first.std().item() == pytest.approx(0.01, rel=0.01)
     assert first.abs().max() > 0.04  # not cut off
     assert all(torch.equal(weight, first) for weight in probes.weights)

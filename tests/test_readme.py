@@ -1,7 +1,8 @@
-"""Every command of the README and of the recipes' heads runs: paths replaced, the debug size and one epoch added.
+"""Every command of the README and of the recipes' heads runs: paths replaced, the debug size and
+one epoch added.
 
-`make test` is what continuous integration calls itself; eight GPUs become two gloo processes, two machines two
-launchers on localhost.
+`make test` is what continuous integration calls itself; eight GPUs become two gloo processes, two
+machines two launchers on localhost.
 """
 
 import re
@@ -21,18 +22,18 @@ from test_distributed import free_port
 import main_finetune
 import main_lincls
 import main_pretrain
-from data.datasets import ArraySource
-from engine.checkpoint import save_weights
-from engine.results import read_results
-from engine.resume import run_facts
+from data.sources import ArraySource
+from engine.run.checkpoint import save_weights
+from engine.run.results import read_results
+from engine.run.resume import run_facts
 from models.build import build_classifier, build_mae, model_kwargs
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from tools import pack_dataset
-from util.config import load_config
-from util.schema_eval import STAGE_CONFIGS as ALL
-from util.schema_eval import FinetuneConfig, LinclsConfig
-from util.schema_pretrain import PretrainConfig
+from util.settings.evaluation import STAGE_CONFIGS as ALL
+from util.settings.evaluation import FinetuneConfig, LinclsConfig
+from util.settings.pretrain import PretrainConfig
+from util.settings.read import load_config
 
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "lincls": main_lincls.main}
 
@@ -81,7 +82,8 @@ def words_of(line: str) -> tuple[dict[str, str], list[str]]:
 
 
 def small(words: list[str], images: Path, output: Path) -> list[str]:
-    """The command's own words with its paths replaced, then the flags that make it small (later flags win)."""
+    """The command's own words with its paths replaced, then the flags that make it small (later
+    flags win)."""
     stage = re.search(r"(?:run|main)_(pretrain|finetune|lincls|knn)\.", " ".join(words))
     replaced = [path for word in words for path in replaced_paths(word, images, output, words)]
     if words[1] in PICTURE_TOOLS:
@@ -89,7 +91,13 @@ def small(words: list[str], images: Path, output: Path) -> list[str]:
         return [*replaced, *PICTURE_TOOLS[words[1]], *place]
     if stage is None:
         return replaced
-    return [*replaced, *SMALL, *([] if stage[1] == "knn" else TRAINING), "--output_dir", str(output)]
+    return [
+        *replaced,
+        *SMALL,
+        *([] if stage[1] == "knn" else TRAINING),
+        "--output_dir",
+        str(output),
+    ]
 
 
 def replaced_paths(word: str, images: Path, output: Path, words: list[str]) -> list[str]:
@@ -100,8 +108,11 @@ def replaced_paths(word: str, images: Path, output: Path, words: list[str]) -> l
 
 
 def replaced_path(word: str, images: Path, output: Path, words: list[str]) -> str:
-    """`word`, or what stands in for a path that a reader has to fill in or that an earlier command has written."""
-    if word == "/path/to/pretrain/model" or re.search(r"(pretrain|finetune)/model.safetensors$", word):
+    """`word`, or what stands in for a path that a reader has to fill in or that an earlier command
+    has written."""
+    if word == "/path/to/pretrain/model" or re.search(
+        r"(pretrain|finetune)/model.safetensors$", word
+    ):
         return str(weights_for(words, images.parent))
     if word.endswith("best.safetensors"):
         return str(classifier_for(images.parent))
@@ -133,11 +144,26 @@ def weights_for(words: list[str], folder: Path) -> Path:
         stage = LinclsConfig if "lincls" in config.parts else FinetuneConfig
         arguments = ["--config", str(config), "--data_path", "x", "--finetune", "y"]
         read = load_config(stage, "evaluation", arguments, siblings=ALL)
-        names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mean", "std")
+        names = (
+            "img_size",
+            "patch_size",
+            "in_chans",
+            "embed_dim",
+            "depth",
+            "num_heads",
+            "mean",
+            "std",
+        )
         geometry = {name: getattr(read, name) for name in names}
-        cfg = PretrainConfig(**small, **{name: value for name, value in geometry.items() if value is not None})
-    path = folder / f"{config.stem if config else 'model'}-{len(list(folder.iterdir()))}.safetensors"
-    facts = run_facts(cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+        cfg = PretrainConfig(
+            **small, **{name: value for name, value in geometry.items() if value is not None}
+        )
+    path = (
+        folder / f"{config.stem if config else 'model'}-{len(list(folder.iterdir()))}.safetensors"
+    )
+    facts = run_facts(
+        cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1)
+    )
     return save_weights(path, build_mae(cfg), facts)
 
 
@@ -152,7 +178,15 @@ def packed_for(images: Path) -> Path:
 def runs_for(images: Path) -> Path:
     """A folder with a small pretraining run."""
     folder = images.parent / "runs"
-    arguments = ["--data_path", str(images), *SMALL, *DECODER, *TRAINING, "--output_dir", str(folder / "one")]
+    arguments = [
+        "--data_path",
+        str(images),
+        *SMALL,
+        *DECODER,
+        *TRAINING,
+        "--output_dir",
+        str(folder / "one"),
+    ]
     main_pretrain.main(arguments)
     return folder
 
@@ -160,13 +194,16 @@ def runs_for(images: Path) -> Path:
 def classifier_for(folder: Path) -> Path:
     """An untrained classifier of the two classes, for commands that only evaluate."""
     cfg = FinetuneConfig(size="debug", num_classes=2, class_token=True)
-    facts = run_facts(cfg, model_kwargs(VisionTransformer, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    facts = run_facts(
+        cfg, model_kwargs(VisionTransformer, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1)
+    )
     return save_weights(folder / "classifier.safetensors", build_classifier(cfg), facts)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Ten training images, of which a tenth can be held out, and four validation images, in two classes."""
+    """Ten training images, of which a tenth can be held out, and four validation images, in two
+    classes."""
     folder = tmp_path_factory.mktemp("readme") / "images"
     for split, count in (("train", 5), ("val", 2)):
         for name in ("cat", "dog"):
@@ -179,9 +216,13 @@ def images(tmp_path_factory) -> Path:
 def test_the_readme_names_only_what_is_there():
     text = (ROOT / "README.md").read_text()
     assert len(readme_commands()) >= 29
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in re.findall(r"`((?:\w+/)*[\w.-]+\.(?:py|yaml|sh|txt|md))`", text):
-        assert name in ("log.txt", "config.yaml") or any(f"/{path}".endswith(f"/{name}") for path in tracked), name
+        assert name in ("log.txt", "config.yaml") or any(
+            f"/{path}".endswith(f"/{name}") for path in tracked
+        ), name
     assert "make test\n" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -197,9 +238,13 @@ def test_single_machine_commands_of_the_readme(images, tmp_path):
         output = tmp_path / str(index)
         output.mkdir()  # the converter writes into a folder that is there
         result = subprocess.run(
-            small(words, images, output), cwd=ROOT, env=environment(**variables), capture_output=True, text=True,
+            small(words, images, output),
+            cwd=ROOT,
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
             check=False,
-        )  # fmt: skip
+        )
         assert result.returncode == 0, f"{line}\n{result.stderr}"
         if "pretrain." in line and "--help" not in words and "--print_config" not in words:
             assert log_lines(output)[-1]["step"] >= 1, line
@@ -210,7 +255,11 @@ def test_single_machine_commands_of_the_readme(images, tmp_path):
         elif words[1] in PICTURE_TOOLS:
             assert list(output.rglob("*.png")), line
         elif "pack_dataset" in line:
-            assert list((packed_for(images) if "--index" in words else output / "packed").rglob("index.json")), line
+            assert list(
+                (packed_for(images) if "--index" in words else output / "packed").rglob(
+                    "index.json"
+                )
+            ), line
         elif "plot_run" in line:
             assert (images.parent / "runs" / "one" / "report.html").exists()
         seen += 1
@@ -228,7 +277,9 @@ def test_two_machine_commands_of_the_readme(images, tmp_path):
         assert variables.keys() == {"NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
         env = environment(**{**variables, **place})
         nodes.append(
-            subprocess.Popen(small(words, images, tmp_path), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                small(words, images, tmp_path), cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+            )
         )
     for node in nodes:
         _, stderr = node.communicate(timeout=300)
@@ -249,11 +300,15 @@ def test_the_cifar_command_of_the_readme(tmp_path, monkeypatch, server):  # noqa
 
 
 def config_heads() -> list[Path]:
-    return [path for path in sorted((ROOT / "cfgs").rglob("*.yaml")) if "quickstart" not in path.parts]
+    return [
+        path for path in sorted((ROOT / "cfgs").rglob("*.yaml")) if "quickstart" not in path.parts
+    ]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("config", config_heads(), ids=lambda path: "-".join(path.relative_to(ROOT / "cfgs").parts))
+@pytest.mark.parametrize(
+    "config", config_heads(), ids=lambda path: "-".join(path.relative_to(ROOT / "cfgs").parts)
+)
 def test_the_command_in_a_recipe_head_runs(config, images, tmp_path, monkeypatch):
     (line,) = re.findall(r"^# Command:\s+(.*)$", config.read_text(), re.M)
     _, words = words_of(line)
@@ -267,13 +322,18 @@ def test_the_command_in_a_recipe_head_runs(config, images, tmp_path, monkeypatch
         assert MAINS[stage]([*arguments, "--decoder_depth", "1"])["step"] == 1
     else:
         results = MAINS[stage](arguments)
-        assert (results["num_train"] + results.get("num_held_out", 0), results["num_samples"]) == (10, 4)
+        assert (results["num_train"] + results.get("num_held_out", 0), results["num_samples"]) == (
+            10,
+            4,
+        )
 
 
 @pytest.mark.long
 def test_the_command_in_the_quickstart_head_runs(tmp_path, monkeypatch):
     """The evaluations' heads are run by `make quickstart`, with other folders."""
-    (line,) = re.findall(r"^# Command:\s+(.*)$", (ROOT / "cfgs/quickstart/pretrain.yaml").read_text(), re.M)
+    (line,) = re.findall(
+        r"^# Command:\s+(.*)$", (ROOT / "cfgs/quickstart/pretrain.yaml").read_text(), re.M
+    )
     monkeypatch.chdir(ROOT)
     arguments = [*words_of(line)[1][2:], "--epochs", "1", "--warmup_epochs", "0", "--device", "cpu"]
     assert main_pretrain.main([*arguments, "--output_dir", str(tmp_path)])["step"] == 62

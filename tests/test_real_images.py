@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 from runs import command, log_lines, run
 
-from engine.results import read_results
+from engine.run.results import read_results
 
 pytestmark = pytest.mark.long
 
@@ -18,35 +18,66 @@ def train(output, *arguments):
 
 
 def test_photographs_are_learned(photographs, tmp_path):
-    """ViT-S/16 at 224 pixels, two epochs of 250 photographs: the last five losses lie 10 % under the first five."""
+    """ViT-S/16 at 224 pixels, two epochs of 250 photographs: the last five losses lie 10 % under
+    the first five."""
     lines = train(
-        tmp_path, "--config", ROOT / "cfgs/pretrain/Vit-S_100E_GAP.yaml", "--data_path", photographs, "--seed", 0,
-        "--batch_size", 16, "--total_batch_size", 16, "--epochs", 2, "--warmup_epochs", 0.2, "--lr", 2.4e-3,
-        "--log_interval", 1, "--tensorboard", "false",
-    )  # fmt: skip
+        tmp_path,
+        "--config",
+        ROOT / "cfgs/pretrain/Vit-S_100E_GAP.yaml",
+        "--data_path",
+        photographs,
+        "--seed",
+        0,
+        "--batch_size",
+        16,
+        "--total_batch_size",
+        16,
+        "--epochs",
+        2,
+        "--warmup_epochs",
+        0.2,
+        "--lr",
+        2.4e-3,
+        "--log_interval",
+        1,
+        "--tensorboard",
+        "false",
+    )
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 2 * (250 // 16)
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]), losses
 
 
-# Mean training loss of epochs 1 to 3 of ViT-Ti_CIFAR10.yaml on the JPEG version, seed 0, bf16, 2 CPU cores.
+# Mean training loss of epochs 1 to 3 of ViT-Ti_CIFAR10.yaml on the JPEG version, seed 0, bf16, 2
+# CPU cores.
 OURS = (0.879, 0.614, 0.530)
 REFERENCE = (0.947, 0.639, 0.559)  # public MAE model, another run of another program
 
 
 def test_cifar10_follows_the_loss_curve(cifar10_jpeg, tmp_path):
-    """Three of 16 epochs: within 3 % of our own figures, and nowhere more than 3 % above the reference's."""
+    """Three of 16 epochs: within 3 % of our own figures, and nowhere more than 3 % above the
+    reference's."""
     lines = train(
-        tmp_path, "--config", ROOT / "cfgs/pretrain/ViT-Ti_CIFAR10.yaml", "--dataset", "folder",
-        "--data_path", cifar10_jpeg, "--stop_epoch", 3, "--tensorboard", "false",
-    )  # fmt: skip
+        tmp_path,
+        "--config",
+        ROOT / "cfgs/pretrain/ViT-Ti_CIFAR10.yaml",
+        "--dataset",
+        "folder",
+        "--data_path",
+        cifar10_jpeg,
+        "--stop_epoch",
+        3,
+        "--tensorboard",
+        "false",
+    )
     losses = [line["epoch_loss"] for line in lines if "epoch_loss" in line]
     assert losses == pytest.approx(OURS, rel=0.03)
     assert all(ours < 1.03 * reference for ours, reference in zip(losses, REFERENCE, strict=True))
 
 
 def test_the_cifar10_benchmark_on_2000_images(cifar10_jpeg, tmp_path):
-    """The README's benchmark in its short form: every stage on real images, ending in the table of its results."""
+    """The README's benchmark in its short form: every stage on real images, ending in the table of
+    its results."""
     for split, per_class in (("train", 200), ("val", 50)):
         for folder in sorted((cifar10_jpeg / split).iterdir()):
             (tmp_path / "few" / split / folder.name).mkdir(parents=True)
@@ -55,12 +86,18 @@ def test_the_cifar10_benchmark_on_2000_images(cifar10_jpeg, tmp_path):
     benchmark = ["sh", str(ROOT / "tools/cifar10.sh"), str(tmp_path / "few"), str(tmp_path / "out")]
     result = run(benchmark, PRETRAIN_EPOCHS="8", EVAL_EPOCHS="3", SUBSET="1000")
     assert result.returncode == 0, result.stderr
-    names = [f"{stage}{ending}" for stage in ("knn", "lincls", "finetune") for ending in ("", "_untrained")]
+    names = [
+        f"{stage}{ending}"
+        for stage in ("knn", "lincls", "finetune")
+        for ending in ("", "_untrained")
+    ]
     found = {name: read_results(tmp_path / "out" / name / "results.json") for name in names}
     assert [found[name]["num_train"] for name in names] == [2000, 2000, 1800, 1800, 1000, 1000]
     assert {found[name]["num_samples"] for name in names} == {500}
     rows = [line.split()[-5:-3] for line in result.stdout.splitlines()[-3:]]
-    assert rows == [[f"{found[name]['acc1']:.2f}", f"{found[f'{name}_untrained']['acc1']:.2f}"]
-                    for name in ("knn", "lincls", "finetune")]  # fmt: skip
+    assert rows == [
+        [f"{found[name]['acc1']:.2f}", f"{found[f'{name}_untrained']['acc1']:.2f}"]
+        for name in ("knn", "lincls", "finetune")
+    ]
     assert all(result["acc1"] > 14 for result in found.values())  # chance is 10
     assert all((found[name]["sha256"] is None) == name.endswith("_untrained") for name in names)

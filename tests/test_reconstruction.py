@@ -1,4 +1,5 @@
-"""Masks for pictures, and what is made of a prediction: pixels, masked and pasted images, PSNR, the caption.
+"""Masks for pictures, and what is made of a prediction: pixels, masked and pasted images, PSNR, the
+caption.
 
 Expected values come from numpy loops over the patches, not from the functions that are under test.
 """
@@ -13,17 +14,25 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.nn import functional as F
 
 from data.transforms import PixelNormalizer
-from engine.pictures import to_picture
-from engine.reconstruction import Reconstruction, reconstruct, target_caption
+from engine.pictures.drawing import to_picture
+from engine.pictures.reconstruction import Reconstruction, reconstruct, target_caption
 from models.mae import MaskedAutoencoder
-from models.masking import MASKS, Mask, draw_mask
+from models.masks import MASKS, Mask, draw_mask
 from util.errors import InputError
-from util.schema import IMAGENET_MEAN, IMAGENET_STD
+from util.settings.base import IMAGENET_MEAN, IMAGENET_STD
 
 MAE = {
-    "embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2.0, "class_token": True, "decoder_embed_dim": 8,
-    "decoder_depth": 1, "decoder_num_heads": 2, "decoder_class_token": True, "mask_ratio": 0.75,
-}  # fmt: skip
+    "embed_dim": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "class_token": True,
+    "decoder_embed_dim": 8,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "decoder_class_token": True,
+    "mask_ratio": 0.75,
+}
 # image, patch: square; both of them not, over a grid of 4 x 3; a single row
 SHAPES = [((32, 32), (8, 8)), ((24, 30), (6, 10)), ((8, 96), (8, 6))]
 GRIDS = [(14, 14), (7, 7), (2, 2), (1, 12), (9, 1), (3, 5), (12, 8)]
@@ -40,10 +49,16 @@ def removed_of(mask: Mask, grid_size: tuple[int, int]) -> np.ndarray:
     return removed.reshape(grid_size)
 
 
-def autoencoder(shape=SHAPES[0], in_chans: int = 3, norm_pix_loss: bool = True) -> MaskedAutoencoder:
+def autoencoder(
+    shape=SHAPES[0], in_chans: int = 3, norm_pix_loss: bool = True
+) -> MaskedAutoencoder:
     torch.manual_seed(0)
     return MaskedAutoencoder(
-        img_size=shape[0], patch_size=shape[1], in_chans=in_chans, norm_pix_loss=norm_pix_loss, **MAE
+        img_size=shape[0],
+        patch_size=shape[1],
+        in_chans=in_chans,
+        norm_pix_loss=norm_pix_loss,
+        **MAE,
     ).eval()
 
 
@@ -52,10 +67,13 @@ def normalizer(in_chans: int) -> PixelNormalizer:
 
 
 def pixels(model: MaskedAutoencoder) -> torch.Tensor:
-    """Three uint8 images `(3, C, H, W)`: ramps of a direction and slope for each channel, noise, and all grey."""
+    """Three uint8 images `(3, C, H, W)`: ramps of a direction and slope for each channel, noise,
+    and all grey."""
     height, width = model.img_size
     rows, columns = np.mgrid[0:height, 0:width]
-    ramps = np.stack([255 * columns // width, 255 - 200 * rows // height, 3 * rows + 2 * columns])[: model.in_chans]
+    ramps = np.stack([255 * columns // width, 255 - 200 * rows // height, 3 * rows + 2 * columns])[
+        : model.in_chans
+    ]
     noise = np.random.default_rng(0).integers(0, 256, ramps.shape)
     return torch.from_numpy(np.stack([ramps, noise, np.full_like(ramps, 90)]).astype(np.uint8))
 
@@ -63,13 +81,18 @@ def pixels(model: MaskedAutoencoder) -> torch.Tensor:
 def places(model: MaskedAutoencoder) -> list[tuple[slice, slice]]:
     """Rows and columns of the pixels of each patch, row by row."""
     (height, width), (p, q) = model.img_size, model.patch_size
-    return [(slice(y, y + p), slice(x, x + q)) for y in range(0, height, p) for x in range(0, width, q)]
+    return [
+        (slice(y, y + p), slice(x, x + q)) for y in range(0, height, p) for x in range(0, width, q)
+    ]
 
 
 def to_vectors(images: torch.Tensor, model: MaskedAutoencoder) -> np.ndarray:
     """Patches `(B, N, P*P*C)`, each vector in (p, p, c) order."""
     return np.stack(
-        [[image[:, y, x].transpose(1, 2, 0).ravel() for y, x in places(model)] for image in images.double().numpy()]
+        [
+            [image[:, y, x].transpose(1, 2, 0).ravel() for y, x in places(model)]
+            for image in images.double().numpy()
+        ]
     )
 
 
@@ -101,7 +124,9 @@ def answer_with(monkeypatch, model: MaskedAutoencoder, pred: torch.Tensor) -> No
     monkeypatch.setattr(model, "reconstruct", lambda *arguments: (pred, real(*arguments)[1]))
 
 
-def reconstructed(model: MaskedAutoencoder, images: torch.Tensor, masks: list[Mask]) -> Reconstruction:
+def reconstructed(
+    model: MaskedAutoencoder, images: torch.Tensor, masks: list[Mask]
+) -> Reconstruction:
     return reconstruct(model, images, masks, normalizer(model.in_chans))
 
 
@@ -138,15 +163,22 @@ def test_no_float_noise_in_what_is_kept():
 
 @pytest.mark.parametrize("kind", ["random", "block"])
 def test_a_mask_is_a_function_of_its_seed(kind):
-    masks = [removed_of(draw_mask(kind, (14, 14), 0.75, seeded(seed)), (14, 14)) for seed in range(5)]
-    again = [removed_of(draw_mask(kind, (14, 14), 0.75, seeded(seed)), (14, 14)) for seed in range(5)]
+    masks = [
+        removed_of(draw_mask(kind, (14, 14), 0.75, seeded(seed)), (14, 14)) for seed in range(5)
+    ]
+    again = [
+        removed_of(draw_mask(kind, (14, 14), 0.75, seeded(seed)), (14, 14)) for seed in range(5)
+    ]
     assert np.array_equal(masks, again)
     assert not any(np.array_equal(*pair) for pair in combinations(masks, 2))
 
 
 @pytest.mark.parametrize("kind", ["random", "block"])
 def test_every_patch_may_go_and_every_patch_may_stay(kind):
-    share = np.mean([removed_of(draw_mask(kind, (6, 4), 0.5, seeded(seed)), (6, 4)) for seed in range(200)], axis=0)
+    share = np.mean(
+        [removed_of(draw_mask(kind, (6, 4), 0.5, seeded(seed)), (6, 4)) for seed in range(200)],
+        axis=0,
+    )
     assert share.shape == (6, 4)
     assert share.min() > 0.02 and share.max() < 0.98
     if kind == "random":
@@ -181,20 +213,31 @@ def regions(removed: np.ndarray) -> int:
 def test_blocks_are_large():
     grid_size = (14, 14)
     masks = {
-        kind: [removed_of(draw_mask(kind, grid_size, 0.5, seeded(seed)), grid_size) for seed in range(40)]
+        kind: [
+            removed_of(draw_mask(kind, grid_size, 0.5, seeded(seed)), grid_size)
+            for seed in range(40)
+        ]
         for kind in ("random", "block")
     }
-    neighbours = {kind: np.mean([removed_neighbours(removed) for removed in masks[kind]]) for kind in masks}
-    assert neighbours["random"] == pytest.approx(0.5 * 4 * 13 / 14, abs=0.1)  # a share of the 3.7 that a patch has
+    neighbours = {
+        kind: np.mean([removed_neighbours(removed) for removed in masks[kind]]) for kind in masks
+    }
+    assert neighbours["random"] == pytest.approx(
+        0.5 * 4 * 13 / 14, abs=0.1
+    )  # a share of the 3.7 that a patch has
     assert neighbours["block"] > 3.2
     assert np.mean([largest_square(removed) for removed in masks["random"]]) < 4
     assert np.mean([largest_square(removed) for removed in masks["block"]]) > 5
     assert np.mean([regions(removed) for removed in masks["random"]]) > 8
-    assert np.mean([regions(removed) for removed in masks["block"]]) < 2  # 2.9 without a smallest block
+    assert (
+        np.mean([regions(removed) for removed in masks["block"]]) < 2
+    )  # 2.9 without a smallest block
 
 
 @pytest.mark.parametrize("grid_size", [(14, 14), (7, 7), (5, 9), (4, 4), (16, 8)])
-@pytest.mark.parametrize(("mask_ratio", "stride"), [(0.75, 2), (0.89, 3), (0.889, 3), (8 / 9, 3), (0.9375, 4)])
+@pytest.mark.parametrize(
+    ("mask_ratio", "stride"), [(0.75, 2), (0.89, 3), (0.889, 3), (8 / 9, 3), (0.9375, 4)]
+)
 def test_a_grid_keeps_the_first_patch_of_every_square(grid_size, mask_ratio, stride):
     for seed in range(2):  # nothing is drawn
         mask = draw_mask("grid", grid_size, mask_ratio, seeded(seed))
@@ -207,14 +250,20 @@ def test_a_grid_keeps_the_first_patch_of_every_square(grid_size, mask_ratio, str
 
 @pytest.mark.parametrize("mask_ratio", [0.5, 0.7, 0.8, 0.86, 0.95])
 def test_a_grid_of_another_ratio_is_refused(mask_ratio):
-    with pytest.raises(InputError, match=rf"^mask grid .* mask_ratio 0.75, 0.89, 0.94, got {mask_ratio:g}$"):
+    with pytest.raises(
+        InputError, match=rf"^mask grid .* mask_ratio 0.75, 0.89, 0.94, got {mask_ratio:g}$"
+    ):
         draw_mask("grid", (14, 14), mask_ratio, seeded(0))
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(("mask_ratio", "kept"), [(0.0, 16), (1.0, 0), (0.95, 0), (1.5, -8), (-0.5, 24)])
+@pytest.mark.parametrize(
+    ("mask_ratio", "kept"), [(0.0, 16), (1.0, 0), (0.95, 0), (1.5, -8), (-0.5, 24)]
+)
 def test_all_or_nothing_is_refused(kind, mask_ratio, kept):
-    with pytest.raises(InputError, match=f"^mask_ratio {mask_ratio:g} keeps {kept} of 16 patches: [^\n]*$"):
+    with pytest.raises(
+        InputError, match=f"^mask_ratio {mask_ratio:g} keeps {kept} of 16 patches: [^\n]*$"
+    ):
         draw_mask(kind, (4, 4), mask_ratio, seeded(0))
 
 
@@ -234,9 +283,9 @@ def test_to_unit_is_the_inverse_of_the_normaliser(in_chans):
     normalize = normalizer(in_chans)
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, in_chans, 16, 16)
     assert (normalize.to_unit(normalize(every)).double() - every.double() / 255).abs().max() < 1e-6
-    by_hand = (every.double() / 255 - torch.tensor(IMAGENET_MEAN[:in_chans]).view(-1, 1, 1)) / torch.tensor(
-        IMAGENET_STD[:in_chans]
-    ).view(-1, 1, 1)
+    by_hand = (
+        every.double() / 255 - torch.tensor(IMAGENET_MEAN[:in_chans]).view(-1, 1, 1)
+    ) / torch.tensor(IMAGENET_STD[:in_chans]).view(-1, 1, 1)
     assert (normalize(every).double() - by_hand).abs().max() < 1e-5
     assert (normalize.to_unit(by_hand.float()).double() - every.double() / 255).abs().max() < 1e-6
 
@@ -250,7 +299,8 @@ def test_to_unit_cuts_off_what_no_pixel_can_be():
 @pytest.mark.parametrize("in_chans", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_perfect_prediction_gives_the_original_back(monkeypatch, shape, in_chans, norm_pix_loss):
-    """The channels' ramps differ in direction and slope: no other order of a patch's vector gives them back."""
+    """The channels' ramps differ in direction and slope: no other order of a patch's vector gives
+    them back."""
     model = autoencoder(shape, in_chans, norm_pix_loss)
     images = pixels(model)
     answer_with(monkeypatch, model, perfect(images, model))
@@ -266,14 +316,17 @@ def test_a_perfect_prediction_gives_the_original_back(monkeypatch, shape, in_cha
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_a_normalised_prediction_is_scaled_by_its_own_patch(monkeypatch, in_chans):
-    """A prediction of 0.25 everywhere is each patch's mean and a quarter of its deviation, over all its channels."""
+    """A prediction of 0.25 everywhere is each patch's mean and a quarter of its deviation, over all
+    its channels."""
     model = autoencoder(in_chans=in_chans)
     images = pixels(model)
     answer_with(monkeypatch, model, torch.full((3, 16, 64 * in_chans), 0.25))
     found = reconstructed(model, images, random_masks(model, 3))
     mean, std = statistics(to_vectors(normalizer(in_chans)(images), model))
     vectors = np.broadcast_to(mean + 0.25 * std, (3, 16, 64 * in_chans))
-    channel_mean, channel_std = (np.array(v[:in_chans]).reshape(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    channel_mean, channel_std = (
+        np.array(v[:in_chans]).reshape(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     expected = to_images(vectors, model) * channel_std + channel_mean
     assert np.abs(found.prediction.numpy() - expected.clip(0, 1)).max() < 1e-6
 
@@ -324,7 +377,8 @@ def test_each_image_of_a_batch_has_its_own_gaps(shape, in_chans):
 
 @pytest.mark.parametrize("mask_ratio", [0.25, 0.5, 0.9])
 def test_the_model_is_asked_with_the_mask_of_each_image(mask_ratio):
-    """Alone or in a batch, and for another ratio than the model's own, the prediction is the model's for that mask."""
+    """Alone or in a batch, and for another ratio than the model's own, the prediction is the
+    model's for that mask."""
     model = autoencoder(norm_pix_loss=False)
     images = pixels(model)
     masks = random_masks(model, 3, mask_ratio)
@@ -333,8 +387,12 @@ def test_the_model_is_asked_with_the_mask_of_each_image(mask_ratio):
     for b, mask in enumerate(masks):
         removed = removed_of(mask, model.grid_size)
         assert removed.sum() == found.mask[b].sum() == 16 - math.floor(16 * (1 - mask_ratio) + 1e-6)
-        pred, _ = model.reconstruct(normalize(images[b : b + 1]), mask.ids_shuffle[None], mask_ratio)
-        expected = normalize.to_unit(torch.from_numpy(to_images(pred.detach().numpy(), model)).float())
+        pred, _ = model.reconstruct(
+            normalize(images[b : b + 1]), mask.ids_shuffle[None], mask_ratio
+        )
+        expected = normalize.to_unit(
+            torch.from_numpy(to_images(pred.detach().numpy(), model)).float()
+        )
         torch.testing.assert_close(found.prediction[b : b + 1], expected, rtol=0, atol=1e-5)
         # what was removed cannot be seen: other pixels there, the same prediction
         other = images[b].clone()
@@ -361,7 +419,9 @@ def test_psnr_is_that_of_the_removed_patches_alone(monkeypatch, in_chans, norm_p
     answer_with(monkeypatch, model, pred + 0.3 * noise)
     found = reconstructed(model, images, masks)
     for b in range(len(images)):
-        shown, wanted = (to_vectors(made[b : b + 1], model)[0] for made in (found.prediction, images / 255))
+        shown, wanted = (
+            to_vectors(made[b : b + 1], model)[0] for made in (found.prediction, images / 255)
+        )
         error = np.mean([(shown[n] - wanted[n]) ** 2 for n in np.flatnonzero(gaps[b])])
         assert found.psnr[b].item() == pytest.approx(10 * math.log10(1 / error), abs=1e-3)
 
@@ -376,8 +436,12 @@ def test_psnr_of_an_error_of_a_tenth_is_20_db(monkeypatch):
     """10 log10(1 / 0.1^2)."""
     model = autoencoder(in_chans=1, norm_pix_loss=False)
     images = torch.full((1, 1, 32, 32), 102, dtype=torch.uint8)  # 0.4
-    answer_with(monkeypatch, model, torch.full((1, 16, 64), (0.5 - IMAGENET_MEAN[0]) / IMAGENET_STD[0]))
-    assert reconstructed(model, images, random_masks(model, 1)).psnr.item() == pytest.approx(20, abs=1e-3)
+    answer_with(
+        monkeypatch, model, torch.full((1, 16, 64), (0.5 - IMAGENET_MEAN[0]) / IMAGENET_STD[0])
+    )
+    assert reconstructed(model, images, random_masks(model, 1)).psnr.item() == pytest.approx(
+        20, abs=1e-3
+    )
 
 
 # The caption

@@ -1,4 +1,5 @@
-"""Repeated augmentation (`aug_repeats`): several samples of each decoded image, in one batch, as exact as without."""
+"""Repeated augmentation (`aug_repeats`): several samples of each decoded image, in one batch, as
+exact as without."""
 
 import gzip
 import hashlib
@@ -26,18 +27,18 @@ from runs import (
 )
 from torch import Tensor
 
-import data.datasets
-import data.packed
+import data.packs.source
+import data.sources
 import main_pretrain
-from data.cifar import CIFAR_ARCHIVES
-from data.datasets import ArraySource
 from data.images import BadImageError
-from data.loaders import PretrainBatch, PretrainDataset, build_train_loader
+from data.known_sets import CIFAR_ARCHIVES
+from data.loader import PretrainBatch, PretrainDataset, build_train_loader
 from data.sampler import SampleKey, StepSampler, epoch_order
+from data.sources import ArraySource
 from data.transforms import pretrain_transform
-from util.config import load_config
 from util.errors import InputError
-from util.schema_pretrain import PretrainConfig
+from util.settings.pretrain import PretrainConfig
+from util.settings.read import load_config
 
 COUNT, BATCH = 43, 12
 PICTURES = np.random.default_rng(0).integers(0, 256, (COUNT, 3, 20, 24), dtype=np.uint8)
@@ -58,14 +59,26 @@ class CountingSource(ArraySource):
         return super().read(index)
 
 
-def dataset(repeats: int, source: CountingSource | None = None, shared_mask: bool = False) -> PretrainDataset:
+def dataset(
+    repeats: int, source: CountingSource | None = None, shared_mask: bool = False
+) -> PretrainDataset:
     transform = pretrain_transform(8, 0.2, "bicubic", 0.5)
-    return PretrainDataset(source or CountingSource(), transform, 16, shared_mask, seed=0, aug_repeats=repeats)
+    return PretrainDataset(
+        source or CountingSource(), transform, 16, shared_mask, seed=0, aug_repeats=repeats
+    )
 
 
 def sampler(repeats: int, start: int = 0, stop: int = 9, **changes) -> StepSampler:
-    settings = {"batch_size": BATCH, "accum_iter": 1, "rank": 0, "world_size": 1, "block_size": 1} | changes
-    return StepSampler(COUNT, seed=0, start_step=start, stop_step=stop, aug_repeats=repeats, **settings)
+    settings = {
+        "batch_size": BATCH,
+        "accum_iter": 1,
+        "rank": 0,
+        "world_size": 1,
+        "block_size": 1,
+    } | changes
+    return StepSampler(
+        COUNT, seed=0, start_step=start, stop_step=stop, aug_repeats=repeats, **settings
+    )
 
 
 def batches(
@@ -85,14 +98,17 @@ def assert_same_batches(left: list[PretrainBatch], right: list[PretrainBatch]) -
 
 
 def test_one_process_by_hand():
-    """10 images, 2 micro-batches of 2, each image twice: two steps and four images an epoch, one order for two."""
+    """10 images, 2 micro-batches of 2, each image twice: two steps and four images an epoch, one
+    order for two."""
     steps = StepSampler(10, 2, 2, 0, 1, seed=0, start_step=0, stop_step=5, aug_repeats=2)
     first, second = epoch_order(10, 1, 0, 0), epoch_order(10, 1, 0, 1)
     images = [*first[:8], *second[:2]]
     expected = []
     for number, image in enumerate(images):
         epoch, place = divmod(number, 4)
-        expected.append([SampleKey(int(image), epoch, 2 * place + copy, number // 2) for copy in (0, 1)])
+        expected.append(
+            [SampleKey(int(image), epoch, 2 * place + copy, number // 2) for copy in (0, 1)]
+        )
     assert list(steps) == expected
     assert (len(steps), steps.steps_per_epoch) == (10, 2)
 
@@ -108,7 +124,9 @@ def test_epochs_count_samples_and_every_image_comes_as_often_as_without(repeats)
             keys = [key for batch in sampler(repeats, 3 * epoch, 3 * epoch + 3) for key in batch]
             assert [key.position for key in keys] == list(range(36))
             assert {key.epoch for key in keys} == {epoch}
-            assert [key.step for key in keys] == [3 * epoch + position // 12 for position in range(36)]
+            assert [key.step for key in keys] == [
+                3 * epoch + position // 12 for position in range(36)
+            ]
             images = [key.image for key in keys]
             assert images == [image for image in images[::repeats] for _ in range(repeats)]
             seen += images[::repeats]
@@ -124,10 +142,16 @@ def steps_of(
     """The samples of each step over all processes, by position."""
     gathered: list[list[SampleKey]] = [[] for _ in range(20 - start)]
     for rank in range(world_size):
-        settings = {"batch_size": 24 // world_size // accum_iter, "accum_iter": accum_iter, "block_size": block_size}
+        settings = {
+            "batch_size": 24 // world_size // accum_iter,
+            "accum_iter": accum_iter,
+            "block_size": block_size,
+        }
         steps = sampler(repeats, start, 20, rank=rank, world_size=world_size, **settings)
         for number, batch in enumerate(steps):
-            assert [key.image for key in batch] == [key.image for key in batch[::repeats] for _ in range(repeats)]
+            assert [key.image for key in batch] == [
+                key.image for key in batch[::repeats] for _ in range(repeats)
+            ]
             gathered[number // accum_iter] += batch
     return [sorted(keys, key=lambda key: key.position) for keys in gathered]
 
@@ -176,7 +200,9 @@ def test_workers_prefetching_and_restarts_change_nothing():
     expected = batches(dataset(3, CountingSource(bad=(4, 5, 6))))
     assert any(batch.bad for batch in expected)
     assert_same_batches(batches(dataset(3, CountingSource(bad=(4, 5, 6))), num_workers=2), expected)
-    tail = batches(dataset(3, CountingSource(bad=(4, 5, 6))), num_workers=1, start=4, prefetch_factor=5)
+    tail = batches(
+        dataset(3, CountingSource(bad=(4, 5, 6))), num_workers=1, start=4, prefetch_factor=5
+    )
     assert_same_batches(tail, expected[4:])
 
 
@@ -186,7 +212,9 @@ def shown(image: Tensor) -> int:
 
 
 def test_the_samples_of_a_bad_file_share_one_replacement(monkeypatch):
-    plain = np.broadcast_to(np.arange(COUNT, dtype=np.uint8)[:, None, None, None], PICTURES.shape).copy()
+    plain = np.broadcast_to(
+        np.arange(COUNT, dtype=np.uint8)[:, None, None, None], PICTURES.shape
+    ).copy()
     monkeypatch.setitem(globals(), "PICTURES", plain)
     bad = (1, 2, 3, 7, 11, 18, 22, 23, 30, 34, 36, 41)
     found = batches(dataset(4, CountingSource(bad)))
@@ -209,7 +237,9 @@ def test_the_samples_of_a_bad_file_share_one_replacement(monkeypatch):
 
 def test_a_batch_of_one_bad_image_is_not_a_dead_disk_and_one_of_several_is():
     one = dataset(4, CountingSource(bad=(5,)))
-    loader = build_train_loader(one, [[SampleKey(5, 0, position, 0) for position in range(4)]], loading(0))
+    loader = build_train_loader(
+        one, [[SampleKey(5, 0, position, 0) for position in range(4)]], loading(0)
+    )
     (batch,) = loader
     assert (batch.failed, len(batch.images)) == (False, 4)
     several = dataset(4, CountingSource(bad=(5, 6)))
@@ -228,9 +258,7 @@ def refused(*argv: object) -> str:
 
 
 def test_a_batch_must_hold_all_samples_of_an_image():
-    expected = (
-        "batch_size 64 is not a multiple of aug_repeats 3: all samples of an image are in one batch of one process"
-    )
+    expected = "batch_size 64 is not a multiple of aug_repeats 3: all samples of an image are in one batch of one process"
     assert expected in refused("--aug_repeats", 3)
     assert "\n" not in refused("--aug_repeats", 3).strip()
     assert "batch_size 2 is not a multiple of aug_repeats 4" in refused("-b", 2, "--aug_repeats", 4)
@@ -244,7 +272,7 @@ def test_a_batch_must_hold_all_samples_of_an_image():
 def decoded(monkeypatch) -> list[int]:
     """One entry for each file that is decoded."""
     calls: list[int] = []
-    for module in (data.datasets, data.packed):
+    for module in (data.sources, data.packs.source):
         monkeypatch.setattr(module, "decode_image", noting(calls, module.decode_image))
     return calls
 
@@ -265,26 +293,41 @@ def test_a_run_decodes_one_file_for_so_many_samples(tmp_path, decoded, packed):
     decoded.clear()
     for repeats, files in ((1, 240), (3, 80)):
         decoded.clear()
-        result = main_pretrain.main(pretraining(pictures, tmp_path / f"run{repeats}", *where, "--aug_repeats", repeats))
+        result = main_pretrain.main(
+            pretraining(pictures, tmp_path / f"run{repeats}", *where, "--aug_repeats", repeats)
+        )
         assert (result["step"], len(decoded)) == (20, files)
     first, second = (step_losses(tmp_path / f"run{repeats}") for repeats in (1, 3))
     assert first.keys() == second.keys()
     assert first != second
-    rates = [[line["lr"] for line in log_lines(tmp_path / f"run{repeats}") if "lr" in line] for repeats in (1, 3)]
+    rates = [
+        [line["lr"] for line in log_lines(tmp_path / f"run{repeats}") if "lr" in line]
+        for repeats in (1, 3)
+    ]
     assert rates[0] == rates[1]
 
 
 def test_a_run_on_cifar(tmp_path, monkeypatch):
     spec = CIFAR_ARCHIVES["cifar10"]
     rows = np.random.default_rng(0).integers(0, 10, (5, 12, 1 + 3072), dtype=np.uint8)
-    members = [member(name, part.tobytes()) for name, part in zip(spec.train_members, rows, strict=True)]
+    members = [
+        member(name, part.tobytes()) for name, part in zip(spec.train_members, rows, strict=True)
+    ]
     archive = write_tar(tmp_path / Path(spec.url).name, members)
     archive.write_bytes(gzip.compress(archive.read_bytes()))
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     monkeypatch.setitem(CIFAR_ARCHIVES, "cifar10", replace(spec, md5=md5))
     monkeypatch.setattr(ArraySource, "read", noting(read := [], ArraySource.read))
     colour = ["--in_chans", 3, "--mean", 0.5, 0.5, 0.5, "--std", 0.2, 0.2, 0.2, "--img_size", 32]
-    where = ["--dataset", "cifar10", "--data_path", tmp_path, "--output_dir", tmp_path / "run", *colour]
+    where = [
+        "--dataset",
+        "cifar10",
+        "--data_path",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "run",
+        *colour,
+    ]
     result = main_pretrain.main(
         digits(tmp_path / "run", "-b", 12, "--total_batch_size", 12, *where, "--aug_repeats", 4)
     )
@@ -294,7 +337,18 @@ def test_a_run_on_cifar(tmp_path, monkeypatch):
 @pytest.mark.long
 def test_a_stopped_run_goes_on_bit_for_bit_and_another_number_is_refused(tmp_path):
     """Stopped within the epochs of one order; resumed in micro-batches."""
-    settings = ["--aug_repeats", 4, "--log_interval", 1, "--epochs", 3, "--total_batch_size", 64, "--save_epochs", 1]
+    settings = [
+        "--aug_repeats",
+        4,
+        "--log_interval",
+        1,
+        "--epochs",
+        3,
+        "--total_batch_size",
+        64,
+        "--save_epochs",
+        1,
+    ]
     whole = main_pretrain.main(digits(tmp_path / "whole", *settings))
     main_pretrain.main(digits(tmp_path / "cut", *settings, "--stop_epoch", 2))
     with pytest.raises(InputError, match=r"aug_repeats: 4 -> 2"):
@@ -308,7 +362,9 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_another_number_is_refused(tmp_pat
 def test_two_processes_equal_one(tmp_path):
     settings = ["--aug_repeats", 4, "--log_interval", 1]
     assert run(command(*digits(tmp_path / "one", *settings))).returncode == 0
-    result = launch(digits(tmp_path / "two", *settings, "--batch_size", 16, "--num_workers", 1), processes=2)
+    result = launch(
+        digits(tmp_path / "two", *settings, "--batch_size", 16, "--num_workers", 1), processes=2
+    )
     assert result.returncode == 0, result.stderr
     ours, theirs = step_losses(tmp_path / "one"), step_losses(tmp_path / "two")
     assert ours.keys() == theirs.keys() == set(range(1, 2 * STEPS_PER_EPOCH + 1))

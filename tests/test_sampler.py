@@ -1,4 +1,5 @@
-"""Order, crops, flips and masks are pure functions of (seed, epoch, position): the numbers, and what moves none."""
+"""Order, crops, flips and masks are pure functions of (seed, epoch, position): the numbers, and
+what moves none."""
 
 import random
 
@@ -8,15 +9,22 @@ import torch
 from runs import loading
 from torchvision.transforms import v2
 
-from data.datasets import ArraySource
-from data.loaders import PretrainBatch, PretrainDataset, build_train_loader
-from data.sampler import ORDER, SampleKey, StepSampler, derive_seed, generator
+from data.loader import PretrainBatch, PretrainDataset, build_train_loader
+from data.sampler import SampleKey, StepSampler
+from data.sources import ArraySource
 from data.transforms import PixelNormalizer, pretrain_transform
-from util.rng import seeded
+from util.rng import ORDER, derive_seed, generator, seeded
 
 
 def sampler(num_images: int, batch_size: int, **changes) -> StepSampler:
-    settings = {"accum_iter": 1, "rank": 0, "world_size": 1, "seed": 0, "start_step": 0, "stop_step": 1}
+    settings = {
+        "accum_iter": 1,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 0,
+        "start_step": 0,
+        "stop_step": 1,
+    }
     return StepSampler(num_images, batch_size, **settings | changes)
 
 
@@ -29,7 +37,8 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> list[int]:
 
 
 def test_golden_seeds_and_order():
-    """The random stream belongs to every checkpoint: when these numbers change, no run can be resumed exactly."""
+    """The random stream belongs to every checkpoint: when these numbers change, no run can be
+    resumed exactly."""
     assert derive_seed(0, 0, 0) == 5678897472729702547
     assert derive_seed(7, 1, 2, 3) == 4427128135344464814
     (batch,) = sampler(1000, 5, seed=42)
@@ -61,19 +70,36 @@ def test_two_processes_by_hand():
 
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "accum_iter", "world_size", "steps"),
-    [(8, 8, 1, 1, 1), (9, 2, 2, 2, 1), (15, 2, 2, 2, 1), (16, 2, 2, 2, 2), (1000, 64, 1, 1, 15), (3, 1, 1, 1, 3)],
+    [
+        (8, 8, 1, 1, 1),
+        (9, 2, 2, 2, 1),
+        (15, 2, 2, 2, 1),
+        (16, 2, 2, 2, 2),
+        (1000, 64, 1, 1, 15),
+        (3, 1, 1, 1, 3),
+    ],
 )
 def test_steps_per_epoch(num_images, batch_size, accum_iter, world_size, steps):
     settings = {"accum_iter": accum_iter, "world_size": world_size}
     assert sampler(num_images, batch_size, **settings).steps_per_epoch == steps
-    assert len(sampler(num_images, batch_size, start_step=3, stop_step=10, **settings)) == 7 * accum_iter
+    assert (
+        len(sampler(num_images, batch_size, start_step=3, stop_step=10, **settings))
+        == 7 * accum_iter
+    )
 
 
-def steps_of(num_images: int, batch_size: int, accum_iter: int, world_size: int, steps: int) -> list[list[SampleKey]]:
+def steps_of(
+    num_images: int, batch_size: int, accum_iter: int, world_size: int, steps: int
+) -> list[list[SampleKey]]:
     """The samples of each step over all processes and micro-batches, by position."""
     gathered: list[list[SampleKey]] = [[] for _ in range(steps)]
     for rank in range(world_size):
-        settings = {"accum_iter": accum_iter, "world_size": world_size, "rank": rank, "stop_step": steps}
+        settings = {
+            "accum_iter": accum_iter,
+            "world_size": world_size,
+            "rank": rank,
+            "stop_step": steps,
+        }
         for number, batch in enumerate(sampler(num_images, batch_size, **settings)):
             assert len(batch) == batch_size
             gathered[number // accum_iter] += batch
@@ -89,14 +115,20 @@ def test_a_step_is_the_same_however_it_is_shared_out():
     assert [[key.position for key in keys] for keys in whole] == [
         list(range(64 * (s % 3), 64 * (s % 3 + 1))) for s in range(7)
     ]
-    assert [{(key.epoch, key.step) for key in keys} for keys in whole] == [{(s // 3, s)} for s in range(7)]
+    assert [{(key.epoch, key.step) for key in keys} for keys in whole] == [
+        {(s // 3, s)} for s in range(7)
+    ]
 
 
 def test_an_epoch_is_a_permutation_and_its_rest_differs_each_time():
     """103 images in steps of 10: three are left out."""
     left_out, orders = [], []
     for epoch in range(6):
-        keys = [key for batch in sampler(103, 10, start_step=10 * epoch, stop_step=10 * epoch + 10) for key in batch]
+        keys = [
+            key
+            for batch in sampler(103, 10, start_step=10 * epoch, stop_step=10 * epoch + 10)
+            for key in batch
+        ]
         images = [key.image for key in keys]
         assert len(set(images)) == 100
         assert set(images) <= set(range(103))
@@ -121,7 +153,11 @@ def test_starting_at_any_step_gives_the_tail():
 
 def test_seeds_and_epochs_have_orders_of_their_own():
     orders = {
-        tuple(key.image for batch in sampler(64, 64, seed=seed, start_step=epoch, stop_step=epoch + 1) for key in batch)
+        tuple(
+            key.image
+            for batch in sampler(64, 64, seed=seed, start_step=epoch, stop_step=epoch + 1)
+            for key in batch
+        )
         for seed in range(5)
         for epoch in range(5)
     }
@@ -130,7 +166,15 @@ def test_seeds_and_epochs_have_orders_of_their_own():
 
 @pytest.mark.parametrize("base", [(0,), (1, 2, 3), (5, 2**32)])
 def test_different_coordinates_have_different_seeds(base):
-    tuples = [base, (*base, 0), (*base, 0, 0), (*base, 1), (0, *base), base[::-1] + (9,), tuple(c + 1 for c in base)]
+    tuples = [
+        base,
+        (*base, 0),
+        (*base, 0, 0),
+        (*base, 1),
+        (0, *base),
+        base[::-1] + (9,),
+        tuple(c + 1 for c in base),
+    ]
     tuples += [tuple(word for c in base for word in (c % 2**32, c >> 32))]
     assert len({derive_seed(*coordinates) for coordinates in tuples}) == len(set(tuples))
 
@@ -150,12 +194,18 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (COUNT, 3, 20, 24), dtype=n
 
 def dataset(shared_mask: bool = False, seed: int = 0, num_patches: int = 16) -> PretrainDataset:
     transform = pretrain_transform(8, 0.2, "bicubic", 0.5)
-    return PretrainDataset(ArraySource("noise", PICTURES, 3), transform, num_patches, shared_mask, seed)
+    return PretrainDataset(
+        ArraySource("noise", PICTURES, 3), transform, num_patches, shared_mask, seed
+    )
 
 
-def batches(num_workers: int, start_step: int = 0, prefetch_factor: int = 2, **settings) -> list[PretrainBatch]:
+def batches(
+    num_workers: int, start_step: int = 0, prefetch_factor: int = 2, **settings
+) -> list[PretrainBatch]:
     steps = sampler(COUNT, 8, start_step=start_step, stop_step=10)  # two epochs of five
-    return list(build_train_loader(dataset(**settings), steps, loading(num_workers, prefetch_factor)))
+    return list(
+        build_train_loader(dataset(**settings), steps, loading(num_workers, prefetch_factor))
+    )
 
 
 def assert_same(left: list[PretrainBatch], right: list[PretrainBatch]) -> None:
@@ -194,14 +244,20 @@ def test_position_epoch_and_seed_each_change_crop_and_mask():
     assert len({sample.image.numpy().tobytes() for sample in samples}) == 24
     assert len({sample.target.numpy().tobytes() for sample in samples}) == 24
     # the step is not among the coordinates, so another total batch size gives the same crop
-    assert torch.equal(dataset()[SampleKey(0, 1, 2, 3)].image, dataset()[SampleKey(0, 1, 2, 9)].image)
-    assert torch.equal(dataset()[SampleKey(0, 1, 2, 3)].target, dataset()[SampleKey(0, 1, 2, 9)].target)
+    assert torch.equal(
+        dataset()[SampleKey(0, 1, 2, 3)].image, dataset()[SampleKey(0, 1, 2, 9)].image
+    )
+    assert torch.equal(
+        dataset()[SampleKey(0, 1, 2, 3)].target, dataset()[SampleKey(0, 1, 2, 9)].target
+    )
 
 
 def global_states() -> int:
     """One number for the states of torch, numpy and Python."""
     _, words, place, *_ = np.random.get_state()
-    return hash((torch.random.get_rng_state().numpy().tobytes(), random.getstate(), words.tobytes(), place))
+    return hash(
+        (torch.random.get_rng_state().numpy().tobytes(), random.getstate(), words.tobytes(), place)
+    )
 
 
 def test_making_a_sample_leaves_the_global_random_states_alone():
@@ -229,7 +285,11 @@ def test_seeded_puts_the_state_back_even_after_an_error():
 
 
 def test_a_shared_mask_is_one_for_each_step():
-    keys = [SampleKey(position, 0, position, step) for step in range(6) for position in range(4 * step, 4 * step + 4)]
+    keys = [
+        SampleKey(position, 0, position, step)
+        for step in range(6)
+        for position in range(4 * step, 4 * step + 4)
+    ]
     shared = [dataset(shared_mask=True)[key].target.tolist() for key in keys]
     own = [dataset(shared_mask=False)[key].target.tolist() for key in keys]
     for step in range(6):
@@ -239,13 +299,17 @@ def test_a_shared_mask_is_one_for_each_step():
     other_seed = dataset(shared_mask=True, seed=1)
     assert other_seed[keys[0]].target.tolist() != shared[0]
     # sharing the mask moves no crop
-    assert torch.equal(dataset(shared_mask=True)[keys[5]].image, dataset(shared_mask=False)[keys[5]].image)
+    assert torch.equal(
+        dataset(shared_mask=True)[keys[5]].image, dataset(shared_mask=False)[keys[5]].image
+    )
 
 
 @pytest.mark.parametrize("shared_mask", [False, True])
 def test_masks_are_permutations_and_keep_every_patch_equally_often(shared_mask):
     made = dataset(shared_mask=shared_mask)
-    masks = torch.stack([made[SampleKey(0, 0, number, number)].target for number in range(2000)])  # (2000, 16)
+    masks = torch.stack(
+        [made[SampleKey(0, 0, number, number)].target for number in range(2000)]
+    )  # (2000, 16)
     assert torch.equal(masks.sort(dim=1).values, torch.arange(16).expand(2000, 16))
     kept = torch.bincount(masks[:, :4].flatten(), minlength=16)
     assert (kept - 500).abs().max() < 100  # 2000 * 4 / 16, standard deviation 19
@@ -258,7 +322,9 @@ def test_masks_are_permutations_and_keep_every_patch_equally_often(shared_mask):
 
 SIDE = 256
 # red tells the column, green the row, so that a crop's place and size can be read from its pixels
-RULER = torch.stack([torch.arange(SIDE).expand(SIDE, SIDE), torch.arange(SIDE)[:, None].expand(SIDE, SIDE)])
+RULER = torch.stack(
+    [torch.arange(SIDE).expand(SIDE, SIDE), torch.arange(SIDE)[:, None].expand(SIDE, SIDE)]
+)
 RULER = torch.cat([RULER, RULER[:1]]).to(torch.uint8)
 
 
@@ -270,7 +336,9 @@ def measured_crops(crop_min: float, hflip: float, count: int) -> torch.Tensor:
         with seeded(derive_seed(0, 1, 0, number)):
             crop = transform(RULER).float()
         # between pixels 2 and 13 of 16 lie 11 strides; the outermost ones feel the border
-        sizes.append([(crop[0, 8, 13] - crop[0, 8, 2]) / 11 * 16, (crop[1, 13, 8] - crop[1, 2, 8]) / 11 * 16])
+        sizes.append(
+            [(crop[0, 8, 13] - crop[0, 8, 2]) / 11 * 16, (crop[1, 13, 8] - crop[1, 2, 8]) / 11 * 16]
+        )
     return torch.tensor(sizes)
 
 
@@ -287,7 +355,9 @@ def test_crops_cover_the_range_of_areas_and_aspects(crop_min):
     assert crop_min + 0.35 * (1 - crop_min) < area.mean() < crop_min + 0.55 * (1 - crop_min)
 
 
-@pytest.mark.parametrize(("hflip", "low", "high"), [(0.0, 0, 0), (0.5, 250, 350), (0.2, 75, 165), (1.0, 600, 600)])
+@pytest.mark.parametrize(
+    ("hflip", "low", "high"), [(0.0, 0, 0), (0.5, 250, 350), (0.2, 75, 165), (1.0, 600, 600)]
+)
 def test_flips_come_as_often_as_asked(hflip, low, high):
     flipped = (measured_crops(0.2, hflip, 600)[:, 0] < 0).sum().item()
     assert low <= flipped <= high
@@ -302,10 +372,14 @@ def test_a_full_crop_without_flip_is_the_image():
 
 def test_normalisation_equals_torchvision():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)  # every value in every channel
+    images = (
+        torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    )  # every value in every channel
     images[1] = images[1].flip(-1)
     normalized = PixelNormalizer(mean, std, torch.device("cpu"))(images)
-    expected = v2.functional.normalize(v2.functional.to_dtype(images, torch.float32, scale=True), mean, std)
+    expected = v2.functional.normalize(
+        v2.functional.to_dtype(images, torch.float32, scale=True), mean, std
+    )
     assert normalized.dtype == torch.float32
     torch.testing.assert_close(normalized, expected, rtol=0, atol=1e-6)
     grey = PixelNormalizer((0.5,), (0.25,), torch.device("cpu"))(images[:, :1])

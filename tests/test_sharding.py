@@ -1,4 +1,5 @@
-"""`parallel: fsdp` on two real gloo processes: the numbers of DDP, the same files, half the memory."""
+"""`parallel: fsdp` on two real gloo processes: the numbers of DDP, the same files, half the
+memory."""
 
 import json
 import shutil
@@ -25,13 +26,21 @@ from runs import (
 from safetensors.torch import load_file
 
 import main_finetune
-from engine.checkpoint import load_newest_checkpoint
+from engine.run.checkpoint import load_newest_checkpoint
 from util.errors import InputError
 
 FSDP = ("--parallel", "fsdp")
 STEPS = 30  # 3 epochs of 120 images, 12 per step
 LOOKS = ("--monitor_epochs", 1, "--monitor_images", 2, "--monitor_knn", 60)
-TRAINED = ("model", "optimizer", "scaler", "epoch_meter", "window_meter", "epoch_losses", "owes_look")
+TRAINED = (
+    "model",
+    "optimizer",
+    "scaler",
+    "epoch_meter",
+    "window_meter",
+    "epoch_losses",
+    "owes_look",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +54,18 @@ def command_line(data: Path, output_dir: Path, *more: Any) -> list[str]:
     return pretraining(data, output_dir, *batch, *more)
 
 
-def drive(output_dir: Path, arguments: list[str], processes: int = 2, **env: str) -> CompletedProcess[str]:
+def drive(
+    output_dir: Path, arguments: list[str], processes: int = 2, **env: str
+) -> CompletedProcess[str]:
     """Runs that under the driver, whose notes go to `output_dir`/watch."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
     driver = str(ROOT / "tests" / "sharding_driver.py")
     return run([*launcher, driver, *arguments], WATCH=str(output_dir / "watch"), **env)
 
@@ -79,7 +97,9 @@ def go_on_from(folder: Path, step: int, target: Path) -> dict[str, Any]:
 
 def assert_close_runs(one: Path, other: Path, first: int = 1) -> None:
     """Losses and gradient norms of each step."""
-    ours, theirs = ({line["step"]: line for line in log_lines(f) if "grad_norm" in line} for f in (one, other))
+    ours, theirs = (
+        {line["step"]: line for line in log_lines(f) if "grad_norm" in line} for f in (one, other)
+    )
     assert ours.keys() >= theirs.keys() == set(range(first, STEPS + 1))
     for step, line in theirs.items():
         assert line["loss"] == pytest.approx(ours[step]["loss"], abs=1e-6), step
@@ -98,13 +118,16 @@ def fsdp(data, tmp_path_factory):
     return pretrain(data, folder, "--clip_grad", 0.5, *LOOKS, "--save_minutes", 1e-9, *FSDP)
 
 
-# --- the numbers of DDP -----------------------------------------------------------------------------------------------
+# --- the numbers of DDP
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
 def test_losses_and_gradient_norms_are_those_of_ddp(ddp, fsdp):
     assert_close_runs(ddp, fsdp)
-    assert min(line["grad_norm"] for line in log_lines(ddp) if "grad_norm" in line) > 0.5  # each step was clipped
+    assert (
+        min(line["grad_norm"] for line in log_lines(ddp) if "grad_norm" in line) > 0.5
+    )  # each step was clipped
 
 
 @pytest.mark.long
@@ -122,10 +145,16 @@ def test_accumulation_checkpointing_and_compiling_go_with_it(data, ddp, tmp_path
 
 @pytest.mark.long
 @pytest.mark.fault("R16")
-def test_in_bf16_all_is_equal_bit_for_bit_also_around_a_step_that_one_process_spoils(data, tmp_path):
-    """Without clipping no sum has another order; the lean layers see gathered weights, forward and backward."""
+def test_in_bf16_all_is_equal_bit_for_bit_also_around_a_step_that_one_process_spoils(
+    data, tmp_path
+):
+    """Without clipping no sum has another order; the lean layers see gathered weights, forward and
+    backward."""
     flags = ["--precision", "bf16", "--log_interval", 2]
-    runs = [pretrain(data, tmp_path / kind, *flags, "--parallel", kind, NAN_LOSS="4") for kind in ("ddp", "fsdp")]
+    runs = [
+        pretrain(data, tmp_path / kind, *flags, "--parallel", kind, NAN_LOSS="4")
+        for kind in ("ddp", "fsdp")
+    ]
     ddp, fsdp = map(load_newest_checkpoint, runs)
     for name in ("model", "optimizer", "epoch_losses"):
         assert_same(ddp[name], fsdp[name], name)
@@ -134,7 +163,8 @@ def test_in_bf16_all_is_equal_bit_for_bit_also_around_a_step_that_one_process_sp
 
 @pytest.mark.long
 def test_a_part_that_is_not_finite_is_saved_by_nobody(data, tmp_path):
-    """And all say so at once: the main process, whose parts are all finite, does not wait for the other."""
+    """And all say so at once: the main process, whose parts are all finite, does not wait for the
+    other."""
     arguments = command_line(data, tmp_path, *FSDP, "--save_minutes", 1e-9, "--timeout", 0.5)
     result = drive(tmp_path, arguments, NAN_PART="5")
     assert result.returncode != 0
@@ -151,20 +181,26 @@ def test_the_monitor_sees_what_it_sees_of_a_whole_model(ddp, fsdp):
         assert sharded["psnr"] == pytest.approx(whole["psnr"], abs=1e-4)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
 def test_each_process_holds_half_of_the_parameters_gradients_and_moments(ddp, fsdp):
     size = sum(p.numel() for p in load_file(ddp / "model.safetensors").values())
-    buffers = sum(t.numel() for name, t in load_file(ddp / "model.safetensors").items() if name.endswith("pos_embed"))
+    buffers = sum(
+        t.numel()
+        for name, t in load_file(ddp / "model.safetensors").items()
+        if name.endswith("pos_embed")
+    )
     for whole, sharded in zip(notes(ddp), notes(fsdp), strict=True):
         assert whole["bytes"] == pytest.approx(16 * (size - buffers), rel=0.01)
         assert sharded["bytes"] == pytest.approx(whole["bytes"] / 2, rel=0.02)
         assert (whole["whole_blocks"], sharded["whole_blocks"]) == (3, 1)  # one at a time
 
 
-# --- the same files ---------------------------------------------------------------------------------------------------
+# --- the same files
+# ---------------------------------------------------------------------------------------------------
 
 
 def layout(value: Any) -> Any:
@@ -215,7 +251,8 @@ def test_two_sharded_processes_resume_bit_for_bit(data, fsdp, tmp_path):
         assert_same(ours[name], theirs[name], name)
 
 
-# --- fine-tuning ------------------------------------------------------------------------------------------------------
+# --- fine-tuning
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -230,22 +267,31 @@ def test_fine_tuning_too(data, tmp_path):
     assert (ours["correct1"], ours["best_epoch"]) == (theirs["correct1"], theirs["best_epoch"])
     for name in ("model.safetensors", "best.safetensors"):
         assert layout(load_file(ddp / name)) == layout(load_file(fsdp / name))
-    result = launch(pictures(data, tmp_path / "eval", "--eval", "--finetune", fsdp / "model.safetensors"), 1,
-                    "run_finetune.sh")  # fmt: skip
+    result = launch(
+        pictures(data, tmp_path / "eval", "--eval", "--finetune", fsdp / "model.safetensors"),
+        1,
+        "run_finetune.sh",
+    )
     assert result.returncode == 0, result.stderr
     assert results_of(tmp_path / "eval", "eval.json")["correct1"] == ours["correct1"]
 
 
 def test_a_moving_average_is_refused(data, tmp_path):
-    with pytest.raises(InputError, match="ema_decay keeps a second whole model on each process: not with parallel fsd"):
+    with pytest.raises(
+        InputError,
+        match="ema_decay keeps a second whole model on each process: not with parallel fsd",
+    ):
         main_finetune.main(pictures(data, tmp_path, *FSDP, "--ema_decay", 0.99))
 
 
-# --- where there is nothing to share ----------------------------------------------------------------------------------
+# --- where there is nothing to share
+# ----------------------------------------------------------------------------------
 
 
 def test_one_process_is_as_without(data, tmp_path):
-    folders = [pretrain_pictures(data, tmp_path / kind, "--parallel", kind) for kind in ("ddp", "fsdp")]
+    folders = [
+        pretrain_pictures(data, tmp_path / kind, "--parallel", kind) for kind in ("ddp", "fsdp")
+    ]
     assert step_losses(folders[0]) == step_losses(folders[1])
     assert_same(*(load_newest_checkpoint(folder)["model"] for folder in folders))
 
@@ -256,6 +302,7 @@ def test_fp16_is_refused_in_one_line(data, tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1
     assert (
-        "error: parallel fsdp goes with precision bf16 or fp32, not fp16: use another, or parallel ddp" in result.stderr
+        "error: parallel fsdp goes with precision bf16 or fp32, not fp16: use another, or parallel ddp"
+        in result.stderr
     )
     assert not list((tmp_path / "run").glob("checkpoint-*"))

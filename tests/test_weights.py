@@ -1,4 +1,5 @@
-"""Reading everyone's weights gives their own numbers, writing them gives ours, and nothing else gets in."""
+"""Reading everyone's weights gives their own numbers, writing them gives ours, and nothing else
+gets in."""
 
 import argparse
 import importlib.util
@@ -18,12 +19,12 @@ from runs import command, run
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
-from engine import checkpoint
-from models import weights_file
-from models.adapt import load_into_classifier, load_into_mae, resize_pos_embed
+from engine.run import checkpoint
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from models.weights import (
+from models.weights import files as weights_file
+from models.weights.adapt import load_into_classifier, load_into_mae, resize_pos_embed
+from models.weights.convert import (
     FORMATS,
     classifier_args,
     complete,
@@ -37,18 +38,46 @@ from models.weights import (
 from util.errors import InputError
 
 MAE = {
-    "img_size": 32, "patch_size": 8, "in_chans": 3, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0,
-    "class_token": True, "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 1,
-    "decoder_class_token": True, "mask_ratio": 0.75, "norm_pix_loss": True, "decoder": "self", "pred_ratio": None,
-}  # fmt: skip
+    "img_size": 32,
+    "patch_size": 8,
+    "in_chans": 3,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 4.0,
+    "class_token": True,
+    "decoder_embed_dim": 64,
+    "decoder_depth": 1,
+    "decoder_num_heads": 1,
+    "decoder_class_token": True,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": True,
+    "decoder": "self",
+    "pred_ratio": None,
+}
 NO_TOKEN = MAE | {"class_token": False, "decoder_class_token": False}
 TOKEN_LEAVES = MAE | {"decoder_class_token": False}
 VIT = {
-    "img_size": 32, "patch_size": 8, "in_chans": 3, "num_classes": 7, "embed_dim": 32, "depth": 2, "num_heads": 2,
-    "mlp_ratio": 4.0, "class_token": True, "global_pool": "token", "fc_norm": False,
-}  # fmt: skip
+    "img_size": 32,
+    "patch_size": 8,
+    "in_chans": 3,
+    "num_classes": 7,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 4.0,
+    "class_token": True,
+    "global_pool": "token",
+    "fc_norm": False,
+}
 AVG = {"global_pool": "avg", "fc_norm": True}
-READOUTS = [{}, AVG, {"global_pool": "avg"}, AVG | {"class_token": False}, {"global_pool": "avg", "class_token": False}]
+READOUTS = [
+    {},
+    AVG,
+    {"global_pool": "avg"},
+    AVG | {"class_token": False},
+    {"global_pool": "avg", "class_token": False},
+]
 STATS = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.2]}
 
 
@@ -107,7 +136,9 @@ def refusal(call, *arguments, **keywords):
 # This project's own
 
 
-@pytest.mark.parametrize("kwargs", [MAE, NO_TOKEN, TOKEN_LEAVES, MAE | {"img_size": [16, 32], "patch_size": [4, 8]}])
+@pytest.mark.parametrize(
+    "kwargs", [MAE, NO_TOKEN, TOKEN_LEAVES, MAE | {"img_size": [16, 32], "patch_size": [4, 8]}]
+)
 def test_own_pretraining_files_say_everything(tmp_path, kwargs):
     model = randomized(MaskedAutoencoder(**kwargs))
     facts = {"model_args": kwargs, **STATS}
@@ -130,7 +161,11 @@ def test_own_pretraining_files_say_everything(tmp_path, kwargs):
 def test_own_classifiers(tmp_path, readout):
     kwargs = VIT | readout | {"drop_path_rate": 0.0}
     model = randomized(VisionTransformer(**kwargs))
-    path = own_file(tmp_path, model, {name: value for name, value in kwargs.items() if name != "fc_norm" or not value})
+    path = own_file(
+        tmp_path,
+        model,
+        {name: value for name, value in kwargs.items() if name != "fc_norm" or not value},
+    )
     info = describe_weights(path)
     assert info.kind == "this project's weights (classifier)"
     assert classifier_args(info) == kwargs
@@ -141,7 +176,10 @@ def test_own_classifiers(tmp_path, readout):
 def test_ema_in_a_fine_tuning_checkpoint_does_not_hide_the_model(tmp_path):
     model, ema = randomized(VisionTransformer(**VIT)), randomized(VisionTransformer(**VIT), seed=1)
     content = {"model": model.state_dict(), "ema": ema.state_dict(), "model_args": VIT, **STATS}
-    same(load_weights(checkpoint.save_checkpoint(tmp_path, 1, content, keep_last=1)), model.state_dict())
+    same(
+        load_weights(checkpoint.save_checkpoint(tmp_path, 1, content, keep_last=1)),
+        model.state_dict(),
+    )
 
 
 def test_a_description_is_one_line(tmp_path):
@@ -157,28 +195,50 @@ def test_a_description_is_one_line(tmp_path):
 
 def test_public_mae_files(tmp_path):
     model = randomized(MaskedAutoencoder(**MAE))
-    args = argparse.Namespace(norm_pix_loss=True, mask_ratio=0.5, lr=1e-3, model="mae_vit", device="cuda", dist=None)
-    full = {"model": model.state_dict(), "optimizer": {"state": {0: torch.ones(2)}}, "epoch": 3, "scaler": {},
-            "args": args}  # fmt: skip
+    args = argparse.Namespace(
+        norm_pix_loss=True, mask_ratio=0.5, lr=1e-3, model="mae_vit", device="cuda", dist=None
+    )
+    full = {
+        "model": model.state_dict(),
+        "optimizer": {"state": {0: torch.ones(2)}},
+        "epoch": 3,
+        "scaler": {},
+        "args": args,
+    }
     torch.save(full, tmp_path / "full.pth")
     info = describe_weights(tmp_path / "full.pth")
     assert info.kind == "MAE (autoencoder)"
-    assert (info.num_heads, info.decoder_num_heads) == (2, None)  # a size of the table; a decoder that nobody published
+    assert (info.num_heads, info.decoder_num_heads) == (
+        2,
+        None,
+    )  # a size of the table; a decoder that nobody published
     assert (info.norm_pix_loss, info.mask_ratio, info.decoder_class_token) == (True, 0.5, True)
     assert info.mean is None
-    with pytest.raises(InputError, match=r"MAE \(autoencoder\): the file does not say decoder_num_heads"):
+    with pytest.raises(
+        InputError, match=r"MAE \(autoencoder\): the file does not say decoder_num_heads"
+    ):
         mae_args(info)
     loaded = as_mae(tmp_path / "full.pth", decoder_num_heads=1)
     assert loaded.mask_ratio == 0.5
     pred, _ = loaded.reconstruct(images(), torch.arange(16).repeat(2, 1), mask_ratio=0.75)
     assert torch.equal(pred, model.reconstruct(images(), torch.arange(16).repeat(2, 1))[0])
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # the permission ended with the reading
+    assert (
+        argparse.Namespace not in torch.serialization.get_safe_globals()
+    )  # the permission ended with the reading
 
-    encoder = {name: t for name, t in model.state_dict().items() if not name.startswith(("decoder", "mask"))}
+    encoder = {
+        name: t
+        for name, t in model.state_dict().items()
+        if not name.startswith(("decoder", "mask"))
+    }
     torch.save({"model": encoder}, tmp_path / "encoder.pth")
     info = describe_weights(tmp_path / "encoder.pth")
     assert (info.kind, info.has_decoder, info.num_classes) == ("MAE (encoder)", False, None)
-    assert (info.norm_pix_loss, info.decoder_num_heads, info.decoder_embed_dim) == (None, None, None)
+    assert (info.norm_pix_loss, info.decoder_num_heads, info.decoder_embed_dim) == (
+        None,
+        None,
+        None,
+    )
 
     classifier = randomized(VisionTransformer(**VIT | AVG))
     torch.save({"model": classifier.state_dict(), "args": args}, tmp_path / "finetuned.pth")
@@ -216,7 +276,11 @@ def reference_blocks(tensors, ours, theirs):
 def reference_pretraining(model):
     """The state dict that it would have saved for this autoencoder."""
     ours = model.state_dict()
-    theirs = {f"encoder.{name}": t for name, t in ours.items() if name.startswith(("cls", "pos", "patch", "norm."))}
+    theirs = {
+        f"encoder.{name}": t
+        for name, t in ours.items()
+        if name.startswith(("cls", "pos", "patch", "norm."))
+    }
     theirs |= reference_blocks(ours, "blocks", "encoder.blocks")
     theirs |= reference_blocks(ours, "decoder_blocks", "decoder.blocks")
     theirs["encoder_to_decoder.weight"] = ours["decoder_embed.weight"]
@@ -228,7 +292,9 @@ def reference_pretraining(model):
         for channel in range(c):
             for y in range(p):
                 for x in range(q):
-                    rows[(channel * p + y) * q + x] = ours[f"decoder_pred.{kind}"][(y * q + x) * c + channel]
+                    rows[(channel * p + y) * q + x] = ours[f"decoder_pred.{kind}"][
+                        (y * q + x) * c + channel
+                    ]
         theirs[f"decoder.head.{kind}"] = rows
     return theirs
 
@@ -248,7 +314,12 @@ def without_key_bias(model):
 @pytest.mark.parametrize("kwargs", [NO_TOKEN, TOKEN_LEAVES])
 def test_reference_pretraining(tmp_path, kwargs, wrapper):
     model = without_key_bias(randomized(MaskedAutoencoder(**kwargs)))
-    content = {wrapper: reference_pretraining(model), "args": argparse.Namespace(lr=1.0), "arch": "a", "epoch": 1}
+    content = {
+        wrapper: reference_pretraining(model),
+        "args": argparse.Namespace(lr=1.0),
+        "arch": "a",
+        "epoch": 1,
+    }
     if wrapper == "state_dict":
         content["state_dict_ema"] = {name: t + 1 for name, t in content["state_dict"].items()}
     torch.save(content, tmp_path / "a.pth")
@@ -258,7 +329,9 @@ def test_reference_pretraining(tmp_path, kwargs, wrapper):
     assert (info.class_token, info.decoder_class_token) == (kwargs["class_token"], False)
     assert (info.decoder_embed_dim, info.decoder_depth, info.decoder_num_heads) == (64, 1, 1)
     loaded = as_mae(tmp_path / "a.pth", norm_pix_loss=True)
-    ids = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    ids = torch.stack(
+        [torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    )
     assert torch.equal(loaded.reconstruct(images(), ids)[0], model.reconstruct(images(), ids)[0])
 
 
@@ -267,7 +340,9 @@ def test_reference_classifiers(tmp_path, readout):
     model = without_key_bias(randomized(VisionTransformer(**VIT | readout)))
     ours = model.state_dict()
     theirs = {name: t for name, t in ours.items() if not name.startswith(("blocks", "norm"))}
-    theirs |= {f"fc_{name}": t for name, t in ours.items() if name.startswith("norm")}  # one name for both readouts
+    theirs |= {
+        f"fc_{name}": t for name, t in ours.items() if name.startswith("norm")
+    }  # one name for both readouts
     torch.save({"model": theirs | reference_blocks(ours, "blocks", "blocks")}, tmp_path / "a.pth")
     info = describe_weights(tmp_path / "a.pth")
     assert (info.kind, info.num_classes) == ("reference project (classifier)", 7)
@@ -288,7 +363,14 @@ def test_timm_classifiers_give_their_own_logits_and_come_back(tmp_path, readout,
     elif saver == "pth":
         torch.save(theirs.state_dict(), path)
     else:
-        torch.save({"state_dict": theirs.state_dict(), "args": argparse.Namespace(opt="sgd"), "metric": 1.0}, path)
+        torch.save(
+            {
+                "state_dict": theirs.state_dict(),
+                "args": argparse.Namespace(opt="sgd"),
+                "metric": 1.0,
+            },
+            path,
+        )
     tensors, info = read_weights(path)
     assert info.kind == "timm (classifier)"
     model = VisionTransformer(**VIT | readout).eval()
@@ -309,28 +391,44 @@ def test_timm_models_by_name(tmp_path):
     write_weights(tensors, info, tmp_path / "a.safetensors", "timm")
     again = timm.create_model(
         "test_vit", img_size=32, num_classes=0, checkpoint_path=str(tmp_path / "a.safetensors")
-    )  # fmt: skip
-    model = VisionTransformer(**classifier_args(complete(info, num_heads=2)) | {"num_classes": 1}).eval()
+    )
+    model = VisionTransformer(
+        **classifier_args(complete(info, num_heads=2)) | {"num_classes": 1}
+    ).eval()
     assert load_into_classifier(model, tensors, info, "a") == {"head.weight", "head.bias"}
     assert torch.equal(again.eval()(images()), theirs(images()))
-    torch.testing.assert_close(model.forward_features(images()), theirs(images()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model.forward_features(images()), theirs(images()), rtol=0, atol=1e-5
+    )
 
 
 # Hugging Face's
 
 
 HF = {
-    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 32,
-    "patch_size": 8, "num_channels": 3, "decoder_hidden_size": 24, "decoder_num_hidden_layers": 2,
-    "decoder_num_attention_heads": 2, "decoder_intermediate_size": 48, "mask_ratio": 0.5, "norm_pix_loss": True,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_channels": 3,
+    "decoder_hidden_size": 24,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 48,
+    "mask_ratio": 0.5,
+    "norm_pix_loss": True,
     "layer_norm_eps": 1e-6,
-}  # fmt: skip
+}
 
 
 def published_names(key):
     """The names of the published weights, from those that the current model has in memory."""
     key = key.replace("vit.layers.", "vit.encoder.layer.").replace("mlp.fc1", "intermediate.dense")
-    key = key.replace("mlp.fc2", "output.dense").replace("attention.o_proj", "attention.output.dense")
+    key = key.replace("mlp.fc2", "output.dense").replace(
+        "attention.o_proj", "attention.output.dense"
+    )
     for part in ("query", "key", "value"):
         key = key.replace(f"attention.{part[0]}_proj", f"attention.attention.{part}")
     return key
@@ -346,10 +444,17 @@ def test_huggingface_autoencoders_give_their_own_loss(tmp_path, names):
     if names in ("in memory", "published"):
         (folder / "model.safetensors").unlink()
         rename = published_names if names == "published" else str
-        torch.save({rename(key): t for key, t in theirs.state_dict().items()}, folder / "pytorch_model.bin")
+        torch.save(
+            {rename(key): t for key, t in theirs.state_dict().items()}, folder / "pytorch_model.bin"
+        )
     info = describe_weights(path)
     assert info.kind == "Hugging Face ViTMAE (autoencoder)"
-    assert (info.num_heads, info.decoder_num_heads, info.mlp_ratio, info.layer_norm_eps) == (3, 2, 2.0, 1e-6)
+    assert (info.num_heads, info.decoder_num_heads, info.mlp_ratio, info.layer_norm_eps) == (
+        3,
+        2,
+        2.0,
+        1e-6,
+    )
     assert (info.norm_pix_loss, info.mask_ratio, info.img_size) == (True, 0.5, (32, 32))
     noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
     loss = as_mae(path)(images(), noise.argsort(dim=1))
@@ -365,7 +470,9 @@ def test_huggingface_encoders_give_their_own_features(tmp_path):
     assert (info.has_decoder, info.num_heads, info.decoder_num_heads) == (False, 3, None)
     model = VisionTransformer(**classifier_args(info) | {"num_classes": 1}).eval()
     load_into_classifier(model, tensors, info, "hf")
-    feature = theirs(images()).last_hidden_state[:, 0]  # the class token: the order of the patches does not matter
+    feature = theirs(images()).last_hidden_state[
+        :, 0
+    ]  # the class token: the order of the patches does not matter
     torch.testing.assert_close(model.forward_features(images()), feature, rtol=0, atol=1e-5)
 
 
@@ -383,7 +490,9 @@ def test_huggingface_loads_what_is_written_and_gives_our_loss(tmp_path):
     write_weights(tensors, info, tmp_path / "hf", "huggingface")
     theirs, report = ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(report.values()), report
-    assert theirs.config.layer_norm_eps == 1e-6 and theirs.config.architectures == ["ViTMAEForPreTraining"]
+    assert theirs.config.layer_norm_eps == 1e-6 and theirs.config.architectures == [
+        "ViTMAEForPreTraining"
+    ]
     noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
     expected = theirs.eval()(images(), noise=noise).loss.item()
     assert abs(ours(images(), noise.argsort(dim=1)).item() - expected) < 1e-6
@@ -408,10 +517,23 @@ def test_an_autoencoder_goes_there_and_back_bit_for_bit(tmp_path, form, caplog):
     tensors, info = read_weights(source)
     write_weights(tensors, info, tmp_path / "there", form)
     back, found = read_weights(tmp_path / "there")
-    kept = {n: t for n, t in tensors.items() if form != "timm" or not n.startswith(("decoder", "mask_token"))}
+    kept = {
+        n: t
+        for n, t in tensors.items()
+        if form != "timm" or not n.startswith(("decoder", "mask_token"))
+    }
     same(back, kept)
     assert ("timm has no decoder: 20 tensors dropped" in caplog.text) == (form == "timm")
-    geometry = ("embed_dim", "depth", "num_heads", "img_size", "patch_size", "class_token", "in_chans", "mlp_ratio")
+    geometry = (
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "img_size",
+        "patch_size",
+        "class_token",
+        "in_chans",
+        "mlp_ratio",
+    )
     assert [getattr(found, name) for name in geometry] == [getattr(info, name) for name in geometry]
     assert names_in(tmp_path) == ["own.safetensors", "there"]  # no leftovers
     if form == "safetensors":
@@ -426,11 +548,17 @@ def test_an_autoencoder_goes_there_and_back_bit_for_bit(tmp_path, form, caplog):
 )
 def test_a_classifier_goes_there_and_back_bit_for_bit(tmp_path, form, readout):
     kwargs = VIT | readout
-    tensors, info = read_weights(own_file(tmp_path, randomized(VisionTransformer(**kwargs)), kwargs))
+    tensors, info = read_weights(
+        own_file(tmp_path, randomized(VisionTransformer(**kwargs)), kwargs)
+    )
     write_weights(tensors, info, tmp_path / "there", form)
     back, found = read_weights(tmp_path / "there")
     same(back, tensors)
-    assert (found.num_classes, found.fc_norm, found.class_token) == (7, kwargs["fc_norm"], kwargs["class_token"])
+    assert (found.num_classes, found.fc_norm, found.class_token) == (
+        7,
+        kwargs["fc_norm"],
+        kwargs["class_token"],
+    )
     if form == "safetensors":
         assert found == info
 
@@ -475,11 +603,17 @@ def test_half_precision_stays(tmp_path):
         (VIT, "huggingface", ["needs a decoder", "has no head"]),
         (NO_TOKEN, "mae", ["class token in the encoder", "class token in the decoder"]),
         (TOKEN_LEAVES, "mae", ["needs the class token in the decoder"]),
-        (MAE | {"img_size": (16, 32), "patch_size": (4, 8)}, "mae", ["needs square images", "needs square patches"]),
+        (
+            MAE | {"img_size": (16, 32), "patch_size": (4, 8)},
+            "mae",
+            ["needs square images", "needs square patches"],
+        ),
         (MAE, "onnx", ["format must be one of mae, timm, huggingface, safetensors, got 'onnx'"]),
     ],
 )
-def test_a_format_that_cannot_hold_a_model_is_refused_before_anything_is_written(tmp_path, kwargs, form, reasons):
+def test_a_format_that_cannot_hold_a_model_is_refused_before_anything_is_written(
+    tmp_path, kwargs, form, reasons
+):
     model = (MaskedAutoencoder if "mask_ratio" in kwargs else VisionTransformer)(**kwargs)
     tensors, info = read_weights(own_file(tmp_path, model, kwargs))
     message = refusal(write_weights, tensors, info, tmp_path / "there", form)
@@ -492,7 +626,9 @@ def test_targets_that_exist_or_have_no_folder_are_refused(tmp_path):
     (tmp_path / "there").write_text("precious")
     for form in ("mae", "timm", "huggingface", "safetensors"):
         assert "is already there" in refusal(write_weights, tensors, info, tmp_path / "there", form)
-        assert "its folder" in refusal(write_weights, tensors, info, tmp_path / "no" / "there", form)
+        assert "its folder" in refusal(
+            write_weights, tensors, info, tmp_path / "no" / "there", form
+        )
     assert (tmp_path / "there").read_text() == "precious"
 
 
@@ -521,10 +657,16 @@ def test_facts_that_the_file_cannot_tell_are_asked_for(tmp_path):
     write_weights(tensors, complete(info, **facts), tmp_path / "there", "safetensors")
     assert mae_args(describe_weights(tmp_path / "there")) == kwargs | {"norm_pix_loss": False}
     known = describe_weights(tmp_path / "there")
-    assert "decoder_num_heads must be 1 or more, got 0" in refusal(complete, info, decoder_num_heads=0)
+    assert "decoder_num_heads must be 1 or more, got 0" in refusal(
+        complete, info, decoder_num_heads=0
+    )
     wrong = complete(info, **facts | {"num_heads": 5})
-    assert "not divisible by num_heads 5" in refusal(write_weights, tensors, wrong, tmp_path / "b", "safetensors")
-    assert "num_heads 3 in the file, 4 given" in refusal(complete, known, num_heads=4, norm_pix_loss=None)
+    assert "not divisible by num_heads 5" in refusal(
+        write_weights, tensors, wrong, tmp_path / "b", "safetensors"
+    )
+    assert "num_heads 3 in the file, 4 given" in refusal(
+        complete, known, num_heads=4, norm_pix_loss=None
+    )
 
 
 # Into a classifier
@@ -539,19 +681,28 @@ def load(kwargs, tensors, info):
 def test_pretraining_into_each_readout(tmp_path, caplog, class_token):
     caplog.set_level(logging.INFO)
     kwargs = MAE if class_token else NO_TOKEN
-    tensors, info = read_weights(own_file(tmp_path, randomized(MaskedAutoencoder(**kwargs)), kwargs))
+    tensors, info = read_weights(
+        own_file(tmp_path, randomized(MaskedAutoencoder(**kwargs)), kwargs)
+    )
     head, fc_norm = {"head.weight", "head.bias"}, {"fc_norm.weight", "fc_norm.bias"}
     model, fresh = load(AVG | {"class_token": class_token}, tensors, info)
     assert fresh == head | fc_norm
     assert torch.equal(model.fc_norm.weight, torch.ones(32))
     assert "the path: this project's weights (autoencoder): 32 wide" in caplog.text
-    for said in ("decoder dropped", "norm dropped: fc_norm", "no head in the file: it starts fresh for 7 classes"):
+    for said in (
+        "decoder dropped",
+        "norm dropped: fc_norm",
+        "no head in the file: it starts fresh for 7 classes",
+    ):
         assert said in caplog.text
     for readout in READOUTS[2:3] + READOUTS[:1] if class_token else READOUTS[4:]:
         model, fresh = load(readout | {"class_token": class_token}, tensors, info)
         assert fresh == head
         loaded = model.state_dict()
-        same({n: loaded[n] for n in loaded if n not in head}, {n: tensors[n] for n in loaded if n not in head})
+        same(
+            {n: loaded[n] for n in loaded if n not in head},
+            {n: tensors[n] for n in loaded if n not in head},
+        )
 
 
 def test_a_fine_tuned_classifier_keeps_its_fc_norm_and_its_head(tmp_path, caplog):
@@ -567,12 +718,15 @@ def test_a_fine_tuned_classifier_keeps_its_fc_norm_and_its_head(tmp_path, caplog
     assert "head of 7 classes dropped: the data has 5" in caplog.text
     assert torch.equal(model.fc_norm.weight, source.fc_norm.weight)
     for readout in READOUTS[:1] + READOUTS[2:3]:
-        with pytest.raises(InputError, match="it holds fc_norm .* readout needs norm: .* global_pool avg fits"):
+        with pytest.raises(
+            InputError, match="it holds fc_norm .* readout needs norm: .* global_pool avg fits"
+        ):
             load(readout, tensors, info)
 
 
 def test_positions_on_a_2_by_3_grid_become_4_by_6():
-    """Bicubic in numbers: twice as many samples, each at a quarter between two old ones, kernel a = -0.75."""
+    """Bicubic in numbers: twice as many samples, each at a quarter between two old ones, kernel a =
+    -0.75."""
     table = torch.randn(1, 7, 2, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
 
     def kernel(x):
@@ -596,11 +750,16 @@ def test_positions_on_a_2_by_3_grid_become_4_by_6():
     for channel in range(2):
         rows = table[0, 1:, channel].double().reshape(2, 3).tolist()
         wide = [along(row) for row in rows]  # 2 x 6
-        expected = [list(column) for column in zip(*[along(column) for column in zip(*wide, strict=True)], strict=True)]
+        expected = [
+            list(column)
+            for column in zip(*[along(column) for column in zip(*wide, strict=True)], strict=True)
+        ]
         torch.testing.assert_close(
-            resized[0, 1:, channel].double().reshape(4, 6), torch.tensor(expected, dtype=torch.float64),
-            rtol=0, atol=1e-6,
-        )  # fmt: skip
+            resized[0, 1:, channel].double().reshape(4, 6),
+            torch.tensor(expected, dtype=torch.float64),
+            rtol=0,
+            atol=1e-6,
+        )
 
 
 def test_another_image_size_resizes_the_positions_and_says_so(tmp_path, caplog):
@@ -610,7 +769,9 @@ def test_another_image_size_resizes_the_positions_and_says_so(tmp_path, caplog):
     tensors, info = read_weights(own_file(tmp_path, source, kwargs))
     model, _ = load({"img_size": (32, 48)}, tensors, info)
     assert "positions resized from 2x3 to 4x6 patches" in caplog.text
-    assert torch.equal(model.pos_embed, resize_pos_embed(source.pos_embed, (2, 3), (4, 6), class_token=True))
+    assert torch.equal(
+        model.pos_embed, resize_pos_embed(source.pos_embed, (2, 3), (4, 6), class_token=True)
+    )
     caplog.clear()
     model, _ = load({"img_size": (24, 16)}, tensors, info)  # as many patches, laid out otherwise
     assert "positions resized from 2x3 to 3x2 patches" in caplog.text
@@ -623,7 +784,15 @@ def test_another_image_size_resizes_the_positions_and_says_so(tmp_path, caplog):
 def test_everything_that_does_not_fit_a_classifier_is_said_at_once(tmp_path):
     tensors, info = read_weights(own_file(tmp_path, MaskedAutoencoder(**NO_TOKEN), NO_TOKEN))
     model = VisionTransformer(
-        **VIT | {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": (8, 4), "in_chans": 1, "mlp_ratio": 2.0}
+        **VIT
+        | {
+            "embed_dim": 48,
+            "depth": 3,
+            "num_heads": 3,
+            "patch_size": (8, 4),
+            "in_chans": 1,
+            "mlp_ratio": 2.0,
+        }
     )
     before = {name: t.clone() for name, t in model.state_dict().items()}
     assert refusal(load_into_classifier, model, tensors, info, "the path") == (
@@ -648,7 +817,11 @@ def test_unknown_heads_are_taken_from_the_settings_and_said(tmp_path, caplog):
 
 
 def test_an_encoder_alone_does_not_make_an_autoencoder(tmp_path):
-    encoder = {n: t for n, t in MaskedAutoencoder(**MAE).state_dict().items() if not n.startswith(("decoder", "mask"))}
+    encoder = {
+        n: t
+        for n, t in MaskedAutoencoder(**MAE).state_dict().items()
+        if not n.startswith(("decoder", "mask"))
+    }
     torch.save({"model": encoder}, tmp_path / "a.pth")
     tensors, info = read_weights(tmp_path / "a.pth")
     message = refusal(load_into_mae, MaskedAutoencoder(**MAE), tensors, info, "the path")
@@ -666,7 +839,10 @@ def test_an_encoder_alone_does_not_make_an_autoencoder(tmp_path):
         ({"decoder_embed_dim": 32}, "decoder_embed_dim 64 in the file, 32 in the settings"),
         ({"decoder_depth": 2}, "decoder_depth 1 in the file, 2 in the settings"),
         ({"decoder_num_heads": 2}, "decoder_num_heads 1 in the file, 2 in the settings"),
-        ({"decoder_class_token": False}, "decoder_class_token true in the file, false in the settings"),
+        (
+            {"decoder_class_token": False},
+            "decoder_class_token true in the file, false in the settings",
+        ),
         (
             {"class_token": False, "decoder_class_token": False},
             "class_token true in the file, false in the settings; decoder_class_token true in the file, false in",
@@ -675,7 +851,9 @@ def test_an_encoder_alone_does_not_make_an_autoencoder(tmp_path):
 )
 def test_another_autoencoder_is_refused_with_both_sides(tmp_path, change, message):
     tensors, info = read_weights(own_file(tmp_path, MaskedAutoencoder(**MAE), MAE))
-    assert message in refusal(load_into_mae, MaskedAutoencoder(**MAE | change), tensors, info, "the path")
+    assert message in refusal(
+        load_into_mae, MaskedAutoencoder(**MAE | change), tensors, info, "the path"
+    )
 
 
 def test_an_autoencoder_takes_the_files_positions_and_another_target_is_said(tmp_path, caplog):
@@ -700,7 +878,9 @@ class Bomb:
         return os.mkdir, (self.marker,)
 
 
-@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a.bin", "hf/pytorch_model.bin", "hf/model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["a.pth", "a.safetensors", "a.bin", "hf/pytorch_model.bin", "hf/model.safetensors"]
+)
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle 2", "pickle 4", "in args"])
 def test_a_malicious_pickle_leaves_no_trace(tmp_path, name, form):
     marker = tmp_path / "marker"
@@ -709,7 +889,10 @@ def test_a_malicious_pickle_leaves_no_trace(tmp_path, name, form):
     (path.parent / "config.json").write_text(json.dumps({"model_type": "vit_mae"}))
     content = {"model": {"patch_embed.proj.weight": torch.ones(1), "x": Bomb(marker)}}
     if form == "in args":
-        content = {"model": {"pos_embed": torch.ones(1)}, "args": argparse.Namespace(x=Bomb(marker))}
+        content = {
+            "model": {"pos_embed": torch.ones(1)},
+            "args": argparse.Namespace(x=Bomb(marker)),
+        }
     if form.startswith("pickle"):
         path.write_bytes(pickle.dumps({"model": Bomb(marker)}, protocol=int(form[-1])))
     else:
@@ -717,7 +900,9 @@ def test_a_malicious_pickle_leaves_no_trace(tmp_path, name, form):
     message = refusal(read_weights, path.parent if "/" in name else path)
     assert str(path) in message
     if form != "pickle 4":
-        assert "it asks to run or build posix.mkdir: only tensors and plain values are read" in message
+        assert (
+            "it asks to run or build posix.mkdir: only tensors and plain values are read" in message
+        )
     assert not marker.exists()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "hf") == sorted(
         [] if "/" in name else [name, "config.json"]
@@ -754,7 +939,10 @@ def test_paths_that_are_not_there_and_folders_of_another_kind(tmp_path):
     assert "there is no such file" in refusal(read_weights, tmp_path / "none.pth")
     assert "there is no such file" in refusal(weights_digest, tmp_path / "none.pth")
     message = refusal(read_weights, tmp_path)
-    assert "must be a Hugging Face one, with config.json beside model.safetensors or pytorch_model.bin" in message
+    assert (
+        "must be a Hugging Face one, with config.json beside model.safetensors or pytorch_model.bin"
+        in message
+    )
     own_file(tmp_path, MaskedAutoencoder(**MAE), MAE, "model.safetensors")
     assert "name the file of weights in it" in refusal(read_weights, tmp_path)
     os.mkfifo(tmp_path / "fifo")
@@ -776,18 +964,23 @@ def test_huggingface_folders_that_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert "cannot be read as JSON" in refusal(read_weights, tmp_path)
     (tmp_path / "config.json").rename(tmp_path / "elsewhere.json")
-    assert "need their config.json beside them" in refusal(read_weights, tmp_path / "model.safetensors")
+    assert "need their config.json beside them" in refusal(
+        read_weights, tmp_path / "model.safetensors"
+    )
     (tmp_path / "elsewhere.json").rename(tmp_path / "config.json")
     (tmp_path / "model.safetensors").unlink()
     (tmp_path.parent / "outside.safetensors").write_bytes(b"")
     for weight_map in ({"a": "../outside.safetensors"}, {"a": "missing.safetensors"}, {}, None):
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
         assert "names no parts, or parts that are not beside it" in refusal(read_weights, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
 def test_damaged_files_are_one_clear_error_or_still_whole(tmp_path, form):
-    """Cut or flipped anywhere: never another exception. (A flip among a tensor's numbers cannot be seen.)"""
+    """Cut or flipped anywhere: never another exception. (A flip among a tensor's numbers cannot be
+    seen.)"""
     tensors = VisionTransformer(**VIT).state_dict()
     whole = tmp_path / "whole"
     if form == "safetensors":
@@ -803,7 +996,9 @@ def test_damaged_files_are_one_clear_error_or_still_whole(tmp_path, form):
     refused = 0
     for i in range(150):
         at = generator.randrange(4000) if i % 2 else generator.randrange(len(content))
-        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << generator.randrange(8))]) + content[at + 1 :])
+        path.write_bytes(
+            content[:at] + bytes([content[at] ^ (1 << generator.randrange(8))]) + content[at + 1 :]
+        )
         try:
             read_weights(path)
         except InputError as error:
@@ -818,7 +1013,9 @@ def test_a_checkpoint_that_disagrees_with_its_sha256_is_refused(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
-    assert "damaged, its sha256 is not the one in checkpoint-00000001.pth.sha256" in refusal(read_weights, path)
+    assert "damaged, its sha256 is not the one in checkpoint-00000001.pth.sha256" in refusal(
+        read_weights, path
+    )
 
 
 def saved(folder, change, wrapper="model"):
@@ -844,30 +1041,50 @@ def saved(folder, change, wrapper="model"):
     ],
 )
 def test_parts_of_other_vits_are_named(tmp_path, name, shape, words):
-    message = refusal(read_weights, saved(tmp_path, lambda tensors: tensors.update({name: torch.ones(shape)})))
+    message = refusal(
+        read_weights, saved(tmp_path, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    )
     assert words in message
     assert name in message or name == "fc_norm.weight"
 
 
 def test_missing_tensors_and_wrong_shapes_are_listed(tmp_path):
-    message = refusal(read_weights, saved(tmp_path, lambda t: [t.pop(n) for n in list(t) if "blocks.1.mlp" in n]))
-    assert "missing blocks.1.mlp.fc1.weight, blocks.1.mlp.fc1.bias, blocks.1.mlp.fc2.weight" in message
-    message = refusal(read_weights, saved(tmp_path, lambda t: t.update({"blocks.0.norm1.bias": torch.ones(9)})))
+    message = refusal(
+        read_weights, saved(tmp_path, lambda t: [t.pop(n) for n in list(t) if "blocks.1.mlp" in n])
+    )
+    assert (
+        "missing blocks.1.mlp.fc1.weight, blocks.1.mlp.fc1.bias, blocks.1.mlp.fc2.weight" in message
+    )
+    message = refusal(
+        read_weights, saved(tmp_path, lambda t: t.update({"blocks.0.norm1.bias": torch.ones(9)}))
+    )
     assert "unfit blocks.0.norm1.bias is (9,), expected (32,)" in message
-    message = refusal(read_weights, saved(tmp_path, lambda t: t.update({"norm.bias": torch.ones(32).int()})))
+    message = refusal(
+        read_weights, saved(tmp_path, lambda t: t.update({"norm.bias": torch.ones(32).int()}))
+    )
     assert "norm.bias is torch.int32 on cpu, expected floating point" in message
-    message = refusal(read_weights, saved(tmp_path, lambda t: t.update({"blocks.9000000.norm1.bias": torch.ones(32)})))
+    message = refusal(
+        read_weights,
+        saved(tmp_path, lambda t: t.update({"blocks.9000000.norm1.bias": torch.ones(32)})),
+    )
     assert "unexpected blocks.9000000.norm1.bias; missing" in message
-    message = refusal(read_weights, saved(tmp_path, lambda t: t.update({"pos_embed": torch.ones(17, 32)})))
+    message = refusal(
+        read_weights, saved(tmp_path, lambda t: t.update({"pos_embed": torch.ones(17, 32)}))
+    )
     assert "pos_embed is (17, 32), expected 3 dimensions" in message
-    message = refusal(read_weights, saved(tmp_path, lambda t: t.update({"pos_embed": torch.ones(1, 16, 32)})))
+    message = refusal(
+        read_weights, saved(tmp_path, lambda t: t.update({"pos_embed": torch.ones(1, 16, 32)}))
+    )
     assert "15 patches of 8x8 make no square image" in message  # timm's no_embed_class
 
 
 def test_another_network_shows_both_sides(tmp_path):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "a.pth")
     message = refusal(read_weights, tmp_path / "a.pth")
-    assert "not the weights of a ViT" in message and "in all); missing patch_embed.proj.weight, pos_embed" in message
+    assert (
+        "not the weights of a ViT" in message
+        and "in all); missing patch_embed.proj.weight, pos_embed" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -876,7 +1093,10 @@ def test_another_network_shows_both_sides(tmp_path):
         (torch.ones(3), "expected a dict of tensors, got Tensor"),
         ({"model": {}}, "it is empty"),
         ({"model": {"a": torch.ones(1), "b": 3}}, "'b' are something else"),
-        ({"epoch": 3, 4: 5}, "expected a dict of tensors, or one under 'model' or 'state_dict'; 'epoch', 4 are"),
+        (
+            {"epoch": 3, 4: 5},
+            "expected a dict of tensors, or one under 'model' or 'state_dict'; 'epoch', 4 are",
+        ),
     ],
 )
 def test_contents_that_are_not_weights(tmp_path, content, words):
@@ -896,14 +1116,23 @@ def test_own_files_that_lie_about_themselves(tmp_path):
         ({"colour": 1}, "lack, or should not have: colour"),
     ):
         assert words in refusal(read_weights, own_file(tmp_path, model, MAE | change))
-    path = own_file(tmp_path, model, {name: value for name, value in MAE.items() if name != "in_chans"})
+    path = own_file(
+        tmp_path, model, {name: value for name, value in MAE.items() if name != "in_chans"}
+    )
     assert "lack, or should not have: in_chans" in refusal(read_weights, path)
-    torch.save({"model": model.state_dict(), "model_args": MAE, "format_version": 99, **STATS}, tmp_path / "a.pth")
+    torch.save(
+        {"model": model.state_dict(), "model_args": MAE, "format_version": 99, **STATS},
+        tmp_path / "a.pth",
+    )
     assert "has format 99, this version reads 1" in refusal(read_weights, tmp_path / "a.pth")
 
 
 def test_an_own_linear_probe_is_sent_to_its_weights(tmp_path):
-    content = {"model": {"bn.running_mean": torch.ones(3), "weights.0": torch.ones(2, 3)}, "model_args": VIT, **STATS}
+    content = {
+        "model": {"bn.running_mean": torch.ones(3), "weights.0": torch.ones(2, 3)},
+        "model_args": VIT,
+        **STATS,
+    }
     path = checkpoint.save_checkpoint(tmp_path, 3, content, keep_last=1)
     message = refusal(read_weights, path)
     assert "holds only bn.running_mean, weights.0" in message
@@ -952,7 +1181,10 @@ def test_the_tool_takes_the_size_of_images_that_are_not_square(tmp_path, convert
     [
         (["a"], "give either --describe, or DST and --format"),
         (["a", "b"], "give either --describe, or DST and --format"),
-        (["a", "b", "--format", "mae", "--describe"], "give either --describe, or DST and --format"),
+        (
+            ["a", "b", "--format", "mae", "--describe"],
+            "give either --describe, or DST and --format",
+        ),
         (["a", "b", "--format", "onnx"], "invalid choice: 'onnx'"),
         (["none", "--describe"], "none: there is no such file"),
         ([], "SRC"),
@@ -967,6 +1199,11 @@ def test_the_tool_as_a_user_runs_it(tmp_path):
     good = run(command(str(tmp_path / "a.pth"), "--describe", script=TOOL))
     assert (good.returncode, good.stderr) == (0, "")
     assert good.stdout.startswith("MAE (autoencoder): 32 wide, 2 deep, 2 heads")
-    bad = run(command(str(tmp_path / "a.pth"), str(tmp_path / "a.pth"), "--format", "mae", script=TOOL))
+    bad = run(
+        command(str(tmp_path / "a.pth"), str(tmp_path / "a.pth"), "--format", "mae", script=TOOL)
+    )
     assert bad.returncode == 2
-    assert bad.stderr == f"error: {tmp_path / 'a.pth'} is already there: name another target, or remove it\n"
+    assert (
+        bad.stderr
+        == f"error: {tmp_path / 'a.pth'} is already there: name another target, or remove it\n"
+    )

@@ -7,10 +7,11 @@
     python tools/benchmark.py knn
     python tools/benchmark.py probe
 
-Times are medians of rounds in which every variant runs once, in turn, so that a busy machine slows all alike; ratios
-are medians of the rounds' ratios. `step` also gives the share of the peak of matrix products, measured in the same run.
-The peer of step and memory is `transformers.ViTMAEForPreTraining`, left out where it is not installed; that of the
-loader is Pillow with torchvision's transforms. --json writes the figures as one JSON object.
+Times are medians of rounds in which every variant runs once, in turn, so that a busy machine slows
+all alike; ratios are medians of the rounds' ratios. `step` also gives the share of the peak of
+matrix products, measured in the same run. The peer of step and memory is
+`transformers.ViTMAEForPreTraining`, left out where it is not installed; that of the loader is
+Pillow with torchvision's transforms. --json writes the figures as one JSON object.
 """
 
 import argparse
@@ -26,12 +27,12 @@ import timm
 import torch
 import torchvision
 
-from engine.benchmarks.evaluation import benchmark_knn, benchmark_probe
-from engine.benchmarks.loader import benchmark_loader
-from engine.benchmarks.memory import benchmark_memory
-from engine.benchmarks.models import SHAPES
-from engine.benchmarks.processes import benchmark_processes
-from engine.benchmarks.step import benchmark_step
+from tools.benchmarks.evaluation import benchmark_knn, benchmark_probe
+from tools.benchmarks.loader import benchmark_loader
+from tools.benchmarks.memory import benchmark_memory
+from tools.benchmarks.models import SHAPES
+from tools.benchmarks.processes import benchmark_processes
+from tools.benchmarks.step import benchmark_step
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 
@@ -49,8 +50,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs one part, prints its figures and returns them. Raises: InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--rounds", type=int, default=5, help="in which each variant runs once (default 5)")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="step: which (default all)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="in which each variant runs once (default 5)"
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        default=list(SHAPES),
+        help="step: which (default all)",
+    )
     parser.add_argument("--images", help="loader: folder of photographs")
     parser.add_argument("--packed", help="loader: the same, packed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")

@@ -1,12 +1,14 @@
-"""Looks through a data set before training does: kinds, sizes, bad files, classes, equal images in train and val.
+"""Looks through a data set before training does: kinds, sizes, bad files, classes, equal images in
+train and val.
 
     python tools/check_dataset.py PATH
     python tools/check_dataset.py PATH --full --problems bad.jsonl
 
-PATH is what --data_path takes: a folder of images, with train/ and val/ or without, or the shards of pack_dataset.py.
-Headers and the ends of files are read, which finds what is no image or was cut off; --full decodes every image. Images
-are listed and judged by the code that training uses. Exit code: 0 where the stages in question could start and would
-not stop for bad files, 1 where one would not, 2 for a wrong command.
+PATH is what --data_path takes: a folder of images, with train/ and val/ or without, or the shards
+of pack_dataset.py. Headers and the ends of files are read, which finds what is no image or was cut
+off; --full decodes every image. Images are listed and judged by the code that training uses. Exit
+code: 0 where the stages in question could start and would not stop for bad files, 1 where one would
+not, 2 for a wrong command.
 """
 
 import argparse
@@ -24,14 +26,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.check_report import STAGES, report, spread_of
-from data.checks import Looks, Source, joined, look_at, passed_over
-from data.datasets import FolderSource, build_pretrain_source, check_folder
-from data.duplicates import equal_images
-from data.labelled import SPLITS, build_labelled_data, class_folders, folder_labels
-from data.pack_index import INDEX
-from data.packed import PackedSource, open_pack
-from engine.bad_samples import why_training_stops
+from data.labels import SPLITS, build_labelled_data, class_folders, folder_labels
+from data.packs.index import INDEX
+from data.packs.source import PackedSource, open_pack
+from data.sources import FolderSource, build_pretrain_source, check_folder
+from engine.run.bad_samples import why_training_stops
+from tools.checking.checks import Looks, Source, joined, look_at, passed_over
+from tools.checking.duplicates import equal_images
+from tools.checking.report import STAGES, report, spread_of
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 from util.pool import available_cores
@@ -39,7 +41,8 @@ from util.pool import available_cores
 
 @dataclass
 class Split:
-    """One split and what was found in it. labels `(n,)` int64, -1 where an image has none; None without any."""
+    """One split and what was found in it. labels `(n,)` int64, -1 where an image has none; None
+    without any."""
 
     source: Source
     looks: Looks
@@ -56,26 +59,51 @@ class Split:
 
     def class_of(self, index: int) -> str | None:
         """The name of an image's class."""
-        return None if self.labels is None or self.labels[index] < 0 else self.class_names[self.labels[index]]
+        return (
+            None
+            if self.labels is None or self.labels[index] < 0
+            else self.class_names[self.labels[index]]
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Looks and reports; returns the facts that --json writes. Raises: InputError for a wrong command."""
+    """Looks and reports; returns the facts that --json writes. Raises: InputError for a wrong
+    command."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("path", metavar="PATH", type=Path, help="folder of images, or of packed shards")
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, help="folder of images, or of packed shards"
+    )
     parser.add_argument("--full", action="store_true", help="decode every image")
     parser.add_argument(
-        "--for", dest="stages", nargs="+", choices=STAGES, metavar="STAGE",
+        "--for",
+        dest="stages",
+        nargs="+",
+        choices=STAGES,
+        metavar="STAGE",
         help=f"{', '.join(STAGES)}: which must be able to start for exit code 0 (default: pretrain; with class folders "
         "in train/ and a val/ also finetune and lincls)",
-    )  # fmt: skip
-    parser.add_argument("--dataset", choices=("folder", "packed"), help="default: packed where there is an index.json")
-    parser.add_argument("--img_size", type=int, default=224, help="crop to compare sizes with, in pixels (default 224)")
+    )
     parser.add_argument(
-        "--problems", type=Path, metavar="FILE", help="write path and reason of every bad file, as JSONL"
+        "--dataset",
+        choices=("folder", "packed"),
+        help="default: packed where there is an index.json",
+    )
+    parser.add_argument(
+        "--img_size",
+        type=int,
+        default=224,
+        help="crop to compare sizes with, in pixels (default 224)",
+    )
+    parser.add_argument(
+        "--problems",
+        type=Path,
+        metavar="FILE",
+        help="write path and reason of every bad file, as JSONL",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all facts")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: the cores)")
+    parser.add_argument(
+        "--workers", type=int, default=available_cores(), help="processes (default: the cores)"
+    )
     args = parser.parse_args(argv)
     check_folder(args.path)
     facts, splits = check(args)
@@ -93,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def check(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Split]]:
     """Looks at all images; returns the facts, in plain values, and the splits by name."""
     path, started = args.path, time.monotonic()
-    is_packed = any((folder / INDEX).exists() for folder in (path, *(path / split for split in SPLITS)))
+    is_packed = any(
+        (folder / INDEX).exists() for folder in (path, *(path / split for split in SPLITS))
+    )
     dataset = args.dataset or ("packed" if is_packed else "folder")
     errors = {}
     try:
@@ -105,13 +135,20 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Split]]:
     except InputError as error:
         num_classes, errors["labelled"] = 0, str(error)
     total = sum(map(len, sources.values()))
-    with tqdm(total=total, unit="image", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        total=total, unit="image", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
         splits = {name: look_at_split(source, args, bar) for name, source in sources.items()}
         groups = equal_images(
-            list(sources.values()), [split.looks.keys for split in splits.values()], args.full, args.workers
+            list(sources.values()),
+            [split.looks.keys for split in splits.values()],
+            args.full,
+            args.workers,
         )
     verdicts = judge(splits, errors)
-    has_classes = "train" in splits and splits["train"].labels is not None and (path / "val").is_dir()
+    has_classes = (
+        "train" in splits and splits["train"].labels is not None and (path / "val").is_dir()
+    )
     asked = args.stages or ["pretrain", *(["finetune", "lincls"] if has_classes else [])]
     facts = {
         "path": str(path),
@@ -129,7 +166,8 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Split]]:
 
 
 def open_splits(dataset: str, path: Path) -> dict[str, Source]:
-    """The images that pretraining takes, first, and beside a train/ those of val/, where it has any."""
+    """The images that pretraining takes, first, and beside a train/ those of val/, where it has
+    any."""
     first = build_pretrain_source(dataset, str(path), 3, False)
     assert isinstance(first, FolderSource | PackedSource)
     if not (path / "train").is_dir():
@@ -139,7 +177,9 @@ def open_splits(dataset: str, path: Path) -> dict[str, Source]:
     with suppress(InputError):  # where this matters, the evaluations' verdict says it
         if val.is_dir():
             sources["val"] = (
-                open_pack(str(path), 3, ("val",)) if dataset == "packed" else FolderSource(str(val), 3, False)
+                open_pack(str(path), 3, ("val",))
+                if dataset == "packed"
+                else FolderSource(str(val), 3, False)
             )
     return sources
 
@@ -161,7 +201,9 @@ def look_at_split(source: Source, args: argparse.Namespace, bar: Any) -> Split:
         labels = folder_labels(source.names, class_names) if class_names else None
     if labels is None or (labels < 0).all():
         return Split(source, looks, None, [])
-    return Split(source, looks, labels, class_names or [str(label) for label in range(labels.max() + 1)])
+    return Split(
+        source, looks, labels, class_names or [str(label) for label in range(labels.max() + 1)]
+    )
 
 
 def judge(splits: dict[str, Split], errors: dict[str, str]) -> dict[str, str | None]:
@@ -190,15 +232,18 @@ def describe(split: Split, args: argparse.Namespace) -> dict[str, Any]:
         "images": len(split.source),
         "kinds": dict(looks.kinds.most_common()),
         "bad": len(looks.bad),
-        "bad_by_reason": dict(Counter(reason.partition(":")[0] for reason in looks.bad.values()).most_common()),
+        "bad_by_reason": dict(
+            Counter(reason.partition(":")[0] for reason in looks.bad.values()).most_common()
+        ),
         "notes": dict(looks.notes.most_common()),
-        "other_files": {} if isinstance(split.source, PackedSource) else dict(
-            passed_over(split.source.root).most_common()),
+        "other_files": {}
+        if isinstance(split.source, PackedSource)
+        else dict(passed_over(split.source.root).most_common()),
         "bytes": looks.num_bytes,
         "short_side": spread_of(good[:, 0]),
         "long_side": spread_of(good[:, 1]),
         "smaller_than_crop": int((good[:, 0] < args.img_size).sum()),
-    }  # fmt: skip
+    }
     if split.labels is not None:
         counts = np.bincount(split.labels[split.labels >= 0], minlength=len(split.class_names))
         facts["images_per_class"] = dict(zip(split.class_names, counts.tolist(), strict=False))
@@ -210,7 +255,9 @@ def describe(split: Split, args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def describe_groups(groups: list[list[int]], splits: dict[str, Split], path: Path) -> dict[str, Any]:
+def describe_groups(
+    groups: list[list[int]], splits: dict[str, Split], path: Path
+) -> dict[str, Any]:
     """The facts about equal images, whose indices go through all splits."""
     in_order = list(splits.values())
     starts = np.cumsum([0, *(len(split.source) for split in in_order)])
@@ -219,7 +266,9 @@ def describe_groups(groups: list[list[int]], splits: dict[str, Split], path: Pat
     num_val, classes_differ = 0, 0
     for group in groups:
         numbers = (np.searchsorted(starts, group, side="right") - 1).tolist()  # of the splits
-        members = [(in_order[n], index - int(starts[n])) for n, index in zip(numbers, group, strict=True)]
+        members = [
+            (in_order[n], index - int(starts[n])) for n, index in zip(numbers, group, strict=True)
+        ]
         names = [os.path.relpath(split.source.name(index), path) for split, index in members]
         is_leak = len(set(numbers)) > 1
         (leaks if is_leak else others).append(names)
@@ -238,7 +287,9 @@ def describe_groups(groups: list[list[int]], splits: dict[str, Split], path: Pat
 def bad_files(splits: dict[str, Split]) -> list[tuple[str, str]]:
     """Path and reason of each."""
     return [
-        (split.source.name(index), reason) for split in splits.values() for index, reason in split.looks.bad.items()
+        (split.source.name(index), reason)
+        for split in splits.values()
+        for index, reason in split.looks.bad.items()
     ]
 
 

@@ -3,15 +3,16 @@
     python tools/convert_checkpoint.py SRC --describe
     python tools/convert_checkpoint.py SRC DST --format huggingface
 
-SRC is a file or Hugging Face folder of any kind that the README lists. The facts that a foreign file does not record
-and the target needs (heads, target, the size of images that are not square) are given as flags.
+SRC is a file or Hugging Face folder of any kind that the README lists. The facts that a foreign
+file does not record and the target needs (heads, target, the size of images that are not square)
+are given as flags.
 """
 
 import logging
 import sys
 from collections.abc import Sequence
 
-from models.weights import FORMATS, WeightsInfo, complete, read_weights, write_weights
+from models.weights.convert import FORMATS, WeightsInfo, complete, read_weights, write_weights
 from util.errors import InputError, LineParser, run_cli
 
 
@@ -19,13 +20,32 @@ def main(argv: Sequence[str] | None = None) -> WeightsInfo:
     """Describes or converts; returns what was found. Raises: InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("source", metavar="SRC", help="file or Hugging Face folder")
-    parser.add_argument("target", metavar="DST", nargs="?", help="file or, for huggingface, folder; must not be there")
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        nargs="?",
+        help="file or, for huggingface, folder; must not be there",
+    )
     parser.add_argument("--format", choices=FORMATS, help="what to write")
-    parser.add_argument("--describe", action="store_true", help="say what SRC holds and write nothing")
-    parser.add_argument("--img_size", type=int, nargs=2, metavar=("H", "W"), help="images of a foreign file, in pixels")
+    parser.add_argument(
+        "--describe", action="store_true", help="say what SRC holds and write nothing"
+    )
+    parser.add_argument(
+        "--img_size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="images of a foreign file, in pixels",
+    )
     parser.add_argument("--num_heads", type=int, help="of the encoder, where SRC does not say it")
-    parser.add_argument("--decoder_num_heads", type=int, help="of the decoder, where SRC does not say it")
-    parser.add_argument("--norm_pix_loss", choices=("true", "false"), help="of the target, where SRC does not say it")
+    parser.add_argument(
+        "--decoder_num_heads", type=int, help="of the decoder, where SRC does not say it"
+    )
+    parser.add_argument(
+        "--norm_pix_loss",
+        choices=("true", "false"),
+        help="of the target, where SRC does not say it",
+    )
     args = parser.parse_args(argv)
     wanted = [args.target, args.format]
     if any(wanted) if args.describe else not all(wanted):

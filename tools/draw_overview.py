@@ -1,9 +1,11 @@
-"""Draws the method in one picture, with a real image and what a trained model makes of it (figures/overview.png).
+"""Draws the method in one picture, with a real image and what a trained model makes of it
+(figures/overview.png).
 
-    python tools/draw_overview.py --config cfgs/pretrain/ViT-Ti_CIFAR10.yaml --model_path /path/to/pretrain/model \\
-        --img_path /path/to/image --save_path figures/overview.png
+    python tools/draw_overview.py --config cfgs/pretrain/ViT-Ti_CIFAR10.yaml --model_path
+        /path/to/pretrain/model \\ --img_path /path/to/image --save_path figures/overview.png
 
-Takes the settings of tools/run_mae_vis.py, for one image under one mask; --save_path is the picture.
+Takes the settings of tools/run_mae_vis.py, for one image under one mask; --save_path is the
+picture.
 """
 
 import logging
@@ -16,25 +18,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
-from data.pictures import open_images
-from data.sampler import MASK, generator
 from data.transforms import EvalTransform, PixelNormalizer
-from engine.backbone import build_autoencoder
-from engine.pictures import DPI, figure_picture, to_picture, write_png
-from engine.reconstruction import Reconstruction, reconstruct
-from engine.run import check_writable
+from engine.evaluation.from_weights import build_autoencoder
+from engine.pictures.choose import open_images
+from engine.pictures.drawing import DPI, figure_picture, to_picture, write_png
+from engine.pictures.reconstruction import Reconstruction, reconstruct
+from engine.run.folder import check_writable
 from models.mae import MaskedAutoencoder
-from models.masking import Mask, draw_mask
-from util.config import load_config
+from models.masks import Mask, draw_mask
 from util.dist import init_processes
 from util.errors import run_cli
-from util.schema_eval import STAGE_CONFIGS
-from util.schema_tools import OverviewConfig
+from util.rng import MASK, generator
+from util.settings.evaluation import STAGE_CONFIGS
+from util.settings.read import load_config
+from util.settings.tools import OverviewConfig
 
 WIDTH, HEIGHT = 121, 36  # units of the drawing
 ENCODER, DECODER, REMOVED, INK = "#3b6ea5", "#d98c3f", "#c9c9c9", "#333333"
 MIDDLE, SIDE = 19, 18  # height of the arrows, side of an image
-TOKEN, COLUMN, LONGEST = 1.5, 16, 8  # side of a token, tokens one above the other, and how wide all may be
+TOKEN, COLUMN, LONGEST = (
+    1.5,
+    16,
+    8,
+)  # side of a token, tokens one above the other, and how wide all may be
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -44,11 +50,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     path = Path(cfg.save_path)
     check_writable("save_path", path.parent)
-    image = next(iter(open_images("img_path", cfg.img_path, cfg.dataset, cfg.data_path, 1, cfg.in_chans).values()))
+    image = next(
+        iter(
+            open_images(
+                "img_path", cfg.img_path, cfg.dataset, cfg.data_path, 1, cfg.in_chans
+            ).values()
+        )
+    )
     with init_processes(cfg.device) as processes:
         model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
-        mask = draw_mask(cfg.mask, model.grid_size, cfg.mask_ratio[0], generator(cfg.seed[0], MASK, 0))
+        mask = draw_mask(
+            cfg.mask, model.grid_size, cfg.mask_ratio[0], generator(cfg.seed[0], MASK, 0)
+        )
         found = reconstruct(model, EvalTransform(cfg.img_size, 1.0)(image)[None], [mask], normalize)
     write_png(path, draw(model, mask, found))
     print(f"wrote {path}")
@@ -56,17 +70,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def draw(model: MaskedAutoencoder, mask: Mask, found: Reconstruction) -> np.ndarray:
-    """The drawing, left to right: image, kept patches, encoder, all tokens, decoder, reconstruction."""
+    """The drawing, left to right: image, kept patches, encoder, all tokens, decoder,
+    reconstruction."""
     figure = Figure(figsize=(WIDTH / 10, HEIGHT / 10), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.set_axis_off()
     kept, total = mask.kept, model.num_patches
-    original, masked, pasted = (to_picture(picture[0]) for picture in (found.original, found.masked, found.pasted))
+    original, masked, pasted = (
+        to_picture(picture[0]) for picture in (found.original, found.masked, found.pasted)
+    )
     show(axes, original, 2, "image", f"{total} patches")
     show(axes, masked, 25, "masked", f"{total - kept} removed, {kept} kept")
     rows, columns = model.grid_size
     patch_rows, patch_columns = model.patch_size
-    cut = original.reshape(rows, patch_rows, columns, patch_columns, 3).swapaxes(1, 2)  # (rows, columns, P, P, 3)
+    cut = original.reshape(rows, patch_rows, columns, patch_columns, 3).swapaxes(
+        1, 2
+    )  # (rows, columns, P, P, 3)
     patches = cut.reshape(total, patch_rows, patch_columns, 3)
     visible = set(mask.ids_shuffle[:kept].tolist())
     tokens(axes, [patches[index] for index in sorted(visible)], 48)
@@ -74,12 +93,27 @@ def draw(model: MaskedAutoencoder, mask: Mask, found: Reconstruction) -> np.ndar
     tokens(axes, [patches[index] if index in visible else None for index in range(total)], 75)
     trapezoid(axes, 84, 11, 13, 18, DECODER, f"decoder\ndepth {len(model.decoder_blocks)}")
     show(axes, pasted, 100, "reconstruction", "kept patches pasted in")
-    for start, end in ((20.5, 24.5), (43.5, 46.5), (49.5, 52.5), (66.5, 70.5), (79.5, 83.5), (95.5, 99.5)):
-        axes.add_patch(FancyArrowPatch((start, MIDDLE), (end, MIDDLE), arrowstyle="-|>", mutation_scale=11, color=INK))
+    for start, end in (
+        (20.5, 24.5),
+        (43.5, 46.5),
+        (49.5, 52.5),
+        (66.5, 70.5),
+        (79.5, 83.5),
+        (95.5, 99.5),
+    ):
+        axes.add_patch(
+            FancyArrowPatch(
+                (start, MIDDLE), (end, MIDDLE), arrowstyle="-|>", mutation_scale=11, color=INK
+            )
+        )
     notes = (
         (57, ENCODER, "sees the kept patches only;\nstays after pretraining"),
         (75, INK, "mask tokens\nin the gaps"),
-        (89.5, DECODER, f"{'asks for each' if model.decoder == 'cross' else 'sees all'};\ngoes after pretraining"),
+        (
+            89.5,
+            DECODER,
+            f"{'asks for each' if model.decoder == 'cross' else 'sees all'};\ngoes after pretraining",
+        ),
         (109, INK, "loss: squared error of\nthe removed patches"),
     )
     for x, color, words in notes:
@@ -100,7 +134,10 @@ def tokens(axes: Axes, patches: Sequence[np.ndarray | None], center: float) -> N
     size = min(TOKEN, LONGEST / columns)
     top = MIDDLE + size * -(-len(patches) // columns) / 2
     for number, patch in enumerate(patches):
-        x, y = center + (number % columns - columns / 2) * size, top - (number // columns + 1) * size
+        x, y = (
+            center + (number % columns - columns / 2) * size,
+            top - (number // columns + 1) * size,
+        )
         if patch is None:
             axes.add_patch(Rectangle((x, y), 0.85 * size, 0.85 * size, color=REMOVED))
         else:
@@ -108,7 +145,8 @@ def tokens(axes: Axes, patches: Sequence[np.ndarray | None], center: float) -> N
 
 
 def put(axes: Axes, picture: np.ndarray, left: float, bottom: float, side: float) -> None:
-    """A picture in the middle of a square, in its own aspect, without moving the drawing's limits."""
+    """A picture in the middle of a square, in its own aspect, without moving the drawing's
+    limits."""
     height, width = (side * length / max(picture.shape[:2]) for length in picture.shape[:2])
     left, bottom = left + (side - width) / 2, bottom + (side - height) / 2
     extent = (left, left + width, bottom, bottom + height)
@@ -116,7 +154,9 @@ def put(axes: Axes, picture: np.ndarray, left: float, bottom: float, side: float
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
 
 
-def trapezoid(axes: Axes, left: float, width: float, first: float, last: float, color: str, words: str) -> None:
+def trapezoid(
+    axes: Axes, left: float, width: float, first: float, last: float, color: str, words: str
+) -> None:
     """A network: heights `first` at its entry and `last` at its end."""
     right = left + width
     corners = [(left, -first / 2), (left, first / 2), (right, last / 2), (right, -last / 2)]

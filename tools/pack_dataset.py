@@ -1,11 +1,13 @@
-"""Packs a folder of images into tar shards in WebDataset's format, or indexes such shards of others.
+"""Packs a folder of images into tar shards in WebDataset's format, or indexes such shards of
+others.
 
     python tools/pack_dataset.py SRC DST --side 256
     python tools/pack_dataset.py --index /path/to/shards/train/*.tar
 
-SRC is a folder as training takes it: its train/ and val/ (class folders become labels), or any folder of images. Train
-on the shards with --dataset packed --data_path DST. The same command goes on where a killed one stopped. SRC must not
-change meanwhile. With --index nothing is written but the index beside the shards.
+SRC is a folder as training takes it: its train/ and val/ (class folders become labels), or any
+folder of images. Train on the shards with --dataset packed --data_path DST. The same command goes
+on where a killed one stopped. SRC must not change meanwhile. With --index nothing is written but
+the index beside the shards.
 """
 
 import argparse
@@ -20,16 +22,24 @@ from pathlib import Path
 
 import numpy as np
 
-from data.datasets import check_folder
-from data.labelled import SPLITS, check_same_classes
-from data.loaders import BadSample
-from data.pack_index import INDEX, earlier_class_names, open_index, write_index
-from data.packing import STILL, Listing, MadeShard, ShardTask, list_images, make_shard, shard_starts
-from data.shards import index_shard
-from util.config import differences
+from data.labels import SPLITS, check_same_classes
+from data.loader import BadSample
+from data.packs.index import INDEX, earlier_class_names, open_index, write_index
+from data.packs.shards import index_shard
+from data.sources import check_folder
+from tools.packing.packing import (
+    STILL,
+    Listing,
+    MadeShard,
+    ShardTask,
+    list_images,
+    make_shard,
+    shard_starts,
+)
 from util.errors import InputError, LineParser, run_cli
 from util.files import TEMPORARY, write_whole
 from util.pool import available_cores, in_processes
+from util.settings.read import differences
 
 PLAN, BAD_SAMPLES = "packing.json", "bad_samples.jsonl"
 VERSION = 1
@@ -42,12 +52,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     parser.add_argument("source", metavar="SRC", nargs="?", type=Path, help="folder of images")
     parser.add_argument("target", metavar="DST", nargs="?", type=Path, help="folder to pack into")
     parser.add_argument(
-        "--side", type=int, choices=(0, 256, 384, 512), default=256,
+        "--side",
+        type=int,
+        choices=(0, 256, 384, 512),
+        default=256,
         help="larger images are reduced to this short side, in pixels; 0 keeps every file as it is (default 256)",
-    )  # fmt: skip
-    parser.add_argument("--shard_mb", type=positive, default=256.0, help="about so much, in MiB (default 256)")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: the cores)")
-    parser.add_argument("--index", nargs="+", type=Path, metavar="TAR", help="index these shards, all in one folder")
+    )
+    parser.add_argument(
+        "--shard_mb", type=positive, default=256.0, help="about so much, in MiB (default 256)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=available_cores(), help="processes (default: the cores)"
+    )
+    parser.add_argument(
+        "--index", nargs="+", type=Path, metavar="TAR", help="index these shards, all in one folder"
+    )
     args = parser.parse_args(argv)
     if bool(args.index) == (args.target is not None) or (args.index and args.source):
         raise InputError("give either SRC and DST, or --index with tar files")
@@ -73,11 +92,16 @@ def pack(args: argparse.Namespace) -> dict[str, int]:
     has_splits = (args.source / SPLITS[0]).is_dir()
     splits = [name for name in SPLITS if (args.source / name).is_dir()] if has_splits else [""]
     listings = {name: list_images(args.source / name, has_splits) for name in splits}
-    class_names = {name: listing.class_names for name, listing in listings.items() if listing.class_names}
-    if len(class_names) == len(SPLITS):  # else a label would mean another class in train/ than in val/
+    class_names = {
+        name: listing.class_names for name, listing in listings.items() if listing.class_names
+    }
+    if len(class_names) == len(
+        SPLITS
+    ):  # else a label would mean another class in train/ than in val/
         check_same_classes(args.source, class_names)
     return {
-        str(args.target / name): pack_split(listing, args.target / name, args) for name, listing in listings.items()
+        str(args.target / name): pack_split(listing, args.target / name, args)
+        for name, listing in listings.items()
     }
 
 
@@ -92,23 +116,33 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
     with claimed(folder, listing, args):
         if (folder / INDEX).exists() and all(path.exists() for path in paths):
             num_images = len(open_index(folder).entries)
-            logger.info("%s is packed already: %d images in %d shards", folder, num_images, len(paths))
+            logger.info(
+                "%s is packed already: %d images in %d shards", folder, num_images, len(paths)
+            )
             return num_images
         made = list(reported(in_processes(make_shard, tasks, args.workers), tasks, folder))
         if list_images(listing.root, listing.class_names is not None).digest() != listing.digest():
-            raise InputError(f"the images in {listing.root} changed while they were packed: {STILL}")
+            raise InputError(
+                f"the images in {listing.root} changed while they were packed: {STILL}"
+            )
         bad = [entry for shard in made for entry in shard.bad]
         finish(folder, bad)
         shards = [(path.name, shard.content) for path, shard in zip(paths, made, strict=True)]
         num_images = write_index(folder, shards, listing.class_names, args.side, len(bad))
     size = sum(path.stat().st_size for path in paths)
-    logger.info("%s: %d images in %d shards, %.1f MiB", folder, num_images, len(paths), size / 2**20)
+    logger.info(
+        "%s: %d images in %d shards, %.1f MiB", folder, num_images, len(paths), size / 2**20
+    )
     if listing.class_names is None:
         logger.info("%s has no labels: they come from class folders in train/ and val/", folder)
     elif (listing.labels < 0).any():
-        logger.warning("%d images lie in no class folder and have no label", (listing.labels < 0).sum())
+        logger.warning(
+            "%d images lie in no class folder and have no label", (listing.labels < 0).sum()
+        )
     if bad:
-        logger.warning("%d images were left out, see %s; first %s %s", len(bad), folder / BAD_SAMPLES, *bad[0])
+        logger.warning(
+            "%d images were left out, see %s; first %s %s", len(bad), folder / BAD_SAMPLES, *bad[0]
+        )
     return num_images
 
 
@@ -130,8 +164,15 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             if any(entry.name != PLAN + TEMPORARY for entry in folder.iterdir()):
-                raise InputError(f"{folder} is not empty, and no pack was begun there: give a new folder")
-            write_whole(path, lambda target: target.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8"))
+                raise InputError(
+                    f"{folder} is not empty, and no pack was begun there: give a new folder"
+                )
+            write_whole(
+                path,
+                lambda target: target.write_text(
+                    json.dumps(plan, indent=1) + "\n", encoding="utf-8"
+                ),
+            )
         with path.open("r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,7 +191,9 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
         raise InputError(f"{path} is damaged ({error}): give another folder") from error
 
 
-def reported(shards: Iterator[MadeShard], tasks: list[ShardTask], folder: Path) -> Iterator[MadeShard]:
+def reported(
+    shards: Iterator[MadeShard], tasks: list[ShardTask], folder: Path
+) -> Iterator[MadeShard]:
     """Says a line for each shard."""
     started, num_new = time.monotonic(), 0
     for number, (shard, task) in enumerate(zip(shards, tasks, strict=True), start=1):
@@ -159,7 +202,9 @@ def reported(shards: Iterator[MadeShard], tasks: list[ShardTask], folder: Path) 
         rate = num_new / (time.monotonic() - started)
         how = "there already" if shard.was_there else f"{rate:.0f} images/s"
         left_out = f", {len(shard.bad)} left out" if shard.bad else ""
-        logger.info("%s: shard %d of %d, %d images%s, %s", folder, number, len(tasks), count, left_out, how)
+        logger.info(
+            "%s: shard %d of %d, %d images%s, %s", folder, number, len(tasks), count, left_out, how
+        )
         yield shard
 
 
@@ -180,15 +225,26 @@ def index_shards(paths: list[Path], workers: int) -> int:
     folder = paths[0].parent
     elsewhere = [path for path in paths if path.parent != folder]
     if elsewhere:
-        raise InputError(f"shards of one index lie in one folder: {paths[0]} and {elsewhere[0]} do not")
+        raise InputError(
+            f"shards of one index lie in one folder: {paths[0]} and {elsewhere[0]} do not"
+        )
     paths = sorted(set(paths))
-    shards = [(path.name, shard) for path, shard in zip(paths, in_processes(index_shard, paths, workers), strict=True)]
+    shards = [
+        (path.name, shard)
+        for path, shard in zip(paths, in_processes(index_shard, paths, workers), strict=True)
+    ]
     labels = np.concatenate([shard.entries["label"] for _, shard in shards])
     class_names = earlier_class_names(folder)
     if class_names is not None and labels.max(initial=-1) != len(class_names) - 1:
         class_names = None
     num_images = write_index(folder, shards, class_names)
-    logger.info("%s: %d images in %d shards, %d with a label", folder, num_images, len(paths), (labels >= 0).sum())
+    logger.info(
+        "%s: %d images in %d shards, %d with a label",
+        folder,
+        num_images,
+        len(paths),
+        (labels >= 0).sum(),
+    )
     return num_images
 
 

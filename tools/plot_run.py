@@ -2,10 +2,10 @@
 
     python tools/plot_run.py output/pretrain/Vit-S_100E_GAP output/pretrain/ViT-B_400E_Norm_GAP
 
-An argument is a run's folder, or any folder above runs. Writes curves.png (loss and accuracy, where --save_path says,
-else into the folder that the runs have in common) and into each run's folder report.html: figures, curves,
-reconstructions with attention, the k-NN while training, evaluations of its weights that lie beside it, and the
-settings. It may be called while a run goes on.
+An argument is a run's folder, or any folder above runs. Writes curves.png (loss and accuracy, where
+--save_path says, else into the folder that the runs have in common) and into each run's folder
+report.html: figures, curves, reconstructions with attention, the k-NN while training, evaluations
+of its weights that lie beside it, and the settings. It may be called while a run goes on.
 """
 
 import base64
@@ -21,9 +21,9 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine.monitor import PICTURE
-from engine.results import read_results
-from models.weights import weights_digest
+from engine.pictures.monitor import PICTURE
+from engine.run.results import read_results
+from models.weights.convert import weights_digest
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 
@@ -76,14 +76,28 @@ class RunLog(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Writes the picture and the pages; returns their paths, `curves` and `reports`. Raises: InputError."""
+    """Writes the picture and the pages; returns their paths, `curves` and `reports`. Raises:
+    InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", metavar="OUTPUT", nargs="+", type=Path, help="a run's folder, or any folder above runs")
-    parser.add_argument("--save_path", type=Path, metavar="PNG", help="where the picture of all runs goes")
+    parser.add_argument(
+        "runs",
+        metavar="OUTPUT",
+        nargs="+",
+        type=Path,
+        help="a run's folder, or any folder above runs",
+    )
+    parser.add_argument(
+        "--save_path", type=Path, metavar="PNG", help="where the picture of all runs goes"
+    )
     args = parser.parse_args(argv)
-    folders = list(dict.fromkeys(folder.resolve() for path in args.runs for folder in find_runs(path)))
+    folders = list(
+        dict.fromkeys(folder.resolve() for path in args.runs for folder in find_runs(path))
+    )
     common = Path(os.path.commonpath(folders))
-    runs = [RunLog(folder, name_of(folder, common), read_log(folder / "log.jsonl")) for folder in folders]
+    runs = [
+        RunLog(folder, name_of(folder, common), read_log(folder / "log.jsonl"))
+        for folder in folders
+    ]
     curves = args.save_path or common / "curves.png"
     write(curves, draw(runs, COMPARED))
     print(f"wrote {curves}: {', '.join(run.name for run in runs)}")
@@ -94,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The folder itself where it is a run's, else those of the runs below it. Raises: InputError if there is none."""
+    """The folder itself where it is a run's, else those of the runs below it. Raises: InputError if
+    there is none."""
     if (path / "log.jsonl").is_file():
         return [path]
     found = sorted(log.parent for log in path.rglob("log.jsonl"))
@@ -104,12 +119,14 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def name_of(folder: Path, common: Path) -> str:
-    """A run's name in pictures: what differs from the others', or the end of its path where it is alone."""
+    """A run's name in pictures: what differs from the others', or the end of its path where it is
+    alone."""
     return folder.relative_to(common.parent.parent if folder == common else common).as_posix()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a last one that is still being written is left out. Raises: InputError."""
+    """The lines of a log.jsonl; a last one that is still being written is left out. Raises:
+    InputError."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = []
     for number, line in enumerate(lines, start=1):
@@ -119,7 +136,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             found.append(facts)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise InputError(f"{path}, line {number} is no line of a run's log: {line[:60]!r}") from error
+                raise InputError(
+                    f"{path}, line {number} is no line of a run's log: {line[:60]!r}"
+                ) from error
     if not found:
         raise InputError(f"{path} is empty: the run has not logged anything yet")
     return found
@@ -127,7 +146,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
     """A PNG with a panel for each kind of curve that the runs have, over epochs."""
-    present = {title: facts for title, facts in panels.items() if any(run.series(f)[0] for run in runs for f in facts)}
+    present = {
+        title: facts
+        for title, facts in panels.items()
+        if any(run.series(f)[0] for run in runs for f in facts)
+    }
     present = present or {"loss": LOSS}  # nothing yet: an empty panel
     rows = -(-len(present) // COLUMNS)
     figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
@@ -137,11 +160,17 @@ def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
             for style, (fact, words) in enumerate(facts.items()):
                 x, y = run.series(fact)
                 if x:
-                    label = " ".join(word for word in (run.name if len(runs) > 1 else "", words) if word)
+                    label = " ".join(
+                        word for word in (run.name if len(runs) > 1 else "", words) if word
+                    )
                     panel.plot(
-                        x, y, label=label or None, color=f"C{number if len(runs) > 1 else style}",
-                        linestyle=("-", "--", ":", "-.")[style % 4], marker="." if len(x) < 30 else None,
-                    )  # fmt: skip
+                        x,
+                        y,
+                        label=label or None,
+                        color=f"C{number if len(runs) > 1 else style}",
+                        linestyle=("-", "--", ":", "-.")[style % 4],
+                        marker="." if len(x) < 30 else None,
+                    )
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("epoch", fontsize=9)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -161,13 +190,17 @@ def report(run: RunLog) -> str:
     settings = run.folder / "config.yaml"
     bad = run.folder / "bad_samples.jsonl"
     values = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=run.name,
         step=run.lines[-1]["step"],
         epoch=run.lines[-1]["epoch"],
         state=state_of(run, values),
-        figures={words: run.last(fact) for fact, words in FIGURES.items() if run.last(fact) is not None},
+        figures={
+            words: run.last(fact) for fact, words in FIGURES.items() if run.last(fact) is not None
+        },
         curves=as_url(draw([run], OF_ONE_RUN)),
         pictures=as_url(picture.read_bytes()) if picture.exists() else None,
         looks=[line for line in run.lines if "monitor_s" in line],
@@ -178,7 +211,8 @@ def report(run: RunLog) -> str:
 
 
 def evaluations_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results that judge a run's final weights and lie beside it or beside its folder, by their folders' names."""
+    """The results that judge a run's final weights and lie beside it or beside its folder, by their
+    folders' names."""
     weights = folder / "model.safetensors"
     if not weights.exists():
         return {}

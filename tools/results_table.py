@@ -2,7 +2,8 @@
 
     python tools/results_table.py output/quickstart
 
-Reads <folder>/<stage>/results.json and <folder>/<stage>_untrained/results.json for knn, lincls and finetune.
+Reads <folder>/<stage>/results.json and <folder>/<stage>_untrained/results.json for knn, lincls and
+finetune.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.results import read_results
+from engine.run.results import read_results
 from util.errors import InputError, run_cli
 
 STAGES = ("knn", "lincls", "finetune")
@@ -19,8 +20,12 @@ COLUMNS = ("pretrained", "untrained")
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Prints the table and returns it: {stage: {"pretrained": percent, "untrained": percent}}."""
-    parser = argparse.ArgumentParser(description="Top-1 accuracy of pretrained and untrained models.")
-    parser.add_argument("folder", type=Path, help="holds knn/, lincls/, finetune/ and the same with _untrained")
+    parser = argparse.ArgumentParser(
+        description="Top-1 accuracy of pretrained and untrained models."
+    )
+    parser.add_argument(
+        "folder", type=Path, help="holds knn/, lincls/, finetune/ and the same with _untrained"
+    )
     folder = parser.parse_args(argv).folder
     table: dict[str, dict[str, float]] = {}
     rows = [["top-1 %", *COLUMNS, "train / val images"]]

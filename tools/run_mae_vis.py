@@ -1,12 +1,14 @@
 """Pictures of what a masked autoencoder paints (arXiv 2111.06377, figures 2 to 4 and 6).
 
     python tools/run_mae_vis.py --config cfgs/pretrain/ViT-B_400E_Norm_GAP.yaml \\
-        --save_path output/reconstructions --model_path /path/to/pretrain/model --img_path /path/to/image
+        --save_path output/reconstructions --model_path /path/to/pretrain/model --img_path
+        /path/to/image
 
-Of each image, and for each --mask_ratio and --seed, four PNGs: original, masked, prediction, and pasted (the visible
-patches with the prediction in the gaps); and grid.png, all of them with the PSNR of the removed patches. --img_path
-takes several images and folders, and without it validation images of the data set are taken; --mask is random, block
-or grid. The image is resized as a whole and its centre cropped.
+Of each image, and for each --mask_ratio and --seed, four PNGs: original, masked, prediction, and
+pasted (the visible patches with the prediction in the gaps); and grid.png, all of them with the
+PSNR of the removed patches. --img_path takes several images and folders, and without it validation
+images of the data set are taken; --mask is random, block or grid. The image is resized as a whole
+and its centre cropped.
 """
 
 import logging
@@ -15,30 +17,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.pictures import open_images
-from data.sampler import MASK, generator
 from data.transforms import EvalTransform, PixelNormalizer
-from engine.backbone import build_autoencoder
-from engine.pictures import draw_grid, to_picture, write_png
-from engine.reconstruction import COLUMNS, reconstruct, target_caption
-from engine.run import check_writable
+from engine.evaluation.from_weights import build_autoencoder
+from engine.pictures.choose import open_images
+from engine.pictures.drawing import draw_grid, to_picture, write_png
+from engine.pictures.reconstruction import COLUMNS, reconstruct, target_caption
+from engine.run.folder import check_writable
 from models.build import mae_config_problems
-from models.masking import draw_mask
-from util.config import load_config
+from models.masks import draw_mask
 from util.dist import init_processes
 from util.errors import run_cli
-from util.schema_eval import STAGE_CONFIGS
-from util.schema_tools import MaeVisConfig
+from util.rng import MASK, generator
+from util.settings.evaluation import STAGE_CONFIGS
+from util.settings.read import load_config
+from util.settings.tools import MaeVisConfig
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Writes the pictures; returns `grid` (the path of grid.png) and `psnr` in dB by the pictures' names."""
-    cfg = load_config(MaeVisConfig, "run_mae_vis", argv, checks=[mask_problems], siblings=STAGE_CONFIGS)
+    """Writes the pictures; returns `grid` (the path of grid.png) and `psnr` in dB by the pictures'
+    names."""
+    cfg = load_config(
+        MaeVisConfig, "run_mae_vis", argv, checks=[mask_problems], siblings=STAGE_CONFIGS
+    )
     assert cfg.model_path is not None, "the config checks that there are weights"
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = Path(cfg.save_path)
     check_writable("save_path", folder)
-    images = open_images("img_path", cfg.img_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans)
+    images = open_images(
+        "img_path", cfg.img_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans
+    )
     with init_processes(cfg.device) as processes:
         model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)

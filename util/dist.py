@@ -1,4 +1,5 @@
-"""Processes and devices: one process or many under torchrun, on CUDA, MPS or CPU, by the same code."""
+"""Processes and devices: one process or many under torchrun, on CUDA, MPS or CPU, by the same
+code."""
 
 import math
 import os
@@ -40,14 +41,18 @@ class Processes:
 
 @contextmanager
 def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
-    """Joins torchrun's processes, or is a single one where no launcher is, and leaves them at the end.
+    """Joins torchrun's processes, or is a single one where no launcher is, and leaves them at the
+    end.
 
     Waiting for another process fails after `timeout` minutes, and at once where that has ended.
 
-    Raises: InputError where the device asked for is absent; LocalInputError where another process has ended.
+    Raises: InputError where the device asked for is absent; LocalInputError where another process
+    has ended.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, world_size, local_rank, local_world_size = (int(os.environ.get(n, d)) for n, d in zip(names, "0101"))  # noqa: B905
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(n, d)) for n, d in zip(names, "0101", strict=True)
+    )
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -57,11 +62,15 @@ def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
         limit = timedelta(minutes=timeout)
         with watched(timeout):  # gloo waits for a peer that never comes as long as it likes
             store = _store_of_one_machine(world_size, limit)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=limit
+            )
     try:
         yield Processes(rank, world_size, local_rank, local_world_size, chosen)
     except RuntimeError as error:
-        if "gloo/transport" not in str(error) or "Timed out" in str(error):  # the stack of what hangs is of use
+        if "gloo/transport" not in str(error) or "Timed out" in str(
+            error
+        ):  # the stack of what hangs is of use
             raise
         raise LocalInputError(
             f"process {rank} has lost the connection to another one, see that one's message or the launcher's: {error}"
@@ -72,10 +81,12 @@ def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
 
 
 def _store_of_one_machine(world_size: int, timeout: timedelta) -> dist.Store | None:
-    """What torchrun's processes on one machine find each other by; None, on several, is torch's choice.
+    """What torchrun's processes on one machine find each other by; None, on several, is torch's
+    choice.
 
-    It is a file in the launcher's folder for this start, and the processes speak by the loopback interface: torch's own
-    store listens on all interfaces, and after a restart it still has the addresses of processes that ended (2.14.1).
+    It is a file in the launcher's folder for this start, and the processes speak by the loopback
+    interface: torch's own store listens on all interfaces, and after a restart it still has the
+    addresses of processes that ended (2.14.1).
     """
     folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent
     if os.environ.get("GROUP_WORLD_SIZE") != "1" or not folder.name.startswith("attempt_"):
@@ -91,7 +102,13 @@ def _store_of_one_machine(world_size: int, timeout: timedelta) -> dist.Store | N
 def choose_device(device: str, local_rank: int) -> torch.device:
     """The device of a `device:` setting. Raises: InputError."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if device == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local_rank >= count:
@@ -110,7 +127,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What to autocast to for a `precision:` setting; None is plain fp32."""
     if precision == "auto":
         if device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            precision = (
+                "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            )
         elif device.type == "cpu":
             capabilities = torch.cpu.get_capabilities()
             fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -140,7 +159,8 @@ def broadcast(message: Any) -> Any:
 
 @contextmanager
 def first_process_first(processes: Processes) -> Iterator[None]:
-    """Runs its body on the first process of each machine, then on the others: a download happens once."""
+    """Runs its body on the first process of each machine, then on the others: a download happens
+    once."""
     if dist.is_initialized() and processes.local_rank > 0:
         dist.barrier()
     try:
@@ -153,7 +173,8 @@ def first_process_first(processes: Processes) -> Iterator[None]:
 def gather_rows(rows: Tensor, total: int, everywhere: bool = True) -> Tensor:
     """All `total` rows, where process r of w holds the rows r, r + w, ...; on the CPU.
 
-    All processes must call. With `everywhere` False only the first one gets them, and the others none.
+    All processes must call. With `everywhere` False only the first one gets them, and the others
+    none.
     """
     if not dist.is_initialized():
         return rows.cpu()
@@ -161,7 +182,9 @@ def gather_rows(rows: Tensor, total: int, everywhere: bool = True) -> Tensor:
     whole = torch.empty(total if everywhere or is_main else 0, *rows.shape[1:], dtype=rows.dtype)
     longest = -(-total // world_size)
     at_once = max(1, GATHER_BYTES // (world_size * rows.element_size() * math.prod(rows.shape[1:])))
-    for start in range(0, longest, at_once):  # in parts, so that a large `whole` is not there several times
+    for start in range(
+        0, longest, at_once
+    ):  # in parts, so that a large `whole` is not there several times
         padded = torch.zeros(min(at_once, longest - start), *rows.shape[1:], dtype=rows.dtype)
         part = rows[start : start + at_once]
         padded[: len(part)] = part.cpu()

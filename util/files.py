@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all: written under a temporary name, flushed to disk, renamed."""
+"""Files that appear whole or not at all: written under a temporary name, flushed to disk,
+renamed."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ TEMPORARY = ".tmp"  # ending of a file that is not whole yet
 
 
 def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:
-    """Lets `write` fill a file with a temporary name beside `path` and flushes it; removes it where that fails."""
+    """Lets `write` fill a file with a temporary name beside `path` and flushes it; removes it where
+    that fails."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         write(temporary)
@@ -30,7 +32,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_output(path: Path, write: Callable[[Path], object]) -> Path:
-    """As `write_whole`, for what a user sees. Raises: LocalInputError where it cannot be written, as on a full disk."""
+    """As `write_whole`, for what a user sees. Raises: LocalInputError where it cannot be written,
+    as on a full disk."""
     with writing(path):
         write_whole(path, write)
     return path
@@ -38,7 +41,8 @@ def write_output(path: Path, write: Callable[[Path], object]) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """For a block that writes to `path`. Raises: LocalInputError where the system refuses, as on a full disk."""
+    """For a block that writes to `path`. Raises: LocalInputError where the system refuses, as on a
+    full disk."""
     try:
         yield
     except OSError as error:

@@ -17,21 +17,29 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """The results of `function` in the order of the tasks, by so many processes of one thread each; here, where one.
+def in_processes(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
+    """The results of `function` in the order of the tasks, by so many processes of one thread each;
+    here, where one.
 
-    Raises: what `function` raises, after the tasks that are under way; InputError where a process was killed.
+    Raises: what `function` raises, after the tasks that are under way; InputError where a process
+    was killed.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # as torch's loaders start
+    context = multiprocessing.get_context(
+        "fork" if sys.platform == "linux" else "spawn"
+    )  # as torch's loaders start
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
     try:
         yield from executor.map(function, tasks)
     except BrokenProcessPool as error:
-        raise InputError("a process was killed (by lack of memory?): try fewer --workers") from error
+        raise InputError(
+            "a process was killed (by lack of memory?): try fewer --workers"
+        ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 

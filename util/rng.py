@@ -1,4 +1,5 @@
-"""Seeds for libraries that draw from global generators: torch, numpy and `random` (timm uses all three)."""
+"""Seeds for libraries that draw from global generators: torch, numpy and `random` (timm uses all
+three)."""
 
 import random
 from collections.abc import Iterator
@@ -6,6 +7,24 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+# Separate random streams, so that adding one never shifts another.
+ORDER, CROP, MASK, REPLACEMENT, SUBSET, BATCH, HEAD, MONITOR, PACK = range(9)
+
+
+def derive_seed(*coordinates: int) -> int:
+    """A 63-bit seed from coordinates in [0, 2^64) (run seed, stream, ...), another one for each
+    different tuple."""
+    # SeedSequence takes trailing zeros and split words for the same entropy: fixed words and the
+    # length tell them apart
+    words = np.array([len(coordinates), *coordinates], dtype=np.uint64).view(np.uint32)
+    high, low = np.random.SeedSequence(words).generate_state(2).tolist()
+    return (high << 32 | low) >> 1
+
+
+def generator(*coordinates: int) -> torch.Generator:
+    """A torch generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(*coordinates))
 
 
 def seed_libraries(seed: int) -> None:
@@ -17,10 +36,12 @@ def seed_libraries(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int, libraries: bool = False) -> Iterator[None]:
-    """Runs its body with torch's CPU generator at `seed`, and restores it; with `libraries`, numpy and `random` too."""
+    """Runs its body with torch's CPU generator at `seed`, and restores it; with `libraries`, numpy
+    and `random` too."""
     others = (random.getstate(), np.random.get_state()) if libraries else None
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that one seeds the devices, too, and a loader process has none in use.
+        # Not torch.manual_seed: that one seeds the devices, too, and a loader process has none in
+        # use.
         torch.default_generator.manual_seed(seed)
         if libraries:
             random.seed(seed)

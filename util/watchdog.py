@@ -1,7 +1,7 @@
 """Ends a process that hangs, after printing where each of its threads is.
 
-It works where the interpreter itself is stuck, in a call that never returns. Waiting for another process is also
-limited by the time limit of `init_processes`; this one says where it was.
+It works where the interpreter itself is stuck, in a call that never returns. Waiting for another
+process is also limited by the time limit of `init_processes`; this one says where it was.
 """
 
 import faulthandler

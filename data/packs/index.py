@@ -1,0 +1,191 @@
+"""The index of a folder of shards, by which single images are read from them.
+
+`index.npy` holds an entry per image, `names.npy` the members' names one after the other; both are
+mapped into memory. `index.json` holds the shards and the classes. It is written last: without it
+there is no index.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from data.packs.shards import ENTRY, ShardIndex, shard_fingerprint
+from util.errors import DataError, InputError
+from util.files import write_whole
+
+VERSION = 1
+INDEX, ENTRIES, NAMES = "index.json", "index.npy", "names.npy"
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """A shard in index.json."""
+
+    name: str
+    size: int
+    fingerprint: str
+    num_images: int
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """An opened index: entries `(n,)` of ENTRY, names `(bytes,)` uint8.
+
+    class_names: in the order of the labels, None where they are not known.
+    fingerprint: of the images' names, labels and contents, however they are spread over shards.
+    """
+
+    shards: list[ShardFacts]
+    class_names: list[str] | None
+    fingerprint: str
+    entries: np.ndarray
+    names: np.ndarray
+
+    def name(self, index: int) -> str:
+        """The name of an image's member."""
+        start = int(self.entries[index]["name"])
+        end = (
+            int(self.entries[index + 1]["name"])
+            if index + 1 < len(self.entries)
+            else len(self.names)
+        )
+        return self.names[start:end].tobytes().decode("utf-8", "surrogateescape")
+
+
+def write_index(
+    folder: Path,
+    shards: Iterable[tuple[str, ShardIndex]],
+    class_names: list[str] | None,
+    side: int | None = None,
+    num_left_out: int = 0,
+) -> int:
+    """Writes the index of shards by name, in place of an earlier one; returns the number of images.
+
+    `side` and `num_left_out` are for people to read. Raises: InputError where there is no image, or
+    no space.
+    """
+    facts, parts = [], []
+    names: list[bytes] = []
+    for number, (name, shard) in enumerate(shards):
+        facts.append(ShardFacts(name, shard.size, shard.fingerprint, len(shard.entries)))
+        parts.append(shard.entries.copy())
+        parts[-1]["shard"] = number
+        names += shard.names
+    entries = np.concatenate(parts)
+    if not len(entries):
+        raise InputError(f"there is no image in the shards of {folder}")
+    entries["name"] = np.cumsum([0, *map(len, names)])[:-1]
+    text = b"".join(names)
+    digest = hashlib.sha256(text)
+    for column in ("name", "length", "crc32", "label"):
+        digest.update(entries[column].tobytes())
+    content = {
+        "version": VERSION,
+        "num_images": len(entries),
+        "num_labelled": int((entries["label"] >= 0).sum()),
+        "num_left_out": num_left_out,
+        "side": side,
+        "class_names": class_names,
+        "fingerprint": digest.hexdigest(),
+        "shards": [asdict(shard) for shard in facts],
+    }
+    text_of_index = json.dumps(content, indent=1) + "\n"
+    try:
+        (folder / INDEX).unlink(missing_ok=True)
+        write_whole(folder / ENTRIES, partial(_save_array, entries))
+        write_whole(folder / NAMES, partial(_save_array, np.frombuffer(text, np.uint8)))
+        write_whole(
+            folder / INDEX, lambda target: target.write_text(text_of_index, encoding="utf-8")
+        )
+    except OSError as error:
+        raise InputError(f"the index of {folder} cannot be written: {error.strerror}") from error
+    return len(entries)
+
+
+def _save_array(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # by name np.save would add an ending
+        np.save(file, array)
+
+
+def open_index(folder: Path) -> PackIndex:
+    """The index of a folder of shards, which are still those that it was made of.
+
+    Raises: DataError where index or shards are missing or damaged, or do not fit one another;
+    InputError where there is no folder.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"data_path {folder} {'is not a folder' if folder.exists() else 'does not exist'}"
+        )
+    again = f"python tools/pack_dataset.py --index {folder}/*.tar"
+    try:
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        shards = [ShardFacts(**facts) for facts in content["shards"]]
+        entries, names = (
+            np.load(folder / name, mmap_mode="r").view(np.ndarray) for name in (ENTRIES, NAMES)
+        )
+        index = PackIndex(shards, content["class_names"], content["fingerprint"], entries, names)
+        fits = (
+            (content["version"], entries.dtype, names.dtype) == (VERSION, ENTRY, np.uint8)
+            and len(entries) == sum(shard.num_images for shard in shards) > 0
+            and all(Path(shard.name).name == shard.name for shard in shards)
+        )
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} has no {Path(error.filename).name}: give the command that packed it again, or for shards from "
+            f"elsewhere {again}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise DataError(
+            f"the index of {folder} is damaged ({error}): index the shards again, {again}"
+        ) from error
+    if not fits:
+        raise DataError(
+            f"the files of the index of {folder} do not fit one another: index the shards again, {again}"
+        )
+    missing = [shard.name for shard in shards if not (folder / shard.name).exists()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(shards)} shards in {folder} are missing: {missing[0]}"
+        )
+    changed = _changed_shard(folder, index)
+    if changed is not None:
+        raise DataError(
+            f"the index of {folder} is older than its shards ({changed}): index them again, {again}"
+        )
+    return index
+
+
+def earlier_class_names(folder: Path) -> list[str] | None:
+    """The class names in a folder's index, whether or not its shards have changed; None where there
+    are none."""
+    try:
+        return json.loads((folder / INDEX).read_text(encoding="utf-8"))["class_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _changed_shard(folder: Path, index: PackIndex) -> str | None:
+    """The name of the first shard that is not as its index says."""
+    start = 0
+    for shard in index.shards:
+        offsets = index.entries["offset"][start : start + shard.num_images]
+        start += shard.num_images
+        path = folder / shard.name
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if (size, shard_fingerprint(file.fileno(), size, offsets)) != (
+                    shard.size,
+                    shard.fingerprint,
+                ):
+                    return shard.name
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    return None

@@ -1,0 +1,132 @@
+"""`dataset: packed`: images read from tar shards at the place that an index gives.
+
+Each image's crc32 is checked before it is decoded. Epochs are ordered by blocks of neighbours
+(`data/sampler.py`), so that a block can be read ahead in one go.
+"""
+
+import os
+import zlib
+from collections import OrderedDict, deque
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from data.images import BadImageError, decode_image
+from data.packs.index import open_index
+from util.errors import DataError
+
+# shards that a process holds open, blocks that it has read ahead: twice what one mixing takes
+RECENT = 128
+
+
+class PackedSource:
+    """The images in a folder of shards. Raises: DataError where index and shards do not fit."""
+
+    block_size = 256  # neighbours that are read at about the same time
+    reads_ahead = (
+        False  # set where every image will be read, block by block; for a few it would be a waste
+    )
+
+    def __init__(self, folder: Path, in_chans: int):
+        self.folder = folder
+        self.in_chans = in_chans
+        self.index = open_index(folder)
+        self.files: OrderedDict[int, FileIO] = (
+            OrderedDict()
+        )  # by shard, the one used last at the end
+        self.announced: deque[int] = deque(maxlen=RECENT)  # blocks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a process that is spawned opens its own
+        return type(self), (self.folder, self.in_chans), {"reads_ahead": self.reads_ahead}
+
+    def __len__(self) -> int:
+        return len(self.index.entries)
+
+    def read(self, index: int) -> Tensor:
+        return decode_image(self.read_bytes(index), self.in_chans)
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image's file. Raises: BadImageError where it is not as it was when it was indexed."""
+        shard, offset, length, crc32, _, _ = self.index.entries[index].tolist()
+        where = f"{self.index.shards[shard].name} at byte {offset}, member {self.index.name(index)}"
+        if (
+            offset + length > self.index.shards[shard].size
+        ):  # else a damaged index makes it allocate any length
+            raise BadImageError(f"cannot be read: {where}, would end behind the shard")
+        if self.reads_ahead:
+            self._announce(index // self.block_size)
+        try:
+            content = os.pread(self._descriptor(shard), length, offset)
+        except OSError as error:
+            raise BadImageError(f"cannot be read: {where}: {error.strerror}") from error
+        if len(content) < length:
+            raise BadImageError(f"is cut off: {where}, has {len(content)} of {length} bytes")
+        if zlib.crc32(content) != crc32:
+            raise BadImageError(
+                f"is damaged: {where}, has the crc32 {zlib.crc32(content):08x}, expected {crc32:08x}"
+            )
+        return content
+
+    def _descriptor(self, shard: int) -> int:
+        """Of an open shard; reading at an offset moves no position, so processes may share what
+        they inherit."""
+        if shard not in self.files:
+            if len(self.files) >= RECENT:
+                self.files.popitem(last=False)[1].close()
+            self.files[shard] = FileIO(self.folder / self.index.shards[shard].name)
+        self.files.move_to_end(shard)
+        return self.files[shard].fileno()
+
+    def _announce(self, block: int) -> None:
+        """Has the system read a block from the disk, in one go and without waiting, unless that was
+        done just now."""
+        if block in self.announced or not hasattr(os, "posix_fadvise"):
+            return
+        self.announced.append(block)
+        entries = self.index.entries[block * self.block_size : (block + 1) * self.block_size]
+        for shard in np.unique(entries["shard"]):
+            inside = entries[entries["shard"] == shard]
+            first, last = inside[0], inside[-1]
+            with suppress(OSError):  # whoever reads an image there will say so
+                length = int(last["offset"] + last["length"] - first["offset"])
+                os.posix_fadvise(
+                    self._descriptor(int(shard)),
+                    int(first["offset"]),
+                    length,
+                    os.POSIX_FADV_WILLNEED,
+                )
+
+    def name(self, index: int) -> str:
+        shard = self.index.shards[self.index.entries[index]["shard"]]
+        return str(self.folder / shard.name / self.index.name(index))
+
+    def fingerprint(self) -> str:
+        return self.index.fingerprint
+
+
+class LabelledPack(PackedSource):
+    """As PackedSource, with the labels `(n,)` int64 of the images, -1 where there is none.
+
+    Raises: DataError also where no image has a label.
+    """
+
+    def __init__(self, folder: Path, in_chans: int):
+        super().__init__(folder, in_chans)
+        self.labels = self.index.entries["label"].astype(np.int64)
+        if (self.labels < 0).all():
+            raise DataError(
+                f"the images in {folder} have no labels, which evaluation needs: pack a folder with class folders"
+            )
+
+
+def open_pack(data_path: str, in_chans: int, splits: tuple[str, ...]) -> PackedSource:
+    """The first of `splits` that the folder has, or the shards in the folder itself. Raises:
+    InputError."""
+    root = Path(data_path)
+    found = [root / split for split in splits if (root / split).is_dir()]
+    return PackedSource(found[0] if found else root, in_chans)

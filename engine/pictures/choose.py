@@ -1,0 +1,99 @@
+"""Images to make pictures of: those that are named, files or folders of them, or a data set's
+validation images."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from data.images import BadImageError, decode_image
+from data.labels import build_labelled_data
+from data.packs.source import open_pack
+from data.sources import FolderSource, ImageSource
+from util.errors import InputError
+
+
+def open_images(
+    setting: str,
+    paths: Sequence[str],
+    dataset: str,
+    data_path: str | None,
+    num_images: int,
+    in_chans: int,
+) -> dict[str, Tensor]:
+    """Images, uint8 `(C, H, W)`, by unique names to call files by; without `paths` those of the
+    data set.
+
+    Raises: InputError naming `setting` for a path that is not there, is no image, or a folder
+    without any.
+    """
+    if paths:
+        return {
+            name: _read(setting, path, in_chans)
+            for name, path in find_images(paths, num_images).items()
+        }
+    source = validation_source(dataset, data_path, in_chans)
+    found = {}
+    for index in spread(len(source), num_images):
+        try:
+            found[f"val_{index:05d}"] = source.read(index)
+        except BadImageError as error:
+            raise InputError(f"validation image {source.name(index)}: {error}") from error
+    return found
+
+
+def validation_source(dataset: str, data_path: str | None, in_chans: int) -> ImageSource:
+    """The validation images of a data set; all of a folder, the training images of a pack, that has
+    no val/.
+
+    Raises: InputError.
+    """
+    if dataset not in ("folder", "packed"):
+        return build_labelled_data(dataset, data_path, in_chans, False, None).val
+    assert data_path is not None, "the config checks that data_path is given"
+    if dataset == "packed":
+        return open_pack(data_path, in_chans, ("val", "train"))
+    split = Path(data_path) / "val"
+    return FolderSource(str(split if split.is_dir() else data_path), in_chans, prefer_train=False)
+
+
+def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:
+    """Image files by unique, printable names, in order; of a folder `num_images`, evenly spaced.
+
+    Raises: InputError for a folder without images.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if os.path.isdir(path):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
+            source = FolderSource(path, in_chans=3, prefer_train=False)
+            files += [Path(source.name(index)) for index in spread(len(source), num_images)]
+        else:
+            files.append(Path(path))
+    names = [
+        file.stem.encode(errors="replace").decode() for file in files
+    ]  # a file's name may be no text
+    alone = len(set(names)) == len(names)
+    return {
+        name if alone else f"{place}_{name}": file
+        for place, (name, file) in enumerate(zip(names, files, strict=True))
+    }
+
+
+def _read(setting: str, path: Path, in_chans: int) -> Tensor:
+    """One image, uint8 `(C, H, W)`. Raises: InputError naming `setting` for a file that is no
+    readable image."""
+    try:
+        return decode_image(path.read_bytes(), in_chans)
+    except FileNotFoundError as error:
+        raise InputError(f"{setting} {path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"{setting} {path} cannot be read: {error.strerror}") from error
+    except BadImageError as error:
+        raise InputError(f"{setting} {path}: {error}") from error
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` indices below `total`, evenly spaced."""
+    return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]

@@ -1,0 +1,66 @@
+"""Images per second and core from files to crops, beside the public code's pipeline."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from data.images import decode_image
+from data.packs.source import open_pack
+from data.sources import FolderSource
+from data.transforms import pretrain_transform
+from tools.benchmarks.timing import Variants, interleaved, ratio
+
+MOST = 250  # images
+
+
+def benchmark_loader(images: str, packed: str | None, rounds: int) -> dict[str, Any]:
+    """Images per second on one core, from a folder's files (and the same packed) to a crop of 224,
+    beside Pillow's.
+
+    Raises: InputError where there are no images.
+    """
+    source = FolderSource(images, in_chans=3, prefer_train=False)
+    count = min(len(source), MOST)
+    paths = [source.name(index) for index in range(count)]
+    crop = pretrain_transform(224, 0.2, "bicubic", 0.5)
+    theirs = v2.Compose(
+        [
+            v2.RandomResizedCrop(224, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+    def pillow() -> None:
+        for path in paths:
+            theirs(Image.open(path).convert("RGB"))
+
+    def files() -> None:
+        for path in paths:
+            crop(decode_image(Path(path).read_bytes(), 3))
+
+    variants: Variants = {"pillow": pillow, "folder": files}
+    if packed is not None:
+        shards = open_pack(packed, 3, ("train",))
+        variants["packed"] = lambda: [
+            crop(shards.read(index % len(shards))) for index in range(count)
+        ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader process
+    try:
+        seconds = interleaved(variants, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    found: dict[str, Any] = {
+        "images_per_s": {name: count / statistics.median(s) for name, s in seconds.items()}
+    }
+    found["over_pillow"] = {
+        name: ratio(seconds, "pillow", name) for name in seconds if name != "pillow"
+    }
+    return found
