@@ -37,7 +37,6 @@ from engine.run.resume import plan_resumable, run_facts
 from engine.run.saving import Saver
 from engine.run.state import TrainState
 from models.build import classifier_config_problems
-from models.vit import VisionTransformer
 from util.dist import autocast_dtype
 from util.errors import run_cli
 from util.rng import BATCH, derive_seed, seed_libraries
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return run.finish(results, run.output_dir / "eval.json")
 
         saved = load_newest_checkpoint(run.output_dir)
-        facts = run_facts(cfg, classifier.model_args, source, classifier.sha256)
+        facts = run_facts(cfg, model.spec, source, classifier.sha256)
         plan = plan_resumable(cfg, run, len(source), saved, facts)
         to_device(model, cfg, run)
         optimizer = build_adamw(
@@ -108,8 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
                     judge(run, state, epoch, evaluator, best)
         final = judge(run, state, state.step // plan.steps_per_epoch, evaluator, best)
-        build = partial(VisionTransformer, **facts["model_args"])
-        trained = whole_model(state.model, build, torch.device("cpu"), keep=run.processes.is_main)
+        trained = whole_model(state.model, torch.device("cpu"), keep=run.processes.is_main)
         if run.processes.is_main:
             save_weights(weights_path(run.output_dir), trained, facts)
         results = {"protocol": "fine-tuning" if cfg.finetune else "from scratch", **origin, **final}
@@ -126,9 +124,7 @@ def judge(
 
     Logs the accuracies, keeps the best weights, and returns them for results.json.
     """
-    model = whole_model(
-        state.model, partial(VisionTransformer, **best.facts["model_args"]), run.device
-    )
+    model = whole_model(state.model, run.device)
     (scores,) = evaluator(model.eval())
     model.train()
     facts = {

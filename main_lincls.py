@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             evaluators["held_out"] = Evaluator(cfg, run, held_out, data.class_names)
 
         saved = load_newest_checkpoint(run.output_dir)
-        facts = run_facts(cfg, classifier.model_args, source, classifier.sha256)
+        facts = run_facts(cfg, backbone.spec, source, classifier.sha256)
         plan = plan_resumable(cfg, run, len(source), saved, facts)
         head = generator(cfg.seed, HEAD)
         probes = LinearProbes(

@@ -29,8 +29,7 @@ from engine.run.folder import Run, open_run
 from engine.run.resume import plan_resumable, run_facts
 from engine.run.saving import Saver
 from engine.run.state import TrainState
-from models.build import build_mae, mae_config_problems, model_kwargs
-from models.mae import MaskedAutoencoder
+from models.build import build_model, mae_config_problems, mae_spec
 from util.dist import autocast_dtype, broadcast, first_process_first
 from util.errors import run_cli
 from util.settings.evaluation import STAGE_CONFIGS
@@ -49,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with open_run(cfg) as run:
         with first_process_first(run.processes) if cfg.download else nullcontext():
             source = build_pretrain_source(cfg.dataset, cfg.data_path, cfg.in_chans, cfg.download)
+        spec = mae_spec(cfg)
         saved = load_newest_checkpoint(run.output_dir)
-        facts = run_facts(cfg, model_kwargs(MaskedAutoencoder, cfg), source)
+        facts = run_facts(cfg, spec, source)
         plan = plan_resumable(cfg, run, len(source), saved, facts)
 
         torch.manual_seed(cfg.seed)
-        model = prepare_model(build_mae(cfg), cfg, run)
+        model = prepare_model(build_model(spec), cfg, run)
         optimizer = build_adamw(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
         state = TrainState.begin(
             model, optimizer, run.device, autocast_dtype(cfg.precision, run.device)
@@ -99,8 +99,7 @@ def finish(
     """Writes the weights for others to use unless they are there, and returns what `main`
     returns."""
     if broadcast(not weights_path(run.output_dir).exists()):
-        build = partial(MaskedAutoencoder, **facts["model_args"])
-        model = whole_model(state.model, build, torch.device("cpu"), keep=run.processes.is_main)
+        model = whole_model(state.model, torch.device("cpu"), keep=run.processes.is_main)
         if run.processes.is_main:
             logger.info("wrote %s", save_weights(weights_path(run.output_dir), model, facts))
     last = {"loss": state.epoch_losses[-1], **(figures or {})}

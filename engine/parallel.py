@@ -13,7 +13,6 @@ are `DTensor`s.
 import atexit
 import logging
 import time
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.run.folder import Run
+from models.build import build_model
 from util.dist import autocast_dtype
 from util.errors import InputError
 
@@ -89,21 +89,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_model(
-    model: ModelT, build: Callable[[], ModelT], device: torch.device, keep: bool = True
-) -> ModelT:
+def whole_model(model: ModelT, device: torch.device, keep: bool = True) -> ModelT:
     """The model itself, or where it is sharded a frozen copy of it in one piece; all processes must
     call.
 
     Args:
-        build: makes a model of the same shape.
         device: of the copy.
         keep: False only helps the others: what it returns is not to be used.
     """
     if not is_sharded(model):
         return model
     with torch.device("meta"):
-        copy = build()
+        copy: Any = build_model(model.spec)  # type: ignore[call-overload]
     tensors = {}
     for name, shard in model.state_dict().items():
         tensor = whole(shard)

@@ -18,15 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.lean import gelu_linear, is_lean, linear
+from models.spec import EncoderSpec, pair
 
 LAYER_NORM_EPS = 1e-6
 # On CPU the fused kernel's backward is several times slower on short sequences, and its memory
 # saving only matters on long ones.
 CPU_FUSED_FROM_TOKENS = 512
-# From here on attention weights are what a block keeps most of; they are then computed again for
-# the gradient.
-WEIGHTS_AGAIN_FROM_TOKENS = 128
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -42,23 +39,16 @@ class PatchEmbed(nn.Module):
     """Linear projection of patch vectors; the weight keeps the convolution's shape of published
     checkpoints."""
 
-    def __init__(self, patch_size: tuple[int, int], in_chans: int, embed_dim: int):
+    def __init__(self, spec: EncoderSpec):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        size = pair(spec.patch_size)
+        self.proj = nn.Conv2d(spec.in_chans, spec.embed_dim, kernel_size=size, stride=size)
 
     def forward(self, patches: Tensor) -> Tensor:
         """`(B, N, P*P*C)` in (p, p, c) order -> `(B, N, D)`, for any subset of an image's
         patches."""
         weight = rearrange(self.proj.weight, "d c p q -> d (p q c)")
         return F.linear(patches, weight, self.proj.bias)  # (B, N, D)
-
-
-class Linear(nn.Linear):
-    """A linear layer that keeps little for its gradient where `is_lean`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(*, D)` -> `(*, D')`."""
-        return linear(x, self.weight, self.bias) if is_lean(x) else super().forward(x)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -77,10 +67,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The first half of `explicit_attention`, by the path that is fastest on the device at this
     length."""
     if q.device.type == "cpu" and k.shape[2] < CPU_FUSED_FROM_TOKENS:
-        if is_lean(q) and k.shape[2] >= WEIGHTS_AGAIN_FROM_TOKENS:
-            return checkpoint(
-                explicit_attention, q, k, v, scale, use_reentrant=False, preserve_rng_state=False
-            )[0]
         return explicit_attention(q, k, v, scale)[0]
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
@@ -93,8 +79,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(
@@ -120,9 +106,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.q = Linear(dim, dim)
-        self.kv = Linear(dim, 2 * dim)
-        self.proj = Linear(dim, dim)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """`(B, T, D)` queries, `(B, S, D)` memory -> `(B, T, D)`."""
@@ -140,15 +126,12 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, D)` -> `(B, T, D)`."""
-        x = self.fc1(x)
-        if is_lean(x):
-            return gelu_linear(x, self.fc2.weight, self.fc2.bias)
-        return self.fc2(F.gelu(x))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -195,13 +178,19 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def encoder_blocks(spec: EncoderSpec, drop_path_rate: float = 0.0) -> nn.ModuleList:
+    """The encoder's blocks; stochastic depth rises linearly from 0 to `drop_path_rate`."""
+    rates = [drop_path_rate * i / max(spec.depth - 1, 1) for i in range(spec.depth)]
+    return nn.ModuleList(
+        Block(spec.embed_dim, spec.num_heads, spec.mlp_ratio, rate) for rate in rates
+    )
+
+
 def run_blocks(blocks: nn.ModuleList, x: Tensor, *memory: Tensor, checkpointing: bool) -> Tensor:
     """`x` through all blocks; with `checkpointing` each block is computed again for its gradient
     instead of kept."""
     for block in blocks:
-        if (
-            checkpointing
-        ):  # no block draws anything here: stochastic depth belongs to the classifier
+        if checkpointing:  # no block draws here: stochastic depth belongs to the classifier
             x = checkpoint(block, x, *memory, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x, *memory)

@@ -1,15 +1,19 @@
-"""Builds models from configs: the size table, and one name for a setting from YAML to constructor.
+"""Models from settings: the table of sizes, and the specification that a stage's settings ask for.
 
-`size: small` fills the four keys of VIT_SIZES that the config leaves null; every constructor
-keyword that a config carries under the same name is passed on, so nothing is renamed on the way.
+`size: small` fills the four keys of VIT_SIZES that the settings leave null.
 """
 
-import inspect
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar, overload
 
-from models.mae import MaskedAutoencoder
-from models.spec import mae_problems, vit_problems
-from models.vit import VisionTransformer, readout_problems
+import torch
+
+from models.mae import DECODER_NAMES, MaskedAutoencoder
+from models.spec import ClassifierSpec, EncoderSpec, MAESpec, ModelSpec
+from models.vit import VisionTransformer
+from util.settings.base import ModelConfig
+from util.settings.evaluation import ClassifierConfig
+from util.settings.pretrain import AutoencoderConfig
 
 # tiny and debug: DeiT (arXiv 2012.12877, table 1) and a size for tests. small: DeiT. base, large,
 # huge: ViT (arXiv 2010.11929, table 1). giant: 1664 wide, 48 deep as in arXiv 2106.04560, table 2,
@@ -23,42 +27,68 @@ VIT_SIZES: dict[str, dict[str, int]] = {
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14},
     "giant": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "patch_size": 14},
 }
+SpecT = TypeVar("SpecT", bound=EncoderSpec)
 
 
-def model_kwargs(model: type | Any, cfg: Any, **overrides: Any) -> dict[str, Any]:
-    """The keywords that `model` (a constructor or function) takes and `cfg` carries, with `size`
-    filled in.
+def mae_spec(cfg: AutoencoderConfig, **decided: Any) -> MAESpec:
+    """The autoencoder that settings ask for; `decided` are fields that come before theirs."""
+    return _spec(MAESpec, cfg, decided)
 
-    `overrides` are values that a config leaves open (null) and data or weights decide; they come
-    before `cfg`'s.
+
+def classifier_spec(cfg: ClassifierConfig, **decided: Any) -> ClassifierSpec:
+    """The classifier that settings ask for; `decided` are the fields that data and weights decide:
+    `num_classes`, `class_token`, `fc_norm`."""
+    return _spec(ClassifierSpec, cfg, decided)
+
+
+@overload
+def build_model(spec: MAESpec) -> MaskedAutoencoder: ...
+@overload
+def build_model(spec: ClassifierSpec) -> VisionTransformer: ...
+def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer:
+    """The freshly initialised model of a specification.
+
+    Raises: InputError for a model that cannot be.
     """
+    values = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    if isinstance(spec, MAESpec):
+        return MaskedAutoencoder(**values)
+    return VisionTransformer(**values)
+
+
+def encoder_of(model: MaskedAutoencoder) -> VisionTransformer:
+    """The encoder of a model in training as a frozen classifier, read by the mean of its patch
+    tokens.
+
+    It shares the model's tensors: nothing is copied, and what training changes shows here. Its head
+    has one class and weights of zero.
+    """
+    shared = {f.name: getattr(model.spec, f.name) for f in fields(EncoderSpec)}
+    with torch.device("meta"):
+        encoder = VisionTransformer(**shared, num_classes=1, global_pool="avg", fc_norm=False)
+    tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(DECODER_NAMES)}
+    device = model.pos_embed.device
+    for name, tensor in encoder.head.state_dict().items():
+        tensors[f"head.{name}"] = torch.zeros(tensor.shape, device=device)
+    encoder.load_state_dict(tensors, strict=True, assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def mae_config_problems(cfg: AutoencoderConfig, **decided: Any) -> list[str]:
+    """What is wrong with the autoencoder that settings ask for, one line each."""
+    return mae_spec(cfg, **decided).problems()
+
+
+def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:
+    """What is wrong with the classifier that settings ask for, one line each."""
+    # Data and weights decide the rest, and a class token where the settings are silent.
+    class_token = cfg.class_token is not False
+    return classifier_spec(cfg, num_classes=1, class_token=class_token, fc_norm=None).problems()
+
+
+def _spec(kind: type[SpecT], cfg: ModelConfig, decided: dict[str, Any]) -> SpecT:
     row = VIT_SIZES[cfg.size]
-    names = inspect.signature(model).parameters
-    values = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)} | overrides
-    return {
-        name: row[name] if value is None and name in row else value
-        for name, value in values.items()
-    }
-
-
-def build_mae(cfg: Any, **overrides: Any) -> MaskedAutoencoder:
-    """The autoencoder of a `PretrainConfig`. Raises: InputError for a geometry that cannot be."""
-    return MaskedAutoencoder(**model_kwargs(MaskedAutoencoder, cfg, **overrides))
-
-
-def build_classifier(cfg: Any, **overrides: Any) -> VisionTransformer:
-    """The classifier of a config that carries `VisionTransformer`'s keywords. Raises:
-    InputError."""
-    return VisionTransformer(**model_kwargs(VisionTransformer, cfg, **overrides))
-
-
-def mae_config_problems(cfg: Any, **overrides: Any) -> list[str]:
-    """What is wrong with the geometry in a `PretrainConfig`, one line each, without building it."""
-    return mae_problems(**model_kwargs(mae_problems, cfg, **overrides))
-
-
-def classifier_config_problems(cfg: Any) -> list[str]:
-    """What is wrong with the geometry and the readout in a classifier's config, one line each."""
-    return vit_problems(**model_kwargs(vit_problems, cfg)) + readout_problems(
-        cfg.global_pool, cfg.class_token
-    )
+    stated = {f.name: getattr(cfg, f.name) for f in fields(kind) if hasattr(cfg, f.name)}
+    values: dict[str, Any] = stated | decided
+    missing = {n: row[n] for n, value in values.items() if value is None and n in row}
+    return kind(**(values | missing))

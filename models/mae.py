@@ -13,6 +13,7 @@ before a token count stands for the class token where there is one.
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -24,14 +25,19 @@ from models.blocks import (
     Block,
     CrossBlock,
     PatchEmbed,
+    encoder_blocks,
     init_for_pretraining,
     patchify,
     run_blocks,
 )
 from models.pos_embed import sincos_pos_embed
-from models.spec import Size, mae_problems, num_kept, num_predicted, pair
+from models.spec import MAESpec, pair
 from util.errors import InputError
 
+DECODER_NAMES = (
+    "decoder_",
+    "mask_token",
+)  # how the names of the tensors begin that an encoder has no use for
 TARGET_VAR_EPS = 1e-6  # added to a patch's variance under the root
 
 
@@ -59,74 +65,48 @@ class MaskedAutoencoder(nn.Module):
     Raises: InputError for a geometry that cannot be.
     """
 
-    def __init__(
-        self,
-        img_size: Size,
-        patch_size: Size,
-        in_chans: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        class_token: bool,
-        decoder_embed_dim: int,
-        decoder_depth: int,
-        decoder_num_heads: int,
-        decoder_class_token: bool,
-        mask_ratio: float,
-        norm_pix_loss: bool,
-        decoder: str = "self",
-        pred_ratio: float | None = None,
-    ):
+    def __init__(self, **fields: Any):
         super().__init__()
-        problems = mae_problems(
-            img_size,
-            patch_size,
-            embed_dim,
-            num_heads,
-            class_token,
-            decoder_embed_dim,
-            decoder_num_heads,
-            decoder_class_token,
-            mask_ratio,
-            decoder,
-            pred_ratio,
-        )
-        if problems:
+        spec = MAESpec(**fields)
+        if problems := spec.problems():
             raise InputError("; ".join(problems))
-        self.img_size = pair(img_size)
-        self.patch_size = pair(patch_size)
-        self.in_chans = in_chans
-        self.grid_size = (
-            self.img_size[0] // self.patch_size[0],
-            self.img_size[1] // self.patch_size[1],
-        )
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
-        self.decoder_class_token = decoder_class_token
-        self.decoder = decoder
-        self.pred_ratio = pred_ratio
+        self.spec = spec
+        self.img_size = pair(spec.img_size)
+        self.patch_size = pair(spec.patch_size)
+        self.in_chans = spec.in_chans
+        self.grid_size = spec.grid_size
+        self.num_patches = spec.num_patches
+        self.num_kept = spec.num_kept
+        self.num_predicted = spec.num_predicted
+        self.mask_ratio = spec.mask_ratio
+        self.norm_pix_loss = spec.norm_pix_loss
+        self.decoder_class_token = spec.decoder_class_token
+        self.decoder = spec.decoder
+        self.pred_ratio = spec.pred_ratio
         self.checkpointing = False
 
-        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.register_buffer("pos_embed", sincos_pos_embed(embed_dim, self.grid_size, class_token))
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.patch_embed = PatchEmbed(spec)
+        self.cls_token = (
+            nn.Parameter(torch.zeros(1, 1, spec.embed_dim)) if spec.class_token else None
+        )
         self.register_buffer(
-            "decoder_pos_embed",
-            sincos_pos_embed(decoder_embed_dim, self.grid_size, decoder_class_token),
+            "pos_embed", sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
         )
-        block: type[Block] | type[CrossBlock] = CrossBlock if decoder == "cross" else Block
+        self.blocks = encoder_blocks(spec)
+        self.norm = nn.LayerNorm(spec.embed_dim, eps=LAYER_NORM_EPS)
+
+        width = spec.decoder_embed_dim
+        self.decoder_embed = nn.Linear(spec.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer(
+            "decoder_pos_embed", sincos_pos_embed(width, spec.grid_size, spec.decoder_class_token)
+        )
+        block: type[Block] | type[CrossBlock] = CrossBlock if spec.decoder == "cross" else Block
         self.decoder_blocks = nn.ModuleList(
-            [block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)]
+            block(width, spec.decoder_num_heads, spec.mlp_ratio) for _ in range(spec.decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, math.prod(self.patch_size) * in_chans)
+        self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.decoder_pred = nn.Linear(width, math.prod(self.patch_size) * spec.in_chans)
         init_for_pretraining(self)
 
     pos_embed: Tensor  # (1, N + class_token, D)
@@ -217,11 +197,8 @@ class MaskedAutoencoder(nn.Module):
         patches = self.patchify(images)  # (B, N, P*P*C)
         if ids_shuffle is None:
             ids_shuffle = self._draw_shuffle(images)
-        kept = num_kept(self.num_patches, self.mask_ratio)
-        ids_keep = ids_shuffle[:, :kept]  # (B, K)
-        ids_pred = ids_shuffle[:, kept:][
-            :, : num_predicted(self.num_patches, self.mask_ratio, self.pred_ratio)
-        ]
+        ids_keep = ids_shuffle[:, : self.num_kept]  # (B, K)
+        ids_pred = ids_shuffle[:, self.num_kept :][:, : self.num_predicted]  # (B, M)
         latent = self.forward_encoder(patches, ids_keep)
         decoded = self.forward_decoder(latent, ids_keep, ids_pred)[
             :, -ids_pred.shape[1] :
@@ -233,25 +210,24 @@ class MaskedAutoencoder(nn.Module):
         )  # patches are of one size: the mean of means is the mean
 
     def reconstruct(
-        self, images: Tensor, ids_shuffle: Tensor | None = None, mask_ratio: float | None = None
+        self, images: Tensor, ids_shuffle: Tensor | None = None, num_kept: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Predictions `(B, N, P*P*C)` for all patches in image order, and the mask `(B, N)`, 1 =
         removed.
 
-        `mask_ratio` None takes the model's own.
+        The first `num_kept` patches of `ids_shuffle` are kept; None is the model's own number.
         """
         patches = self.patchify(images)  # (B, N, P*P*C)
         if ids_shuffle is None:
             ids_shuffle = self._draw_shuffle(images)
-        kept = num_kept(self.num_patches, self.mask_ratio if mask_ratio is None else mask_ratio)
+        kept = self.num_kept if num_kept is None else num_kept
         if not 0 < kept < self.num_patches:
-            raise ValueError(f"mask_ratio {mask_ratio} keeps {kept} of {self.num_patches} patches")
+            raise ValueError(f"num_kept must be 1 to {self.num_patches - 1}, got {kept}")
         ids_keep = ids_shuffle[:, :kept]  # (B, K)
         latent = self.forward_encoder(patches, ids_keep)
         ids_pred = ids_shuffle if self.decoder == "cross" else ids_shuffle[:, kept:]
-        decoded = self.forward_decoder(
-            latent, ids_keep, ids_pred
-        )  # (B, N, decoder D), in shuffled order
+        # (B, N, decoder D), in shuffled order
+        decoded = self.forward_decoder(latent, ids_keep, ids_pred)
         shuffled = self.decoder_pred(self.decoder_norm(decoded))  # (B, N, P*P*C)
         ids_restore = ids_shuffle.argsort(dim=1)  # (B, N)
         mask = (ids_restore >= kept).to(images.dtype)  # (B, N)

@@ -1,12 +1,17 @@
-"""Sizes of images, patches and masks, and which of them cannot be.
+"""What a model is: its geometry, tokens, decoder and readout as one frozen record.
+
+Settings make a specification (`models/build.py`), the constructors take its fields by keyword,
+checkpoints and weight files hold it, and recognising a foreign file yields one. A new
+architecture flag is a field here, with its check in `problems`, and its use in the model.
 
 Shapes: `N` patches, `K` kept patches, `M` predicted patches.
 """
 
 import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 Size = int | tuple[int, int]
-DECODERS = ("self", "cross")
 
 
 def pair(size: Size) -> tuple[int, int]:
@@ -14,85 +19,181 @@ def pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def vit_problems(
-    img_size: Size, patch_size: Size, embed_dim: int, num_heads: int, part: str = ""
-) -> list[str]:
-    """What is wrong with a transformer's geometry, one line each; `part` is a prefix of the names,
-    as `decoder_`."""
+def num_kept(num_patches: int, mask_ratio: float) -> int:
+    """K = floor(N * (1 - mask_ratio)), safe against float noise (N = 10, ratio 0.9 keeps 1)."""
+    return math.floor(num_patches * (1 - mask_ratio) + 1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """The encoder that all models share.
+
+    img_size, patch_size: pixels, an int or (H, W); the patch divides the image.
+    in_chans: image channels, any number.
+    embed_dim, depth, num_heads: width, blocks and attention heads.
+    mlp_ratio: width of the MLP over `embed_dim`; it holds for a decoder, too.
+    class_token: whether a learned token precedes the patches.
+    """
+
+    img_size: Size
+    patch_size: Size
+    in_chans: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    class_token: bool
+
+    def __post_init__(self) -> None:
+        # One form for each size, so that equal models have equal records: an int where it is square.
+        for name in ("img_size", "patch_size"):
+            height, width = pair(getattr(self, name))
+            object.__setattr__(self, name, height if height == width else (height, width))
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        (height, width), (p, q) = pair(self.img_size), pair(self.patch_size)
+        return height // p, width // q
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return math.prod(self.grid_size)
+
+    def problems(self) -> list[str]:
+        """What is wrong with this model, one line each."""
+        found = []
+        sides = zip(("height", "width"), pair(self.img_size), pair(self.patch_size), strict=True)
+        for side, image, patch in sides:
+            if image % patch:
+                found.append(f"patch_size {patch} does not divide the image {side} {image}")
+        return found + _width_problems("", self.embed_dim, self.num_heads)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values, as checkpoints and weight files hold them."""
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAESpec(EncoderSpec):
+    """A masked autoencoder.
+
+    decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
+    decoder_class_token: whether the class token goes on through the decoder, as in the paper;
+        otherwise it leaves after `norm`.
+    mask_ratio: share of the patches that is removed, in (0, 1).
+    norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
+    decoder: "self", the paper's, or "cross" (arXiv 2401.14391).
+    pred_ratio: "cross" only: share of all N patches that is predicted, drawn among the removed;
+        None is all of those.
+    """
+
+    decoder_embed_dim: int
+    decoder_depth: int
+    decoder_num_heads: int
+    decoder_class_token: bool
+    mask_ratio: float
+    norm_pix_loss: bool
+    decoder: Literal["self", "cross"] = "self"
+    pred_ratio: float | None = None
+
+    @property
+    def num_kept(self) -> int:
+        """K, the patches that the encoder sees."""
+        return num_kept(self.num_patches, self.mask_ratio)
+
+    @property
+    def num_predicted(self) -> int:
+        """M, all removed patches or floor(N * pred_ratio) of them."""
+        removed = self.num_patches - self.num_kept
+        if self.pred_ratio is None:
+            return removed
+        return min(removed, math.floor(self.num_patches * self.pred_ratio + 1e-6))
+
+    def problems(self) -> list[str]:
+        """What is wrong with this model, one line each."""
+        found = super().problems()
+        found += _width_problems("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
+        if self.decoder_class_token and not self.class_token:
+            found.append(
+                "decoder_class_token true needs class_token true: there is no class token to pass on"
+            )
+        keeps_some = 0 < self.num_kept < self.num_patches
+        if self.num_patches and not keeps_some:
+            found.append(
+                f"mask_ratio {self.mask_ratio:g} keeps {self.num_kept} of {self.num_patches} "
+                f"patches: at least one must stay and one must go"
+            )
+        if self.decoder not in ("self", "cross"):
+            found.append(f"decoder must be self or cross, got {self.decoder!r}")
+        if self.pred_ratio is None:
+            return found
+        if self.decoder != "cross":
+            found.append(
+                "pred_ratio belongs to decoder cross: the standard decoder sees all removed patches"
+            )
+        elif not 0 < self.pred_ratio <= self.mask_ratio:
+            found.append(
+                f"pred_ratio {self.pred_ratio:g} must be above 0 and at most mask_ratio "
+                f"{self.mask_ratio:g}"
+            )
+        elif keeps_some and not self.num_predicted:
+            found.append(
+                f"pred_ratio {self.pred_ratio:g} predicts none of {self.num_patches} patches"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSpec(EncoderSpec):
+    """A Vision Transformer classifier.
+
+    num_classes: outputs of the head.
+    global_pool: "avg", the mean over the patch tokens, or "token", the class token.
+    fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token, then
+        the mean. None stands for True with "avg" and False with "token".
+    drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from 0.
+    """
+
+    num_classes: int
+    global_pool: Literal["avg", "token"]
+    fc_norm: bool | None = None
+    drop_path_rate: float = 0.0
+
+    @property
+    def uses_fc_norm(self) -> bool:
+        """Whether the norm follows the mean."""
+        return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+
+    def problems(self) -> list[str]:
+        """What is wrong with this model, one line each."""
+        found = super().problems()
+        if self.global_pool not in ("avg", "token"):
+            found.append(f"global_pool must be avg or token, got {self.global_pool!r}")
+        if self.global_pool == "token" and not self.class_token:
+            found.append("global_pool token reads the class token: it needs class_token true")
+        if self.global_pool == "token" and self.fc_norm:
+            found.append("fc_norm belongs to global_pool avg, got global_pool token")
+        return found
+
+
+ModelSpec = MAESpec | ClassifierSpec
+
+
+def spec_from_dict(fields: dict[str, Any]) -> ModelSpec:
+    """The record that `as_dict` turned into plain values. Raises: TypeError for other fields."""
+    sizes: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+    return MAESpec(**sizes) if "decoder_embed_dim" in fields else ClassifierSpec(**sizes)
+
+
+def _width_problems(part: str, embed_dim: int, num_heads: int) -> list[str]:
+    """What is wrong with a transformer's width; `part` is a prefix of the names, as `decoder_`."""
     found = []
-    for side, image, patch in zip(
-        ("height", "width"), pair(img_size), pair(patch_size), strict=True
-    ):
-        if image % patch:
-            found.append(f"patch_size {patch} does not divide the image {side} {image}")
     if embed_dim % num_heads:
         found.append(f"{part}embed_dim {embed_dim} is not divisible by {part}num_heads {num_heads}")
     if embed_dim % 4:
         found.append(
             f"{part}embed_dim {embed_dim} is not divisible by 4, which the position table needs"
         )
-    return found
-
-
-def num_kept(num_patches: int, mask_ratio: float) -> int:
-    """K = floor(N * (1 - mask_ratio)), safe against float noise (N = 10, ratio 0.9 keeps 1)."""
-    return math.floor(num_patches * (1 - mask_ratio) + 1e-6)
-
-
-def num_predicted(num_patches: int, mask_ratio: float, pred_ratio: float | None) -> int:
-    """M: all removed patches, or floor(N * pred_ratio) of them."""
-    removed = num_patches - num_kept(num_patches, mask_ratio)
-    return (
-        removed if pred_ratio is None else min(removed, math.floor(num_patches * pred_ratio + 1e-6))
-    )
-
-
-def mae_problems(
-    img_size: Size,
-    patch_size: Size,
-    embed_dim: int,
-    num_heads: int,
-    class_token: bool,
-    decoder_embed_dim: int,
-    decoder_num_heads: int,
-    decoder_class_token: bool,
-    mask_ratio: float,
-    decoder: str = "self",
-    pred_ratio: float | None = None,
-) -> list[str]:
-    """What is wrong with an autoencoder's geometry, one line each."""
-    found = vit_problems(img_size, patch_size, embed_dim, num_heads)
-    found += [
-        p
-        for p in vit_problems(
-            img_size, patch_size, decoder_embed_dim, decoder_num_heads, "decoder_"
-        )
-        if p not in found
-    ]
-    if decoder_class_token and not class_token:
-        found.append(
-            "decoder_class_token true needs class_token true: there is no class token to pass on"
-        )
-    num_patches = math.prod(i // p for i, p in zip(pair(img_size), pair(patch_size), strict=True))
-    kept = num_kept(num_patches, mask_ratio)
-    if num_patches and not 0 < kept < num_patches:
-        found.append(
-            f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: at least one must stay and one must go"
-        )
-    if decoder not in DECODERS:
-        found.append(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
-    if pred_ratio is not None and decoder != "cross":
-        found.append(
-            "pred_ratio belongs to decoder cross: the standard decoder sees all removed patches"
-        )
-    elif pred_ratio is not None and not 0 < pred_ratio <= mask_ratio:
-        found.append(
-            f"pred_ratio {pred_ratio:g} must be above 0 and at most mask_ratio {mask_ratio:g}"
-        )
-    elif (
-        num_patches
-        and 0 < kept < num_patches
-        and not num_predicted(num_patches, mask_ratio, pred_ratio)
-    ):
-        found.append(f"pred_ratio {pred_ratio:g} predicts none of {num_patches} patches")
     return found

@@ -5,29 +5,23 @@ Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width,
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models.blocks import LAYER_NORM_EPS, Block, PatchEmbed, init_patch_embed, patchify
+from models.blocks import (
+    LAYER_NORM_EPS,
+    Block,
+    PatchEmbed,
+    encoder_blocks,
+    init_patch_embed,
+    patchify,
+)
 from models.pos_embed import sincos_pos_embed
-from models.spec import Size, pair, vit_problems
+from models.spec import ClassifierSpec, pair
 from util.errors import InputError
-
-
-def readout_problems(
-    global_pool: str, class_token: bool | None, fc_norm: bool | None = None
-) -> list[str]:
-    """What is wrong with a classifier's readout, one line each; None is not decided yet."""
-    found = []
-    if global_pool not in ("avg", "token"):
-        found.append(f"global_pool must be avg or token, got {global_pool!r}")
-    if global_pool == "token" and class_token is False:
-        found.append("global_pool token reads the class token: it needs class_token true")
-    if global_pool == "token" and fc_norm:
-        found.append("fc_norm belongs to global_pool avg, got global_pool token")
-    return found
 
 
 class VisionTransformer(nn.Module):
@@ -48,46 +42,25 @@ class VisionTransformer(nn.Module):
     Raises: InputError for a geometry or readout that cannot be.
     """
 
-    def __init__(
-        self,
-        img_size: Size,
-        patch_size: Size,
-        in_chans: int,
-        num_classes: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        class_token: bool,
-        global_pool: str,
-        fc_norm: bool | None = None,
-        drop_path_rate: float = 0.0,
-    ):
+    def __init__(self, **fields: Any):
         super().__init__()
-        problems = vit_problems(img_size, patch_size, embed_dim, num_heads)
-        problems += readout_problems(global_pool, class_token, fc_norm)
-        if problems:
+        spec = ClassifierSpec(**fields)
+        if problems := spec.problems():
             raise InputError("; ".join(problems))
-        self.patch_size = pair(patch_size)
-        height, width = pair(img_size)
-        self.grid_size = (height // self.patch_size[0], width // self.patch_size[1])
-        self.global_pool = global_pool
-        use_fc_norm = global_pool == "avg" if fc_norm is None else fc_norm
+        self.spec = spec
+        self.patch_size = pair(spec.patch_size)
+        self.grid_size = spec.grid_size
+        self.global_pool = spec.global_pool
 
-        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, self.grid_size, class_token))
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            [Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates]
-        )
-        self.norm: nn.Module = (
-            nn.Identity() if use_fc_norm else nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        )
-        self.fc_norm: nn.Module = (
-            nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS) if use_fc_norm else nn.Identity()
-        )
-        self.head = nn.Linear(embed_dim, num_classes)
+        width = spec.embed_dim
+        self.patch_embed = PatchEmbed(spec)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
+        self.pos_embed = nn.Parameter(sincos_pos_embed(width, spec.grid_size, spec.class_token))
+        self.blocks = encoder_blocks(spec, spec.drop_path_rate)
+        fresh_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm: nn.Module = nn.Identity() if spec.uses_fc_norm else fresh_norm
+        self.fc_norm: nn.Module = fresh_norm if spec.uses_fc_norm else nn.Identity()
+        self.head = nn.Linear(width, spec.num_classes)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -126,22 +99,23 @@ class VisionTransformer(nn.Module):
     def forward_with_attention(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits `(B, num_classes)` and, per block, the attention weights `(B, heads, T, T)` with
         their graph."""
-        x = self._embed(images)
         attentions = []
+        x = self._embed(images)
         for block in self.blocks:
             assert isinstance(block, Block)
             x, attention = block.forward_with_attention(x)
             attentions.append(attention)
         return self.head(self._pool(x)), attentions
 
-    def attention_maps(self, images: Tensor) -> list[Tensor]:
-        """Per block, the attention weights `(B, heads, T, T)` with their graph."""
-        return list(self.iterate_attention(images))
-
     def iterate_attention(self, images: Tensor) -> Iterator[Tensor]:
-        """As `attention_maps`, one block after the other, so that not all of them are in memory."""
+        """Per block, the attention weights `(B, heads, T, T)` with their graph, one after the
+        other, so that not all of them are in memory."""
         x = self._embed(images)
         for block in self.blocks:
             assert isinstance(block, Block)
             x, attention = block.forward_with_attention(x)
             yield attention
+
+    def attention_maps(self, images: Tensor) -> list[Tensor]:
+        """All that `iterate_attention` yields."""
+        return list(self.iterate_attention(images))

@@ -15,10 +15,11 @@ from conftest import ROOT
 
 from models.build import (
     VIT_SIZES,
-    build_classifier,
-    build_mae,
+    build_model,
     classifier_config_problems,
+    classifier_spec,
     mae_config_problems,
+    mae_spec,
 )
 from models.vit import VisionTransformer
 from util.settings.evaluation import STAGE_CONFIGS, FinetuneConfig, KnnConfig, LinclsConfig
@@ -48,13 +49,15 @@ def classifiers(cfg: Any) -> list[torch.nn.Module]:
         tokens = [True, False] if cfg.global_pool == "avg" else [True]
     fc_norm = None if isinstance(cfg, FinetuneConfig) else False
     return [
-        build_classifier(cfg, num_classes=10, class_token=token, fc_norm=fc_norm)
+        build_model(classifier_spec(cfg, num_classes=10, class_token=token, fc_norm=fc_norm))
         for token in tokens
     ]
 
 
 STAGES = {
-    "pretrain": Stage(PretrainConfig, [mae_config_problems], lambda cfg: [build_mae(cfg)]),
+    "pretrain": Stage(
+        PretrainConfig, [mae_config_problems], lambda cfg: [build_model(mae_spec(cfg))]
+    ),
     "finetune": Stage(FinetuneConfig, [classifier_config_problems], classifiers),
     "lincls": Stage(LinclsConfig, [classifier_config_problems], classifiers),
     "knn": Stage(KnnConfig, [classifier_config_problems], classifiers),

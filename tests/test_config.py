@@ -2,7 +2,6 @@
 constructor."""
 
 import dataclasses
-import inspect
 import logging
 import re
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.build import VIT_SIZES, build_mae, mae_config_problems, model_kwargs
-from models.mae import MaskedAutoencoder
+from models.build import VIT_SIZES, build_model, mae_config_problems, mae_spec
+from models.spec import MAESpec
 from util.errors import InputError, LocalInputError, run_cli
 from util.settings.base import knob, sections
 from util.settings.pretrain import PretrainConfig
@@ -660,7 +659,7 @@ def test_choices_of_size_are_the_rows_of_the_size_table():
 
 
 def test_fields_carry_the_constructors_keyword_names():
-    parameters = set(inspect.signature(MaskedAutoencoder).parameters)
+    parameters = {f.name for f in dataclasses.fields(MAESpec)}
     assert len(parameters) == 16
     assert parameters - {f.name for f in dataclasses.fields(PretrainConfig)} == set()
 
@@ -689,9 +688,9 @@ def test_every_model_key_of_a_file_reaches_the_constructor_unchanged(recipe):
         for name, v in given.items()
     ]
     cfg = load("--config", recipe("\n".join([*lines, "mean: [0.5]", "std: [0.5]", ""])))
-    assert model_kwargs(MaskedAutoencoder, cfg) == given
+    assert mae_spec(cfg) == MAESpec(**given)
     with torch.device("meta"):
-        model = build_mae(cfg)
+        model = build_model(mae_spec(cfg))
     assert (model.img_size, model.patch_size, model.in_chans) == ((32, 48), (8, 16), 1)
     assert (model.mask_ratio, model.norm_pix_loss, model.decoder_class_token) == (0.5, False, False)
     assert (model.pos_embed.shape, len(model.blocks), len(model.decoder_blocks)) == (
@@ -702,8 +701,8 @@ def test_every_model_key_of_a_file_reaches_the_constructor_unchanged(recipe):
 
 
 def test_size_fills_only_the_keys_that_are_null():
-    kwargs = model_kwargs(MaskedAutoencoder, load("--size", "small", "--depth", "6"))
-    assert [kwargs[name] for name in ("embed_dim", "depth", "num_heads", "patch_size")] == [
+    spec = mae_spec(load("--size", "small", "--depth", "6"))
+    assert [getattr(spec, name) for name in ("embed_dim", "depth", "num_heads", "patch_size")] == [
         384,
         6,
         6,

@@ -16,7 +16,6 @@ import main_pretrain
 from engine.run.checkpoint import load_newest_checkpoint, save_checkpoint
 from models.build import VIT_SIZES
 from models.mae import MaskedAutoencoder
-from models.spec import num_predicted
 from models.weights.convert import describe_weights, read_weights, write_weights
 from tools import run_mae_vis
 from util.errors import InputError
@@ -112,7 +111,7 @@ def test_the_cross_decoder_equals_numpy_patch_by_patch(changes):
         nn.init.normal_(parameter, std=0.2)
     images, ids = batch(model)
     count = 12 if "pred_ratio" in changes else 4  # of 16 patches
-    assert num_predicted(16, 0.75, model.pred_ratio) == count
+    assert model.num_predicted == count
     patches = model.patchify(images)
     latent = array(model.forward_encoder(patches, ids[:, :4]))
     errors = []

@@ -411,7 +411,16 @@ def test_the_centre_of_a_long_image_is_what_counts():
 def tiny_vit(num_classes: int = 3) -> VisionTransformer:
     torch.manual_seed(0)
     return VisionTransformer(
-        4, 2, 1, num_classes, 8, 1, 2, 4.0, class_token=False, global_pool="avg"
+        img_size=4,
+        patch_size=2,
+        in_chans=1,
+        num_classes=num_classes,
+        embed_dim=8,
+        depth=1,
+        num_heads=2,
+        mlp_ratio=4.0,
+        class_token=False,
+        global_pool="avg",
     ).eval()
 
 

@@ -520,8 +520,8 @@ def test_an_untrained_model_starts_as_pretraining_does(class_token):
     assert not has_fc_norm(model)
     assert_frozen(found)
     assert found.sha256 is None
-    assert found.model_args["fc_norm"] is False
-    assert found.model_args["num_classes"] == 7
+    assert found.model.spec.fc_norm is False
+    assert found.model.spec.num_classes == 7
     again = build_frozen(knn(class_token=class_token, embed_dim=64), "random", 7).model
     other = build_frozen(knn(class_token=class_token, embed_dim=64, seed=1), "random", 7).model
     assert torch.equal(model(images()), again(images()))
@@ -531,7 +531,7 @@ def test_an_untrained_model_starts_as_pretraining_does(class_token):
 def test_an_untrained_model_read_by_its_class_token_has_one():
     found = build_frozen(knn(global_pool="token"), "random", 7)
     assert found.model.cls_token is not None
-    assert found.model_args["class_token"] is True
+    assert found.model.spec.class_token is True
 
 
 @pytest.mark.parametrize("global_pool", ["avg", "token"])
@@ -596,7 +596,7 @@ def test_the_class_token_follows_the_weights(tmp_path, build):
     assert str(error.value) == f"the settings say no class token and {with_token} has a class token"
     without = pretrained(tmp_path, **NO_TOKEN)
     assert build(without).model.cls_token is None
-    assert build(without).model_args["class_token"] is False
+    assert build(without).model.spec.class_token is False
     with pytest.raises(InputError) as error:
         build(without, class_token=True)
     assert str(error.value) == f"the settings say a class token and {without} has no class token"
@@ -659,7 +659,7 @@ def test_training_from_scratch_starts_with_a_truncated_normal(global_pool, class
     assert has_fc_norm(model) == (global_pool == "avg")
     assert (model.cls_token is not None) == (class_token is True or global_pool == "token")
     assert found.sha256 is None
-    assert found.model_args["fc_norm"] == (global_pool == "avg")
+    assert found.model.spec.fc_norm == (global_pool == "avg")
 
 
 def test_a_head_for_the_same_classes_is_kept_and_another_is_replaced(tmp_path):

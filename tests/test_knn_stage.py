@@ -23,7 +23,7 @@ import main_knn
 from data.sources import FolderSource
 from data.transforms import PixelNormalizer
 from engine.evaluation.from_weights import build_frozen
-from models.build import build_classifier
+from models.build import build_model, classifier_spec
 from util.errors import InputError
 from util.settings.evaluation import KnnConfig
 
@@ -470,6 +470,6 @@ def test_the_model_of_a_file_is_the_one_that_is_built(pretrained):
     with safe_open(pretrained / "model.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["model_args"])["class_token"] is True
     cfg = KnnConfig(size="debug", img_size=28, patch_size=4, in_chans=1)
-    assert build_classifier(
-        cfg, num_classes=3, class_token=True, fc_norm=False
+    assert build_model(
+        classifier_spec(cfg, num_classes=3, class_token=True, fc_norm=False)
     ).pos_embed.shape == (1, 50, 32)

@@ -21,8 +21,7 @@ from engine.pictures.drawing import CELL, GAP, TEXT
 from engine.pictures.reconstruction import NORMALISED_TARGET, RAW_TARGET
 from engine.run.checkpoint import save_weights
 from engine.run.resume import run_facts
-from models.build import build_mae, model_kwargs
-from models.mae import MaskedAutoencoder
+from models.build import build_model, mae_spec
 from models.masks import draw_mask
 from tools import run_mae_vis
 from util.errors import InputError
@@ -49,13 +48,11 @@ def save_untrained(path: Path, cfg: PretrainConfig) -> Path:
     """Weights as a finished run writes them, all of them random: with zero biases a forgotten
     tensor would not show."""
     torch.manual_seed(0)
-    model = build_mae(cfg)
+    model = build_model(mae_spec(cfg))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.1)
-    facts = run_facts(
-        cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1)
-    )
+    facts = run_facts(cfg, mae_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
     return save_weights(path, model, facts)
 
 
@@ -153,7 +150,7 @@ def test_the_pictures_are_what_the_saved_model_makes_of_the_image(
     assert np.array_equal(masked, np.where(removed, 128, original))
     assert np.array_equal(pasted, np.where(removed, prediction, original))
 
-    model = build_mae(PretrainConfig(**SMALL)).eval()
+    model = build_model(mae_spec(PretrainConfig(**SMALL))).eval()
     model.load_state_dict(load_file(weights), strict=True)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     unit = torch.from_numpy(original / 255).permute(2, 0, 1)[None].float()

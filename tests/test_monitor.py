@@ -41,7 +41,7 @@ import main_pretrain
 from data.images import decode_image
 from data.labels import LabelledArray, LabelledData, stratified_choice
 from data.transforms import EvalTransform, PixelNormalizer
-from engine.evaluation.from_weights import build_frozen, encoder_of
+from engine.evaluation.from_weights import build_frozen
 from engine.pictures import monitor as module
 from engine.pictures.drawing import CELL, GAP, TEXT, enlarged, heat_over
 from engine.pictures.monitor import PROBE_DECAY, Monitor, fit_linear
@@ -49,7 +49,7 @@ from engine.pictures.reconstruction import reconstruct
 from engine.pictures.rollout import rollout
 from engine.run import saving
 from engine.run.state import TrainState
-from models.build import build_mae
+from models.build import build_model, encoder_of, mae_spec
 from models.mae import MaskedAutoencoder
 from models.masks import draw_mask
 from util.dist import Processes
@@ -246,7 +246,7 @@ def test_a_look_leaves_the_model_as_it_was(tmp_path, data):
     cfg = calls[0][0].cfg
     torch.manual_seed(cfg.seed)
     assert_same(
-        calls[0][1]["values"], dict(build_mae(cfg).state_dict())
+        calls[0][1]["values"], dict(build_model(mae_spec(cfg)).state_dict())
     )  # the first look is the untrained model
     assert_same(calls[2][1]["values"], load_file(tmp_path / "model.safetensors"))
 
@@ -408,7 +408,7 @@ def test_its_features_equal_those_of_the_evaluation(tmp_path, data, more):
     size = more if "--img_size" in more else ()
     results = main_knn.main(pictures(data, tmp_path / "knn", *read, *size, training=False))
     saved = load_file(tmp_path / "features.safetensors")
-    encoder = encoder_of(monitor.model, monitor.cfg)
+    encoder = encoder_of(monitor.model)
     for split, source in (("train", monitor.train), ("val", monitor.val)):
         assert_same(monitor.features(encoder, source), saved[split], split)
         assert source.labels.tolist() == saved[f"{split}_labels"].tolist()
@@ -446,7 +446,7 @@ def test_a_fixed_choice_with_each_class_in_proportion(tmp_path, data):
     assert chosen[0] != chosen[1]
     # its accuracy, in 64 bits and numpy: cosine, the 10 nearest, each with exp(similarity / 0.07)
     monitor = calls[-1][0]
-    encoder = encoder_of(monitor.model, monitor.cfg)
+    encoder = encoder_of(monitor.model)
     train, val = (
         monitor.features(encoder, source).double().numpy()
         for source in (monitor.train, monitor.val)
@@ -555,7 +555,7 @@ def test_a_constant_feature_changes_nothing():
 
 def test_its_accuracy_is_that_of_the_features(data, finished):
     _, monitor = finished
-    encoder = encoder_of(monitor.model, monitor.cfg)
+    encoder = encoder_of(monitor.model)
     train, val = (monitor.features(encoder, source) for source in (monitor.train, monitor.val))
     predicted = fit_linear(train, torch.from_numpy(monitor.train.labels), val, 3).numpy()
     assert (
@@ -936,7 +936,7 @@ def test_models_of_every_shape_are_looked_at(tmp_path, data, more):
     assert picture.shape[1] == 5 * (factor * width + GAP) + GAP
     normalize = PixelNormalizer(cfg.mean, cfg.std, CPU)
     model = autoencoder(tmp_path)
-    encoder = encoder_of(model, cfg)
+    encoder = encoder_of(model)
     psnr = []
     for row, name in enumerate((SHOWN[0], SHOWN[-1])):
         image = EvalTransform(cfg.img_size, 1.0)(

@@ -414,7 +414,7 @@ def test_bad_input_is_refused_before_any_compute(tmp_path, monkeypatch, more, me
     def no_compute(*_):
         raise AssertionError("reached the model")
 
-    monkeypatch.setattr(main_pretrain, "build_mae", no_compute)
+    monkeypatch.setattr(main_pretrain, "build_model", no_compute)
     more = more(tmp_path) if callable(more) else more
     with pytest.raises(InputError) as error:
         main_pretrain.main(digits(tmp_path / "run", *more))

@@ -22,7 +22,7 @@ from engine.evaluation.probe import (
 )
 from engine.optim import set_lr
 from engine.schedule import warmup_cosine
-from models.build import build_classifier
+from models.build import build_model, classifier_spec
 from util.settings.evaluation import LinclsConfig
 
 NO_SCALER = GradScaler("cpu", enabled=False)
@@ -378,7 +378,9 @@ def step_time(backbone, images: torch.Tensor, labels: torch.Tensor, probes, opti
 def test_thirteen_probes_take_at_most_a_quarter_more_time_than_one():
     """ViT-S/16 at 224, 1,000 classes, LARS."""
     cfg = settings(RATES, "lars", size="small", class_token=False)
-    backbone = build_classifier(cfg, num_classes=1000, fc_norm=False, drop_path_rate=0.0).eval()
+    backbone = build_model(
+        classifier_spec(cfg, num_classes=1000, fc_norm=False, drop_path_rate=0.0)
+    ).eval()
     images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(8)
     times: dict[int, list[float]] = {}

@@ -26,9 +26,7 @@ from data.sources import ArraySource
 from engine.run.checkpoint import save_weights
 from engine.run.results import read_results
 from engine.run.resume import run_facts
-from models.build import build_classifier, build_mae, model_kwargs
-from models.mae import MaskedAutoencoder
-from models.vit import VisionTransformer
+from models.build import build_model, classifier_spec, mae_spec
 from tools import pack_dataset
 from util.settings.evaluation import STAGE_CONFIGS as ALL
 from util.settings.evaluation import FinetuneConfig, LinclsConfig
@@ -161,10 +159,8 @@ def weights_for(words: list[str], folder: Path) -> Path:
     path = (
         folder / f"{config.stem if config else 'model'}-{len(list(folder.iterdir()))}.safetensors"
     )
-    facts = run_facts(
-        cfg, model_kwargs(MaskedAutoencoder, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1)
-    )
-    return save_weights(path, build_mae(cfg), facts)
+    facts = run_facts(cfg, mae_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    return save_weights(path, build_model(mae_spec(cfg)), facts)
 
 
 def packed_for(images: Path) -> Path:
@@ -194,10 +190,8 @@ def runs_for(images: Path) -> Path:
 def classifier_for(folder: Path) -> Path:
     """An untrained classifier of the two classes, for commands that only evaluate."""
     cfg = FinetuneConfig(size="debug", num_classes=2, class_token=True)
-    facts = run_facts(
-        cfg, model_kwargs(VisionTransformer, cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1)
-    )
-    return save_weights(folder / "classifier.safetensors", build_classifier(cfg), facts)
+    facts = run_facts(cfg, classifier_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    return save_weights(folder / "classifier.safetensors", build_model(classifier_spec(cfg)), facts)
 
 
 @pytest.fixture(scope="module")

@@ -22,17 +22,16 @@ from test_pictures import places
 from torch.nn import functional as F
 
 from data.transforms import EvalTransform
-from engine.evaluation.from_weights import build_frozen, encoder_of
+from engine.evaluation.from_weights import build_frozen
 from engine.pictures.drawing import CELL, OVERLAY, enlarged, heat_over
 from engine.pictures.rollout import class_attentions, fuse_heads, rollout
 from engine.run.checkpoint import save_weights
-from models.build import build_classifier, build_mae, model_kwargs
+from models.build import build_model, classifier_spec, encoder_of, mae_spec
 from models.vit import VisionTransformer
 from tools import vit_explain
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
 from util.settings.pretrain import PretrainConfig
-from util.settings.read import plain
 
 # --- the mathematics, by loops over entries
 # ---------------------------------------------------------------------------
@@ -463,8 +462,8 @@ def patch_feature(mae, images) -> torch.Tensor:
 @pytest.mark.parametrize("class_token", [True, False])
 def test_encoder_of_shares_the_autoencoders_tensors_and_follows_its_training(class_token):
     cfg = PretrainConfig(**MAE, class_token=class_token, decoder_class_token=class_token)
-    mae = randomized(build_mae(cfg), 0)
-    encoder = encoder_of(mae, cfg)
+    mae = randomized(build_model(mae_spec(cfg)), 0)
+    encoder = encoder_of(mae)
     own = {
         name: t
         for name, t in mae.state_dict().items()
@@ -509,8 +508,12 @@ def saved(path: Path, config_class: type, **settings) -> Path:
     cfg = config_class(
         **{"size": "debug", "img_size": SIZE, "patch_size": 8, "mean": MEAN, "std": STD, **settings}
     )
-    model = build_mae(cfg) if config_class is PretrainConfig else build_classifier(cfg)
-    args = plain(model_kwargs(type(model), cfg))
+    model = (
+        build_model(mae_spec(cfg))
+        if config_class is PretrainConfig
+        else build_model(classifier_spec(cfg))
+    )
+    args = model.spec.as_dict()
     return save_weights(
         path, randomized(model, 3), {"model_args": args, "mean": cfg.mean, "std": cfg.std}
     )

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from models.blocks import init_for_pretraining
-from models.build import build_classifier, build_mae, model_kwargs
+from models.build import build_model, classifier_spec, mae_spec
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from models.weights.adapt import DECODER, load_into_classifier, load_into_mae
+from models.weights.adapt import load_into_classifier, load_into_mae
 from models.weights.convert import WeightsInfo, read_weights, weights_digest
 from util.errors import InputError
 from util.rng import HEAD, generator
@@ -22,11 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Classifier(NamedTuple):
-    """A model, its constructor's arguments, and the sha256 of the weights it came from (None:
-    none)."""
+    """A model, and the sha256 of the weights it came from (None: none)."""
 
     model: VisionTransformer
-    model_args: dict[str, Any]
     sha256: str | None
 
 
@@ -93,43 +91,19 @@ def build_autoencoder(cfg: Any, weights: str, mask_ratio: float) -> MaskedAutoen
     if info.norm_pix_loss not in (None, cfg.norm_pix_loss):
         stated, found = (str(value).lower() for value in (cfg.norm_pix_loss, info.norm_pix_loss))
         raise InputError(f"norm_pix_loss is {stated} in the settings and {found} in {weights}")
-    model = build_mae(cfg, mask_ratio=mask_ratio, pred_ratio=None)  # which matters in training only
+    # The share that is predicted matters in training only.
+    model = build_model(mae_spec(cfg, mask_ratio=mask_ratio, pred_ratio=None))
     load_into_mae(model, tensors, info, weights)
     _compare_pixels(cfg, info)
     return model.eval().requires_grad_(False)
-
-
-def encoder_of(model: MaskedAutoencoder, cfg: Any) -> VisionTransformer:
-    """The encoder of a model in training as a frozen classifier, read by the mean of its patch
-    tokens.
-
-    It shares the model's tensors: nothing is copied, and what training changes shows here. The head
-    is idle.
-    """
-    with torch.device("meta"):
-        encoder = build_classifier(
-            cfg, num_classes=1, global_pool="avg", fc_norm=False, drop_path_rate=0.0
-        )
-    tensors = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(DECODER)
-    }
-    device = model.pos_embed.device
-    head = {
-        f"head.{name}": torch.zeros(t.shape, device=device)
-        for name, t in encoder.head.state_dict().items()
-    }
-    encoder.load_state_dict(tensors | head, strict=True, assign=True)
-    return encoder.eval().requires_grad_(False)
 
 
 def _build(
     cfg: Any, num_classes: int, class_token: bool, fc_norm: bool, sha256: str | None = None
 ) -> Classifier:
     torch.manual_seed(cfg.seed)
-    decided = {"num_classes": num_classes, "class_token": class_token, "fc_norm": fc_norm}
-    return Classifier(
-        build_classifier(cfg, **decided), model_kwargs(VisionTransformer, cfg, **decided), sha256
-    )
+    spec = classifier_spec(cfg, num_classes=num_classes, class_token=class_token, fc_norm=fc_norm)
+    return Classifier(build_model(spec), sha256)
 
 
 def _class_token(cfg: Any, weights: str | None = None, info: WeightsInfo | None = None) -> bool:

@@ -8,7 +8,6 @@ changes a weight: losses are equal bit for bit with and without (tested).
 import logging
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from data.labels import LabelledData, LabelledSource, Subset, build_labelled_dat
 from data.sources import ImageSource
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.features import compute_features
-from engine.evaluation.from_weights import encoder_of
 from engine.evaluation.knn import ranks_by_k
 from engine.parallel import whole_model
 from engine.pictures.choose import spread, validation_source
@@ -33,7 +31,7 @@ from engine.run.batches import eval_batches
 from engine.run.folder import Run
 from engine.run.state import TrainState
 from engine.schedule import Plan
-from models.build import build_mae
+from models.build import encoder_of
 from models.mae import MaskedAutoencoder
 from models.masks import draw_mask
 from util.dist import all_gather, autocast_dtype, gather_rows
@@ -107,7 +105,7 @@ class Monitor:
             return
         started = time.monotonic()
         facts: dict[str, Any] = {"step": state.step, "epoch": float(epoch)}
-        model = whole_model(self.model, partial(build_mae, self.cfg), self.run.device)
+        model = whole_model(self.model, self.run.device)
         facts |= self.classify(model)
         words = [
             f"{name} {facts[key]:.2f} %"
@@ -129,7 +127,7 @@ class Monitor:
         """Writes the picture of reconstructions and attention; returns their mean PSNR in dB over
         removed patches."""
         normalize = PixelNormalizer(self.cfg.mean, self.cfg.std, self.run.device)
-        encoder = encoder_of(model, self.cfg)
+        encoder = encoder_of(model)
         rows, labels, psnr = [], [], []
         for place, (name, image) in enumerate(self.images.items()):
             stream = generator(self.cfg.seed, MONITOR, place)
@@ -155,7 +153,7 @@ class Monitor:
         labels."""
         if self.train is None or self.val is None:
             return {}
-        encoder = encoder_of(model, self.cfg)
+        encoder = encoder_of(model)
         try:
             train, val = (
                 self.features(encoder, source) for source in (self.train, self.val)

@@ -46,7 +46,7 @@ def reconstruct(
     (kept,) = {mask.kept for mask in masks}
     ids_shuffle = torch.stack([mask.ids_shuffle for mask in masks]).to(normalize.device)  # (B, N)
     original = normalize(images)
-    pred, mask = model.reconstruct(original, ids_shuffle, 1 - kept / model.num_patches)
+    pred, mask = model.reconstruct(original, ids_shuffle, kept)
     pixels = normalize.to_unit(model.to_pixels(pred, original))
     original = normalize.to_unit(original)
     removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)).bool()  # (B, C, H, W)

@@ -6,19 +6,20 @@ from typing import Any
 from data.sources import ImageSource
 from engine.run.folder import Run
 from engine.schedule import Plan, choose_accum_iter, plan_run
+from models.spec import ModelSpec
 from util.dist import all_gather
 from util.errors import InputError
 from util.settings.read import changed_settings, differences, plain, with_defaults
 
 
 def run_facts(
-    cfg: Any, model_args: dict[str, Any], source: ImageSource, weights: str | None = None
+    cfg: Any, spec: ModelSpec, source: ImageSource, weights: str | None = None
 ) -> dict[str, Any]:
     """The constant entries of a run's checkpoints: `weights` is the sha256 of what `finetune`
     names."""
     facts = {
         "config": plain(asdict(cfg)),
-        "model_args": plain(model_args),
+        "model_args": spec.as_dict(),
         "mean": list(cfg.mean),
         "std": list(cfg.std),
         "data": {"num_images": len(source), "fingerprint": source.fingerprint()},

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.blocks import Block, CrossBlock
-from models.mae import MaskedAutoencoder
+from models.mae import DECODER_NAMES, MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, by
 from util.errors import InputError
 
-DECODER = ("decoder_", "mask_token")  # a classifier has no use for it
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +49,9 @@ def load_into_classifier(
     if problems:
         raise _misfit(path, info, problems)
     _say_found(path, info)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER)}
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER_NAMES)
+    }
     if info.has_decoder:
         logger.info("decoder dropped: a classifier has none")
     if has_fc_norm and not info.fc_norm:

@@ -4,9 +4,9 @@ checks every one.
 Shapes: `N` patches, `D` width, `P` patch side, `C` channels.
 """
 
-import inspect
 import logging
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from models.blocks import LAYER_NORM_EPS
 from models.build import VIT_SIZES
-from models.mae import MaskedAutoencoder
-from models.spec import pair
-from models.vit import VisionTransformer
+from models.spec import ClassifierSpec, MAESpec, pair
 from models.weights.files import RawWeights, read_json
 from models.weights.huggingface import MARK, from_huggingface, huggingface_facts
 from models.weights.info import WeightsInfo, by, expected_shapes, ratio_of
@@ -118,15 +116,9 @@ def _own_info(raw: RawWeights, where: str) -> WeightsInfo:
     args = raw.facts["model_args"]
     args = args if isinstance(args, dict) else {}
     has_decoder = "decoder_embed_dim" in args
-    parameters = inspect.signature(
-        MaskedAutoencoder if has_decoder else VisionTransformer
-    ).parameters
-    needed = {
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty
-    }
-    wrong = sorted((needed - args.keys()) | (args.keys() - parameters.keys()))
+    known = {f.name: f for f in fields(MAESpec if has_decoder else ClassifierSpec)}
+    needed = {name for name, f in known.items() if f.default is MISSING}
+    wrong = sorted((needed - args.keys()) | (args.keys() - known.keys()))
     if wrong:
         raise InputError(
             f"{where}: its model_args lack, or should not have: {', '.join(map(str, wrong))}"

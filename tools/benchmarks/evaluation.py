@@ -8,7 +8,7 @@ import torch
 
 from engine.evaluation.knn import knn_predict
 from engine.evaluation.probe import LinearProbes, build_probe_optimizer, probe_loss, probe_step
-from models.vit import VisionTransformer
+from models.build import build_model, classifier_spec
 from tools.benchmarks.timing import Variants, interleaved, ratio
 from util.settings.evaluation import LinclsConfig
 
@@ -36,8 +36,9 @@ def benchmark_probe(rounds: int) -> dict[str, Any]:
     """A step of linear classification, small/16 at 224, 1,000 classes: 13 learning rates beside
     one."""
     torch.manual_seed(0)
-    backbone = VisionTransformer(
-        224, 16, 3, 1000, 384, 12, 6, 4.0, False, "avg", fc_norm=False
+    cfg = LinclsConfig(size="small", lr=(0.1,))
+    backbone = build_model(
+        classifier_spec(cfg, num_classes=1000, class_token=False, fc_norm=False)
     ).eval()
     backbone.requires_grad_(False)
     images, labels = torch.randn(32, 3, 224, 224), torch.randint(1000, (32,))

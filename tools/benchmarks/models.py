@@ -32,17 +32,25 @@ CROSS = {"decoder": "cross", "pred_ratio": 0.25}
 def build(shape: Shape, **decoder: Any) -> MaskedAutoencoder:
     """Our model of a shape."""
     torch.manual_seed(0)
+    (width, depth, heads), (decoder_width, decoder_depth, decoder_heads) = (
+        shape.encoder,
+        shape.decoder,
+    )
     return MaskedAutoencoder(
-        shape.img_size,
-        shape.patch_size,
-        3,
-        *shape.encoder,
-        4.0,
-        True,
-        *shape.decoder,
-        True,
-        0.75,
-        True,
+        img_size=shape.img_size,
+        patch_size=shape.patch_size,
+        in_chans=3,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=4.0,
+        class_token=True,
+        decoder_embed_dim=decoder_width,
+        decoder_depth=decoder_depth,
+        decoder_num_heads=decoder_heads,
+        decoder_class_token=True,
+        mask_ratio=0.75,
+        norm_pix_loss=True,
         **decoder,
     )
 
