@@ -82,9 +82,9 @@ def strike(at: str) -> None:
 
 def on_step(saver: saving.Saver) -> None:
     """Between two steps."""
-    now["step"] = saver.state.step
+    now["step"] = saver.job.state.step
     if "DIGESTS" in os.environ:
-        content = saver.state.content()
+        content = vars(saver.job.state.checkpoint(saver.job.identity, total_batch=1))
         line = {"step": now["step"]} | {
             name: digest(content[name]) for name in ("model", "optimizer", "ema")
         }
@@ -124,7 +124,7 @@ def poison(model: VisionTransformer, logits: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> Any:
-    before(saving.Saver, "check", on_step)
+    before(saving.Saver, "between_steps", on_step)
     before(saving, "save_checkpoint", lambda _: strike("save"))
     before(classification.Evaluator, "__call__", lambda _: strike("validation"))
     entry = importlib.import_module(sys.argv[1].removesuffix(".py"))

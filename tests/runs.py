@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from compare import assert_same as assert_same  # others take it from here
 from conftest import ROOT
 from PIL import Image
 
@@ -180,20 +181,3 @@ def pretrain_pictures(data: Path, output_dir: Path, *more: Any) -> Path:
 def results_of(output_dir: Path, name: str = "results.json") -> dict[str, Any]:
     """What an evaluation wrote."""
     return json.loads((output_dir / name).read_text())
-
-
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Nested plain values and tensors are equal, bit for bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for name, value in one.items():
-            assert_same(value, other[name], f"{where}.{name}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for place, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{place}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), where
-    else:
-        assert one == other, where

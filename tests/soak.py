@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from runs import assert_same, command, environment, step_losses  # noqa: E402
+from compare import assert_same_checkpoint  # noqa: E402
+from runs import command, environment, step_losses  # noqa: E402
 
 from engine.run.checkpoint import load_newest_checkpoint, weights_path  # noqa: E402
 from engine.run.interrupts import SIGNALS  # noqa: E402
@@ -75,7 +76,8 @@ class Harmed:
 
     def sound(self) -> int:
         """The step that the next start must go on from."""
-        return (load_newest_checkpoint(self.folder) or {"step": 0})["step"]
+        saved = load_newest_checkpoint(self.folder)
+        return 0 if saved is None else saved.step
 
     def comes_to(self, step: int) -> bool:
         """Waits for that step of this start, which must have gone on from where it should; False if
@@ -219,10 +221,7 @@ def soak(arguments: Sequence[str], folder: Path, steps: int, every: int, seed: i
         run.process.kill()
     losses = step_losses(folder / "twin")
     assert len(losses) == steps and step_losses(folder / "harmed") == losses
-    ours, theirs = (
-        {**load_newest_checkpoint(folder / name), "config": ...} for name in ("harmed", "twin")
-    )
-    assert_same(ours, theirs)  # but for the configuration, which holds the folder's name
+    assert_same_checkpoint(*(load_newest_checkpoint(folder / name) for name in ("harmed", "twin")))
     assert (
         weights_path(folder / "harmed").read_bytes() == weights_path(folder / "twin").read_bytes()
     )

@@ -36,6 +36,7 @@ from runs import (
     step_losses,
 )
 
+import engine.loop
 import main_knn
 import main_pretrain
 from data.eval_loader import EvalDataset
@@ -72,7 +73,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert step_losses(one) == step_losses(other)
     ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
     for name in STATE:
-        assert_same(ours[name], theirs[name], name)
+        assert_same(getattr(ours, name), getattr(theirs, name), name)
 
 
 def digests(folder: Path, rank: int) -> dict[int, dict[str, str]]:
@@ -164,7 +165,7 @@ def test_kills_at_random_times_cost_at_most_one_save_interval(
             json.loads(line)["step"] for line in log.read_text().splitlines() if line.endswith("}")
         )
         saved = load_newest_checkpoint(tmp_path)
-        lost.append(done - (0 if saved is None else saved["step"]))
+        lost.append(done - (0 if saved is None else saved.step))
     assert process.returncode == 0, process.stderr.read()
     record_property("tries", kills)
     record_property("lost_steps", max(lost))
@@ -250,10 +251,10 @@ def test_a_launcher_that_is_terminated_stops_its_processes_which_save(
             assert "stopped by SIGTERM; the same command goes on after step" in result.stdout, (
                 result.stderr
             )
-            assert step <= saved["step"] < step + 10 and not list(stopped.glob("*.tmp"))
-            assert saved["owes_look"] == (at == "validation")
+            assert step <= saved.step < step + 10 and not list(stopped.glob("*.tmp"))
+            assert saved.epoch_end_pending == (at == "validation")
         else:
-            assert saved["step"] >= 20
+            assert saved.step >= 20
     result = run(driven(*arguments("stopped"), processes=2))
     assert result.returncode == 0, result.stderr
     assert_equal_runs(tmp_path / "whole", stopped)
@@ -303,7 +304,7 @@ def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypat
             main_pretrain.main(arguments)
         assert end.value.code == 128 + signal.SIGTERM and len(late) == 1  # of ten batches
         saved = load_newest_checkpoint(tmp_path / "cut")
-        assert (saved["step"], saved["owes_look"]) == (stop, True)
+        assert (saved.step, saved.epoch_end_pending) == (stop, True)
         assert not (tmp_path / "cut" / "model.safetensors").exists()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signals.received() == 0
         if (
@@ -329,7 +330,7 @@ def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypat
         for name in ("whole", "cut")
     ]
     assert facts[0] == facts[1] and [step for step, _ in facts[0]] == [0, 10, 20]
-    assert_same(*(load_newest_checkpoint(tmp_path / name)["model"] for name in ("whole", "cut")))
+    assert_same(*(load_newest_checkpoint(tmp_path / name).model for name in ("whole", "cut")))
     before = (tmp_path / "cut" / "log.jsonl").read_bytes()
     main_pretrain.main(arguments)  # is finished, though its last checkpoint owes a look
     assert (tmp_path / "cut" / "log.jsonl").read_bytes() == before
@@ -349,7 +350,7 @@ def test_one_process_stops_at_the_next_step(tmp_path, data, monkeypatch, signum)
         patch.setattr(Plan, "lr", lr)
         main_pretrain.main(arguments)
     assert end.value.code == 128 + signum
-    assert load_newest_checkpoint(tmp_path)["step"] == 5
+    assert load_newest_checkpoint(tmp_path).step == 5
     assert (
         f"stopped by {signum.name}; the same command goes on after step 5"
         in (tmp_path / "log.txt").read_text()
@@ -359,14 +360,14 @@ def test_one_process_stops_at_the_next_step(tmp_path, data, monkeypatch, signum)
 
 def test_a_signal_before_the_first_step_saves_nothing(tmp_path, data, monkeypatch):
     arguments = pretraining(data, tmp_path)
-    check = main_pretrain.Saver.check
+    check = main_pretrain.Saver.between_steps
 
     def signalled(saver):
         os.kill(os.getpid(), signal.SIGTERM)
         check(saver)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(main_pretrain.Saver, "check", signalled)
+        patch.setattr(main_pretrain.Saver, "between_steps", signalled)
         main_pretrain.main(arguments)
     assert checkpoint_steps(tmp_path) == []
     assert "the same command begins anew" in (tmp_path / "log.txt").read_text()
@@ -537,7 +538,7 @@ def test_loader_processes_that_die_again_and_again_end_the_run(tmp_path, data, m
         main_pretrain.main(pretraining(data, tmp_path, "--num_workers", 1))
     # those that had batches from before the bad place ready do not count
     assert MAX_RESTARTS <= caplog.text.count("a loader process has ended") <= 3 * MAX_RESTARTS
-    assert load_newest_checkpoint(tmp_path)["step"] == 10
+    assert load_newest_checkpoint(tmp_path).step == 10
 
 
 @pytest.mark.fault("R14")
@@ -653,7 +654,7 @@ def test_the_images_of_the_error_are_those_of_the_step(tmp_path, data, monkeypat
         seen.setdefault(keys[0].step + 1, []).extend(key.image for key in keys)
         return original(dataset, keys)
 
-    def step_fn(*args, original=main_pretrain.optimizer_step, **kwargs):
+    def step_fn(*args, original=engine.loop.optimizer_step, **kwargs):
         for group in args[0].param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and len(seen) > 3:
@@ -661,7 +662,7 @@ def test_the_images_of_the_error_are_those_of_the_step(tmp_path, data, monkeypat
         return original(*args, **kwargs)
 
     monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitems__", watched)
-    monkeypatch.setattr(main_pretrain, "optimizer_step", step_fn)
+    monkeypatch.setattr(engine.loop, "optimizer_step", step_fn)
     with pytest.raises(InputError) as error:
         main_pretrain.main(pretraining(data, tmp_path, "--log_interval", 5, "--max_bad_steps", 6))
     shown = " ".join(map(str, seen[4][:8]))

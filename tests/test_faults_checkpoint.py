@@ -22,6 +22,7 @@ from runs import (
     step_losses,
 )
 
+import engine.loop
 import main_finetune
 import main_pretrain
 from engine.run import saving
@@ -61,7 +62,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert step_losses(one) == step_losses(other)
     ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
     for name in ("step", "model", "optimizer", "scaler", "epoch_losses", "samples_seen"):
-        assert_same(ours[name], theirs[name], name)
+        assert_same(getattr(ours, name), getattr(theirs, name), name)
 
 
 # --- R7: the process ends at any point of a save
@@ -139,7 +140,7 @@ def test_a_process_that_ends_at_any_line_of_a_save_loses_no_complete_checkpoint(
         save_checkpoint(
             folder, 6, content(6), keep_last=1
         )  # the next run's save clears what is left
-        assert load_newest_checkpoint(folder)["step"] == 6
+        assert load_newest_checkpoint(folder).step == 6
         assert set(files(folder)) == {"checkpoint-00000006.pth", "checkpoint-00000006.pth.sha256"}
         if status == 0:
             break
@@ -237,7 +238,7 @@ def test_a_save_that_finds_no_room_fails_and_changes_nothing(tmp_path, save):
     before = files(tmp_path)
     save(tmp_path)
     assert files(tmp_path) == before
-    assert load_newest_checkpoint(tmp_path)["step"] == 1
+    assert load_newest_checkpoint(tmp_path).step == 1
 
 
 @pytest.mark.fault("R9")
@@ -289,7 +290,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_save_or_st
     ):
         main_pretrain.main(pretraining(data, tmp_path, "--save_minutes", save_minutes))
     saved = load_newest_checkpoint(tmp_path)
-    assert (0 if saved is None else saved["step"]) == {3: 2, 10: 0, 20: 10}[step]
+    assert (0 if saved is None else saved.step) == {3: 2, 10: 0, 20: 10}[step]
     assert (
         step <= log_lines(tmp_path)[-1]["step"] <= (step + 1 if save_minutes else min(step + 5, 20))
     )
@@ -314,13 +315,13 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
             assert stepped.wait(60)
         return original(output_dir, step, *rest)
 
-    def optimizer_step(*args, original=main_pretrain.optimizer_step, **kwargs):
+    def optimizer_step(*args, original=engine.loop.optimizer_step, **kwargs):
         found = original(*args, **kwargs)
         stepped.set()
         return found
 
     monkeypatch.setattr(saving, "save_checkpoint", late)
-    monkeypatch.setattr(main_pretrain, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(engine.loop, "optimizer_step", optimizer_step)
     # a save waits for the one before, so every other step has one under way while the optimiser
     # steps
     more = ["--save_minutes", 1e-9, "--log_interval", 2, "--keep_last", 100]
@@ -331,8 +332,8 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
         ours, theirs = (
             torch.load(folder / name, weights_only=True) for folder in (tmp_path, every_step)
         )
-        assert_same(ours["model"], theirs["model"], name)
-        assert_same(ours["optimizer"], theirs["optimizer"], name)
+        assert_same(ours.model, theirs.model, name)
+        assert_same(ours.optimizer, theirs.optimizer, name)
 
 
 # --- R17: the scaler of fp16
@@ -354,10 +355,10 @@ def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, 
     main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
     steps.clear()
     main_pretrain.main(pretraining(data, tmp_path / "stopped", *more, "--stop_epoch", 1))
-    middle = load_newest_checkpoint(tmp_path / "stopped")["scaler"]
+    middle = load_newest_checkpoint(tmp_path / "stopped").scaler
     main_pretrain.main(pretraining(data, tmp_path / "stopped", *more))
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
-    end = load_newest_checkpoint(tmp_path / "whole")["scaler"]
+    end = load_newest_checkpoint(tmp_path / "whole").scaler
     assert (middle["scale"], middle["_growth_tracker"]) == (
         2.0**15,
         6,
@@ -416,7 +417,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_only_a_warning(tmp_path, ca
     assert (
         f"cannot remove the old checkpoint {tmp_path / 'checkpoint-00000001.pth'}: " in caplog.text
     )
-    assert load_newest_checkpoint(tmp_path)["step"] == 2
+    assert load_newest_checkpoint(tmp_path).step == 2
 
 
 # --- R21: two jobs on one output folder

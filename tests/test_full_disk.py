@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import identity
 from runs import command, environment, log_lines, make_pictures, pictures, pretraining
 from torch import nn
 
@@ -18,15 +19,11 @@ from engine.evaluation.best import Best
 from engine.run.bad_samples import BadSamples
 from engine.run.bad_steps import BadSteps
 from engine.run.checkpoint import best_path
-from engine.run.folder import Run
 from engine.run.results import write_results
-from util.dist import Processes
 from util.errors import InputError, LocalInputError
 from util.files import write_output
-from util.settings.base import RunConfig
 
 FULL = "cannot be written: No space left on device"
-FACTS = {"model_args": {"depth": 1}, "mean": [0.5], "std": [0.25]}
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +112,7 @@ def test_results_find_no_room(tmp_path):
 
 
 def best_in(folder: Path, resumed: bool) -> Best:
-    run = Run(RunConfig(output_dir=str(folder)), Processes(0, 1, 0, 1, torch.device("cpu")))
-    return Best(run, FACTS, resumed)
+    return Best(folder, identity(), is_main=True, resumed=resumed)
 
 
 @pytest.mark.fault("R9")

@@ -20,7 +20,7 @@ from data.transforms import EvalTransform
 from engine.pictures.drawing import CELL, GAP, TEXT
 from engine.pictures.reconstruction import NORMALISED_TARGET, RAW_TARGET
 from engine.run.checkpoint import save_weights
-from engine.run.resume import run_facts
+from engine.run.resume import run_identity
 from models.build import build_model, mae_spec
 from models.masks import draw_mask
 from tools import run_mae_vis
@@ -52,7 +52,7 @@ def save_untrained(path: Path, cfg: PretrainConfig) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.1)
-    facts = run_facts(cfg, mae_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    facts = run_identity(cfg, mae_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
     return save_weights(path, model, facts)
 
 

@@ -25,7 +25,7 @@ import main_pretrain
 from data.sources import ArraySource
 from engine.run.checkpoint import save_weights
 from engine.run.results import read_results
-from engine.run.resume import run_facts
+from engine.run.resume import run_identity
 from models.build import build_model, classifier_spec, mae_spec
 from tools import pack_dataset
 from util.settings.evaluation import STAGE_CONFIGS as ALL
@@ -159,7 +159,7 @@ def weights_for(words: list[str], folder: Path) -> Path:
     path = (
         folder / f"{config.stem if config else 'model'}-{len(list(folder.iterdir()))}.safetensors"
     )
-    facts = run_facts(cfg, mae_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    facts = run_identity(cfg, mae_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
     return save_weights(path, build_model(mae_spec(cfg)), facts)
 
 
@@ -190,7 +190,7 @@ def runs_for(images: Path) -> Path:
 def classifier_for(folder: Path) -> Path:
     """An untrained classifier of the two classes, for commands that only evaluate."""
     cfg = FinetuneConfig(size="debug", num_classes=2, class_token=True)
-    facts = run_facts(cfg, classifier_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
+    facts = run_identity(cfg, classifier_spec(cfg), ArraySource("none", np.zeros((1, 1, 1, 1)), 1))
     return save_weights(folder / "classifier.safetensors", build_model(classifier_spec(cfg)), facts)
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from compare import identity
 from conftest import ROOT
 from PIL import Image
 from runs import environment
@@ -515,7 +516,7 @@ def saved(path: Path, config_class: type, **settings) -> Path:
     )
     args = model.spec.as_dict()
     return save_weights(
-        path, randomized(model, 3), {"model_args": args, "mean": cfg.mean, "std": cfg.std}
+        path, randomized(model, 3), identity(model_args=args, mean=cfg.mean, std=cfg.std)
     )
 
 

@@ -217,7 +217,7 @@ def test_checkpoints_and_weights_have_the_layout_of_ddp(ddp, fsdp):
     assert layout(load_newest_checkpoint(ddp)) == layout(load_newest_checkpoint(fsdp))
     weights = load_file(fsdp / "model.safetensors")
     assert layout(load_file(ddp / "model.safetensors")) == layout(weights)
-    assert_same(weights, dict(load_newest_checkpoint(fsdp)["model"]))
+    assert_same(weights, dict(load_newest_checkpoint(fsdp).model))
 
 
 @pytest.mark.long
@@ -293,7 +293,7 @@ def test_one_process_is_as_without(data, tmp_path):
         pretrain_pictures(data, tmp_path / kind, "--parallel", kind) for kind in ("ddp", "fsdp")
     ]
     assert step_losses(folders[0]) == step_losses(folders[1])
-    assert_same(*(load_newest_checkpoint(folder)["model"] for folder in folders))
+    assert_same(*(load_newest_checkpoint(folder).model for folder in folders))
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from compare import identity
 from conftest import ROOT
 from reference import huggingface_mae
 from runs import command, run
@@ -106,7 +107,7 @@ def names_in(folder):
 
 def own_file(folder, model, kwargs, name="own.safetensors"):
     """As a finished run writes it."""
-    return checkpoint.save_weights(folder / name, model, {"model_args": kwargs, **STATS})
+    return checkpoint.save_weights(folder / name, model, identity(model_args=kwargs, **STATS))
 
 
 def as_mae(path, **settings):

@@ -22,7 +22,7 @@ from data.sources import ImageSource
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.features import compute_features
 from engine.evaluation.knn import ranks_by_k
-from engine.parallel import whole_model
+from engine.parallel import unsharded_model
 from engine.pictures.choose import spread, validation_source
 from engine.pictures.drawing import draw_grid, heat_over, to_picture
 from engine.pictures.reconstruction import COLUMNS, reconstruct, target_caption
@@ -104,8 +104,8 @@ class Monitor:
         if not self.cfg.monitor_images and self.train is None:
             return
         started = time.monotonic()
-        facts: dict[str, Any] = {"step": state.step, "epoch": float(epoch)}
-        model = whole_model(self.model, self.run.device)
+        facts: dict[str, Any] = {"epoch": float(epoch)}
+        model = unsharded_model(self.model, self.run.device)
         facts |= self.classify(model)
         words = [
             f"{name} {facts[key]:.2f} %"
@@ -121,7 +121,8 @@ class Monitor:
         since = f", {share:.1f} % of the time since the last" if state.step else ""
         self.ended, self.facts = now, {name: facts[name] for name in FIGURES if name in facts}
         words.append(f"({facts['monitor_s']:.1f} s{since})")
-        self.run.record(facts, f"epoch {epoch} monitor  {'  '.join(words)}", to_terminal=True)
+        line = f"epoch {epoch} monitor  {'  '.join(words)}"
+        self.run.records.write("monitor", state.step, facts, line)
 
     def draw(self, model: MaskedAutoencoder, step: int) -> float:
         """Writes the picture of reconstructions and attention; returns their mean PSNR in dB over
@@ -143,7 +144,7 @@ class Monitor:
             psnr.append(float(found.psnr[0]))
             labels.append(f"{Path(name).name}  PSNR {psnr[-1]:.2f} dB")
         caption = f"{target_caption(model)} {ATTENTION}"
-        self.run.record_picture(
+        self.run.records.write_picture(
             PICTURE, draw_grid(rows, [*COLUMNS, "attention"], labels, caption), step
         )
         return sum(psnr) / len(psnr)

@@ -25,7 +25,7 @@ from torch import Tensor
 from util.errors import InputError
 from util.files import write_whole
 
-CHECKPOINT_VERSION = 1  # of this project's .pth files, which engine/run/checkpoint.py writes
+CHECKPOINT_VERSION = 2  # of this project's .pth files, which engine/run/checkpoint.py writes
 WRAPPERS = ("model", "state_dict")  # where a .pth keeps the weights, in this order
 FOLDER_FILES = (
     "model.safetensors",

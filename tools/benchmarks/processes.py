@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from engine.loop import wrap_model
+from engine.parallel import wrap_model
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
 from tools.benchmarks.models import SHAPES, Shape, build
 from tools.benchmarks.timing import Variants, interleaved, ratio
