@@ -11,7 +11,6 @@ from annotated_types import Gt, Le
 from util.settings.fields import (
     Count,
     CountOrZero,
-    OpenShare,
     PathText,
     Positive,
     PositiveOrZero,
@@ -22,6 +21,7 @@ from util.settings.fields import (
     ShareBelowOne,
     Width,
     setting,
+    where,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,8 +56,7 @@ class RunConfig(DeviceConfig):
     timeout: Annotated[float, Gt(0), Le(10_000)] = setting(
         30.0,
         "Longest wait for another process or for a step, after which the run ends and says what it "
-        "was doing.",
-        unit="minutes",
+        "was doing, in minutes.",
         may_change=True,
     )
 
@@ -65,32 +64,23 @@ class RunConfig(DeviceConfig):
 class TrainRunConfig(RunConfig):
     """Logging and checkpoints"""
 
-    log_interval: Count = setting(
-        20, "Optimiser steps between two log lines.", unit="optimiser steps", may_change=True
-    )
+    log_interval: Count = setting(20, "Optimiser steps between two log lines.", may_change=True)
     save_minutes: PositiveOrZero = setting(
         30.0,
         "Minutes between two checkpoints, counted when a line is logged; 0 is off.",
-        unit="minutes",
         may_change=True,
     )
     save_epochs: CountOrZero = setting(
-        10, "Epochs between two checkpoints; 0 is off.", unit="epochs", may_change=True
+        10, "Epochs between two checkpoints; 0 is off.", may_change=True
     )
-    keep_last: Count = setting(
-        3, "Number of newest checkpoints that are kept.", unit="checkpoints", may_change=True
-    )
+    keep_last: Count = setting(3, "Number of newest checkpoints that are kept.", may_change=True)
     keep_every: CountOrZero = setting(
-        0,
-        "Epochs between two checkpoints that are never deleted; 0 is off.",
-        unit="epochs",
-        may_change=True,
+        0, "Epochs between two checkpoints that are never deleted; 0 is off.", may_change=True
     )
     max_bad_steps: Count = setting(
         10,
         "Number of steps in a row with a non-finite gradient that ends the run; each of them is "
         "skipped.",
-        unit="optimiser steps",
         may_change=True,
     )
     tensorboard: bool = setting(
@@ -114,29 +104,24 @@ class PixelConfig(Settings):
     """Pixels"""
 
     mean: tuple[float, ...] = setting(
-        IMAGENET_MEAN,
-        "Mean of each channel, which is subtracted from pixels in [0, 1].",
-        unit="pixel value",
+        IMAGENET_MEAN, "Mean of each channel, which is subtracted from pixels in [0, 1]."
     )
     std: tuple[Positive, ...] = setting(
-        IMAGENET_STD,
-        "Standard deviation of each channel, by which pixels in [0, 1] are divided.",
-        unit="pixel value",
+        IMAGENET_STD, "Standard deviation of each channel, by which pixels in [0, 1] are divided."
     )
 
     def channel_problems(self, in_chans: int) -> list[str]:
         """Says where the data path cannot read `in_chans` channels, and where mean or std has
         another number of values."""
-        found = []
-        if in_chans not in (1, 3):
-            found.append(f"in_chans must be 1 (grey) or 3 (RGB) for the data path, got {in_chans}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != in_chans:
-                found.append(
-                    f"{name} has {len(values)} values and in_chans is {in_chans}: give one value "
-                    "per channel"
-                )
-        return found
+        rows = [
+            (
+                len(values) != in_chans,
+                f"{name} has {len(values)} values and in_chans is {in_chans}: give one per channel",
+            )
+            for name, values in (("mean", self.mean), ("std", self.std))
+        ]
+        limit = f"in_chans must be 1 (grey) or 3 (RGB) for the data path, got {in_chans}"
+        return where((in_chans not in (1, 3), limit), *rows)
 
 
 class DatasetConfig(Settings):
@@ -163,20 +148,23 @@ class DataConfig(DatasetConfig, PixelConfig):
         None,
         "Number of loader processes per training process; null is the number of cores that it can "
         "have, at most 8.",
-        unit="processes",
         may_change=True,
     )
     prefetch_factor: Count = setting(
-        4, "Number of batches that each loader process holds ready.", unit="batches", may_change=True
+        4, "Number of batches that each loader process holds ready.", may_change=True
     )
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.dataset != "mnist5k" and self.data_path is None:
-            found.append(f"data_path is needed for dataset {self.dataset}: give --data_path FOLDER")
-        if self.download and not self.dataset.startswith("cifar"):
-            found.append(f"download fetches cifar10 and cifar100 only, not dataset {self.dataset}")
-        return found
+        return super().problems() + where(
+            (
+                self.dataset != "mnist5k" and self.data_path is None,
+                f"data_path is needed for dataset {self.dataset}: give --data_path FOLDER",
+            ),
+            (
+                self.download and not self.dataset.startswith("cifar"),
+                f"download fetches cifar10 and cifar100 only, not dataset {self.dataset}",
+            ),
+        )
 
 
 class ModelConfig(Settings):
@@ -188,14 +176,12 @@ class ModelConfig(Settings):
         "num_heads where they are null.",
     )
     img_size: Count | tuple[Count, Count] = setting(
-        224, "Side of the images, or height and width.", unit="pixels"
+        224, "Side of the images in pixels, or height and width."
     )
     patch_size: Count | tuple[Count, Count] | None = setting(
-        None, "Side of the patches, or height and width.", unit="pixels"
+        None, "Side of the patches in pixels, or height and width."
     )
-    in_chans: Count = setting(
-        3, "Number of image channels: 3 reads images as RGB, 1 as grey.", unit="channels"
-    )
+    in_chans: Count = setting(3, "Number of image channels: 3 reads images as RGB, 1 as grey.")
     embed_dim: Width | None = setting(None, "Width of the encoder.")
     depth: Count | None = setting(None, "Number of encoder blocks.")
     num_heads: Count | None = setting(None, "Number of attention heads of an encoder block.")
@@ -206,7 +192,7 @@ class ScheduleConfig(Settings):
     """Batch and schedule"""
 
     batch_size: Count = setting(
-        64, "Number of images in a micro-batch of one process.", unit="images", may_change=True
+        64, "Number of images in a micro-batch of one process.", may_change=True
     )
     accum_iter: Count = setting(
         1, "Number of micro-batches whose gradients make one optimiser step.", may_change=True
@@ -215,22 +201,18 @@ class ScheduleConfig(Settings):
         None,
         "Number of images in an optimiser step, over all processes, from which accum_iter follows; "
         "null leaves accum_iter as it is.",
-        unit="images",
         may_change=True,  # the resume compares the resulting total instead
     )
-    epochs: Count = setting(100, "Length of the schedule.", unit="epochs")
+    epochs: Count = setting(100, "Length of the schedule in epochs.")
     stop_epoch: Count | None = setting(
         None,
         "Epoch after which the run stops, on the schedule of all epochs; null is epochs.",
-        unit="epochs",
         may_change=True,
     )
     warmup_epochs: PositiveOrZero = setting(
-        10.0, "Length of the learning rate's linear rise from 0.", unit="epochs"
+        10.0, "Length of the learning rate's linear rise from 0, in epochs."
     )
-    min_lr: PositiveOrZero = setting(
-        0.0, "Learning rate at the end of the cosine.", unit="per 256 images"
-    )
+    min_lr: PositiveOrZero = setting(0.0, "Learning rate at the end of the cosine, per 256 images.")
 
     @property
     def base_lr(self) -> float:
@@ -238,23 +220,24 @@ class ScheduleConfig(Settings):
         raise NotImplementedError
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.warmup_epochs > self.epochs:
-            found.append(f"warmup_epochs {self.warmup_epochs:g} is longer than epochs {self.epochs}")
-        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
-            found.append(f"stop_epoch {self.stop_epoch} is past epochs {self.epochs}")
-        if self.min_lr > self.base_lr:
-            found.append(f"min_lr {self.min_lr:g} is above lr {self.base_lr:g}")
-        return found
+        return super().problems() + where(
+            (
+                self.warmup_epochs > self.epochs,
+                f"warmup_epochs {self.warmup_epochs:g} is longer than epochs {self.epochs}",
+            ),
+            (
+                self.stop_epoch is not None and self.stop_epoch > self.epochs,
+                f"stop_epoch {self.stop_epoch} is past epochs {self.epochs}",
+            ),
+            (self.min_lr > self.base_lr, f"min_lr {self.min_lr:g} is above lr {self.base_lr:g}"),
+        )
 
 
 class AdamWConfig(ScheduleConfig):
     """Optimiser"""
 
     lr: Positive = setting(
-        1.5e-4,
-        "Base learning rate; the schedule's peak is lr * total batch / 256.",
-        unit="per 256 images",
+        1.5e-4, "Base learning rate per 256 images; the schedule's peak is lr * total batch / 256."
     )
     weight_decay: PositiveOrZero = setting(
         0.05, "Weight decay of linear layers and of the patch projection; nothing else decays."
@@ -276,9 +259,8 @@ class AugmentConfig(Settings):
     crop_min: Share = setting(
         0.2,
         "Smallest area of a random resized crop, as a share of the image's area; the largest is 1.",
-        unit="share of area",
     )
     interpolation: Literal["bicubic", "bilinear"] = setting(
         "bicubic", "Interpolation of the random resized crop."
     )
-    hflip: Probability = setting(0.5, "Probability of a horizontal flip.", unit="in [0, 1]")
+    hflip: Probability = setting(0.5, "Probability of a horizontal flip.")

@@ -29,10 +29,12 @@ from util.settings.fields import (
     ShareBelowOne,
     Text,
     setting,
+    where,
 )
 from util.settings.pretrain import PretrainConfig
 
 RAND_AUGMENT = re.compile(r"rand(-(m|n|p|t|mstd|mmax|inc)\d+(\.\d+)?)*")  # timm's words
+NO_WEIGHTS = "finetune is needed: the weights to evaluate, or the word random"
 RANDOM_WEIGHTS = "random"  # the value of `finetune` for an untrained model
 
 
@@ -40,9 +42,7 @@ class ClassifierConfig(ModelConfig):
     """Classifier"""
 
     num_classes: Count | None = setting(
-        None,
-        "Number of classes, which must be that of the data; null counts the data's classes.",
-        unit="classes",
+        None, "Number of classes, which must be that of the data; null counts the data's classes."
     )
     class_token: bool | None = setting(
         None,
@@ -72,7 +72,6 @@ class LabelledDataConfig(EvalCropConfig, DataConfig):
         None,
         "Number of training images to use, chosen by seed with each class in proportion; null is "
         "all.",
-        unit="images",
     )
     per_class: bool = setting(
         False, "Whether results.json gives the accuracy of each class.", may_change=True
@@ -93,7 +92,7 @@ class FinetuneConfig(
         False, "Whether to evaluate the classifier that finetune names and stop.", may_change=True
     )
     eval_epochs: Count = setting(
-        1, "Epochs between two evaluations; the last epoch always has one.", unit="epochs"
+        1, "Epochs between two evaluations; the last epoch always has one."
     )
     layer_decay: Share = setting(
         0.75, "Learning rate of a block, as a share of the learning rate of the next block."
@@ -107,7 +106,7 @@ class FinetuneConfig(
     color_jitter: PositiveOrZero = setting(
         0.0, "Strength of colour jitter, which has no effect beside auto_augment."
     )
-    re_prob: Probability = setting(0.0, "Probability of random erasing.", unit="in [0, 1]")
+    re_prob: Probability = setting(0.0, "Probability of random erasing.")
     re_mode: Literal["const", "rand", "pixel"] = setting(
         "pixel",
         "Filling of an erased area: the mean pixel (const), one random colour (rand), or random "
@@ -116,9 +115,7 @@ class FinetuneConfig(
     re_count: Count = setting(1, "Largest number of erased areas in an image.")
     mixup: PositiveOrZero = setting(0.0, "Alpha of mixup; 0 is off.")
     cutmix: PositiveOrZero = setting(0.0, "Alpha of cutmix; 0 is off.")
-    mixup_switch_prob: Probability = setting(
-        0.5, "Probability of cutmix when mixup is on as well.", unit="in [0, 1]"
-    )
+    mixup_switch_prob: Probability = setting(0.5, "Probability of cutmix when mixup is on as well.")
     label_smoothing: ShareBelowOne = setting(
         0.1, "Share of the target that is spread over all classes."
     )
@@ -129,42 +126,42 @@ class FinetuneConfig(
     )
 
     lr: Positive = setting(
-        1e-3,
-        "Base learning rate; the schedule's peak is lr * total batch / 256.",
-        unit="per 256 images",
+        1e-3, "Base learning rate per 256 images; the schedule's peak is lr * total batch / 256."
     )
     beta2: ShareBelowOne = setting(0.999, "AdamW's decay of the squared gradient's moving average.")
     crop_min: Share = setting(
         0.08,
         "Smallest area of a random resized crop, as a share of the image's area; the largest is 1.",
-        unit="share of area",
     )
     save_epochs: CountOrZero = setting(
-        1, "Epochs between two checkpoints; 0 is off.", unit="epochs", may_change=True
+        1, "Epochs between two checkpoints; 0 is off.", may_change=True
     )
 
     def problems(self) -> list[str]:
-        found = self.channel_problems(self.in_chans) + super().problems()
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            found.append(
-                f"batch_size {self.batch_size} is odd: mixup and cutmix pair the images of a batch"
-            )
-        if self.auto_augment is not None and not RAND_AUGMENT.fullmatch(self.auto_augment):
-            found.append(
-                f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}"
-            )
-        if self.finetune == RANDOM_WEIGHTS:
-            found.append(
+        own = where(
+            (
+                (self.mixup or self.cutmix) and self.batch_size % 2,
+                f"batch_size {self.batch_size} is odd: mixup and cutmix pair the images of a batch",
+            ),
+            (
+                self.auto_augment and not RAND_AUGMENT.fullmatch(self.auto_augment),
+                f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}",
+            ),
+            (
+                self.finetune == RANDOM_WEIGHTS,
                 "finetune random is for the evaluations of frozen weights: leave it out to train "
-                "from scratch"
-            )
-        if self.parallel == "fsdp" and self.ema_decay is not None:
-            found.append(
-                "ema_decay keeps a second complete model on each process: not with parallel fsdp"
-            )
-        if self.eval and self.finetune is None:
-            found.append("finetune is needed by eval: give the classifier as --finetune PATH")
-        return found
+                "from scratch",
+            ),
+            (
+                self.parallel == "fsdp" and self.ema_decay is not None,
+                "ema_decay keeps a second complete model on each process: not with parallel fsdp",
+            ),
+            (
+                self.eval and self.finetune is None,
+                "finetune is needed by eval: give the classifier as --finetune PATH",
+            ),
+        )
+        return self.channel_problems(self.in_chans) + super().problems() + own
 
 
 class LinclsConfig(
@@ -179,14 +176,13 @@ class LinclsConfig(
         may_change=True,  # the resume compares the weights' sha256 instead
     )
     eval_epochs: Count = setting(
-        10, "Epochs between two evaluations; the last epoch always has one.", unit="epochs"
+        10, "Epochs between two evaluations; the last epoch always has one."
     )
     lr: tuple[Positive, ...] = setting(
         (0.1,),
-        "Base learning rate; if there are several, each trains its own classifier, and a tenth of "
+        "Base learning rate per 256 images; if there are several, each trains its own classifier, and a tenth of "
         "the training set, held out, decides between them; a schedule's peak is lr * total batch / "
         "256.",
-        unit="per 256 images",
     )
     optimizer: Literal["sgd", "lars"] = setting(
         "sgd", "Optimiser: SGD with Nesterov momentum, or LARS."
@@ -194,11 +190,10 @@ class LinclsConfig(
     momentum: OpenShare = setting(0.9, "Momentum of either optimiser.")
     weight_decay: PositiveOrZero = setting(0.0, "Weight decay of the classifiers' weight matrices.")
 
-    epochs: Count = setting(90, "Length of the schedule.", unit="epochs")
+    epochs: Count = setting(90, "Length of the schedule in epochs.")
     crop_min: Share = setting(
         0.08,
         "Smallest area of a random resized crop, as a share of the image's area; the largest is 1.",
-        unit="share of area",
     )
 
     @property
@@ -206,13 +201,18 @@ class LinclsConfig(
         return max(self.lr)
 
     def problems(self) -> list[str]:
-        found = self.channel_problems(self.in_chans) + super().problems()
-        found += no_weights(self.finetune)
-        if len(self.lr) > 1 and self.min_lr:
-            found.append("min_lr must be 0 if lr is a list: each classifier has its own schedule")
-        if len(set(self.lr)) < len(self.lr):
-            found.append(f"lr names a rate twice: {' '.join(f'{lr:g}' for lr in self.lr)}")
-        return found
+        own = where(
+            (self.finetune is None, NO_WEIGHTS),
+            (
+                len(self.lr) > 1 and self.min_lr,
+                "min_lr must be 0 if lr is a list: each classifier has its own schedule",
+            ),
+            (
+                len(set(self.lr)) < len(self.lr),
+                f"lr names a rate twice: {' '.join(f'{lr:g}' for lr in self.lr)}",
+            ),
+        )
+        return self.channel_problems(self.in_chans) + super().problems() + own
 
 
 class KnnConfig(ClassifierConfig, LabelledDataConfig, RunConfig):
@@ -230,7 +230,7 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, RunConfig):
         0.07, "Temperature of a neighbour's vote, exp(cosine similarity / temperature)."
     )
     batch_size: Count = setting(
-        128, "Number of images in a batch of one process, to compute features.", unit="images"
+        128, "Number of images in a batch of one process, to compute features."
     )
     save_path: PathText | None = setting(
         None, "Folder to which the features are written; null is none."
@@ -240,24 +240,19 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, RunConfig):
     )
 
     def problems(self) -> list[str]:
-        found = []
-        if len(set(self.ks)) < len(self.ks):
-            found.append(f"ks names a number twice: {' '.join(map(str, self.ks))}")
-        if self.load_path is None:
-            found += self.channel_problems(self.in_chans) + super().problems()
-            found += no_weights(self.finetune)
-        elif self.save_path is not None:
-            found.append(
-                "save_path and load_path exclude each other: the features are there already"
-            )
-        return found
-
-
-def no_weights(finetune: str | None) -> list[str]:
-    """Says that an evaluation of frozen weights lacks them."""
-    if finetune is not None:
-        return []
-    return ["finetune is needed: the weights to evaluate, or the word random"]
+        computes = self.load_path is None
+        of_images = self.channel_problems(self.in_chans) + super().problems() if computes else []
+        return of_images + where(
+            (
+                len(set(self.ks)) < len(self.ks),
+                f"ks names a number twice: {' '.join(map(str, self.ks))}",
+            ),
+            (computes and self.finetune is None, NO_WEIGHTS),
+            (
+                self.save_path is not None and not computes,
+                "save_path and load_path exclude each other: the features are there already",
+            ),
+        )
 
 
 STAGE_CONFIGS = (PretrainConfig, FinetuneConfig, LinclsConfig, KnnConfig)

@@ -10,7 +10,16 @@ from util.settings.base import (
     ParallelConfig,
     TrainRunConfig,
 )
-from util.settings.fields import Count, CountOrZero, OpenShare, Settings, Share, Width, setting
+from util.settings.fields import (
+    Count,
+    CountOrZero,
+    OpenShare,
+    Settings,
+    Share,
+    Width,
+    setting,
+    where,
+)
 
 
 class AutoencoderConfig(ModelConfig):
@@ -32,7 +41,6 @@ class AutoencoderConfig(ModelConfig):
         None,
         "Share of all patches that decoder cross predicts, drawn among the removed ones; null is "
         "all removed ones.",
-        unit="in [0, 1]",
     )
     norm_pix_loss: bool = setting(
         True, "Whether the target is each patch's pixels normalised by their own mean and variance."
@@ -42,9 +50,7 @@ class AutoencoderConfig(ModelConfig):
 class MAEConfig(AutoencoderConfig):
     """Masking"""
 
-    mask_ratio: OpenShare = setting(
-        0.75, "Share of the patches that is removed.", unit="in [0, 1]"
-    )
+    mask_ratio: OpenShare = setting(0.75, "Share of the patches that is removed.")
     shared_mask: bool = setting(
         False, "Whether all images of an optimiser step have the same mask, not one each."
     )
@@ -57,21 +63,18 @@ class MonitorConfig(Settings):
         10,
         "Epochs between two monitorings, beside one before the first step and one at the end; 0 is "
         "off.",
-        unit="epochs",
         may_change=True,
     )
     monitor_images: CountOrZero = setting(
         6,
         "Number of validation images, or of training images if there are none, whose "
         "reconstruction and attention are drawn; 0 is off.",
-        unit="images",
         may_change=True,
     )
     monitor_knn: CountOrZero = setting(
         2000,
         "Number of labelled training images among which the monitor's k-NN looks for neighbours of "
         "a quarter as many validation images, with at most one class per 20 images; 0 is off.",
-        unit="images",
         may_change=True,
     )
     monitor_probe: bool = setting(
@@ -103,7 +106,6 @@ class SpeedConfig(Settings):
         "Number of samples (crop, flip and mask) of each decoded image, all in one batch, to decode "
         "less (arXiv 1901.09335); an epoch has as many steps and decodes 1/aug_repeats of the "
         "images.",
-        unit="samples per image",
     )
 
 
@@ -120,15 +122,16 @@ class PretrainConfig(
     """All settings of `main_pretrain.py`."""
 
     def problems(self) -> list[str]:
-        found = self.channel_problems(self.in_chans) + super().problems()
-        if self.batch_size % self.aug_repeats:
-            found.append(
+        own = where(
+            (
+                self.batch_size % self.aug_repeats,
                 f"batch_size {self.batch_size} is not a multiple of aug_repeats "
-                f"{self.aug_repeats}: all samples of an image are in one batch of one process"
-            )
-        if self.monitor_probe and not self.monitor_knn:
-            found.append(
+                f"{self.aug_repeats}: all samples of an image are in one batch of one process",
+            ),
+            (
+                self.monitor_probe and not self.monitor_knn,
                 "monitor_probe fits a layer to the features of monitor_knn's images, and "
-                "monitor_knn is 0"
-            )
-        return found
+                "monitor_knn is 0",
+            ),
+        )
+        return self.channel_problems(self.in_chans) + super().problems() + own

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -20,26 +20,14 @@ from pydantic.fields import FieldInfo
 
 from util.errors import InputError, LineParser
 from util.files import expand_path
-from util.settings.fields import Settings, expected, is_list, may_change, sections, unit
+from util.settings.fields import Settings, expected, is_list, sections
 
 STAGES = ("pretrain", "finetune", "lincls", "knn")  # all else is a tool
 MAX_BASE_FILES = 2  # a longer chain cannot be read at a glance
+Values = dict[str, Any]  # of a source, by the settings' names
+Problem = tuple[str, str]  # (name of the setting, text)
 SettingsT = TypeVar("SettingsT", bound=Settings)
 logger = logging.getLogger(__name__)
-
-
-class Problem(NamedTuple):
-    """What is wrong with one setting."""
-
-    setting: str
-    text: str
-
-
-class Source(NamedTuple):
-    """A YAML file or the command line, and the raw values that it gives."""
-
-    name: str
-    values: dict[str, Any]
 
 
 def load_config(
@@ -59,32 +47,39 @@ def load_config(
     """
     parser = _parser(config_class, stage)
     known, extra = parser.parse_known_args(argv)
-    given = vars(known)
-    path, print_config = given.pop("config"), given.pop("print_config")
-    single = {n: v[0] if isinstance(v, list) and len(v) == 1 else v for n, v in given.items()}
-
-    problems = _unknown_flags(extra, config_class)
-    sources, file_problems = _read_files(path) if path is not None else ([], [])
-    problems += file_problems
+    flags = {token.split("=")[0].lstrip("-"): None for token in extra if token.startswith("-")}
+    flags |= vars(known)
+    path, print_config = flags.pop("config"), flags.pop("print_config")
+    problems: list[Problem] = []
+    if extra and not extra[0].startswith("-"):
+        problems = [(extra[0], f"command line: unexpected argument {extra[0]!r}")]
+    sources: dict[str, Values] = {}
+    try:
+        if path is not None:
+            _read_file(Path(expand_path(path)), sources)
+    except ValueError as error:
+        problems.append(("config", str(error)))
+    sources["command line"] = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in flags.items()
+    }
     elsewhere = {name for sibling in siblings for name in sibling.model_fields}
-    values: dict[str, Any] = {}
-    for source in (*sources, Source("command line", single)):
-        _skip(source, elsewhere - config_class.model_fields.keys())
-        problems += _problems_of(source, config_class)
-        values |= source.values
+    values: Values = {}
+    for source, content in sources.items():
+        own = _without(source, content, elsewhere - config_class.model_fields.keys())
+        problems += _problems(source, own, config_class)
+        values |= own
     if not problems:
         config = config_class.model_validate(values)
         if getattr(config, "output_dir", "") is None:
             folder = f"output/{stage}/{Path(path or 'default').stem}"
             config = config.model_copy(update={"output_dir": folder})
-        texts = [*config.problems(), *(text for check in checks for text in check(config))]
-        problems = [Problem(text.split()[0], text) for text in texts]
+        together = [*config.problems(), *(text for check in checks for text in check(config))]
+        problems = [(text.split()[0], text) for text in together]
     if problems:
-        head = f"{len(problems)} problems in the settings:\n  " if len(problems) > 1 else ""
-        raise InputError(
-            head + "\n  ".join(problem.text for problem in problems),
-            settings=tuple(problem.setting for problem in problems),
-        )
+        names, texts = zip(*problems, strict=True)
+        head = f"{len(texts)} problems in the settings:\n  " if len(texts) > 1 else ""
+        raise InputError(head + "\n  ".join(texts), settings=names)
     if print_config:
         sys.stdout.write(dump_config(config))
         parser.exit(0)
@@ -96,7 +91,7 @@ def dump_config(config: Settings) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: Values, new: Values) -> list[str]:
     """The entries of `new` that differ from `old`, as `name: old -> new`."""
     return [
         f"{name}: {old.get(name)} -> {value}"
@@ -105,11 +100,17 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def changed_settings(old: dict[str, Any], config: Settings, skip: set[str]) -> list[str]:
+def may_change(config_class: type[Settings]) -> set[str]:
+    """The names of the settings that a resumed run may change."""
+    extras = {name: field.json_schema_extra for name, field in config_class.model_fields.items()}
+    return {name for name, extra in extras.items() if extra == {"may_change": True}}
+
+
+def changed_settings(old: Values, config: Settings, skip: set[str]) -> list[str]:
     """The settings, less `skip`, that alter a run's result and differ from a checkpoint's, as
     `name: old -> new`."""
-    free = may_change(type(config)) | skip
-    return differences(old, config.model_dump(mode="json", exclude=free))
+    exclude = may_change(type(config)) | skip
+    return differences(old, config.model_dump(mode="json", exclude=exclude))
 
 
 def _parser(config_class: type[Settings], stage: str) -> LineParser:
@@ -129,69 +130,40 @@ def _parser(config_class: type[Settings], stage: str) -> LineParser:
         group = parser.add_argument_group(title)
         for name, field in fields.items():
             flags = ["-b", "--batch_size"] if name == "batch_size" else [f"--{name}"]
-            group.add_argument(*flags, metavar="VALUE", help=_help(field), **_arity(field))
+            # A boolean flag alone is true; a list takes its values one after the other.
+            nargs = "?" if field.annotation is bool else "+" if is_list(field) else None
+            const = True if field.annotation is bool else None
+            group.add_argument(*flags, nargs=nargs, const=const, metavar="VALUE", help=_help(field))
     return parser
 
 
-def _arity(field: FieldInfo) -> dict[str, Any]:
-    """A boolean flag alone is true; a list takes its values one after the other: `--mean 0.5 0.5
-    0.5`."""
-    if field.annotation is bool:
-        return {"nargs": "?", "const": True}
-    return {"nargs": "+"} if is_list(field) else {}
-
-
 def _help(field: FieldInfo) -> str:
-    default = field.default
-    values = default if isinstance(default, tuple) else [default]
-    names = {None: "null", True: "true", False: "false"}
-    shown = " ".join(names[v] if v is None or isinstance(v, bool) else str(v) for v in values)
-    parts = [part for part in (unit(field), expected(field), f"default {shown}") if part]
-    return f"{field.description} ({'; '.join(parts)})".replace("%", "%%")
+    values = field.default if isinstance(field.default, tuple) else [field.default]
+    words = {"None": "null", "True": "true", "False": "false"}  # as YAML spells them
+    default = " ".join(words.get(str(value), str(value)) for value in values)
+    return f"{field.description} ({expected(field)}; default {default})".replace("%", "%%")
 
 
-def _unknown_flags(extra: list[str], config_class: type[Settings]) -> list[Problem]:
-    problems = []
-    after_flag = False
-    for token in extra:
-        is_flag = token.startswith("-")
-        if is_flag:
-            problems.append(_unknown("command line", token.split("=")[0].lstrip("-"), config_class))
-        elif not after_flag:
-            problems.append(Problem(token, f"command line: unexpected argument {token!r}"))
-        after_flag = (is_flag and "=" not in token) or (after_flag and not is_flag)
-    return problems
+def _read_file(path: Path, sources: dict[str, Values]) -> None:
+    """Adds a YAML file's content to `sources`, after that of its chain of `base:` files.
 
-
-def _unknown(source: str, name: str, config_class: type[Settings]) -> Problem:
-    near = difflib.get_close_matches(name, config_class.model_fields, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else "; see --help"
-    return Problem(name, f"{source}: unknown setting {name!r}{hint}")
-
-
-def _read_files(name: str) -> tuple[list[Source], list[Problem]]:
-    """The YAML file and its `base:` files, the deepest base first, and what is wrong with them as
-    files."""
-    sources: list[Source] = []
-    seen: set[str] = set()
+    Raises: ValueError for a file that cannot be used; those that name it are still added.
+    """
+    chain: dict[str, Values] = {}
     try:
-        path = Path(expand_path(name))
-        while True:
-            if os.path.realpath(path) in seen:
-                raise ValueError(f"{path}: its chain of base: files comes back to itself")
-            if len(seen) > MAX_BASE_FILES:
+        while str(path) not in chain:
+            if len(chain) > MAX_BASE_FILES:
                 raise ValueError(f"{path}: more than {MAX_BASE_FILES} base: files in a chain")
-            seen.add(os.path.realpath(path))
-            values = _read_yaml(path)
-            base = values.pop("base", None)
-            sources.insert(0, Source(str(path), values))
+            content = chain[str(path)] = _read_yaml(path)
+            base = content.pop("base", None)
             if base is None:
-                return sources, []
+                return
             if not isinstance(base, str) or Path(base).is_absolute():
                 raise ValueError(f"{path}: base must be a relative path, got {base!r}")
             path = path.parent / base
-    except ValueError as error:
-        return sources, [Problem("config", str(error))]
+        raise ValueError(f"{path}: its chain of base: files comes back to itself")
+    finally:
+        sources.update(reversed(chain.items()))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -201,13 +173,12 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", node.start_mark
-                )
+                text = f"key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> Values:
     """The content of a flat YAML file. Raises: ValueError."""
     try:
         content = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
@@ -225,32 +196,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _skip(source: Source, names: set[str]) -> None:
-    """Takes the settings of other stages out of a source, with one line that names them."""
-    skipped = [name for name in source.values if name in names]
-    for name in skipped:
-        del source.values[name]
+def _without(source: str, content: Values, names: set[str]) -> Values:
+    """The values of a source without those of other stages, which one line names."""
+    skipped = [name for name in content if name in names]
     if skipped and os.environ.get("RANK", "0") == "0":
-        logger.warning(
-            "%s: skipped settings of other stages: %s", source.name, ", ".join(skipped)
-        )
+        logger.warning("%s: skipped settings of other stages: %s", source, ", ".join(skipped))
+    return {name: value for name, value in content.items() if name not in names}
 
 
-def _problems_of(source: Source, config_class: type[Settings]) -> list[Problem]:
+def _problems(source: str, content: Values, config_class: type[Settings]) -> list[Problem]:
     """What is wrong with the names and the single values of a source, in its order."""
+    errors = {}
     try:
-        config_class.model_validate(source.values)
+        config_class.model_validate(content)
     except ValidationError as error:
-        # A value that fits none of several types has several errors.
         errors = {str(found["loc"][0]): found for found in error.errors(include_url=False)}
-    else:
-        return []
     problems = []
-    for name, raw in source.values.items():
-        if name not in config_class.model_fields:
-            problems.append(_unknown(source.name, name, config_class))
-        elif name in errors:
-            own = errors[name].get("ctx", {}).get("error")  # of a validator of ours
-            text = own or f"expected {expected(config_class.model_fields[name])}, got {raw!r}"
-            problems.append(Problem(name, f"{source.name}: {name}: {text}"))
+    for name in [name for name in content if name in errors]:
+        if field := config_class.model_fields.get(name):
+            own = errors[name].get("ctx", {}).get("error")  # raised by a validator of ours
+            text = f"{name}: {own or f'expected {expected(field)}, got {content[name]!r}'}"
+        else:
+            near = difflib.get_close_matches(name, config_class.model_fields, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "; see --help"
+            text = f"unknown setting {name!r}{hint}"
+        problems.append((name, f"{source}: {text}"))
     return problems

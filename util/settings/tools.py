@@ -5,8 +5,16 @@ from typing import Literal
 
 from util.settings.base import DatasetConfig, DeviceConfig, PixelConfig
 from util.settings.evaluation import ClassifierConfig, EvalCropConfig
-from util.settings.fields import Count, CountOrZero, OpenShare, PathText, Seed, ShareBelowOne
-from util.settings.fields import setting
+from util.settings.fields import (
+    Count,
+    CountOrZero,
+    OpenShare,
+    PathText,
+    Seed,
+    ShareBelowOne,
+    setting,
+    where,
+)
 from util.settings.pretrain import AutoencoderConfig
 
 
@@ -14,9 +22,7 @@ class PictureConfig(DatasetConfig, DeviceConfig):
     """Pictures"""
 
     num_images: Count = setting(
-        16,
-        "Number of images that are taken, evenly spaced, from a folder or data set.",
-        unit="images",
+        16, "Number of images that are taken, evenly spaced, from a folder or data set."
     )
 
 
@@ -38,20 +44,24 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
         "every 4, 9 or 16 (grid).",
     )
     mask_ratio: tuple[OpenShare, ...] = setting(
-        (0.75,),
-        "Shares of the patches that are removed, with a picture for each.",
-        unit="in [0, 1]",
+        (0.75,), "Shares of the patches that are removed, with a picture for each."
     )
     seed: tuple[Seed, ...] = setting((0,), "Seeds of the masks, with a picture for each.")
 
     def problems(self) -> list[str]:
-        found = self.channel_problems(self.in_chans) + super().problems()
-        found += missing("model_path", self.model_path) + no_images("img_path", self.img_path, self)
-        for name, values in (("mask_ratio", self.mask_ratio), ("seed", self.seed)):
-            shown = [f"{value:g}" for value in values]  # as in the pictures' names
-            if len(set(shown)) < len(shown):
-                found.append(f"{name} names a number twice: {' '.join(shown)}")
-        return found
+        has_images = self.img_path or self.data_path or self.dataset == "mnist5k"
+        numbers = {"mask_ratio": self.mask_ratio, "seed": self.seed}
+        shown = {  # as in the pictures' names
+            name: [f"{value:g}" for value in values] for name, values in numbers.items()
+        }
+        return self.channel_problems(self.in_chans) + where(
+            (self.model_path is None, "model_path is needed: give --model_path PATH"),
+            (not has_images, "img_path is needed: give --img_path PATH"),
+            *(
+                (len(set(texts)) < len(texts), f"{name} names a number twice: {' '.join(texts)}")
+                for name, texts in shown.items()
+            ),
+        )
 
 
 class OverviewConfig(MaeVisConfig):
@@ -60,11 +70,17 @@ class OverviewConfig(MaeVisConfig):
     save_path: PathText = setting("output/overview.png", "File to which the picture is written.")
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        for name in ("img_path", "mask_ratio", "seed"):
-            if (count := len(getattr(self, name))) > 1:
-                found.append(f"{name} has {count} values: the overview shows one image, masked once")
-        return found
+        counts = {
+            "img_path": len(self.img_path),
+            "mask_ratio": len(self.mask_ratio),
+            "seed": len(self.seed),
+        }
+        return super().problems() + where(
+            *(
+                (count > 1, f"{name} has {count} values: the overview shows one image, masked once")
+                for name, count in counts.items()
+            )
+        )
 
 
 class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
@@ -85,9 +101,7 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
         "mean", "Function that makes one attention matrix of those of a layer's heads."
     )
     discard_ratio: ShareBelowOne = setting(
-        0.0,
-        "Share of each layer's attention matrix, its lowest entries, that is set to 0.",
-        unit="in [0, 1]",
+        0.0, "Share of each layer's attention matrix, its lowest entries, that is set to 0."
     )
     layer_index: CountOrZero | None = setting(
         None, "Layer to draw alone, counted from 0; null is the rollout over all layers."
@@ -106,16 +120,8 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     seed: Seed = setting(0, "Seed of the untrained model.")
 
     def problems(self) -> list[str]:
-        found = self.channel_problems(self.in_chans) + super().problems()
-        found += missing("finetune", self.finetune)
-        return found + no_images("image_path", self.image_path, self)
-
-
-def missing(name: str, value: object) -> list[str]:
-    """Says that a setting without a default is not given."""
-    return [] if value else [f"{name} is needed: give --{name} PATH"]
-
-
-def no_images(name: str, paths: tuple[str, ...], cfg: DatasetConfig) -> list[str]:
-    """Says that there are neither named images nor a data set."""
-    return [] if cfg.dataset == "mnist5k" else missing(name, paths or cfg.data_path)
+        has_images = self.image_path or self.data_path or self.dataset == "mnist5k"
+        return self.channel_problems(self.in_chans) + where(
+            (self.finetune is None, "finetune is needed: give --finetune PATH"),
+            (not has_images, "image_path is needed: give --image_path PATH"),
+        )
