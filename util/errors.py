@@ -56,7 +56,7 @@ def run_cli(main: Callable[[], object]) -> None:
     """
     for name, mode in STREAMS.items():  # in the order of their descriptors, which they get back
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode))
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
     try:
         main()
         sys.stdout.flush()

@@ -18,7 +18,8 @@ def expand_path(path: str) -> str:
     Raises: ValueError for a variable that is not set and a user who does not exist, unless a file
     has that very name.
     """
-    expanded = os.path.expanduser(os.path.expandvars(path))
+    # A Path would change how the rest is written.
+    expanded = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111
     unknown = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
     if (unknown or expanded.startswith("~")) and not os.path.lexists(expanded):
         what = f"${unknown[0]} is not set" if unknown else "there is no such user"

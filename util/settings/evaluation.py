@@ -180,9 +180,9 @@ class LinclsConfig(
     )
     lr: tuple[Positive, ...] = setting(
         (0.1,),
-        "Base learning rate per 256 images; if there are several, each trains its own classifier, and a tenth of "
-        "the training set, held out, decides between them; a schedule's peak is lr * total batch / "
-        "256.",
+        "Base learning rate per 256 images; if there are several, each trains its own classifier, "
+        "and a tenth of the training set, held out, decides between them; a schedule's peak is lr "
+        "* total batch / 256.",
     )
     optimizer: Literal["sgd", "lars"] = setting(
         "sgd", "Optimiser: SGD with Nesterov momentum, or LARS."

@@ -34,8 +34,8 @@ class AutoencoderConfig(ModelConfig):
     )
     decoder: Literal["self", "cross"] = setting(
         "self",
-        "Kind of decoder: the paper's, whose tokens attend to one another (self), or a cheaper one, "
-        "whose mask tokens attend only to the encoder's output (cross).",
+        "Kind of decoder: the paper's, whose tokens attend to one another (self), or a cheaper "
+        "one, whose mask tokens attend only to the encoder's output (cross).",
     )
     pred_ratio: Share | None = setting(
         None,
@@ -103,9 +103,9 @@ class SpeedConfig(Settings):
     )
     aug_repeats: Count = setting(
         1,
-        "Number of samples (crop, flip and mask) of each decoded image, all in one batch, to decode "
-        "less (arXiv 1901.09335); an epoch has as many steps and decodes 1/aug_repeats of the "
-        "images.",
+        "Number of samples (crop, flip and mask) of each decoded image, all in one batch, to "
+        "decode less (arXiv 1901.09335); an epoch has as many steps and decodes 1/aug_repeats of "
+        "the images.",
     )
 
 

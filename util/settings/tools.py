@@ -88,8 +88,8 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
 
     finetune: PathText | None = setting(
         None,
-        "Weights to explain, of any kind that the README lists, or the word random for an untrained "
-        "model.",
+        "Weights to explain, of any kind that the README lists, or the word random for an "
+        "untrained model.",
     )
     image_path: tuple[PathText, ...] = setting(
         (), "Images, or folders of images; none is the data set's validation images."
@@ -114,8 +114,8 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     )
     category_index: CountOrZero | None = setting(
         None,
-        "Class, counted from 0, whose gradient weights the attention; needs a classifier's weights; "
-        "null does not weight it.",
+        "Class, counted from 0, whose gradient weights the attention; needs a classifier's "
+        "weights; null does not weight it.",
     )
     seed: Seed = setting(0, "Seed of the untrained model.")
 
