@@ -26,7 +26,8 @@ from engine.evaluation.knn import ranks_by_k
 from engine.run.batches import eval_batches
 from engine.run.folder import Run, check_writable, open_run
 from models.build import classifier_config_problems
-from models.weights.convert import describe_weights, weights_digest
+from models.weights.files import weights_digest
+from models.weights.read import read_weights
 from util.dist import autocast_dtype, gather_rows
 from util.errors import InputError, run_cli
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train = take_subset(data.train, cfg.subset, cfg.seed)
         paths = list_weights(cfg.finetune)
         for path in paths[1:]:
-            describe_weights(path)  # a broken file is found before the others are computed
+            read_weights(path)  # a broken file is found before the others are computed
         table = []
         for weights in paths:
             folder = None

@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         facts = run_facts(cfg, backbone.spec, source, classifier.sha256)
         plan = plan_resumable(cfg, run, len(source), saved, facts)
         head = generator(cfg.seed, HEAD)
-        probes = LinearProbes(
-            backbone.head.in_features, len(data.class_names), len(cfg.lr), head
-        ).to(run.device)
+        probes = LinearProbes(backbone.spec.embed_dim, len(data.class_names), len(cfg.lr), head).to(
+            run.device
+        )
         state = TrainState.begin(probes, build_probe_optimizer(probes, cfg), run.device)
         state.may_diverge = len(cfg.lr) > 1
         if state.resume(saved, run, plan.stop_step) and run.results_path.exists():

@@ -30,6 +30,7 @@ from engine.run.resume import plan_resumable, run_facts
 from engine.run.saving import Saver
 from engine.run.state import TrainState
 from models.build import build_model, mae_config_problems, mae_spec
+from models.masks import training_order
 from util.dist import autocast_dtype, broadcast, first_process_first
 from util.errors import run_cli
 from util.settings.evaluation import STAGE_CONFIGS
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         dataset = PretrainDataset(
             source,
             pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
-            model.num_patches,
+            partial(training_order, spec.num_patches),
             cfg.shared_mask,
             cfg.seed,
             cfg.aug_repeats,

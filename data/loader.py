@@ -77,7 +77,7 @@ class PretrainDataset(Dataset[Sample]):
     Args:
         source: decoded images.
         transform: uint8 `(C, H, W)` to uint8 `(C, H', W')`, random by torch's generator.
-        num_patches: N.
+        draw_order: draws the mask of a sample, the order `(N,)` of its patches, from a generator.
         shared_mask: one mask per optimiser step for all images.
         seed: of the run.
         aug_repeats: samples that are made of each decoded image, as `StepSampler` has it.
@@ -87,14 +87,14 @@ class PretrainDataset(Dataset[Sample]):
         self,
         source: ImageSource,
         transform: Callable[[Tensor], Tensor],
-        num_patches: int,
+        draw_order: Callable[[torch.Generator], Tensor],
         shared_mask: bool,
         seed: int,
         aug_repeats: int = 1,
     ):
         self.source = source
         self.transform = transform
-        self.num_patches = num_patches
+        self.draw_order = draw_order
         self.shared_mask = shared_mask
         self.seed = seed
         self.aug_repeats = aug_repeats
@@ -127,9 +127,7 @@ class PretrainDataset(Dataset[Sample]):
         with seeded(derive_seed(self.seed, CROP, *where)):
             image = self.transform(image)
         mask_coordinates = (key.step,) if self.shared_mask else where
-        ids_shuffle = torch.randperm(
-            self.num_patches, generator=generator(self.seed, MASK, *mask_coordinates)
-        )
+        ids_shuffle = self.draw_order(generator(self.seed, MASK, *mask_coordinates))
         return Sample(image, ids_shuffle, key, bad)
 
 

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from data.sources import FolderSource, build_pretrain_source
 from data.transforms import pretrain_transform
 from engine.pictures.choose import validation_source
 from engine.run import batches as batches_module
+from models.masks import training_order
 from util.errors import DataError, InputError
 
 
@@ -229,7 +231,13 @@ def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
 
 
 def loaded(source: PackedSource, context: str | None, num_workers: int = 2) -> list[torch.Tensor]:
-    dataset = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
+    dataset = PretrainDataset(
+        source,
+        pretrain_transform(8, 0.2, "bicubic", 0.5),
+        partial(training_order, 16),
+        False,
+        seed=0,
+    )
     sampler = StepSampler(len(source), 10, 1, 0, 1, 0, 0, 8, block_size=16)
     settings = loading(num_workers) | ({"multiprocessing_context": context} if context else {})
     return [batch.images for batch in build_train_loader(dataset, sampler, settings)]
@@ -686,7 +694,13 @@ def test_a_shard_that_goes_away_while_training_stops_the_run(tmp_path, own):
     """As an unmounted disk does."""
     source = build_pretrain_source("packed", str(own), 1, False)
     shutil.rmtree(own)
-    images = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
+    images = PretrainDataset(
+        source,
+        pretrain_transform(8, 0.2, "bicubic", 0.5),
+        partial(training_order, 16),
+        False,
+        seed=0,
+    )
     batch = next(
         iter(build_train_loader(images, StepSampler(120, 10, 1, 0, 1, 0, 0, 8, 8), loading(0)))
     )

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from data.loader import PretrainBatch, PretrainDataset, build_train_loader
 from data.sampler import SampleKey, StepSampler, epoch_order
 from data.sources import ArraySource
 from data.transforms import pretrain_transform
+from models.masks import training_order
 from util.errors import InputError
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import load_config
@@ -64,7 +66,12 @@ def dataset(
 ) -> PretrainDataset:
     transform = pretrain_transform(8, 0.2, "bicubic", 0.5)
     return PretrainDataset(
-        source or CountingSource(), transform, 16, shared_mask, seed=0, aug_repeats=repeats
+        source or CountingSource(),
+        transform,
+        partial(training_order, 16),
+        shared_mask,
+        seed=0,
+        aug_repeats=repeats,
     )
 
 

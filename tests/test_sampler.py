@@ -2,6 +2,7 @@
 what moves none."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from data.loader import PretrainBatch, PretrainDataset, build_train_loader
 from data.sampler import SampleKey, StepSampler
 from data.sources import ArraySource
 from data.transforms import PixelNormalizer, pretrain_transform
+from models.masks import training_order
 from util.rng import ORDER, derive_seed, generator, seeded
 
 
@@ -195,7 +197,11 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (COUNT, 3, 20, 24), dtype=n
 def dataset(shared_mask: bool = False, seed: int = 0, num_patches: int = 16) -> PretrainDataset:
     transform = pretrain_transform(8, 0.2, "bicubic", 0.5)
     return PretrainDataset(
-        ArraySource("noise", PICTURES, 3), transform, num_patches, shared_mask, seed
+        ArraySource("noise", PICTURES, 3),
+        transform,
+        partial(training_order, num_patches),
+        shared_mask,
+        seed,
     )
 
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from engine.pictures.monitor import PICTURE
 from engine.run.results import read_results
-from models.weights.convert import weights_digest
+from models.weights.files import weights_digest
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 

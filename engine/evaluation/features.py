@@ -53,7 +53,7 @@ def compute_features(
     Raises: InputError on all processes where a file cannot be decoded or a feature is not finite.
     """
     device = normalize.device
-    features = torch.empty(0, backbone.head.in_features)
+    features = torch.empty(0, backbone.spec.embed_dim)
     count, all_finite = 0, True
     bad: list[BadSample] = []
     for batch in until_bad(batches, bad):
