@@ -17,7 +17,7 @@ from PIL import Image
 
 import main_pretrain
 from data.loader import loader_settings
-from data.sources import read_mnist5k
+from data.known_sets import read_mnist5k
 from util.dist import Processes
 from util.settings.base import DataConfig
 

@@ -18,7 +18,7 @@ from runs import environment, loading
 from test_evaluation import free_port
 from torch import multiprocessing
 
-from data.eval_loader import build_eval_loader
+from data.loader import build_eval_loader
 from data.labels import LabelledArray
 from data.transforms import PixelNormalizer
 from engine.evaluation import knn

@@ -25,6 +25,7 @@ from runs import (
     pretraining,
     step_losses,
 )
+from test_sampler import dataset
 
 import main_finetune
 import main_knn
@@ -32,14 +33,13 @@ import main_lincls
 import main_pretrain
 from data.images import BadImageError
 from data.labels import LabelledData, build_labelled_data
-from data.loader import PretrainDataset, build_train_loader
+from data.loader import build_train_loader
 from data.packs import index as pack_index
 from data.packs import source as packed
 from data.packs.shards import index_shard
 from data.packs.source import LabelledPack, PackedSource
-from data.sampler import StepSampler, epoch_order
+from data.sampler import StepSampler
 from data.sources import FolderSource, build_pretrain_source
-from data.transforms import pretrain_transform
 from engine.pictures.choose import validation_source
 from engine.run import batches as batches_module
 from util.errors import DataError, InputError
@@ -229,10 +229,10 @@ def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
 
 
 def loaded(source: PackedSource, context: str | None, num_workers: int = 2) -> list[torch.Tensor]:
-    dataset = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
-    sampler = StepSampler(len(source), 10, 1, 0, 1, 0, 0, 8, block_size=16)
+    made = dataset(source=source)
+    steps = StepSampler(num_images=len(source), batch_size=10, seed=0, stop_step=8, block_size=16)
     settings = loading(num_workers) | ({"multiprocessing_context": context} if context else {})
-    return [batch.images for batch in build_train_loader(dataset, sampler, settings)]
+    return [batch.images for batch in build_train_loader(made, steps, settings)]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -246,7 +246,7 @@ def test_processes_that_are_forked_or_spawned_read_the_same(packs, context):
 
 def test_a_pickled_source_holds_no_data_and_opens_its_own_files(packs):
     source = LabelledPack(packs / "train", 1)
-    source.reads_ahead = True
+    source.read_ahead()
     source.read(3)
     copy = pickle.loads(pickle.dumps(source))
     assert len(pickle.dumps(source)) < 500
@@ -279,7 +279,7 @@ def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
     source.block_size = 32
     source.read(70)
     assert announced == []  # only where all images will be read
-    source.reads_ahead = True
+    source.read_ahead()
     for index in (70, 64, 95, 70):
         source.read(index)
     entries = source.index.entries[64:96]
@@ -406,91 +406,6 @@ def test_what_pictures_are_made_of(tmp_path, packs, data):
     assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 1
 
 
-# --- the order of an epoch
-# --------------------------------------------------------------------------------------------
-
-
-def test_golden_order_by_blocks():
-    """The order belongs to every checkpoint: when these numbers change, no run on packed data can
-    be resumed."""
-    assert epoch_order(10, 4, 42, 0).tolist() == [3, 6, 2, 8, 4, 5, 7, 9, 0, 1]
-    assert epoch_order(100_000, 256, 0, 3)[[0, 1, 20_000, 99_999]].tolist() == [
-        50752,
-        8242,
-        6793,
-        65846,
-    ]
-
-
-@pytest.mark.parametrize(
-    ("num_images", "block_size"), [(1, 4), (3, 4), (4, 4), (1000, 7), (5000, 16), (40_000, 256)]
-)
-def test_an_epoch_by_blocks_is_a_permutation_of_its_own(num_images, block_size):
-    orders = [
-        epoch_order(num_images, block_size, seed, epoch) for seed in range(2) for epoch in range(3)
-    ]
-    for order in orders:
-        assert np.array_equal(np.sort(order), np.arange(num_images))
-    if num_images >= 1000:
-        assert len({order.tobytes() for order in orders}) == 6
-    assert np.array_equal(orders[0], epoch_order(num_images, block_size, 0, 0))
-
-
-def test_64_blocks_are_read_at_a_time_and_mixed():
-    """10,000 blocks of 8: each 512 positions hold 64 whole blocks, from all over the data set, in
-    no order."""
-    order = epoch_order(80_000, 8, 0, 0)
-    first_blocks = []
-    for start in range(0, 80_000, 512):
-        images = order[start : start + 512]
-        counts = Counter((images // 8).tolist())
-        assert set(counts.values()) == {8}
-        assert len(counts) == min(64, len(images) // 8)
-        first_blocks.append(min(counts))
-        if len(images) == 512:
-            assert np.ptp(images) > 60_000
-            correlation = np.corrcoef(np.arange(512), np.argsort(np.argsort(images)))[0, 1]
-            assert abs(correlation) < 0.2
-            assert np.mean(np.diff(images) == 1) < 0.05
-    assert len(set(first_blocks)) > 50
-    short = epoch_order(1003, 10, 0, 0)  # the last block has three images; it may come anywhere
-    assert np.flatnonzero(short >= 1000).max() < 643 or np.flatnonzero(short >= 1000).min() >= 640
-
-
-def test_a_block_size_of_one_is_any_permutation():
-    sampler = StepSampler(1000, 5, 1, 0, 1, 42, 0, 1, block_size=1)
-    assert [key.image for key in next(iter(sampler))] == [
-        333,
-        887,
-        105,
-        55,
-        224,
-    ]  # as for every other data set
-
-
-def keys_of(world_size: int, accum_iter: int, start: int = 0, stop: int = 40) -> list[list]:
-    """The samples of each step over all processes, by position: 6 steps an epoch of 400 images in
-    blocks of 5."""
-    gathered: list[list] = [[] for _ in range(stop - start)]
-    for rank in range(world_size):
-        batch_size = 64 // world_size // accum_iter
-        steps = StepSampler(
-            400, batch_size, accum_iter, rank, world_size, 3, start, stop, block_size=5
-        )
-        for number, batch in enumerate(steps):
-            gathered[number // accum_iter] += batch
-    return [sorted(keys, key=lambda key: key.position) for keys in gathered]
-
-
-def test_a_step_by_blocks_is_the_same_however_it_is_shared_out_and_wherever_it_starts():
-    whole = keys_of(1, 1)
-    order = epoch_order(400, 5, 3, 2)
-    assert [key.image for key in whole[13]] == order[64:128].tolist()
-    assert whole == keys_of(2, 1) == keys_of(4, 2)
-    for start in (1, 5, 6, 7, 23):
-        assert keys_of(2, 2, start) == whole[start:]
-
-
 # --- the stages
 # -------------------------------------------------------------------------------------------------------
 
@@ -503,8 +418,8 @@ def small_blocks(monkeypatch) -> list[int]:
     taken = []
 
     class Seen(StepSampler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __post_init__(self):
+            super().__post_init__()
             taken.append(self.block_size)
 
     monkeypatch.setattr(batches_module, "StepSampler", Seen)
@@ -682,14 +597,12 @@ def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, 
         assert str(error.value).startswith(f"evaluation leaves no image out, and {own}/")
 
 
-def test_a_shard_that_goes_away_while_training_stops_the_run(tmp_path, own):
+def test_a_shard_that_disappears_while_training_stops_the_run(own):
     """As an unmounted disk does."""
     source = build_pretrain_source("packed", str(own), 1, False)
     shutil.rmtree(own)
-    images = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
-    batch = next(
-        iter(build_train_loader(images, StepSampler(120, 10, 1, 0, 1, 0, 0, 8, 8), loading(0)))
-    )
+    sampler = StepSampler(num_images=120, batch_size=10, seed=0, stop_step=8, block_size=8)
+    batch = next(iter(build_train_loader(dataset(source=source), sampler, loading(0))))
     assert batch.failed
     assert "No such file or directory" in batch.bad[0].reason
 
