@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,6 @@ def own(tmp_path, packs) -> Path:
     return shutil.copytree(packs, tmp_path / "own")
 
 
-# --- reading
-# ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_pack_shows_the_images_of_the_folder(data, packs):
     source, folder = (
         PackedSource(packs / "train", 3),
@@ -121,110 +118,98 @@ def flip_bit(folder: Path, index: int) -> str:
     return f"{path.name} at byte {offset}, member {Path(PackedSource(folder, 1).name(index)).name}"
 
 
+def bad_reason(source: PackedSource, index: int) -> str:
+    with pytest.raises(BadImageError) as error:
+        source.read(index)
+    return str(error.value)
+
+
 def test_a_damaged_image_is_a_bad_image_that_names_its_place(own):
     folder = own / "train"
     source = PackedSource(folder, 1)
     where = flip_bit(folder, 50)
-    with pytest.raises(
-        BadImageError, match=rf"is damaged: {where}, has the crc32 \w{{8}}, expected \w{{8}}$"
-    ):
-        source.read(50)
+    assert re.search(rf"{where}.* crc32 \w{{8}}, expected \w{{8}}$", bad_reason(source, 50))
     assert source.read(49).shape == (1, 28, 28)
     path, offset, length = place_of(folder, 60)
     os.truncate(path, offset + length - 1)
-    expected = rf"is cut off: {path.name} at byte {offset}, .*has {length - 1} of {length} bytes"
-    with pytest.raises(BadImageError, match=expected):
-        source.read(60)
+    expected = rf"cut off: {path.name} at byte {offset}, .* {length - 1} of {length} bytes"
+    assert re.search(expected, bad_reason(source, 60))
     fresh = PackedSource(own / "val", 1)
     shards(own / "val")[0].unlink()
-    with pytest.raises(
-        BadImageError,
-        match=r"cannot be read: shard-000000.tar at byte 512, member 0.*: No such file",
-    ):
-        fresh.read(0)
+    assert "shard-000000.tar at byte 512, member 0" in bad_reason(fresh, 0)
 
 
-def test_what_an_index_says_is_not_believed(own):
-    """A length of 2^62 is refused before memory is asked for."""
+def test_a_length_in_the_index_is_checked_before_memory_is_asked_for(own):
     entries = np.load(own / "train/index.npy")
     entries["length"][3] = 2**62
     np.save(own / "train/index.npy", entries)
-    with pytest.raises(BadImageError, match="would end behind the shard"):
-        PackedSource(own / "train", 1).read(3)
+    assert "behind the shard" in bad_reason(PackedSource(own / "train", 1), 3)
 
 
-def test_an_index_that_does_not_fit_its_shards_is_refused(own, packs):
-    folder = own / "train"
-    again = f"python tools/pack_dataset.py --index {folder}/*.tar"
-
-    def refusal() -> str:
-        with pytest.raises(DataError) as error:
-            PackedSource(folder, 1)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    def restore() -> None:
-        shutil.copytree(packs / "train", folder, dirs_exist_ok=True)
-
-    second = shards(folder)[1]
-    second.unlink()
-    assert refusal() == f"1 of the 6 shards in {folder} are missing: shard-000001.tar"
-    older = f"the index of {folder} is older than its shards (shard-000001.tar): index them again, {again}"
-    restore()
-    with second.open("ab") as file:
-        file.write(bytes(512))
-    assert refusal() == older  # another size
-    restore()
-    shutil.copy(shards(folder)[0], second)
-    assert refusal() == older  # another shard
-    restore()
-    content = second.read_bytes()
-    patched(second, 0, b"9", header=0)
-    assert (
-        len(second.read_bytes()) == len(content) and refusal() == older
-    )  # another name, all else equal
-    for name in ("index.json", "index.npy", "names.npy"):
-        restore()
-        (folder / name).unlink()
-        assert refusal() == (
-            f"{folder} has no {name}: give the command that packed it again, or for shards from elsewhere {again}"
-        )
-        (folder / name).write_bytes(b"{}" if name == "index.json" else b"x")
-        assert f"the index of {folder} is damaged (" in refusal()
-    restore()
-    np.save(folder / "index.npy", np.load(folder / "index.npy")[:-1])
-    assert "do not fit one another" in refusal()
-    restore()
-    np.save(folder / "names.npy", np.array([None, {}], dtype=object))  # a pickle
-    assert "is damaged (Array can't be memory-mapped: Python objects in dtype" in refusal()
-    restore()
-    facts = json.loads((folder / "index.json").read_text())
-    for change in (
-        {"version": 2},
-        {"shards": [{**facts["shards"][0], "name": "../x.tar"}, *facts["shards"][1:]]},
-    ):
-        (folder / "index.json").write_text(json.dumps({**facts, **change}))
-        assert "do not fit one another" in refusal()
+def edited(folder: Path, change: Callable[[dict], object]) -> None:
+    """Changes what index.json holds."""
+    content = json.loads((folder / "index.json").read_text())
+    change(content)
+    (folder / "index.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])]
-)
-def test_a_run_on_a_damaged_shard_says_how_to_look_at_the_data(tmp_path, own, damage):
-    damage(shards(own / "train")[1])
-    with pytest.raises(DataError, match=r"shard-000001\.tar") as error:
+SECOND = "shard-000001.tar"
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a shard is missing": (lambda folder: (folder / SECOND).unlink(), SECOND),
+    "a shard is longer": (lambda folder: (folder / SECOND).open("ab").write(bytes(512)), SECOND),
+    "another shard": (
+        lambda folder: shutil.copy(folder / "shard-000000.tar", folder / SECOND),
+        SECOND,
+    ),
+    "another name in a shard": (lambda folder: patched(folder / SECOND, 0, b"9", 0), SECOND),
+    "fewer entries": (
+        lambda folder: np.save(folder / "index.npy", np.load(folder / "index.npy")[:-1]),
+        "do not fit",
+    ),
+    "a pickle": (
+        lambda folder: np.save(folder / "names.npy", np.array([None, {}], dtype=object)),
+        "is damaged",
+    ),
+    "another version": (
+        lambda folder: edited(folder, lambda content: content.update(version=2)),
+        "do not fit",
+    ),
+    "a shard elsewhere": (
+        lambda folder: edited(folder, lambda content: content["shards"][0].update(name="../x")),
+        "do not fit",
+    ),
+}
+for name in ("index.json", "index.npy", "names.npy"):
+    DAMAGES[f"no {name}"] = (lambda folder, name=name: (folder / name).unlink(), f"no {name}")
+    DAMAGES[f"a damaged {name}"] = (
+        lambda folder, name=name: (folder / name).write_bytes(b"{}"),
+        "is damaged",
+    )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_index_that_does_not_fit_its_shards_is_refused(own, damage):
+    damaging, named = DAMAGES[damage]
+    damaging(own / "train")
+    with pytest.raises(DataError) as error:
+        PackedSource(own / "train", 1)
+    assert str(own / "train") in str(error.value)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_on_a_damaged_shard_says_how_to_check_the_data(tmp_path, own):
+    shards(own / "train")[1].unlink()
+    with pytest.raises(DataError, match=SECOND) as error:
         main_pretrain.main(pretraining(own, tmp_path / "run", *PACKED))
-    assert error.value.__notes__ == [f"look at the data with: python tools/check_dataset.py {own}"]
+    assert f"tools/check_dataset.py {own}" in error.value.__notes__[0]
 
 
 def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
-    with pytest.raises(InputError, match=r"data_path .*nowhere does not exist") as error:
+    with pytest.raises(InputError, match="data_path .*nowhere") as error:
         build_pretrain_source("packed", str(tmp_path / "nowhere"), 3, False)
-    assert not isinstance(error.value, DataError)  # there is nothing to look at
-    with pytest.raises(
-        DataError,
-        match=r"train has no index\.json: give the command that packed it again, or for sh",
-    ):
+    assert not isinstance(error.value, DataError)  # there is nothing to check
+    with pytest.raises(DataError, match=r"train has no index\.json"):
         build_pretrain_source("packed", str(data), 3, False)
 
 
@@ -299,19 +284,8 @@ def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
     assert len(announced) > len(expected)
 
 
-# --- labels
-# -----------------------------------------------------------------------------------------------------------
-
-
 def labelled(root: Path, num_classes: int | None = None) -> LabelledData:
     return build_labelled_data("packed", str(root), 1, download=False, num_classes=num_classes)
-
-
-def refusal_of(root: Path, num_classes: int | None = None) -> str:
-    with pytest.raises(InputError) as error:
-        labelled(root, num_classes)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def make_pack(folder: Path, labels: list[int | None], class_names: list[str] | None = None) -> None:
@@ -332,41 +306,33 @@ def test_both_splits_with_the_class_names_of_the_index(packs):
     assert data.train.labels.dtype == np.int64
     for index in range(0, 120, 7):
         assert CLASSES[data.train.labels[index]] in data.train.name(index)
-    assert (
-        refusal_of(packs, num_classes=4)
-        == "num_classes is 4 and the data has 3 classes: leave num_classes out"
-    )
+    with pytest.raises(InputError, match="num_classes"):
+        labelled(packs, num_classes=4)
 
 
-def test_packs_that_evaluation_cannot_take_are_refused_in_exact_words(tmp_path, own, data):
-    make_pack(tmp_path / "a/train", [0, 1])
-    assert refusal_of(tmp_path / "a") == (
-        f"data_path {tmp_path}/a has no val/: it must hold train/ and val/, each with shards"
-    )
-    make_pack(tmp_path / "a/val", [None, None])
-    assert refusal_of(tmp_path / "a") == (
-        f"the images in {tmp_path}/a/val have no labels, which evaluation needs: pack a folder with class folders"
-    )
-    make_pack(tmp_path / "a/val", [0, 0])
-    assert refusal_of(tmp_path / "a") == f"1 classes in {tmp_path}/a/val hold no image: 1"
-    make_pack(tmp_path / "a/val", [0, 1, 999_999_999])
-    assert refusal_of(tmp_path / "a") == (
-        f"the labels in {tmp_path}/a go up to 999999999, with 2 images to train on"
-    )
-    make_pack(tmp_path / "a/train", [0, 1], ["cat", "dog"])
-    assert "the val split of packed has the label 999999999, outside its 2 classes" in refusal_of(
-        tmp_path / "a"
-    )
-    make_pack(tmp_path / "a/val", [0, 1], ["cat", "mouse"])
-    assert refusal_of(tmp_path / "a") == f"1 classes are in {tmp_path}/a/train and not in val/: dog"
-    make_pack(tmp_path / "a/val", [0, 0], ["cat", "dog"])
-    assert refusal_of(tmp_path / "a") == f"1 classes in {tmp_path}/a/val hold no image: dog"
-    flat = pack(data / "train", tmp_path / "flat")
-    assert (
-        refusal_of(flat)
-        == f"data_path {flat} has no train/: it must hold train/ and val/, each with shards"
-    )
-    assert refusal_of(tmp_path / "nowhere") == f"data_path {tmp_path}/nowhere does not exist"
+CATS_AND_DOGS = ([0, 1], ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "named"),
+    [
+        (CATS_AND_DOGS, None, "val/"),
+        (None, CATS_AND_DOGS, "train/"),
+        (([0, 1],), ([None, None],), "/val have no labels"),
+        (([0, 1],), ([0, 0],), "/val hold no image: 1"),
+        (([0, 1],), ([0, 1, 999_999_999],), "999999999"),
+        (CATS_AND_DOGS, ([0, 1, 999_999_999],), "label 999999999, outside its 2 classes"),
+        (CATS_AND_DOGS, ([0, 1], ["cat", "mouse"]), "/train and not in val/: dog"),
+        (CATS_AND_DOGS, ([0, 0], ["cat", "dog"]), "/val hold no image: dog"),
+    ],
+)
+def test_packs_that_evaluation_cannot_take_are_refused(tmp_path, train, val, named):
+    for split, content in (("train", train), ("val", val)):
+        if content is not None:
+            make_pack(tmp_path / split, *content)
+    with pytest.raises(InputError) as error:
+        labelled(tmp_path)
+    assert named in str(error.value)
 
 
 def test_classes_without_names_are_called_by_their_labels(tmp_path):
@@ -387,11 +353,11 @@ def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
     data = labelled(tmp_path)
     assert (len(data.train), data.train.labels.tolist()) == (3, [2, 0, 1])
     assert [int(data.train.read(index)[0, 0, 0]) for index in range(3)] == [20, 0, 10]
-    assert f"{tmp_path}/train: 2 images have no label and are left out" in caplog.text
+    assert f"{tmp_path}/train: 2 images" in caplog.text
     assert len(build_pretrain_source("packed", str(tmp_path), 1, False)) == 5
 
 
-def test_what_pictures_are_made_of(tmp_path, packs, data):
+def test_pictures_are_made_of_the_validation_images_or_else_all(tmp_path, packs, data):
     assert (
         validation_source("packed", str(packs), 1)
         .name(0)
@@ -404,10 +370,6 @@ def test_what_pictures_are_made_of(tmp_path, packs, data):
     assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 120
     make_pack(tmp_path / "half/val", [None])  # labels are not needed
     assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 1
-
-
-# --- the stages
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -579,7 +541,7 @@ def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, 
     (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
     bad = json.loads(line)
     assert bad["path"] == PackedSource(own / "train", 1).name(50)
-    assert bad["reason"].startswith(f"is damaged: {where}, has the crc32 ")
+    assert where in bad["reason"]
     assert log_lines(tmp_path / "run")[-1]["step"] == 2 * PICTURE_STEPS
     in_val = flip_bit(own / "val", 33)
     commands = (
@@ -591,10 +553,8 @@ def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, 
         ),
     )
     for main, damaged, arguments in commands:
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match=damaged):
             main([*arguments, *PACKED, "--finetune", str(weights)])
-        assert f" is damaged: {damaged}, has the crc32 " in str(error.value)
-        assert str(error.value).startswith(f"evaluation leaves no image out, and {own}/")
 
 
 def test_a_shard_that_disappears_while_training_stops_the_run(own):
@@ -605,10 +565,3 @@ def test_a_shard_that_disappears_while_training_stops_the_run(own):
     batch = next(iter(build_train_loader(dataset(source=source), sampler, loading(0))))
     assert batch.failed
     assert "No such file or directory" in batch.bad[0].reason
-
-
-def test_the_settings_ask_for_the_folder():
-    with pytest.raises(
-        InputError, match="data_path is needed for dataset packed: give --data_path FOLDER"
-    ):
-        main_pretrain.main(["--dataset", "packed"])
