@@ -67,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         log_start(run, plan, len(source), model, cfg)
 
         dataset = PretrainDataset(
-            source,
-            pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
-            partial(training_order, spec.num_patches),
-            cfg.shared_mask,
-            cfg.seed,
-            cfg.aug_repeats,
+            source=source,
+            transform=pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
+            draw_order=partial(training_order, spec.num_patches),
+            shared_mask=cfg.shared_mask,
+            seed=cfg.seed,
+            aug_repeats=cfg.aug_repeats,
         )
         loader = train_batches(cfg, run, plan, dataset, state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)

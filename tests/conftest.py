@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_table import FaultTable
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED_SKIPS: tuple[
@@ -59,3 +60,8 @@ def photographs(tmp_path_factory) -> Path:
 def cifar10_jpeg(tmp_path_factory) -> Path:
     """CIFAR-10 as 60,000 JPEGs, train/ and val/."""
     return _unpacked(tmp_path_factory, "cifar10.tar.gz") / "cifar10"
+
+
+# Examples are drawn anew only when a test changes, so that a failure can be repeated.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")

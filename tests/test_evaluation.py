@@ -17,9 +17,9 @@ from torch import multiprocessing
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from data.eval_loader import EvalBatch, build_eval_loader
 from data.images import BadImageError
 from data.labels import LabelledArray
+from data.loader import EvalBatch, build_eval_loader
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.evaluate import Scores, evaluate
 from engine.evaluation.features import (
@@ -47,15 +47,9 @@ def identity(image: torch.Tensor) -> torch.Tensor:
 def batches_of(labels: list[int], sizes: list[int]) -> list[EvalBatch]:
     """Image i is one pixel of value i."""
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
-    indices = torch.arange(len(labels))
     return [
         EvalBatch(*parts, [])
-        for parts in zip(
-            images.split(sizes),
-            torch.tensor(labels).split(sizes),
-            indices.split(sizes),
-            strict=True,
-        )
+        for parts in zip(images.split(sizes), torch.tensor(labels).split(sizes), strict=True)
     ]
 
 
@@ -177,23 +171,26 @@ class Photographs(LabelledArray):
 @pytest.mark.parametrize("batch_size", [1, 3, 200])
 @pytest.mark.parametrize("count", [1, 7, 100])
 def test_processes_share_every_image_out_once(count, batch_size, world_size):
-    found, source = [], Photographs(count)
+    found = []
     for rank in range(world_size):
+        source = Photographs(count)
         loader = build_eval_loader(source, identity, batch_size, rank, world_size, loading(0))
-        share = [(b, i) for b in loader for i in b.indices.tolist()]
-        assert [i for _, i in share] == list(range(rank, count, world_size))
-        assert len(loader) == math.ceil(len(share) / batch_size)
-        for batch in loader:
+        batches = list(loader)
+        share = source.reads
+        assert share == list(range(rank, count, world_size))
+        assert len(loader) == len(batches) == math.ceil(len(share) / batch_size)
+        for number, batch in enumerate(batches):
             assert (batch.images.dtype, batch.labels.dtype, batch.bad) == (
                 torch.uint8,
                 torch.int64,
                 [],
             )
             assert batch.images.shape[0] == len(batch.labels) <= batch_size
-            for image, label, index in zip(*batch[:3], strict=True):
+            shown = share[number * batch_size : (number + 1) * batch_size]
+            for image, label, index in zip(*batch[:2], shown, strict=True):
                 assert torch.equal(image, source.images[index])
                 assert label == source.labels[index]
-        found += [i for _, i in share]
+        found += share
     assert sorted(found) == list(range(count))
 
 
@@ -204,7 +201,7 @@ def test_loader_processes_change_nothing():
     )
     assert len(plain) == len(workers) == 4
     for left, right in zip(plain, workers, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(left[:3], right[:3], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(left[:2], right[:2], strict=True))
 
 
 def answers(images: torch.Tensor) -> torch.Tensor:

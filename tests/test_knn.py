@@ -18,8 +18,8 @@ from runs import environment, loading
 from test_evaluation import free_port
 from torch import multiprocessing
 
-from data.eval_loader import build_eval_loader
 from data.labels import LabelledArray
+from data.loader import build_eval_loader
 from data.transforms import PixelNormalizer
 from engine.evaluation import knn
 from engine.evaluation.features import Features, compute_features, load_features, save_features

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_images import KINDS, STORED_AS, oriented, shown
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-from data.sources import ArraySource, read_mnist5k
+from data.known_sets import read_mnist5k
+from data.sources import ArraySource
 from data.transforms import EvalTransform
 from engine.pictures.drawing import CELL, GAP, TEXT
 from engine.pictures.reconstruction import NORMALISED_TARGET, RAW_TARGET

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.sources import read_mnist5k
+from data.known_sets import read_mnist5k
 from data.transforms import EvalTransform
 from engine.pictures.choose import find_images, open_images, spread
 from engine.pictures.drawing import (

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from data.eval_loader import EvalBatch
-from data.loader import BadSample
+from data.loader import BadSample, EvalBatch
 from data.transforms import PixelNormalizer
 from engine.run.interrupts import Stopped, received
 from engine.run.results import without_nan
