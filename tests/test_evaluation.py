@@ -21,7 +21,7 @@ from data.eval_loader import EvalBatch, build_eval_loader
 from data.images import BadImageError
 from data.labels import LabelledArray
 from data.transforms import EvalTransform, PixelNormalizer
-from engine.evaluation.evaluate import Scores, evaluate
+from engine.evaluation.classification import Scores, evaluate
 from engine.evaluation.features import (
     FEATURES_FILE,
     Features,

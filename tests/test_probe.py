@@ -10,7 +10,7 @@ import torch
 from torch.amp import GradScaler
 from torch.nn import functional as F
 
-from engine.evaluation.evaluate import Scores
+from engine.evaluation.classification import Scores
 from engine.evaluation.probe import (
     LinearProbes,
     build_probe_optimizer,
