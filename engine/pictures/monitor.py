@@ -20,21 +20,20 @@ from data.images import BadImageError
 from data.labels import LabelledData, LabelledSource, Subset, build_labelled_data, stratified_choice
 from data.sources import ImageSource
 from data.transforms import EvalTransform, PixelNormalizer
-from engine.evaluation.features import compute_features
-from engine.evaluation.knn import ranks_by_k
+from engine.evaluation.features import Features, compute_features
+from engine.evaluation.knn import rank_labels
 from engine.parallel import whole_model
 from engine.pictures.choose import spread, validation_source
 from engine.pictures.drawing import draw_grid, heat_over, to_picture
 from engine.pictures.reconstruction import COLUMNS, reconstruct, target_caption
 from engine.pictures.rollout import rollout
-from engine.run.batches import eval_batches
 from engine.run.folder import Run
 from engine.run.state import TrainState
 from engine.schedule import Plan
 from models.build import encoder_of
 from models.mae import MaskedAutoencoder
 from models.masks import draw_mask
-from util.dist import all_gather, autocast_dtype, gather_rows
+from util.dist import all_gather, gather_rows
 from util.errors import InputError
 from util.rng import MONITOR, generator
 from util.settings.pretrain import PretrainConfig
@@ -169,17 +168,8 @@ class Monitor:
         num_classes = (
             int(max(train_labels.max(), val_labels.max())) + 1
         )  # a small choice may lack some
-        ranks = ranks_by_k(
-            train,
-            train_labels,
-            val.to(self.run.device),
-            val_labels,
-            (K,),
-            TEMPERATURE,
-            num_classes,
-            self.run.processes.rank,
-            self.run.processes.world_size,
-        )
+        features = Features(train, train_labels, val, val_labels)
+        ranks = rank_labels(features, num_classes, (K,), TEMPERATURE, self.run.processes)
         accuracies = {"knn_acc1": 100 * int((ranks[K] == 0).sum()) / len(val_labels)}
         if self.cfg.monitor_probe:
             train = gather_rows(train, len(train_labels))
@@ -192,10 +182,7 @@ class Monitor:
 
     def features(self, encoder: Any, source: LabelledSource) -> Tensor:
         """Features `(share, D)` of this process's share of a source."""
-        run, cfg = self.run, self.cfg
-        normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
-        dtype = autocast_dtype(cfg.precision, run.device)
-        return compute_features(encoder, eval_batches(cfg, run, source, None), normalize, dtype)
+        return compute_features(self.cfg, self.run, encoder, source, None)
 
 
 def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> Tensor:
