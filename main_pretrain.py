@@ -87,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
         monitor = Monitor.begin(cfg, run, plan, model, source)
         if state.step == 0:
-            monitor.look(state)
+            monitor.observe(state)
         with Saver(run, cfg, facts, state, plan) as saver:
             for _ in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
-                monitor.look(state)
-        return finish(run, state, facts, monitor.facts)
+                monitor.observe(state)
+        return finish(run, state, facts, monitor.figures)
 
 
 def finish(
