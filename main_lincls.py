@@ -21,11 +21,9 @@ from torch.amp import GradScaler
 from data.labels import LabelledSource, Subset, stratified_choice, take_subset
 from data.loader import LabelledBatch, LabelledDataset
 from data.transforms import PixelNormalizer, pretrain_transform
-from engine.evaluation.classification import Evaluator, open_labelled_data
-from engine.evaluation.evaluate import Scores
+from engine.evaluation.classification import Evaluator, Scores, open_labelled_data
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.probe import (
-    LinearProbes,
     average_statistics,
     build_probe_optimizer,
     choose_probe,
@@ -41,6 +39,7 @@ from engine.run.job import Job, begin
 from engine.run.results import read_results
 from engine.run.saving import Saver
 from models.build import classifier_config_problems
+from models.heads.probe import LinearProbes
 from models.vit import VisionTransformer
 from util.errors import run_cli
 from util.rng import HEAD, generator
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             evaluators["held_out"] = Evaluator(cfg, run, held_out, data.class_names)
 
         probes = LinearProbes(
-            backbone.head.in_features, len(data.class_names), len(cfg.lr), generator(cfg.seed, HEAD)
+            backbone.spec.embed_dim, len(data.class_names), len(cfg.lr), generator(cfg.seed, HEAD)
         )
         job = begin(
             run,

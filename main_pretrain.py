@@ -9,6 +9,7 @@ it stopped.
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from engine.run.job import Job, begin
 from engine.run.saving import Saver
 from models.build import build_model, mae_config_problems, mae_spec
 from models.mae import MaskedAutoencoder
+from models.masks import training_order
 from util.dist import broadcast, first_process_first
 from util.errors import run_cli
 from util.settings.evaluation import STAGE_CONFIGS
@@ -62,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         transform = pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
         dataset = PretrainDataset(
-            source, transform, spec.num_patches, cfg.shared_mask, cfg.seed, cfg.aug_repeats
+            source=source,
+            transform=transform,
+            draw_order=partial(training_order, spec.num_patches),
+            shared_mask=cfg.shared_mask,
+            seed=cfg.seed,
+            aug_repeats=cfg.aug_repeats,
         )
         batches = train_batches(cfg, run, job.plan, dataset, job.state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
@@ -75,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         assert isinstance(model, MaskedAutoencoder)
         monitor = Monitor.begin(cfg, run, job.plan, model, source)
         if job.state.step == 0:
-            monitor.look(job.state)
+            monitor.observe(job.state)
         with Saver(job) as saver:
             for _ in train(job, batches, loss_fn, saver):
-                monitor.look(job.state)
-        return finish(job, monitor.facts)
+                monitor.observe(job.state)
+        return finish(job, monitor.figures)
 
 
 def finish(job: Job, figures: dict[str, float] | None = None) -> dict[str, Any]:

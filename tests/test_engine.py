@@ -23,18 +23,13 @@ from data.sampler import SampleKey
 from engine.meters import StepMeter
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
 from engine.run.bad_steps import BadSteps
-from engine.run.checkpoint import (
-    Checkpoint,
-    load_newest_checkpoint,
-    save_checkpoint,
-    save_weights,
-    weights_header,
-)
+from engine.run.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint, save_weights
 from engine.run.folder import take_over_folder
 from engine.run.records import Records
 from engine.schedule import choose_accum_iter, plan_run, warmup_cosine
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
+from models.weights.own import read_header
 from util.errors import InputError
 from util.settings.base import AdamWConfig
 from util.settings.pretrain import PretrainConfig
@@ -565,7 +560,7 @@ def test_weights_file_carries_its_facts(tmp_path):
             "std": "[0.25]",
             "epoch": "3",
         }
-    assert weights_header(path) == {
+    assert read_header(path) == {
         "model_args": {"depth": 2},
         "mean": [0.5],
         "std": [0.25],

@@ -39,7 +39,7 @@ from runs import (
 import engine.loop
 import main_knn
 import main_pretrain
-from data.eval_loader import EvalDataset
+from data.loader import EvalDataset
 from engine.evaluation import features
 from engine.run import interrupts as signals
 from engine.run.batches import MAX_RESTARTS, Batches

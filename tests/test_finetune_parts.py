@@ -10,6 +10,7 @@ import pytest
 import torch
 from compare import identity
 from engine.ema import build_ema, update_ema
+from models.weights.convert import weights_digest
 from safetensors.torch import load_file
 from test_sampler import global_states
 from torch import nn
@@ -21,10 +22,10 @@ from engine.evaluation.best import Best
 from engine.evaluation.from_weights import Classifier, build_finetuned, build_frozen
 from engine.mixing import BatchMixer
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
-from engine.run.checkpoint import best_path, save_weights, weights_header
+from engine.run.checkpoint import best_path, save_weights
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from models.weights.convert import weights_digest
+from models.weights.own import read_header
 from util.errors import InputError
 from util.rng import seed_libraries, seeded
 from util.settings.evaluation import FinetuneConfig, KnnConfig
@@ -732,7 +733,7 @@ FACTS = identity(model_args={"depth": 3}, **STATS)
 
 def kept(folder: Path) -> tuple[float, dict]:
     """The weight that was kept, and what the header says."""
-    return load_file(best_path(folder))["weight"][0, 0].item(), weights_header(best_path(folder))
+    return load_file(best_path(folder))["weight"][0, 0].item(), read_header(best_path(folder))
 
 
 def test_the_best_evaluation_is_kept_and_of_equals_the_first(tmp_path):

@@ -293,6 +293,11 @@ def test_the_cifar_command_of_the_readme(tmp_path, monkeypatch, server):  # noqa
     assert main_pretrain.main(arguments)["step"] == 2
 
 
+def unbroken(config: Path) -> str:
+    """A recipe's text with the lines of its command joined."""
+    return re.sub(r"\\\n# +", "", config.read_text())
+
+
 def config_heads() -> list[Path]:
     return [
         path for path in sorted((ROOT / "cfgs").rglob("*.yaml")) if "quickstart" not in path.parts
@@ -304,7 +309,7 @@ def config_heads() -> list[Path]:
     "config", config_heads(), ids=lambda path: "-".join(path.relative_to(ROOT / "cfgs").parts)
 )
 def test_the_command_in_a_recipe_head_runs(config, images, tmp_path, monkeypatch):
-    (line,) = re.findall(r"^# Command:\s+(.*)$", config.read_text(), re.M)
+    (line,) = re.findall(r"^# Command:\s+(.*)$", unbroken(config), re.M)
     _, words = words_of(line)
     stage = re.fullmatch(r"run_(\w+)\.sh", words[1])[1]
     monkeypatch.chdir(ROOT)
@@ -326,7 +331,7 @@ def test_the_command_in_a_recipe_head_runs(config, images, tmp_path, monkeypatch
 def test_the_command_in_the_quickstart_head_runs(tmp_path, monkeypatch):
     """The evaluations' heads are run by `make quickstart`, with other folders."""
     (line,) = re.findall(
-        r"^# Command:\s+(.*)$", (ROOT / "cfgs/quickstart/pretrain.yaml").read_text(), re.M
+        r"^# Command:\s+(.*)$", unbroken(ROOT / "cfgs/quickstart/pretrain.yaml"), re.M
     )
     monkeypatch.chdir(ROOT)
     arguments = [*words_of(line)[1][2:], "--epochs", "1", "--warmup_epochs", "0", "--device", "cpu"]

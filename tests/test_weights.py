@@ -15,16 +15,6 @@ import timm
 import torch
 from compare import identity
 from conftest import ROOT
-from reference import huggingface_mae
-from runs import command, run
-from timm.models.vision_transformer import VisionTransformer as TimmViT
-from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
-
-from engine.run import checkpoint
-from models.mae import MaskedAutoencoder
-from models.vit import VisionTransformer
-from models.weights import files as weights_file
-from models.weights.adapt import load_into_classifier, load_into_mae, resize_pos_embed
 from models.weights.convert import (
     FORMATS,
     classifier_args,
@@ -36,6 +26,16 @@ from models.weights.convert import (
     weights_digest,
     write_weights,
 )
+from reference import huggingface_mae
+from runs import command, run
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
+
+from engine.run import checkpoint
+from models.mae import MaskedAutoencoder
+from models.vit import VisionTransformer
+from models.weights import files as weights_file
+from models.weights.adapt import load_into_classifier, load_into_mae, resize_pos_embed
 from util.errors import InputError
 
 MAE = {
@@ -539,7 +539,7 @@ def test_an_autoencoder_goes_there_and_back_bit_for_bit(tmp_path, form, caplog):
     assert names_in(tmp_path) == ["own.safetensors", "there"]  # no leftovers
     if form == "safetensors":
         assert found == info
-        assert checkpoint.weights_header(tmp_path / "there") == checkpoint.weights_header(source)
+        assert own.read_header(tmp_path / "there") == own.read_header(source)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
-from engine.run.checkpoint import RunIdentity, best_path, save_weights, weights_header
-from models.weights.files import DAMAGE
+from engine.run.checkpoint import RunIdentity, best_path, save_weights
+from models.weights.own import read_header
 from util.errors import InputError
 
 
@@ -29,9 +29,9 @@ class Best:
         self.acc1, self.epoch = -1.0, 0
         if resumed and self.path.exists():
             try:
-                header = weights_header(self.path)
+                header = read_header(self.path)
                 self.acc1, self.epoch = header["acc1"], header["epoch"]
-            except DAMAGE as error:
+            except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
                 raise InputError(
                     f"{self.path} is damaged ({type(error).__name__}: {error}): bring it back, or "
                     f"move it away to keep the best of the epochs from here on"

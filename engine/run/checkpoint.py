@@ -8,18 +8,16 @@ counts. The newest complete one is found by scanning the folder.
 """
 
 import hashlib
-import json
 import logging
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from models.weights.files import CHECKPOINT_VERSION, DAMAGE, safetensors_bytes
+from models.weights.own import CHECKPOINT_VERSION, own_bytes
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_output, write_temporary
 
@@ -159,16 +157,8 @@ def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: An
     Raises: LocalInputError where it cannot be written; then what was there stays.
     """
     header = {"model_args": identity.model_args, "mean": identity.mean, "std": identity.std, **more}
-    metadata = {"format": "pt", **{name: json.dumps(value) for name, value in header.items()}}
-    content = safetensors_bytes(model.state_dict(), metadata)
+    content = own_bytes(model.state_dict(), header)
     return write_output(path, lambda target: target.write_bytes(content))
-
-
-def weights_header(path: Path) -> dict[str, Any]:
-    """What `save_weights` wrote beside the tensors."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    return {name: json.loads(value) for name, value in metadata.items() if name != "format"}
 
 
 def weights_path(folder: Path) -> Path:
@@ -192,7 +182,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         return {}, reason
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
+    except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         return {}, f"torch.load refuses it ({type(error).__name__})"
     if not isinstance(content, dict) or "format_version" not in content:
         return {}, "it is no checkpoint of a run"

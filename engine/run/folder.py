@@ -11,25 +11,25 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from engine.run.checkpoint import best_path, checkpoint_steps, set_aside_damaged, weights_header
+from engine.run.checkpoint import best_path, checkpoint_steps, set_aside_damaged
 from engine.run.lock import locked
 from engine.run.records import Kind, Records, drop_records, logging_to, read_log
 from engine.run.results import write_results
-from models.weights.files import DAMAGE
+from models.weights.own import read_header
 from util.dist import Processes, broadcast, init_processes
 from util.errors import DataError, InputError
 from util.files import TEMPORARY, write_output
 from util.settings.base import DatasetConfig, RunConfig, TrainRunConfig
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
-from util.settings.read import dump_config, plain
+from util.settings.read import dump_config
 
 TrainConfig = PretrainConfig | FinetuneConfig | LinclsConfig
 OF_THE_END = ("model.safetensors", "best.safetensors", "results.json")
@@ -133,11 +133,6 @@ def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kin
     drop_records(folder / "log.jsonl", step, pending)
 
 
-def settings_of(cfg: RunConfig) -> dict[str, Any]:
-    """All settings as plain values."""
-    return plain(asdict(cfg))
-
-
 @contextmanager
 def _claimed(cfg: RunConfig, folder: Path) -> Iterator[None]:
     """Makes sure that the folder can be written and that nothing of others would be lost there.
@@ -178,7 +173,7 @@ def _check_begin(folder: Path, cfg: TrainRunConfig) -> None:
     """
     if any((folder / f"checkpoint-{step:08d}.pth").exists() for step in checkpoint_steps(folder)):
         return
-    is_own = _config_keys(folder / "config.yaml") == settings_of(cfg).keys()
+    is_own = _config_keys(folder / "config.yaml") == type(cfg).model_fields.keys()
     names = [name for name in OF_THE_END if (folder / name).exists()]
     if is_own and names == ["best.safetensors"] and _is_in_log(folder):
         names = []
@@ -203,8 +198,8 @@ def _config_keys(path: Path) -> set[str]:
 def _is_in_log(folder: Path) -> bool:
     """Whether the best weights come from an evaluation that the folder's log.jsonl tells of."""
     try:
-        epoch = weights_header(best_path(folder)).get("epoch")
-    except DAMAGE:
+        epoch = read_header(best_path(folder)).get("epoch")
+    except Exception:  # noqa: BLE001 (damaged bytes raise errors of any class)
         return False
     records = read_log(folder / "log.jsonl")
     return any(record.get("kind") == "val" and record.get("epoch") == epoch for record in records)

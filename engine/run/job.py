@@ -14,7 +14,7 @@ from engine.meters import StepMeter
 from engine.optim import build_ema
 from engine.parallel import place_model
 from engine.run.checkpoint import RunIdentity, load_newest_checkpoint
-from engine.run.folder import Run, TrainConfig, settings_of, take_over_folder
+from engine.run.folder import Run, TrainConfig, take_over_folder
 from engine.run.records import Kind
 from engine.run.resume import check_resumable, run_identity
 from engine.run.state import TrainState
@@ -110,7 +110,7 @@ def begin(
         elif state.step == plan.stop_step:
             pending = {"val"}
         take_over_folder(run.output_dir, cfg, state.step, pending)
-    run.records.open(cfg, settings_of(cfg), state.step, plan.stop_step)
+    run.records.open(cfg, state.step, plan.stop_step)
     job = Job(run, cfg, identity, plan, state, len(source), is_finished=False)
     _log_start(job)
     return job

@@ -38,11 +38,8 @@ class Records:
         self.last_step = 0
         self.bar: tqdm[Any] | None = None
 
-    def open(
-        self, cfg: TrainRunConfig, settings: dict[str, Any], step: int, total_steps: int
-    ) -> None:
-        """Opens the curves and the progress bar of a run that goes on from `step`; `settings` are
-        those of `cfg` as plain values."""
+    def open(self, cfg: TrainRunConfig, step: int, total_steps: int) -> None:
+        """Opens the curves and the progress bar of a run that goes on from `step`."""
         if not self.is_main:
             return
         if cfg.tensorboard:
@@ -52,6 +49,7 @@ class Records:
                 purge_step = step + 1 if step else 0
                 self.tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=purge_step)
             # Figures are recorded beside settings only once, as TensorBoard keeps the first.
+            settings = cfg.model_dump(mode="json")
             if settings["stop_epoch"] in (None, settings["epochs"]):
                 self.settings = settings
         if sys.stderr is not None and sys.stderr.isatty():
@@ -88,8 +86,7 @@ class Records:
         the folder."""
         if not self.is_main:
             return
-        # here, as matplotlib takes most of a second and most stages draw nothing
-        from engine.pictures.drawing import write_png
+        from engine.pictures.output import write_png  # here, as most stages draw nothing
 
         write_png(self.folder / name, picture)
         if self.tensorboard is not None:

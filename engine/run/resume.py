@@ -2,7 +2,7 @@
 
 from data.sources import ImageSource
 from engine.run.checkpoint import Checkpoint, RunIdentity
-from engine.run.folder import TrainConfig, settings_of
+from engine.run.folder import TrainConfig
 from models.spec import ModelSpec
 from util.dist import all_gather
 from util.errors import InputError
@@ -14,7 +14,7 @@ def run_identity(
 ) -> RunIdentity:
     """The identity of a run; `weights` is the sha256 of the file that `finetune` names."""
     return RunIdentity(
-        config=settings_of(cfg),
+        config=cfg.model_dump(mode="json"),
         model_args=spec.as_dict(),
         mean=list(cfg.mean),
         std=list(cfg.std),
