@@ -5,8 +5,12 @@ that is a pure function of its key, and the file is reported in the batch; what 
 engine's decision (`engine/run/bad_samples.py`).
 """
 
+import os
+import sys
 from collections.abc import Callable
 from itertools import groupby
+from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -222,6 +226,22 @@ def build_train_loader(
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **settings)
 
 
+def start_worker(_: int) -> None:
+    """Makes a loader process fail at once if it cannot hand batches over.
+
+    torch sends them in a thread, whose errors (no shared memory, no socket in TMPDIR) it only
+    prints, while the training waits. So the start sends a tensor for trial, where an error is
+    reported, and a later error ends the process.
+    """
+
+    def end(error: Exception, _: object) -> None:
+        sys.stderr.write(f"a loader process cannot hand over a batch: {error}\n")
+        os._exit(1)
+
+    ForkingPickler.dumps(torch.zeros(1))
+    Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
 def loader_settings(cfg: DataConfig, processes: Processes) -> dict[str, Any]:
     """What every DataLoader of a run has in common."""
     workers = (
@@ -232,6 +252,7 @@ def loader_settings(cfg: DataConfig, processes: Processes) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "prefetch_factor": cfg.prefetch_factor if workers else None,
+        "worker_init_fn": start_worker,
         "pin_memory": processes.device.type == "cuda",
         "generator": torch.Generator(),  # else it draws from the training's own random state
     }
