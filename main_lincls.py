@@ -32,9 +32,9 @@ from engine.evaluation.probe import (
     probe_step,
 )
 from engine.loop import log_start, train
-from engine.run.bad_samples import BadSamples
 from engine.run.batches import train_batches
 from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
+from engine.run.faults import BadSamples
 from engine.run.folder import Run, open_run
 from engine.run.results import read_results
 from engine.run.resume import plan_resumable, run_facts

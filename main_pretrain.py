@@ -22,9 +22,9 @@ from engine.loop import log_start, prepare_model, train
 from engine.optim import build_adamw, optimizer_step, param_groups
 from engine.parallel import whole_model
 from engine.pictures.monitor import Monitor
-from engine.run.bad_samples import BadSamples
 from engine.run.batches import train_batches
 from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
+from engine.run.faults import BadSamples
 from engine.run.folder import Run, open_run
 from engine.run.resume import plan_resumable, run_facts
 from engine.run.saving import Saver

@@ -110,10 +110,11 @@ def check_category(cfg: ExplainConfig, weights: str) -> int:
     """The number of classes of the weights, 0 without a head. Raises: InputError if the settings
     contradict the weights, or if the chosen class does not exist."""
     info = None if weights == RANDOM_WEIGHTS else read_weights(weights)[1]
-    num_classes = 0 if info is None else info.num_classes or 0
-    if info is not None and info.global_pool not in (None, cfg.global_pool):
+    num_classes = 0 if info is None else info.known("num_classes") or 0
+    trained_with = None if info is None else info.known("global_pool")
+    if trained_with not in (None, cfg.global_pool):
         raise InputError(
-            f"global_pool is {cfg.global_pool} and {weights} was trained with {info.global_pool}"
+            f"global_pool is {cfg.global_pool} and {weights} was trained with {trained_with}"
         )
     if num_classes and cfg.num_classes not in (None, num_classes):
         raise InputError(
