@@ -317,7 +317,7 @@ def test_the_lines_of_python(images, clone, monkeypatch):
     monkeypatch.syspath_prepend(str(clone))
     found: dict[str, torch.Tensor] = {}
     exec(compile(block, "README.md", "exec"), found)  # noqa: S102
-    assert found["features"].shape == (8, 32)
+    assert found["features"].shape == (8, 128)
 
 
 @pytest.mark.long
