@@ -47,7 +47,8 @@ ELSEWHERE = {
 
 def fenced(readme: Path, language: str = "") -> list[str]:
     """The fenced blocks of a README in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", readme.read_text(), re.S | re.M)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", readme.read_text(), re.S | re.M)
+    return [block for written_in, block in blocks if written_in == language]
 
 
 def is_command(line: str) -> bool:
