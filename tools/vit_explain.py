@@ -31,6 +31,7 @@ from engine.pictures.rollout import class_attentions, read_patches, rollout
 from engine.run.folder import check_writable
 from models.build import classifier_config_problems
 from models.vit import VisionTransformer
+from models.weights.read import read_weights
 from util.dist import init_processes
 from util.errors import InputError, run_cli
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS
