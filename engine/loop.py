@@ -7,7 +7,7 @@ being called back.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,25 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.sampler import SampleKey
 from engine.meters import Stopwatch
 from engine.optim import StepFn, optimizer_step, set_lr, update_ema
 from engine.parallel import on_device, wrap_model
-from engine.run.bad_samples import BadSamples
-from engine.run.bad_steps import BadSteps
+from engine.run.batches import Batches
+from engine.run.faults import BadSamples, BadSteps
 from engine.run.job import Job
 from engine.run.records import duration
 from engine.run.saving import Saver
-from engine.run.stall import StallMeter
 from util.dist import autocast_dtype
 from util.settings.base import AdamWConfig
 
+SLOW_LOADING = 0.1  # share of the time
 logger = logging.getLogger(__name__)
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 def train(
-    job: Job, batches: Iterable[Any], loss_fn: LossFn, saver: Saver, step_fn: StepFn | None = None
+    job: Job, batches: Batches, loss_fn: LossFn, saver: Saver, step_fn: StepFn | None = None
 ) -> Iterator[int]:
     """Trains from `state.step` to `plan.stop_step`; yields the number of finished epochs after
     each.
@@ -53,10 +52,14 @@ def train(
     dtype = autocast_dtype(cfg.precision, run.device)
     model = wrap_model(state.model, run.device, plan.accum_iter, run.processes.world_size)
     model.train()
-    stopwatch, stall = Stopwatch(), StallMeter(cfg, run.processes)
+    stopwatch = Stopwatch()
     bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", job.num_images, is_main)
     bad_steps = BadSteps(
-        run.output_dir / "bad_steps.jsonl", cfg.max_bad_steps, cfg.log_interval, is_main
+        run.output_dir / "bad_steps.jsonl",
+        cfg.max_bad_steps,
+        cfg.log_interval,
+        is_main,
+        batches.sampler,
     )
     iterator = on_device(batches, run.device)
     while True:
@@ -74,14 +77,12 @@ def train(
         lr = plan.lr(state.step)
         set_lr(state.optimizer, lr)
         loss_sum = torch.zeros((), device=run.device)
-        keys: list[SampleKey] = []
         waited = 0.0
         for micro in range(plan.accum_iter):
             asked = time.monotonic()
             batch = next(iterator)
             waited += time.monotonic() - asked
             bad_samples.collect(batch)
-            keys += batch.keys
             is_last = micro == plan.accum_iter - 1
             with nullcontext() if is_last or model is state.model else model.no_sync():
                 with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
@@ -94,13 +95,13 @@ def train(
         state.epoch_meter.update(loss_sum, grad_norm, found_inf)
         state.window_meter.update(loss_sum, grad_norm, found_inf)
         state.step += 1
-        bad_steps.add(state.step, lr, keys, loss_sum, found_inf)
+        bad_steps.add(state.step, lr, loss_sum, found_inf)
         stopwatch.step(waited)
         run.records.advance()
 
         ends_epoch = state.step % plan.steps_per_epoch == 0
         if state.step % cfg.log_interval == 0 or ends_epoch:
-            bad_steps.check(log_window(job, stopwatch, stall, lr, bad_samples.exchange()))
+            bad_steps.check(log_window(job, stopwatch, lr, bad_samples.exchange()))
             if not ends_epoch and saver.due(None):
                 saver.save()
         if ends_epoch:
@@ -108,9 +109,7 @@ def train(
             state.epoch_end_pending = True
 
 
-def log_window(
-    job: Job, stopwatch: Stopwatch, stall: StallMeter, lr: float, num_bad_files: int
-) -> int:
+def log_window(job: Job, stopwatch: Stopwatch, lr: float, num_bad_files: int) -> int:
     """Records the steps since the last such record; returns the largest number of bad steps in a
     row among them."""
     plan, state = job.plan, job.state
@@ -128,7 +127,14 @@ def log_window(
         line += f"  bad_files {num_bad_files}"
     values = {"epoch": epoch, **means, "lr": lr, **times, "bad_files": num_bad_files}
     job.run.records.write("train", state.step, values, line)
-    stall.update(times["data_wait"])
+    is_slow = times["data_wait"] > SLOW_LOADING
+    stopwatch.slow_windows += is_slow
+    if is_slow and stopwatch.slow_windows == 2:  # in the first one the loaders start
+        logger.warning(
+            "%.0f %% of the time since the last line went into waiting for images: loading is the "
+            "bottleneck. Raise num_workers, or pack the images with tools/pack_dataset.py",
+            100 * times["data_wait"],
+        )
     if bad_in_a_row:
         logger.warning("%d steps in a row had a non-finite gradient and were skipped", bad_in_a_row)
     return bad_in_a_row

@@ -34,6 +34,9 @@ ROWS = {
     "R24": "golden losses",
     "R25": "one batch, accumulated, two processes",
     "R26": "saved by sharded processes, loaded by one, and back",
+    "R27": "files in the output folder that the run did not make",
+    "R28": "loader processes cannot hand batches over",
+    "R31": "stdout or stderr closed, or its reader gone",
 }
 
 

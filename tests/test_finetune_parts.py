@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from compare import identity
-from engine.ema import build_ema, update_ema
 from models.weights.convert import weights_digest
 from safetensors.torch import load_file
 from test_sampler import global_states
@@ -21,7 +20,7 @@ from data.transforms import finetune_transform, pretrain_transform
 from engine.evaluation.best import Best
 from engine.evaluation.from_weights import Classifier, build_finetuned, build_frozen
 from engine.mixing import BatchMixer
-from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
+from engine.optim import build_adamw, build_ema, optimizer_step, param_groups, set_lr, update_ema
 from engine.run.checkpoint import best_path, save_weights
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer

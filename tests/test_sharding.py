@@ -32,15 +32,6 @@ from util.errors import InputError
 FSDP = ("--parallel", "fsdp")
 STEPS = 30  # 3 epochs of 120 images, 12 per step
 LOOKS = ("--monitor_epochs", 1, "--monitor_images", 2, "--monitor_knn", 60)
-TRAINED = (
-    "model",
-    "optimizer",
-    "scaler",
-    "epoch_meter",
-    "window_meter",
-    "epoch_losses",
-    "owes_look",
-)
 
 
 @pytest.fixture(scope="module")

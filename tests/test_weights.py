@@ -36,6 +36,7 @@ from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights import files as weights_file
 from models.weights.adapt import load_into_classifier, load_into_mae, resize_pos_embed
+from models.weights.own import read_header
 from util.errors import InputError
 
 MAE = {
@@ -539,7 +540,7 @@ def test_an_autoencoder_goes_there_and_back_bit_for_bit(tmp_path, form, caplog):
     assert names_in(tmp_path) == ["own.safetensors", "there"]  # no leftovers
     if form == "safetensors":
         assert found == info
-        assert own.read_header(tmp_path / "there") == own.read_header(source)
+        assert read_header(tmp_path / "there") == read_header(source)
 
 
 @pytest.mark.parametrize(
