@@ -166,7 +166,16 @@ def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     """They are why the run ends: that their file cannot be written must not hide it."""
     path = tmp_path / "bad_steps.jsonl"
     path.write_text("of an earlier stop\n")
-    sampler = StepSampler(100, 2, 1, 0, 1, 0, 3, 50)
+    sampler = StepSampler(
+        num_images=100,
+        batch_size=2,
+        accum_iter=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        start_step=3,
+        stop_step=50,
+    )
     bad_steps = BadSteps(path, limit=1, window=1, is_main=True, sampler=sampler)
     bad_steps.add(7, 0.5, torch.tensor(float("nan")), torch.tensor(1.0))
     fill(tmp_path / "bad_steps.jsonl.tmp")
