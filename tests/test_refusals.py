@@ -1,15 +1,19 @@
 """Settings that are refused, each before any compute, with the names of the settings concerned."""
 
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+import torch
+from runs import run
 
 import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
 from tools import draw_overview, run_mae_vis, vit_explain
-from util.errors import InputError
+from util.dist import init_processes
+from util.errors import InputError, LocalInputError, run_cli
 
 MAINS = {
     "pretrain": main_pretrain.main,
@@ -119,9 +123,12 @@ MATRIX = [
     ("explain", "--dataset folder", "image_path"),
     # several at once, in the order of the command line and then of the settings
     ("lincls", "--lr -1 --epochs 0 --device q", "lr epochs device"),
-    ("pretrain", "--in_chans 2 --epochs 9 --img_size 230", "in_chans mean std warmup_epochs "
-     "patch_size patch_size"),
-]  # fmt: skip
+    (
+        "pretrain",
+        "--in_chans 2 --epochs 9 --num_heads 5",
+        "in_chans mean std warmup_epochs embed_dim",
+    ),
+]
 
 
 @pytest.mark.parametrize(("stage", "arguments", "names"), MATRIX)
@@ -135,4 +142,110 @@ def test_a_refusal_names_its_settings_and_touches_nothing(
     assert error.value.settings == tuple(names.split())
     lines = str(error.value).splitlines()
     assert len(lines) == (1 if len(error.value.settings) == 1 else len(error.value.settings) + 1)
-    assert list(Path(tmp_path).iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# What a user sees of a mistake
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "said"),
+    [
+        (InputError("no such folder"), {}, "error: no such folder\n"),
+        (InputError("no such folder"), {"RANK": "1", "LOCAL_RANK": "1"}, ""),  # process 0 says it
+        (LocalInputError("my disk"), {"RANK": "1", "LOCAL_RANK": "1"}, "error: my disk\n"),
+        (InputError("no such folder"), {"LOCAL_RANK": "1"}, "error: no such folder\n"),  # left over
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, error, rank, said):
+    def main() -> None:
+        raise error
+
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    assert (stop.value.code, capsys.readouterr().err) == (2, said)
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_cli(lambda: 1 / 0)
+
+
+def test_ctrl_c_before_training_is_one_line(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    assert stop.value.code == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a shell line in which "$@" reads pretraining's settings, as the entry scripts do."""
+    code = """if True:
+        from util.errors import run_cli
+        from util.settings.pretrain import PretrainConfig
+        from util.settings.read import load_config
+
+        run_cli(lambda: load_config(PretrainConfig, "pretrain"))
+    """
+    command = ["bash", sys.executable, "-c", code, *arguments]
+    return run(["bash", "-c", f"set -o pipefail; {line}", *command])
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_do_not_change_the_exit_code(closed):
+    good = shell(f'"$@" {closed}', "--data_path", "x", "--print_config")
+    bad = shell(f'"$@" {closed}', "--lr", "fast")
+    assert (good.returncode, bad.returncode) == (0, 2)
+    assert "Traceback" not in good.stderr + bad.stderr
+    assert ("fast" in bad.stderr) == ("2>&-" not in closed)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_early_ends_the_command_quietly(monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    done = shell('"$@" | true', "--data_path", "x", "--print_config")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# What the launcher's variables say
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"WORLD_SIZE": ""},
+        {"LOCAL_RANK": "0"},  # left over
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ""},
+        {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "1", "LOCAL_RANK": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},  # and where is the other one
+    ],
+)
+def test_variables_of_a_launcher_that_do_not_fit_together_are_refused(monkeypatch, given):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LocalInputError) as error, init_processes("cpu"):
+        pass
+    assert all(f"{name}={value!r}" in str(error.value) for name, value in given.items())
+
+
+def test_a_single_process_needs_no_variables(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with init_processes("cpu") as processes:
+        assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
+        assert processes.device == torch.device("cpu")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with init_processes("cpu") as processes:
+        assert (processes.rank, processes.local_world_size) == (0, 1)
