@@ -132,9 +132,7 @@ class Run:
         the folder."""
         if not self.processes.is_main:
             return
-        from engine.pictures.drawing import (
-            write_png,  # here, as matplotlib takes most of a second and most stages draw nothing
-        )
+        from engine.pictures.output import write_png  # here, as most stages draw nothing
 
         write_png(self.output_dir / name, picture)
         if self.tensorboard is not None:
