@@ -38,7 +38,7 @@ import main_finetune
 import main_knn
 import main_lincls
 from data.labels import build_labelled_data
-from engine.evaluation.evaluate import Scores
+from engine.evaluation.classification import Scores
 from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
 from models.weights.read import read_weights
