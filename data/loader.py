@@ -3,15 +3,19 @@ evaluation.
 
 In training, a sample whose file cannot be decoded is replaced by another one that is a pure
 function of its key, and the file is reported in the batch. The engine decides what follows
-(`engine/run/bad_samples.py`). Evaluation shows every image exactly once, shared by the processes,
+(`engine/run/faults.py`). Evaluation shows every image exactly once, shared by the processes,
 and replaces none.
 
 Shapes: `B` batch, `C` channels, `H` height, `W` width, `N` patches.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +105,7 @@ class PretrainDataset(Dataset[Sample]):
 
     source: ImageSource
     transform: Callable[[Tensor], Tensor]
-    draw_order: Callable[..., Tensor]
+    draw_order: Callable[[torch.Generator], Tensor]
     shared_mask: bool
     seed: int
     aug_repeats: int = 1
@@ -130,7 +134,7 @@ class PretrainDataset(Dataset[Sample]):
         with seeded(derive_seed(self.seed, CROP, *place)):
             image = self.transform(image)
         mask_place = (key.step,) if self.shared_mask else place
-        ids_shuffle = self.draw_order(generator=generator(self.seed, MASK, *mask_place))  # (N,)
+        ids_shuffle = self.draw_order(generator(self.seed, MASK, *mask_place))  # (N,)
         return Sample(image, ids_shuffle, key, bad)
 
 
@@ -253,13 +257,11 @@ def build_eval_loader(
     rank: int,
     world_size: int,
     settings: dict[str, Any],
-    start_batch: int = 0,
 ) -> DataLoader[Any]:
-    """This process's share of `source`, the images rank, rank + world_size, ..., from batch
-    `start_batch` on, with `loader_settings`."""
+    """This process's share of `source`, the images rank, rank + world_size, ..., with
+    `loader_settings`."""
     share = list(range(rank, len(source), world_size))
-    starts = range(start_batch * batch_size, len(share), batch_size)
-    batches = [share[start : start + batch_size] for start in starts]
+    batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     dataset = EvalDataset(source, transform)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_eval, **settings)
 
@@ -267,6 +269,22 @@ def build_eval_loader(
 def default_num_workers(processes_here: int) -> int:
     """The cores that each of this machine's training processes can use for loading, at most 8."""
     return min(8, available_cores() // processes_here)
+
+
+def start_worker(_: int) -> None:
+    """Makes a loader process fail at once if it cannot hand batches over.
+
+    torch sends them in a thread, whose errors (no shared memory, no socket in TMPDIR) it only
+    prints, while the training waits. So the start sends a tensor for trial, where an error is
+    reported, and a later error ends the process.
+    """
+
+    def end(error: Exception, _: object) -> None:
+        sys.stderr.write(f"a loader process cannot hand over a batch: {error}\n")
+        os._exit(1)
+
+    ForkingPickler.dumps(torch.zeros(1))
+    Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
 def loader_settings(cfg: DataConfig, processes: Processes) -> dict[str, Any]:
@@ -277,6 +295,7 @@ def loader_settings(cfg: DataConfig, processes: Processes) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "prefetch_factor": cfg.prefetch_factor if workers else None,
+        "worker_init_fn": start_worker,
         "pin_memory": processes.device.type == "cuda",
         "generator": torch.Generator(),  # else it draws from the training's own random state
     }

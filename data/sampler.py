@@ -85,6 +85,7 @@ class StepSampler(Sampler[list[SampleKey]]):
     def __post_init__(self) -> None:
         self.total_batch = self.batch_size * self.accum_iter * self.world_size
         self.steps_per_epoch = self.num_images // self.total_batch
+        self._order_number, self._order = -1, np.empty(0, dtype=np.int64)
         assert self.steps_per_epoch > 0, "the entry script checks that an epoch has a step"
         assert self.batch_size % self.aug_repeats == 0, "the settings' checks see to that"
 
@@ -92,20 +93,27 @@ class StepSampler(Sampler[list[SampleKey]]):
         return (self.stop_step - self.start_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order_number, order = -1, np.empty(0, dtype=np.int64)
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> list[SampleKey]:
+        """The micro-batch of this number, counted from `start_step` on."""
+        step, micro = divmod(self.start_step * self.accum_iter + number, self.accum_iter)
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        if epoch // self.aug_repeats != self._order_number:
+            self._order_number = epoch // self.aug_repeats
+            self._order = epoch_order(
+                self.num_images, self.block_size, self.seed, self._order_number
+            )
         decoded_per_epoch = self.steps_per_epoch * self.total_batch // self.aug_repeats
-        for step in range(self.start_step, self.stop_step):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch // self.aug_repeats != order_number:
-                order_number = epoch // self.aug_repeats
-                order = epoch_order(self.num_images, self.block_size, self.seed, order_number)
-            start = epoch % self.aug_repeats * decoded_per_epoch
-            for micro in range(self.accum_iter):
-                share = micro * self.world_size + self.rank
-                first = step_in_epoch * self.total_batch + share * self.batch_size
-                yield [
-                    SampleKey(
-                        int(order[start + position // self.aug_repeats]), epoch, position, step
-                    )
-                    for position in range(first, first + self.batch_size)
-                ]
+        start = epoch % self.aug_repeats * decoded_per_epoch
+        share = micro * self.world_size + self.rank
+        first = step_in_epoch * self.total_batch + share * self.batch_size
+        return [
+            SampleKey(int(self._order[start + position // self.aug_repeats]), epoch, position, step)
+            for position in range(first, first + self.batch_size)
+        ]
+
+    def images(self, step: int) -> list[int]:
+        """The images of this process in an optimiser step that is counted from 1, as in the log."""
+        first = (step - 1 - self.start_step) * self.accum_iter
+        return [key.image for micro in range(self.accum_iter) for key in self[first + micro]]

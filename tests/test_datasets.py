@@ -39,7 +39,7 @@ from data.loader import (
 from data.sampler import SampleKey, StepSampler
 from data.sources import ArraySource, FolderSource, build_pretrain_source
 from data.transforms import pretrain_transform
-from engine.run.bad_samples import BadSamples
+from engine.run.faults import BadSamples
 from util.errors import InputError, LocalInputError
 
 
@@ -496,7 +496,7 @@ def test_distinct_bad_files_are_counted_and_written_once(tmp_path):
 def test_what_was_exchanged_is_not_sent_again(tmp_path, monkeypatch):
     sent = []
     monkeypatch.setattr(
-        "engine.run.bad_samples.all_gather", lambda message: [sent.append(len(message)) or message]
+        "engine.run.faults.all_gather", lambda message: [sent.append(len(message)) or message]
     )
     bad = BadSamples(tmp_path / "bad_samples.jsonl", 100, is_main=True)
     bad.collect(bad_batch("a", "b"))
@@ -556,7 +556,7 @@ def test_processes_agree_on_the_set_and_only_the_first_one_writes(tmp_path, monk
         path = tmp_path / f"main-{is_main}.jsonl"
         bad = BadSamples(path, 100, is_main)
         monkeypatch.setattr(
-            "engine.run.bad_samples.all_gather",
+            "engine.run.faults.all_gather",
             lambda _: [bad_batch("a", "b").bad, bad_batch("b", "c").bad],
         )
         return bad.exchange(), bad.known, path.exists()

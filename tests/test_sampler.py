@@ -17,6 +17,7 @@ from data.loader import PretrainBatch, PretrainDataset, build_train_loader
 from data.sampler import SampleKey, StepSampler, epoch_order
 from data.sources import ArraySource
 from data.transforms import PixelNormalizer, pretrain_transform
+from models.masks import training_order
 from util.rng import derive_seed, seeded
 
 
@@ -201,7 +202,7 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (COUNT, 3, 20, 24), dtype=n
 DATASET = PretrainDataset(
     source=ArraySource("noise", PICTURES, 3),
     transform=pretrain_transform(8, 0.2, "bicubic", 0.5),
-    draw_order=partial(torch.randperm, 16),
+    draw_order=partial(training_order, 16),
     shared_mask=False,
     seed=0,
 )

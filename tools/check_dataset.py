@@ -30,12 +30,12 @@ from data.labels import SPLITS, build_labelled_data, class_folders, folder_label
 from data.packs.index import INDEX
 from data.packs.source import PackedSource, open_pack
 from data.sources import FolderSource, build_pretrain_source, check_folder
-from engine.run.bad_samples import why_training_stops
+from engine.run.faults import why_training_stops
 from tools.checking.checks import Findings, Source, examine, joined, other_files
 from tools.checking.duplicates import equal_images
 from tools.checking.report import STAGES, report, spread_of
 from util.errors import InputError, LineParser, run_cli
-from util.files import write_output
+from util.files import expand_path, write_output
 from util.pool import available_cores
 
 
@@ -111,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def path(text: str) -> Path:
-    """A path in which `~` is the home folder."""
-    return Path(text).expanduser()
+    """A path with `~` and variables replaced."""
+    return Path(expand_path(text))
 
 
 def write_text(target: Path, text: str) -> None:
