@@ -32,7 +32,8 @@ from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.knn import rank_labels
 from engine.run.folder import Run, open_run
 from models.build import classifier_config_problems
-from models.weights.convert import describe_weights, weights_digest
+from models.weights.files import weights_digest
+from models.weights.read import read_weights
 from util.dist import gather_rows
 from util.errors import InputError, run_cli
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         data = open_labelled_data(cfg, run)
         train = take_subset(data.train, cfg.subset, cfg.seed)
         for checkpoint in checkpoints[1:]:
-            describe_weights(checkpoint)  # finds a broken file before the others are evaluated
+            read_weights(checkpoint)  # finds a broken file before the others are evaluated
         table = [
             evaluate_checkpoint(cfg, run, checkpoint, data, train, folder)
             for checkpoint, folder in zip_longest(checkpoints, folders)

@@ -32,9 +32,9 @@ from engine.evaluation.probe import (
     probe_step,
 )
 from engine.loop import log_start, train
-from engine.run.bad_samples import BadSamples
 from engine.run.batches import train_batches
 from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
+from engine.run.faults import BadSamples
 from engine.run.folder import Run, open_run
 from engine.run.results import read_results
 from engine.run.resume import plan_resumable, run_facts
@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         facts = run_facts(cfg, backbone.spec, source, classifier.sha256)
         plan = plan_resumable(cfg, run, len(source), saved, facts)
         head = generator(cfg.seed, HEAD)
-        probes = LinearProbes(
-            backbone.head.in_features, len(data.class_names), len(cfg.lr), head
-        ).to(run.device)
+        probes = LinearProbes(backbone.spec.embed_dim, len(data.class_names), len(cfg.lr), head).to(
+            run.device
+        )
         state = TrainState.begin(probes, build_probe_optimizer(probes, cfg), run.device)
         state.may_diverge = len(cfg.lr) > 1
         if state.resume(saved, run, plan.stop_step) and run.results_path.exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_table import FaultTable
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED_SKIPS: tuple[
@@ -91,3 +92,8 @@ def tokenless(tmp_path_factory, data) -> Path:
     more = ("--class_token", "false", "--decoder_class_token", "false")
     folder = pretrain_pictures(data, tmp_path_factory.mktemp("tokenless"), *more)
     return folder / "model.safetensors"
+
+
+# Examples are drawn anew only when a test changes, so that a failure can be repeated.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")

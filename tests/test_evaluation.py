@@ -18,9 +18,9 @@ from torch import multiprocessing
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from data.eval_loader import build_eval_loader
 from data.images import BadImageError
 from data.labels import LabelledArray
+from data.loader import build_eval_loader
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.classification import Scores, evaluate
 from engine.evaluation.features import (

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from data.eval_loader import EvalBatch
-from data.loader import BadSample
+from data.loader import BadSample, EvalBatch
 from engine.run.interrupts import Stopped, received
 from util.dist import all_gather
 from util.errors import DataError

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from data.eval_loader import EvalBatch
 from data.labels import LabelledData, LabelledSource, build_labelled_data
+from data.loader import EvalBatch
 from data.transforms import PixelNormalizer
 from engine.evaluation.batches import complete_batches
 from engine.run.batches import eval_batches

@@ -73,7 +73,7 @@ def compute_features(
     normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
     dtype = autocast_dtype(cfg.precision, run.device)
     share = range(run.processes.rank, len(source), run.processes.world_size)
-    features = torch.empty(len(share), backbone.head.in_features)
+    features = torch.empty(len(share), backbone.spec.embed_dim)
     count, all_finite = 0, True
     for batch in complete_batches(eval_batches(cfg, run, source, crop_pct)):
         with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):

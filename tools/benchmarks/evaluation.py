@@ -40,7 +40,7 @@ def benchmark_knn(rounds: int, num_train: int = 50_000, width: int = 384) -> dic
     }
 
 
-def benchmark_probe(rounds: int, size: str = "small", batch: int = 32) -> dict[str, Any]:
+def benchmark_probe(rounds: int, size: Any = "small", batch: int = 32) -> dict[str, Any]:
     """A step of linear classification at 224 with 1,000 classes: 13 learning rates beside one."""
     torch.manual_seed(0)
     spec = classifier_spec(
@@ -51,7 +51,7 @@ def benchmark_probe(rounds: int, size: str = "small", batch: int = 32) -> dict[s
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step_for(lrs: tuple[float, ...]) -> Callable[[], None]:
-        probes = LinearProbes(backbone.head.in_features, 1000, len(lrs), torch.default_generator)
+        probes = LinearProbes(spec.embed_dim, 1000, len(lrs), torch.default_generator)
         optimizer = build_probe_optimizer(probes, LinclsConfig(lr=lrs, optimizer="lars"))
 
         def step() -> None:
