@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.weights.convert import weights_digest
 from safetensors.torch import load_file
 from torch import nn
 from torch.amp import GradScaler
@@ -20,6 +19,7 @@ from engine.run.checkpoint import best_path, save_weights, weights_header
 from engine.run.folder import Run
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
+from models.weights.files import weights_digest
 from util.dist import Processes
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig, KnnConfig
