@@ -349,7 +349,7 @@ def features_of(
     """Features of this process's share by `tiny_vit`, or by another `backbone`."""
     backbone = more.pop("backbone", None) or tiny_vit()
     pixels = {"mean": (0.5,), "std": (0.25,), "img_size": 4, "num_workers": 0}
-    cfg = KnnConfig(**{"batch_size": batch_size, "output_dir": "none", **pixels, **more})
+    cfg = KnnConfig(**{"batch_size": batch_size, "output_dir": "nowhere", **pixels, **more})
     run = Run(cfg, Processes(rank, world_size, rank, world_size, CPU))
     return compute_features(cfg, run, backbone, source, 1.0)
 

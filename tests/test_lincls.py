@@ -41,7 +41,8 @@ def lincls(data: Path, output: Path, *more) -> dict:
 
 def newest(folder: Path) -> SimpleNamespace:
     """The newest checkpoint of a run."""
-    return SimpleNamespace(**load_newest_checkpoint(folder))
+    found = load_newest_checkpoint(folder)
+    return SimpleNamespace(**found) if isinstance(found, dict) else found
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def scripted(monkeypatch, by_images: dict[int, list[int]]) -> None:
     """Makes evaluations of a split of so many images say how many each probe has right."""
 
     def call(self, classify, num_heads=1):
-        size = len(self.batches.begin(0)[0].dataset)
+        size = len(self.batches.loader.dataset)
         assert num_heads == len(by_images[size])
         return [
             Scores(size, right, size, 1.0, [right, 0, 0], [size, 0, 0]) for right in by_images[size]
@@ -259,7 +260,7 @@ def test_a_rate_that_diverges_does_not_disturb_the_others(tmp_path, data, weight
 
 def test_when_all_rates_diverge_the_run_ends_and_leaves_no_result(tmp_path, data, weights):
     more = ["--lr", 1e8, "--weight_decay", 1e-3, "--warmup_epochs", 0]
-    with pytest.raises(InputError, match=r"up to step \d+ had a non-finite gradient"):
+    with pytest.raises(InputError, match=r"non-finite gradient"):
         lincls(data, tmp_path, "--finetune", weights, *more)
     assert not (tmp_path / "results.json").exists()
 
