@@ -368,7 +368,7 @@ def test_features_are_those_that_the_head_sees():
 class Pixels(torch.nn.Module):
     """A backbone whose features are the pixels."""
 
-    head = torch.nn.Linear(16, 2)
+    spec = SimpleNamespace(embed_dim=16)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1)
