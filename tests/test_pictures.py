@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.sources import read_mnist5k
+from data.known_sets import read_mnist5k
 from data.transforms import EvalTransform
 from engine.pictures.choose import find_images, open_images, spread
 from engine.pictures.drawing import (

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from engine.pictures.output import MARK, MONITOR_PICTURE, check_replaceable
 from engine.run.results import read_results
-from models.weights.convert import weights_digest
+from models.weights.files import weights_digest
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 

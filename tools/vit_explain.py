@@ -31,7 +31,7 @@ from engine.pictures.rollout import class_attentions, read_patches, rollout
 from engine.run.folder import check_writable
 from models.build import classifier_config_problems
 from models.vit import VisionTransformer
-from models.weights.convert import describe_weights
+from models.weights.read import read_weights
 from util.dist import init_processes
 from util.errors import InputError, run_cli
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS
@@ -110,11 +110,12 @@ def to_map(patches: Tensor, model: VisionTransformer) -> np.ndarray:
 def check_category(cfg: ExplainConfig, weights: str) -> int:
     """The number of classes of the weights, 0 without a head. Raises: InputError if the settings
     contradict the weights, or if the chosen class does not exist."""
-    info = None if weights == RANDOM_WEIGHTS else describe_weights(weights)
-    num_classes = 0 if info is None else info.num_classes or 0
-    if info is not None and info.global_pool not in (None, cfg.global_pool):
+    info = None if weights == RANDOM_WEIGHTS else read_weights(weights)[1]
+    num_classes = 0 if info is None else info.known("num_classes") or 0
+    trained_with = None if info is None else info.known("global_pool")
+    if trained_with not in (None, cfg.global_pool):
         raise InputError(
-            f"global_pool is {cfg.global_pool} and {weights} was trained with {info.global_pool}"
+            f"global_pool is {cfg.global_pool} and {weights} was trained with {trained_with}"
         )
     if num_classes and cfg.num_classes not in (None, num_classes):
         raise InputError(

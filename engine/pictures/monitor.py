@@ -16,8 +16,8 @@ from torch import Tensor
 from data.labels import LabelledSource
 from data.sources import ImageSource
 from data.transforms import PixelNormalizer
-from engine.evaluation.features import compute_features
-from engine.evaluation.knn import ranks_by_k
+from engine.evaluation.features import Features, compute_features
+from engine.evaluation.knn import rank_labels
 from engine.evaluation.logistic import fit_linear
 from engine.parallel import whole_model
 from engine.pictures.drawing import draw_grid, heat_over, to_picture
@@ -25,7 +25,6 @@ from engine.pictures.monitor_data import knn_data, labelled_data, shown_images
 from engine.pictures.output import MONITOR_PICTURE
 from engine.pictures.reconstruction import COLUMNS, reconstruct, target_caption
 from engine.pictures.rollout import rollout
-from engine.run.batches import eval_batches
 from engine.run.folder import Run
 from engine.run.state import TrainState
 from engine.schedule import Plan
@@ -33,7 +32,7 @@ from models.build import encoder_of
 from models.mae import MaskedAutoencoder
 from models.masks import draw_mask
 from models.vit import VisionTransformer
-from util.dist import autocast_dtype, gather_rows
+from util.dist import gather_rows
 from util.errors import InputError
 from util.rng import MONITOR, generator
 from util.settings.pretrain import PretrainConfig
@@ -149,17 +148,8 @@ class Monitor:
         labels = torch.from_numpy(self.val.labels)
         val = gather_rows(val, len(labels))
         num_classes = int(torch.cat([train_labels, labels]).max()) + 1
-        ranks = ranks_by_k(
-            train,
-            train_labels,
-            val.to(self.run.device),
-            labels,
-            (K,),
-            TEMPERATURE,
-            num_classes,
-            processes.rank,
-            processes.world_size,
-        )
+        features = Features(train, train_labels, val, labels)
+        ranks = rank_labels(features, num_classes, (K,), TEMPERATURE, processes)
         accuracies = {"knn_acc1": 100 * int((ranks[K] == 0).sum()) / len(labels)}
         if self.cfg.monitor_probe:
             train = gather_rows(train, len(train_labels))
@@ -170,7 +160,4 @@ class Monitor:
 
     def features(self, encoder: VisionTransformer, source: LabelledSource) -> Tensor:
         """Features `(share, D)` of this process's share of a source."""
-        normalize = PixelNormalizer(self.cfg.mean, self.cfg.std, self.run.device)
-        dtype = autocast_dtype(self.cfg.precision, self.run.device)
-        batches = eval_batches(self.cfg, self.run, source, None)
-        return compute_features(encoder, batches, normalize, dtype)
+        return compute_features(self.cfg, self.run, encoder, source, None)
