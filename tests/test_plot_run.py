@@ -209,8 +209,9 @@ def test_the_overview_is_drawn(tmp_path):
             draw_overview.main([*words, *more])
 
 
-def test_the_pictures_of_the_readme_are_there_and_small():
+def test_the_figures_of_the_readmes_are_used_and_small():
     files = list((ROOT / "figures").iterdir())
-    named = set(re.findall(r"\(figures/([\w.]+)\)", (ROOT / "README.md").read_text()))
+    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
+    named = set(re.findall(r"figures/([\w.]+)\)", "".join(texts)))
     assert named == {file.name for file in files} and len(named) >= 5
     assert sum(file.stat().st_size for file in files) < 1_000_000

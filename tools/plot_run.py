@@ -202,7 +202,7 @@ def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
     digest = weights_digest(weights)
     found: list[tuple[str, ...]] = []
     near = [*folder.parent.glob("*/results.json"), *folder.parent.parent.glob("*/*/results.json")]
-    for path in sorted(set(near)):
+    for path in sorted({path.resolve() for path in near}):
         try:
             results = read_results(path)
             if results["sha256"] == digest:
