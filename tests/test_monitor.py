@@ -212,12 +212,6 @@ def test_it_observes_first_at_the_interval_and_last(tmp_path, data, interval, ep
     assert order == sorted(order)  # each follows the records of its epoch
 
 
-def test_zero_is_off(tmp_path, data):
-    pretrain_pictures(data, tmp_path, "--monitor_epochs", 0, "--tensorboard", "true")
-    assert steps(tmp_path) == [] and not (tmp_path / "monitor.png").exists()
-    assert events_of(tmp_path).Tags()["images"] == []
-
-
 def test_a_stopped_run_goes_on_and_repeats_no_observation(tmp_path, data):
     more = [*FAST, "--epochs", 5, "--monitor_epochs", 2, "--tensorboard", "true"]
     pretrain_pictures(data, tmp_path, *more, "--stop_epoch", 1)
