@@ -77,9 +77,9 @@ def launch(
 
 
 def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
-    """An entry script under `order_driver.py`, and where there are several processes under torch's
+    """An entry script under `fault_driver.py`, and where there are several processes under torch's
     launcher."""
-    driver = [str(ROOT / "tests" / "order_driver.py"), *arguments]
+    driver = [str(ROOT / "tests" / "fault_driver.py"), *arguments]
     if processes == 1:
         return [sys.executable, *driver]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
