@@ -5,15 +5,28 @@ PY = .venv/bin/python
 # Each worker is one torch thread, so that results do not depend on the machine's core count.
 PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 TEST_WORKERS ?= 2
+QUICKSTART_TIME = 3 to 9 minutes on 2 CPU cores, after the installation
+TEST_TIME = 2 to 7 minutes on 2 CPU cores, after the installation
 
-.PHONY: help quickstart test test-long test-all lint clean
+.PHONY: help quickstart quickstart-time test test-time test-long test-all lint clean
 
 help:
-	@echo "make quickstart  install, pretrain on 4,000 embedded digits (no download), evaluate, draw"
-	@echo "make test        install, then the newcomer's tests (under 5 minutes on 2 cores)"
-	@echo "make test-all    the newcomer's tests and the long ones (under 45 minutes)"
-	@echo "make lint        ruff and mypy"
-	@echo "make clean       remove .venv"
+	@echo "make quickstart  Install, pretrain on 4,000 digits that come with a package, evaluate, draw."
+	@echo "                 Takes $(QUICKSTART_TIME)."
+	@echo "make test        Install, then run the tests that a newcomer needs."
+	@echo "                 Takes $(TEST_TIME)."
+	@echo "make test-long   Run the long tests: real kills, several processes, real training."
+	@echo "                 Takes 30 to 45 minutes."
+	@echo "make test-all    Run both sets of tests."
+	@echo "make lint        Check style, formatting, types and the direction of imports."
+	@echo "make clean       Remove the virtual environment, .venv."
+
+# A first prerequisite, so that the time is said before the installation starts.
+quickstart-time:
+	@echo "This takes $(QUICKSTART_TIME)."
+
+test-time:
+	@echo "This takes $(TEST_TIME)."
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -29,7 +42,8 @@ help:
 	$(PY) -m pip install -r requirements-dev.txt
 	@touch $@
 
-# Each evaluation twice: of the pretrained weights, and of the same model untrained (fine-tuning: from scratch).
+# Each evaluation runs twice: with the pretrained weights, and with the same model untrained
+# (for fine-tuning: trained from scratch).
 WEIGHTS = $(OUTPUT)/pretrain/model.safetensors
 KNN = $(PY) main_knn.py --config cfgs/quickstart/knn.yaml
 LINCLS = $(PY) main_lincls.py --config cfgs/quickstart/lincls.yaml
@@ -37,7 +51,7 @@ FINETUNE = $(PY) main_finetune.py --config cfgs/quickstart/finetune.yaml
 MAE_VIS = $(PY) tools/run_mae_vis.py --config cfgs/quickstart/pretrain.yaml
 EXPLAIN = $(PY) tools/vit_explain.py --config cfgs/quickstart/finetune.yaml
 
-quickstart: .venv/.run
+quickstart: quickstart-time .venv/.run
 	$(PY) main_pretrain.py --config cfgs/quickstart/pretrain.yaml --output_dir $(OUTPUT)/pretrain
 	$(KNN) --finetune $(WEIGHTS) --output_dir $(OUTPUT)/knn
 	$(KNN) --finetune random --class_token true --output_dir $(OUTPUT)/knn_untrained
@@ -50,7 +64,7 @@ quickstart: .venv/.run
 	$(EXPLAIN) --finetune $(OUTPUT)/finetune/model.safetensors --reader avg --num_images 6 --save_path $(OUTPUT)/rollout
 	$(PY) tools/plot_run.py $(OUTPUT)/pretrain
 
-test: .venv/.dev
+test: test-time .venv/.dev
 	$(PYTEST) -m "not long"
 
 test-long: .venv/.dev
@@ -61,7 +75,9 @@ test-all: .venv/.dev
 
 lint: .venv/.dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-logo --no-cache
 
 clean:
 	rm -rf .venv

@@ -40,6 +40,7 @@ from data.sampler import SampleKey, StepSampler
 from data.sources import ArraySource, FolderSource, build_pretrain_source, read_mnist5k
 from data.transforms import pretrain_transform
 from engine.run.faults import BadSamples
+from models.masks import training_order
 from util.errors import InputError, LocalInputError
 
 
@@ -499,7 +500,11 @@ def spoil(folder: Path, *indices: int) -> list[str]:
 def dataset_of(folder: Path, seed: int = 0) -> PretrainDataset:
     transform = pretrain_transform(8, 0.2, "bilinear", 0.5)
     return PretrainDataset(
-        FolderSource(str(folder), 1), transform, num_patches=16, shared_mask=False, seed=seed
+        FolderSource(str(folder), 1),
+        transform,
+        partial(training_order, 16),
+        shared_mask=False,
+        seed=seed,
     )
 
 

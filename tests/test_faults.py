@@ -40,8 +40,7 @@ from runs import (
 import main_finetune
 import main_knn
 import main_pretrain
-from data.eval_loader import EvalDataset
-from data.loader import PretrainDataset
+from data.loader import EvalDataset, PretrainDataset
 from engine.evaluation import features
 from engine.run import interrupts as signals
 from engine.run.batches import Batches

@@ -153,9 +153,7 @@ def test_machines_with_different_images_are_refused(tmp_path):
 
 
 @pytest.mark.fault("R12")
-def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(
-    tmp_path
-):
+def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(tmp_path):
     """NNODES=1:2 with two processes each: four, then two, then four again, at the same total
     batch."""
     alone, out = tmp_path / "alone", tmp_path / "out"

@@ -199,9 +199,7 @@ STOPS = {
 @pytest.mark.fault("R1", "R5")
 @pytest.mark.long
 @pytest.mark.parametrize("workers", STOPS)
-def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(
-    finished, tmp_path, workers
-):
+def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(finished, tmp_path, workers):
     """By signals that it answers, and killed where that step's checkpoint is complete; each start
     is a new process."""
     folder, digests = tmp_path / "run", tmp_path / "digests"

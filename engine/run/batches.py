@@ -8,10 +8,14 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from data.eval_loader import build_eval_loader
 from data.labels import LabelledSource
-from data.loader import LabelledDataset, PretrainDataset, build_train_loader, loader_settings
-from data.packs.source import PackedSource
+from data.loader import (
+    LabelledDataset,
+    PretrainDataset,
+    build_eval_loader,
+    build_train_loader,
+    loader_settings,
+)
 from data.sampler import StepSampler
 from data.transforms import EvalTransform
 from engine.run.folder import Run
@@ -97,20 +101,18 @@ def train_batches(
 ) -> Batches:
     """This process's micro-batches from optimiser step `step` to the plan's end,
     `plan.accum_iter` per step."""
-    source = dataset.source
-    if isinstance(source, PackedSource):
-        source.reads_ahead = True
+    dataset.source.read_ahead()
     sampler = StepSampler(
-        len(dataset),
-        cfg.batch_size,
-        plan.accum_iter,
-        run.processes.rank,
-        run.processes.world_size,
-        cfg.seed,
-        step,
-        plan.stop_step,
-        getattr(source, "block_size", 1),
-        getattr(dataset, "aug_repeats", 1),
+        num_images=len(dataset),
+        batch_size=cfg.batch_size,
+        accum_iter=plan.accum_iter,
+        rank=run.processes.rank,
+        world_size=run.processes.world_size,
+        seed=cfg.seed,
+        start_step=step,
+        stop_step=plan.stop_step,
+        block_size=dataset.source.block_size,
+        aug_repeats=dataset.aug_repeats,
     )
     return Batches(build_train_loader(dataset, sampler, loader_settings(cfg, run.processes)))
 
