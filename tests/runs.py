@@ -18,6 +18,7 @@ from PIL import Image
 import main_pretrain
 from data.known_sets import read_mnist5k
 from data.loader import loader_settings
+from engine.run.checkpoint import load_newest_checkpoint
 from util.dist import Processes
 from util.settings.base import DataConfig
 
@@ -105,6 +106,19 @@ def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in files
     }
+
+
+def flip_bit(path: Path) -> None:
+    """Damages a file in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def saved_step(output_dir: Path) -> int:
+    """The step of a run's newest checkpoint, 0 without one."""
+    saved = load_newest_checkpoint(output_dir)
+    return 0 if saved is None else saved["step"]
 
 
 def log_lines(output_dir: Path) -> list[dict[str, Any]]:
@@ -197,3 +211,11 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         assert one.dtype == other.dtype and torch.equal(one, other), where
     else:
         assert one == other, where
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs have the same losses, newest checkpoint and weights, bit for bit."""
+    assert step_losses(one) == step_losses(other)
+    ours, theirs = ({**load_newest_checkpoint(run), "config": ...} for run in (one, other))
+    assert_same(ours, theirs)  # but for the configuration, which holds the folder's name
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command, environment, log_lines, make_pictures, pictures, pretraining
+from runs import command, environment, log_lines, pictures, pretraining
 from torch import nn
 
 import main_pretrain
@@ -26,11 +26,6 @@ from util.settings.base import RunConfig
 
 FULL = "cannot be written: No space left on device"
 FACTS = {"model_args": {"depth": 1}, "mean": [0.5], "std": [0.25]}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def fill(path: Path) -> None:
@@ -106,13 +101,6 @@ def test_curves_find_no_room(tmp_path, data):
     assert len(log_lines(tmp_path)) >= 1
 
 
-@pytest.mark.fault("R9")
-def test_results_find_no_room(tmp_path):
-    fill(tmp_path / "results.json.tmp")
-    with pytest.raises(LocalInputError, match=rf"^{tmp_path}/results.json {FULL}$"):
-        write_results(tmp_path / "results.json", {"acc1": 50.0})
-
-
 def best_in(folder: Path, resumed: bool) -> Best:
     run = Run(RunConfig(output_dir=str(folder)), Processes(0, 1, 0, 1, torch.device("cpu")))
     return Best(run, FACTS, resumed)
@@ -157,15 +145,6 @@ def test_a_damaged_best_is_one_clear_line_and_stays(tmp_path, damage):
 
 
 @pytest.mark.fault("R9")
-def test_bad_files_that_find_no_room_are_one_clear_line(tmp_path):
-    bad_samples = BadSamples(tmp_path / "bad_samples.jsonl", 1000, is_main=True)
-    bad_samples.new = [BadSample("a.png", "is damaged")]
-    fill(bad_samples.path)
-    with pytest.raises(LocalInputError, match=rf"^{bad_samples.path} {FULL}$"):
-        bad_samples.exchange()
-
-
-@pytest.mark.fault("R9")
 def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     """They are why the run ends: that their file cannot be written must not hide it."""
     path = tmp_path / "bad_steps.jsonl"
@@ -186,11 +165,27 @@ def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     assert entry == {"step": 7, "lr": 0.5, "loss": None, "images": images, "process": 0}
 
 
+def append_bad_samples(path: Path) -> None:
+    bad_samples = BadSamples(path, 1000, is_main=True)
+    bad_samples.new = [BadSample("a.png", "is damaged")]
+    bad_samples.exchange()
+
+
 @pytest.mark.fault("R9")
-def test_an_output_that_finds_no_room_leaves_what_was_there(tmp_path):
-    path = tmp_path / "config.yaml"
-    write_output(path, lambda target: target.write_text("old"))
-    fill(tmp_path / "config.yaml.tmp")
+@pytest.mark.parametrize(
+    ("name", "filled", "write"),
+    [
+        ("results.json", "results.json.tmp", lambda path: write_results(path, {"acc1": 50.0})),
+        ("x", "x.tmp", lambda path: write_output(path, lambda target: target.write_text("new"))),
+        ("bad_samples.jsonl", "bad_samples.jsonl", append_bad_samples),
+    ],
+)
+def test_an_output_that_finds_no_room_leaves_what_was_there(tmp_path, name, filled, write):
+    path = tmp_path / name
+    if filled != name:
+        path.write_text("old")
+    fill(tmp_path / filled)
     with pytest.raises(LocalInputError, match=rf"^{path} {FULL}$"):
-        write_output(path, lambda target: target.write_text("new"))
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.yaml": "old"}
+        write(path)
+    if filled != name:
+        assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: "old"}

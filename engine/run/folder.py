@@ -227,7 +227,8 @@ def _logging_to(path: Path | None) -> Iterator[None]:
     terminal.addFilter(lambda record: getattr(record, "to_terminal", True))
     handlers: list[logging.Handler] = [terminal]
     if path is not None:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        with writing(path):
+            handlers.append(logging.FileHandler(path, encoding="utf-8"))
     rank = os.environ.get("RANK", "0")
     layout = (
         "%(asctime)s %(message)s" if rank == "0" else f"%(asctime)s [process {rank}] %(message)s"

@@ -24,7 +24,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     # a+ as the holder's words must not go before the lock is ours; nothing else may open the file
     # in this process, as closing it would release the lock
-    with (folder / NAME).open("a+", encoding="utf-8") as file:
+    try:
+        opened = (folder / NAME).open("a+", encoding="utf-8")
+    except OSError as error:  # another user's, say
+        raise InputError(f"{folder / NAME} cannot be written: {error.strerror}") from error
+    with opened as file:
         try:
             fcntl.lockf(
                 file, fcntl.LOCK_EX | fcntl.LOCK_NB
