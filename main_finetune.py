@@ -1,17 +1,16 @@
-"""End-to-end fine-tuning of a pretrained encoder, or training from scratch (paper, section 4 and
+r"""End-to-end fine-tuning of a pretrained encoder, or training from scratch (paper, section 4 and
 table 9).
 
-    sh run_finetune.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data
-    --finetune /path/to/weights
+    sh run_finetune.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data \
+        --finetune /path/to/weights
 
 Without --finetune it trains from scratch; with --eval it only evaluates the classifier that
---finetune names. The same command resumes where it stopped. results.json, best.safetensors and
-model.safetensors are what a run leaves.
+--finetune names. The same command resumes where it stopped. A run leaves results.json,
+best.safetensors and model.safetensors.
 """
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,24 +19,20 @@ from torch import Tensor, nn
 from data.labels import take_subset
 from data.loader import LabelledBatch, LabelledDataset
 from data.transforms import PixelNormalizer, finetune_transform
-from engine.ema import build_ema
 from engine.evaluation.best import Best
 from engine.evaluation.classification import Evaluator, open_labelled_data
 from engine.evaluation.from_weights import build_finetuned
-from engine.loop import log_start, train
+from engine.loop import train
 from engine.mixing import BatchMixer
-from engine.optim import build_adamw, optimizer_step, param_groups
-from engine.parallel import to_device, whole_model
+from engine.optim import build_adamw, param_groups
+from engine.parallel import unsharded_model
 from engine.run.batches import train_batches
-from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
-from engine.run.faults import BadSamples
-from engine.run.folder import Run, open_run
+from engine.run.checkpoint import save_weights, weights_path
+from engine.run.folder import open_run
+from engine.run.job import Job, begin
 from engine.run.results import read_results
-from engine.run.resume import plan_resumable, run_facts
 from engine.run.saving import Saver
-from engine.run.state import TrainState
 from models.build import classifier_config_problems
-from util.dist import autocast_dtype
 from util.errors import run_cli
 from util.rng import BATCH, derive_seed, seed_libraries
 from util.settings.evaluation import STAGE_CONFIGS, FinetuneConfig
@@ -66,83 +61,74 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             results = {"protocol": "evaluation", **origin, **scores.as_dict(evaluator.class_names)}
             return run.finish(results, run.output_dir / "eval.json")
 
-        saved = load_newest_checkpoint(run.output_dir)
-        facts = run_facts(cfg, model.spec, source, classifier.sha256)
-        plan = plan_resumable(cfg, run, len(source), saved, facts)
-        to_device(model, cfg, run)
-        optimizer = build_adamw(
-            param_groups(model, cfg.weight_decay, cfg.layer_decay), cfg.beta1, cfg.beta2
+        def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+            groups = param_groups(model, cfg.weight_decay, cfg.layer_decay)
+            return build_adamw(groups, cfg.beta1, cfg.beta2)
+
+        job = begin(
+            run,
+            cfg,
+            source,
+            model.spec,
+            lambda: model,
+            build_optimizer,
+            run.results_path,
+            weights=classifier.sha256,
         )
-        ema = build_ema(model, cfg.ema_decay)
-        state = TrainState.begin(
-            model, optimizer, run.device, autocast_dtype(cfg.precision, run.device), ema
-        )
-        if state.resume(saved, run, plan.stop_step) and run.results_path.exists():
+        if job.is_finished:
             return read_results(run.results_path)
-        del saved  # as large as the state itself
-        run.start(cfg, state.step, plan.stop_step, state.owes_look)
-        log_start(run, plan, len(source), model, cfg)
 
         dataset = LabelledDataset(source, finetune_transform(cfg), cfg.seed)
-        loader = train_batches(cfg, run, plan, dataset, state.step)
+        batches = train_batches(cfg, run, job.plan, dataset, job.state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
         mixer = BatchMixer(cfg, len(data.class_names), run.device)
 
         def loss_fn(model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            first = batch.keys[
-                0
-            ]  # mixing, erasing and drop path are pure functions of (seed, place of the batch)
+            # Mixing, erasing and drop path are pure functions of the seed and the batch's place.
+            first = batch.keys[0]
             seed_libraries(derive_seed(cfg.seed, BATCH, first.epoch, first.position))
             labels = batch.labels.to(run.device, non_blocking=True)
             images, targets = mixer(normalize(batch.images), labels)
             return mixer.loss(model(images), targets), {}
 
-        best = Best(run, facts, resumed=state.step > 0)
-        step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
-        bad_samples = BadSamples(
-            run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main
-        )
-        with Saver(run, cfg, facts, state, plan) as saver:
-            for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
-                if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
-                    judge(run, state, epoch, evaluator, best)
-        final = judge(run, state, state.step // plan.steps_per_epoch, evaluator, best)
-        trained = whole_model(state.model, torch.device("cpu"), keep=run.processes.is_main)
-        if run.processes.is_main:
-            save_weights(weights_path(run.output_dir), trained, facts)
+        is_main, resumed = run.processes.is_main, job.state.step > 0
+        best = Best(run.output_dir, job.identity, is_main, resumed)
+        with Saver(job) as saver:
+            for epoch in train(job, batches, loss_fn, saver):
+                if epoch % cfg.eval_epochs == 0 and job.state.step < job.plan.stop_step:
+                    evaluate_epoch(job, epoch, evaluator, best)
+        final = evaluate_epoch(job, job.epochs_done, evaluator, best)
+        trained = unsharded_model(job.state.model, torch.device("cpu"), keep=is_main)
+        if is_main:
+            save_weights(weights_path(run.output_dir), trained, job.identity)
         results = {"protocol": "fine-tuning" if cfg.finetune else "from scratch", **origin, **final}
         return run.finish(
             {**results, "num_train": len(source), "best_acc1": best.acc1, "best_epoch": best.epoch}
         )
 
 
-def judge(
-    run: Run, state: TrainState, epoch: int, evaluator: Evaluator, best: Best
-) -> dict[str, Any]:
-    """Evaluates the model after `epoch` epochs, and its moving average where there is one, which
-    then decides.
+def evaluate_epoch(job: Job, epoch: int, evaluator: Evaluator, best: Best) -> dict[str, Any]:
+    """Evaluates the model after `epoch` epochs and, if there is one, its moving average, whose
+    accuracy then decides which weights are the best.
 
-    Logs the accuracies, keeps the best weights, and returns them for results.json.
+    Records the accuracies, keeps the best weights, and returns the scores for results.json.
     """
-    model = whole_model(state.model, run.device)
+    state = job.state
+    model = unsharded_model(state.model, job.run.device)
     (scores,) = evaluator(model.eval())
     model.train()
-    facts = {
-        "step": state.step,
-        "epoch": float(epoch),
-        "val_loss": scores.loss,
-        "acc1": scores.acc1,
-    }
+    values = {"epoch": float(epoch), "val_loss": scores.loss, "acc1": scores.acc1}
     line = f"epoch {epoch} top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %"
     results = scores.as_dict(evaluator.class_names)
     if state.ema is not None:
         model = state.ema.module
         (scores,) = evaluator(model)
-        facts["ema_acc1"] = scores.acc1
+        values["ema_acc1"] = scores.acc1
         results["ema"] = scores.as_dict(evaluator.class_names)
         line += f"  moving average top-1 {scores.acc1:.2f} %"
     best.offer(model, epoch, scores.acc1)
-    run.record(facts, f"{line}  best {best.acc1:.2f} % after epoch {best.epoch}", to_terminal=True)
+    line += f"  best {best.acc1:.2f} % after epoch {best.epoch}"
+    job.run.records.write("val", state.step, values, line)
     return results
 
 

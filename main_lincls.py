@@ -1,12 +1,12 @@
-"""Linear classification on frozen features (paper, section 4 and appendix A.1): one or many
+r"""Linear classification on frozen features (paper, section 4 and appendix A.1), with one or many
 learning rates at once.
 
-    sh run_lincls.sh --config cfgs/lincls/ViT-S_SGD_GAP.yaml --data_path /path/to/data --finetune
-    /path/to/weights
+    sh run_lincls.sh --config cfgs/lincls/ViT-S_SGD_GAP.yaml --data_path /path/to/data \
+        --finetune /path/to/weights
 
---finetune random judges an untrained model. Of several learning rates a held-out tenth of the
-training set chooses one; the validation set has no say. The same command resumes. model.safetensors
-is the classifier with the chosen head.
+--finetune random evaluates an untrained model. Of several learning rates a held-out tenth of the
+training set chooses one; the validation set has no say. The same command resumes where it stopped.
+model.safetensors is the classifier with the chosen head.
 """
 
 import logging
@@ -31,15 +31,13 @@ from engine.evaluation.probe import (
     probe_loss,
     probe_step,
 )
-from engine.loop import log_start, train
+from engine.loop import train
 from engine.run.batches import train_batches
-from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
-from engine.run.faults import BadSamples
-from engine.run.folder import Run, open_run
+from engine.run.checkpoint import save_weights, weights_path
+from engine.run.folder import open_run
+from engine.run.job import Job, begin
 from engine.run.results import read_results
-from engine.run.resume import plan_resumable, run_facts
 from engine.run.saving import Saver
-from engine.run.state import TrainState
 from models.build import classifier_config_problems
 from models.heads.probe import LinearProbes
 from models.vit import VisionTransformer
@@ -66,53 +64,51 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if held_out is not None:
             evaluators["held_out"] = Evaluator(cfg, run, held_out, data.class_names)
 
-        saved = load_newest_checkpoint(run.output_dir)
-        facts = run_facts(cfg, backbone.spec, source, classifier.sha256)
-        plan = plan_resumable(cfg, run, len(source), saved, facts)
-        head = generator(cfg.seed, HEAD)
-        probes = LinearProbes(backbone.spec.embed_dim, len(data.class_names), len(cfg.lr), head).to(
-            run.device
+        probes = LinearProbes(
+            backbone.spec.embed_dim, len(data.class_names), len(cfg.lr), generator(cfg.seed, HEAD)
         )
-        state = TrainState.begin(probes, build_probe_optimizer(probes, cfg), run.device)
-        state.may_diverge = len(cfg.lr) > 1
-        if state.resume(saved, run, plan.stop_step) and run.results_path.exists():
+        job = begin(
+            run,
+            cfg,
+            source,
+            backbone.spec,
+            lambda: probes,
+            lambda _: build_probe_optimizer(probes, cfg),
+            run.results_path,
+            weights=classifier.sha256,
+            may_diverge=len(cfg.lr) > 1,
+            scale_loss=False,
+        )
+        if job.is_finished:
             return read_results(run.results_path)
-        del saved  # as large as the state itself
-        run.start(cfg, state.step, plan.stop_step, state.owes_look)
-        log_start(run, plan, len(source), probes, cfg)
 
         augment = pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
-        loader = train_batches(
-            cfg, run, plan, LabelledDataset(source, augment, cfg.seed), state.step
-        )
+        dataset = LabelledDataset(source, augment, cfg.seed)
+        batches = train_batches(cfg, run, job.plan, dataset, job.state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
 
         def loss_fn(model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 features = backbone.forward_features(normalize(batch.images))  # (B, D)
-            losses = probe_loss(
-                model(features), batch.labels.to(run.device, non_blocking=True)
-            )  # (H,)
+            labels = batch.labels.to(run.device, non_blocking=True)
+            losses = probe_loss(model(features), labels)  # (H,)
             return losses.sum(), {"loss": mean_of_finite(losses.detach())}
 
         def step_fn(optimizer: torch.optim.Optimizer, scaler: GradScaler) -> tuple[Tensor, Tensor]:
             average_statistics(probes)
             return probe_step(optimizer, scaler)
 
-        bad_samples = BadSamples(
-            run.output_dir / "bad_samples.jsonl", len(source), run.processes.is_main
-        )
-        with Saver(run, cfg, facts, state, plan) as saver:
-            for epoch in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
-                if epoch % cfg.eval_epochs == 0 and state.step < plan.stop_step:
-                    judge(run, state, epoch, backbone, evaluators, cfg.lr)
-        scores = judge(run, state, state.step // plan.steps_per_epoch, backbone, evaluators, cfg.lr)
+        with Saver(job) as saver:
+            for epoch in train(job, batches, loss_fn, saver, step_fn):
+                if epoch % cfg.eval_epochs == 0 and job.state.step < job.plan.stop_step:
+                    evaluate_epoch(job, epoch, backbone, evaluators, cfg.lr)
+        scores = evaluate_epoch(job, job.epochs_done, backbone, evaluators, cfg.lr)
         origin = {"checkpoint": cfg.finetune, "sha256": classifier.sha256, "dataset": cfg.dataset}
         results = describe(scores, cfg.lr, evaluators["val"].class_names)
         if run.processes.is_main:
             weight, bias = probes.folded(cfg.lr.index(results["lr"]))
             backbone.head.load_state_dict({"weight": weight, "bias": bias})
-            save_weights(weights_path(run.output_dir), backbone, facts)
+            save_weights(weights_path(run.output_dir), backbone, job.identity)
         return run.finish(
             {"protocol": "linear classification", **origin, "num_train": len(source), **results}
         )
@@ -121,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def split_training_set(
     source: LabelledSource, cfg: LinclsConfig
 ) -> tuple[LabelledSource, LabelledSource | None]:
-    """What probes train on, and what chooses among them: of several a stratified tenth, held out by
-    seed."""
+    """The images that probes train on, and those that choose among several probes: a stratified
+    tenth, held out by seed, or None for one probe."""
     if len(cfg.lr) == 1:
         return source, None
     held_out = stratified_choice(source.labels, max(1, round(HELD_OUT * len(source))), cfg.seed)
@@ -132,8 +128,8 @@ def split_training_set(
 def describe(
     scores: dict[str, list[Scores]], lrs: tuple[float, ...], class_names: list[str] | None
 ) -> dict[str, Any]:
-    """The chosen probe's results on the validation set, and the accuracies of all as a curve over
-    the rates."""
+    """The chosen probe's results on the validation set, and the accuracies of all probes as a curve
+    over the learning rates."""
     chosen = choose_probe(scores.get("held_out", scores["val"]))
     curve = [
         {"lr": lr, **{f"{split}_acc1": of_split[probe].acc1 for split, of_split in scores.items()}}
@@ -144,29 +140,29 @@ def describe(
     return {**best, "lr": lrs[chosen], "num_held_out": num_held_out, "curve": curve}
 
 
-def judge(
-    run: Run,
-    state: TrainState,
+def evaluate_epoch(
+    job: Job,
     epoch: int,
     backbone: VisionTransformer,
     evaluators: dict[str, Evaluator],
     lrs: tuple[float, ...],
 ) -> dict[str, list[Scores]]:
-    """Evaluates every probe on every split after `epoch` epochs; logs the accuracies of the one it
-    would choose."""
-    state.model.eval()
+    """Evaluates every probe on every split after `epoch` epochs; records the accuracies of the one
+    that would be chosen now."""
+    probes = job.state.model.eval()
     scores = {
-        split: evaluator(lambda images: state.model(backbone.forward_features(images)), len(lrs))
+        split: evaluator(lambda images: probes(backbone.forward_features(images)), len(lrs))
         for split, evaluator in evaluators.items()
     }
-    state.model.train()
+    probes.train()
     chosen = choose_probe(scores.get("held_out", scores["val"]))
-    facts = {"step": state.step, "epoch": float(epoch), "val_loss": scores["val"][chosen].loss}
-    facts |= {f"{split}_acc1": of_split[chosen].acc1 for split, of_split in scores.items()}
+    values = {"epoch": float(epoch), "val_loss": scores["val"][chosen].loss}
+    values |= {f"{split}_acc1": of_split[chosen].acc1 for split, of_split in scores.items()}
     accuracies = "  ".join(
         f"{split} top-1 {of_split[chosen].acc1:.2f} %" for split, of_split in scores.items()
     )
-    run.record(facts, f"epoch {epoch} lr {lrs[chosen]:g}  {accuracies}", to_terminal=True)
+    line = f"epoch {epoch} lr {lrs[chosen]:g}  {accuracies}"
+    job.run.records.write("val", job.state.step, values, line)
     return scores
 
 

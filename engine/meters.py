@@ -2,8 +2,6 @@
 waits for it."""
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +12,9 @@ class StepMeter(nn.Module):
     """Sums of loss and gradient norm over optimiser steps.
 
     A step whose loss or gradient is not finite is left out of the means. `bad_in_a_row` counts the
-    steps with such a gradient since the last good one, `most_bad_in_a_row` is the highest that it
-    has been since the sums were emptied. The sums are 64-bit where the device has that, so an
-    epoch's mean is exact to print.
+    steps with such a gradient since the last good one, and `most_bad_in_a_row` is its maximum since
+    the sums were reset. The sums are 64-bit on devices that have it, so that the printed digits of
+    an epoch's mean are exact.
     """
 
     sums: Tensor  # (3,): loss, gradient norm, steps counted
@@ -31,8 +29,8 @@ class StepMeter(nn.Module):
         self.register_buffer("most_bad_in_a_row", torch.zeros((), dtype=dtype, device=device))
 
     def update(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> None:
-        """Adds a step: mean loss of this process's share, norm of the whole gradient, 1.0 where
-        that is not finite."""
+        """Adds a step, all scalars: the mean loss of this process's share of the batch, the norm of
+        the full gradient, and 1.0 if that is not finite."""
         good = (1 - found_inf.to(self.sums.dtype)) * loss.isfinite()
         values = torch.stack(
             [loss.to(self.sums.dtype), grad_norm.to(self.sums.dtype), torch.ones_like(self.sums[0])]
@@ -42,7 +40,7 @@ class StepMeter(nn.Module):
         self.most_bad_in_a_row = torch.maximum(self.most_bad_in_a_row, self.bad_in_a_row)
 
     def read(self) -> dict[str, float]:
-        """Means over all processes, as `loss` and `grad_norm` (NaN where no step counted), and
+        """Means over all processes as `loss` and `grad_norm` (NaN if no step counted), and
         `most_bad_in_a_row`."""
         sums = self.sums.clone()
         if dist.is_initialized():
@@ -56,25 +54,16 @@ class StepMeter(nn.Module):
         }
 
     def average(self) -> None:
-        """Gives every process the mean of all sums, so that one process's state stands for all in a
-        checkpoint."""
+        """Gives every process the mean of all processes' sums, so that a checkpoint of one process
+        stands for all."""
         if dist.is_initialized():
             dist.all_reduce(self.sums)
             self.sums /= dist.get_world_size()
 
     def reset(self) -> None:
-        """Empties the means and `most_bad_in_a_row`; `bad_in_a_row` goes on."""
+        """Sets the sums and `most_bad_in_a_row` to zero; `bad_in_a_row` goes on."""
         self.sums.zero_()
         self.most_bad_in_a_row.zero_()
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Takes over a checkpoint's content; one of an earlier version has no
-        `most_bad_in_a_row`."""
-        return super().load_state_dict(
-            {"most_bad_in_a_row": state_dict["bad_in_a_row"], **state_dict}, strict, assign
-        )
 
 
 class Stopwatch:
@@ -87,27 +76,26 @@ class Stopwatch:
         self.waited = 0.0
 
     def step(self, waited: float) -> None:
-        """Counts an optimiser step that waited so many seconds for its data.
+        """Counts an optimiser step that waited `waited` seconds for its data.
 
-        The host's seconds: on CUDA the device may have had work for part of them, so its own wait
-        is at most that.
+        These are the host's seconds: a CUDA device may have had work during a part of them.
         """
         self.run_steps += 1
         self.window_steps += 1
         self.waited += waited
 
-    def read(self, total_batch: int, steps_left: int) -> dict[str, Any]:
-        """Images per second over all processes, share of time waiting for data, seconds left; opens
-        a new window."""
+    def read(self, total_batch: int, steps_left: int) -> dict[str, float]:
+        """Images per second over all processes, the share of time spent waiting for data, and the
+        seconds left; opens a new window."""
         now = time.monotonic()
         elapsed = max(now - self.window_start, 1e-9)
-        facts = {
+        measured = {
             "images_per_s": self.window_steps * total_batch / elapsed,
             "data_wait": self.waited / elapsed,
             "eta_s": (now - self.run_start) / max(self.run_steps, 1) * steps_left,
         }
         self.open_window()
-        return facts
+        return measured
 
     def open_window(self) -> None:
         """Begins the next window now."""

@@ -1,4 +1,4 @@
-"""AdamW, parameter groups and the optimiser step.
+"""AdamW, parameter groups, the optimiser step and the moving average of the weights.
 
 Decay: weights of Linear layers and of the patch projection; nothing on biases, norms, class token,
 mask token and positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.amp import GradScaler
-
-from engine.parallel import whole
+from torch.distributed.tensor import DTensor
 
 StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
@@ -19,7 +19,7 @@ StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 def param_groups(
     model: nn.Module, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups of trainable parameters with `lr_scale`, `weight_decay` and, for reading, `names`.
+    """Groups of trainable parameters with `lr_scale`, `weight_decay` and, for readers, `names`.
 
     lr_scale is layer_decay^(depth + 1 - i): i = 0 for patch_embed, pos_embed and cls_token, k + 1
     for blocks.k, and depth + 1 for norm, fc_norm, head and all else.
@@ -71,19 +71,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def optimizer_step(
     optimizer: torch.optim.Optimizer, scaler: GradScaler, clip_grad: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Clips, and steps unless the gradient is not finite; clears the gradients. Never waits for the
-    device.
+    """Clips the gradient, takes the step unless the gradient is not finite, and clears the
+    gradient. Never waits for the device.
 
     The optimiser must be a fused one. Gradients are already the mean over processes, so one
-    process's NaN is everyone's; where they are sharded, the norm is of all parts. So all decide
-    alike.
+    process's NaN is everyone's, and the norm of sharded gradients is that of all parts: all
+    processes decide alike.
 
-    Returns: the L2 norm of the gradient before clipping, and 1.0 where the step was skipped, both
-    scalars.
+    Returns: scalars, the L2 norm of the gradient before clipping, and 1.0 if the step was skipped.
     """
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-    grad_norm = whole(torch.nn.utils.get_total_norm(gradients))
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     found_inf = (~grad_norm.isfinite()).float()
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_grad, grad_norm)
@@ -91,12 +92,28 @@ def optimizer_step(
         scaler.step(optimizer)
         scaler.update()
     else:
-        # The contract between GradScaler and fused optimisers: with found_inf 1 neither parameters
-        # nor step count move.
+        # The contract between GradScaler and fused optimisers: with found_inf 1 neither the
+        # parameters nor the step count change.
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, found_inf
+
+
+def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
+    """The moving average of a model's weights, or None if `decay` is None."""
+    return None if decay is None else ModelEmaV3(model, decay=decay, foreach=False)
+
+
+@torch.no_grad()
+def update_ema(ema: ModelEmaV3, model: nn.Module, found_inf: Tensor) -> None:
+    """ema = decay * ema + (1 - decay) * model, or nothing if `found_inf` (a scalar on the device)
+    is 1.
+
+    The decay is a tensor, so that the decision never waits for the device; timm's foreach path
+    takes only numbers.
+    """
+    ema.apply_update_(model, decay=torch.where(found_inf > 0, 1.0, ema.decay))  # type: ignore[arg-type]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:

@@ -1,10 +1,10 @@
-"""Fully sharded data parallelism: each process keeps one part of every parameter, gradient and
-moment.
+"""Models and batches on devices: placing, compiling, data parallelism and sharding.
 
-A block's parameters are gathered just before it computes and let go right after, forward and
-backward; its gradient is averaged over the processes part by part. The mathematics is that of
-DistributedDataParallel. Checkpoints and weights hold whole tensors under the same names, so any
-number of processes can go on with them, sharded or not.
+`parallel: ddp` gives each process the whole model. `parallel: fsdp` gives it one part of every
+parameter, gradient and moment: a block's parameters are gathered just before it computes and freed
+right after, forward and backward, and its gradient is averaged over the processes part by part. The
+mathematics is that of DistributedDataParallel. Checkpoints and weights hold full tensors under the
+same names, so any number of processes can go on with them, sharded or not.
 
 Source: ZeRO stage 3 (arXiv 1910.02054) in torch's FSDP2 (arXiv 2304.11277), whose sharded tensors
 are `DTensor`s.
@@ -12,7 +12,10 @@ are `DTensor`s.
 
 import atexit
 import logging
+import os
+import shutil
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -20,45 +23,59 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from engine.run.folder import Run
 from models.build import build_model
-from util.dist import autocast_dtype
+from models.mae import MaskedAutoencoder
+from util.dist import Processes, autocast_dtype
 from util.errors import InputError
+from util.settings.base import ParallelConfig, RunConfig
+from util.settings.pretrain import SpeedConfig
 
-# DTensor's caches keep gloo's threads to the very end, and one that still has a collective's
-# tensors to let go of when Python shuts down aborts the process, as some short runs did (torch
-# 2.14.1, pytorch issue 190489): a moment for it.
+# DTensor's caches keep gloo's threads to the very end. One that still has a collective's tensors to
+# release when Python shuts down aborts the process, as some short runs did (torch 2.14.1, pytorch
+# issue 190489), so a process waits this long.
 EXIT_S = 0.3
 ModelT = TypeVar("ModelT", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
 
-def asks_for_shards(cfg: Any, run: Run) -> bool:
-    """Whether `parallel` shards the model; one process has nobody to share it with.
+def asks_for_shards(cfg: RunConfig, processes: Processes) -> bool:
+    """Whether `parallel` shards the model; a single process keeps all of it.
 
-    Raises: InputError for fp16, as torch's scaler looks for overflows in this process's parts only.
+    Raises: InputError for fp16, as torch's scaler looks for overflows in this process's part only.
     """
-    if cfg.parallel == "ddp" or run.processes.world_size == 1:
+    is_sharded_stage = isinstance(cfg, ParallelConfig) and cfg.parallel == "fsdp"
+    if not is_sharded_stage or processes.world_size == 1:
         return False
-    if autocast_dtype(cfg.precision, run.device) == torch.float16:
+    if autocast_dtype(cfg.precision, processes.device) == torch.float16:
         raise InputError(
             "parallel fsdp goes with precision bf16 or fp32, not fp16: use another, or parallel ddp"
         )
     return True
 
 
-def to_device(model: nn.Module, cfg: Any, run: Run) -> None:
-    """Moves a model onto its device, in parts where `parallel` asks for it; before an optimiser
-    takes its parameters.
+def place_model(model: nn.Module, cfg: RunConfig, processes: Processes) -> None:
+    """Does what `checkpointing`, `compile` and `parallel` ask for, in place, and moves the model
+    onto its device, before an optimiser takes its parameters. Its state keeps its names.
 
-    Every process must hold the same whole model, on the CPU: it goes over and is cut block by
-    block.
+    Every process must hold the same whole model, on the CPU; a sharded one is moved and cut block
+    by block.
+
+    Raises: InputError if compiling needs a compiler that this machine does not have.
     """
-    if not asks_for_shards(cfg, run):
-        model.to(run.device)
+    shards = asks_for_shards(cfg, processes)
+    if isinstance(cfg, SpeedConfig):
+        assert isinstance(model, MaskedAutoencoder)
+        model.checkpointing = cfg.checkpointing
+        if cfg.compile:
+            _check_compiler(cfg.compile_backend)
+            for part in blocks_of(model) if shards else [model]:  # no graph can span a gathering
+                part.compile(backend=cfg.compile_backend, fullgraph=True, dynamic=False)
+    if not shards:
+        model.to(processes.device)
         return
-    mesh = init_device_mesh(run.device.type, (run.processes.world_size,))
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)  # what is in no block
@@ -69,33 +86,78 @@ def to_device(model: nn.Module, cfg: Any, run: Run) -> None:
     )
 
 
+def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:
+    """DistributedDataParallel around the model if there are several processes, else the model.
+
+    A sharded model stays as it is and averages its gradient after each micro-batch: keeping the
+    full gradient until the last one, as `no_sync` does, would take the memory that sharding saves.
+    """
+    if world_size == 1 or is_sharded(model):
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=accum_iter == 1,  # with no_sync it dies in the reducer (torch 2.14.1)
+        forward_sync_buffers=False,  # position tables never change
+    )
+
+
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches, named tuples, in their order; on CUDA with their tensors on the device,
+    elsewhere as they come.
+
+    A batch is taken from `batches` when it is asked for and never before, so errors, bad files and
+    the time waited for data belong to the step that they are counted in. The host runs ahead: it
+    has queued a step and asks for the next batch while the device computes, and the copy, from
+    pinned memory and on a stream of its own, does not queue behind that step.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            tensors = {
+                name: value.to(device, non_blocking=True)
+                for name, value in batch._asdict().items()
+                if isinstance(value, Tensor)
+            }
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copies)
+        for tensor in tensors.values():
+            # The memory belongs to the copying stream, which must not reuse it before this step.
+            tensor.record_stream(computing)
+        yield batch._replace(**tensors)
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Encoder and decoder blocks: each is gathered, and compiled, as one."""
     return [block for name in ("blocks", "decoder_blocks") for block in getattr(model, name, [])]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's parameters are in parts."""
+    """Whether the model's parameters are sharded."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of one that is not sharded."""
+    """This process's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; all processes must call."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes, which must all call; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_model(model: ModelT, device: torch.device, keep: bool = True) -> ModelT:
-    """The model itself, or where it is sharded a frozen copy of it in one piece; all processes must
+def unsharded_model(model: ModelT, device: torch.device, keep: bool = True) -> ModelT:
+    """The model itself, or a frozen copy with full tensors if it is sharded; all processes must
     call.
 
     Args:
         device: of the copy.
-        keep: False only helps the others: what it returns is not to be used.
+        keep: False only helps the other processes: what it returns is not to be used.
     """
     if not is_sharded(model):
         return model
@@ -103,7 +165,7 @@ def whole_model(model: ModelT, device: torch.device, keep: bool = True) -> Model
         copy: Any = build_model(model.spec)  # type: ignore[call-overload]
     tensors = {}
     for name, shard in model.state_dict().items():
-        tensor = whole(shard)
+        tensor = full_tensor(shard)
         if keep:
             tensors[name] = tensor.to(device)
     if keep:
@@ -112,7 +174,7 @@ def whole_model(model: ModelT, device: torch.device, keep: bool = True) -> Model
 
 
 def shard_model_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The whole tensors of a model's state, as `load_state_dict` of a model that may be sharded
+    """The full tensors of a model's state, as `load_state_dict` of a model that may be sharded
     takes them."""
     targets = model.state_dict()
     return {
@@ -124,8 +186,7 @@ def shard_model_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
 def shard_optimizer_state(
     state: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The same for an optimiser's state, whose moments have the shapes of the parameters that they
-    belong to."""
+    """The same for an optimiser's state, whose moments have the shapes of their parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {
         index: {name: _like(value, parameters[index]) for name, value in entry.items()}
@@ -135,8 +196,14 @@ def shard_optimizer_state(
 
 
 def _like(tensor: Tensor, target: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `target` is sharded and of its shape."""
+    """This process's part of a full tensor if `target` is sharded and of its shape."""
     if not isinstance(target, DTensor) or tensor.shape != target.shape:
         return tensor
-    tensor = tensor.to(target.device)  # each process has read the whole file: nothing is sent
+    tensor = tensor.to(target.device)  # each process has read the file: nothing is sent
     return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def _check_compiler(backend: str) -> None:
+    environment = [os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")]
+    if backend == "inductor" and not any(map(shutil.which, [*environment, "clang++", "clang"])):
+        raise InputError("compile needs a C++ compiler: install g++, or leave compile out")

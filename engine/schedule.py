@@ -1,22 +1,27 @@
-"""Learning rate, steps and batches of a run: pure functions of the settings, the data set and the
-processes."""
+"""Learning rate, steps and batches of a run: pure functions of the settings, the number of images
+and the number of processes."""
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from util.errors import InputError
-from util.settings.base import ScheduleConfig
+
+if TYPE_CHECKING:
+    from engine.run.checkpoint import Checkpoint
+    from util.settings.base import ScheduleConfig
 
 
 def warmup_cosine(
     step: int, total_steps: int, warmup_steps: float, peak_lr: float, min_lr: float
 ) -> float:
-    """Absolute learning rate of optimiser step `step`, counted from 0 (which has 0 where there is a
-    warmup).
+    """Absolute learning rate of optimiser step `step`, counted from 0.
 
-    Linear from 0 to `peak_lr` over `warmup_steps`, then half a cosine down to `min_lr`; all rates
-    absolute.
+    It rises linearly from 0 to `peak_lr` over `warmup_steps`, then falls along half a cosine to
+    `min_lr`; all rates are absolute.
+
     Source: MAE, table 8 ("cosine decay", "warmup"); half-cycle cosine of arXiv 1608.03983.
     """
     if step < warmup_steps:
@@ -47,8 +52,7 @@ class Plan:
 
 
 def plan_run(cfg: ScheduleConfig, num_images: int, world_size: int, accum_iter: int) -> Plan:
-    """The plan of a run of `num_images` per epoch. Raises: InputError where an epoch has no whole
-    step."""
+    """The plan of a run on `num_images`. Raises: InputError if an epoch has no whole step."""
     total = cfg.batch_size * world_size * accum_iter
     if num_images < total:
         raise InputError(
@@ -70,15 +74,14 @@ def plan_run(cfg: ScheduleConfig, num_images: int, world_size: int, accum_iter: 
     )
 
 
-def choose_accum_iter(
-    cfg: ScheduleConfig, world_size: int, saved: dict[str, Any] | None = None
-) -> int:
+def choose_accum_iter(cfg: ScheduleConfig, world_size: int, saved: Checkpoint | None = None) -> int:
     """Micro-batches per optimiser step.
 
-    It follows from `total_batch_size` where that is set. A resumed run (`saved` is its checkpoint)
-    keeps its total batch, so that fewer or more processes go on with the same steps.
+    The number follows from `total_batch_size` if that is set. A run that goes on from the
+    checkpoint `saved` keeps its total batch, so that fewer or more processes take the same steps.
 
-    Raises: InputError where the total does not divide, or differs from that of the run so far.
+    Raises: InputError if the total is not a multiple of what one pass takes, or differs from the
+    total of the run so far.
     """
     per_pass = cfg.batch_size * world_size
     asked = f"batch_size {cfg.batch_size} x {world_size} processes"
@@ -87,19 +90,19 @@ def choose_accum_iter(
             return cfg.accum_iter
         total, name, derived = cfg.total_batch_size, "total_batch_size", cfg.accum_iter == 1
     else:
-        total, name = saved["total_batch"], "the run's total batch so far,"
+        total, name = saved.total_batch, "the run's total batch so far,"
         if cfg.total_batch_size not in (None, total):
             raise InputError(
                 f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}"
             )
-        derived = cfg.accum_iter in (1, saved["config"]["accum_iter"])
+        derived = cfg.accum_iter in (1, saved.config["accum_iter"])
     if total % per_pass:
         raise InputError(
             f"{name} {total} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole"
         )
     if not derived and cfg.accum_iter != total // per_pass:
         raise InputError(
-            f"{asked} x accum_iter {cfg.accum_iter} is {per_pass * cfg.accum_iter} images per step and {name} {total}: "
-            f"leave accum_iter out, it follows as {total // per_pass}"
+            f"{asked} x accum_iter {cfg.accum_iter} is {per_pass * cfg.accum_iter} images per step "
+            f"and {name} {total}: leave accum_iter out, it follows as {total // per_pass}"
         )
     return total // per_pass

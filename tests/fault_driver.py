@@ -88,9 +88,9 @@ def strike(at: str) -> None:
 
 def between_steps(saver: saving.Saver) -> None:
     """Observes the state, and strikes."""
-    now["step"] = saver.state.step
+    now["step"] = saver.job.state.step
     if "DIGESTS" in os.environ:
-        content = saver.state.content()
+        content = vars(saver.job.state.checkpoint(saver.job.identity, total_batch=1))
         digests = {name: digest(content[name]) for name in ("model", "optimizer", "ema")}
         write("DIGESTS", {"step": now["step"], **digests})
     strike("step")
@@ -125,7 +125,7 @@ def poison(model: VisionTransformer, logits: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> Any:
-    before(saving.Saver, "check", between_steps)
+    before(saving.Saver, "between_steps", between_steps)
     before(saving, "save_checkpoint", lambda *_: strike("save"))
     before(classification.Evaluator, "__call__", lambda *_: strike("validation"))
     before(faults.BadSamples, "collect", used)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from compare import assert_same as assert_same  # others take it from here
 from conftest import ROOT
 from PIL import Image
 
@@ -118,7 +119,7 @@ def flip_bit(path: Path) -> None:
 def saved_step(output_dir: Path) -> int:
     """The step of a run's newest checkpoint, 0 without one."""
     saved = load_newest_checkpoint(output_dir)
-    return 0 if saved is None else saved["step"]
+    return 0 if saved is None else saved.step
 
 
 def log_lines(output_dir: Path) -> list[dict[str, Any]]:
@@ -194,28 +195,3 @@ def pretrain_pictures(data: Path, output_dir: Path, *more: Any) -> Path:
 def results_of(output_dir: Path, name: str = "results.json") -> dict[str, Any]:
     """What an evaluation wrote."""
     return json.loads((output_dir / name).read_text())
-
-
-def assert_same(one: Any, other: Any, where: str = "") -> None:
-    """Nested plain values and tensors are equal, bit for bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for name, value in one.items():
-            assert_same(value, other[name], f"{where}.{name}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for place, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{place}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), where
-    else:
-        assert one == other, where
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Two runs have the same losses, newest checkpoint and weights, bit for bit."""
-    assert step_losses(one) == step_losses(other)
-    ours, theirs = ({**load_newest_checkpoint(run), "config": ...} for run in (one, other))
-    assert_same(ours, theirs)  # but for the configuration, which holds the folder's name
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()

@@ -21,8 +21,10 @@ import torch  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 import main_pretrain  # noqa: E402
+from engine import loop  # noqa: E402
 from engine.parallel import blocks_of, own_part  # noqa: E402
 from engine.run import saving  # noqa: E402
+from engine.run.state import on_host  # noqa: E402
 from models.mae import MaskedAutoencoder  # noqa: E402
 from util.errors import run_cli  # noqa: E402
 
@@ -46,23 +48,21 @@ def held(optimizer: torch.optim.Optimizer) -> int:
 
 
 def watched_step(
-    optimizer: torch.optim.Optimizer,
-    *args: Any,
-    original: Any = main_pretrain.optimizer_step,
-    **more: Any,
+    optimizer: torch.optim.Optimizer, *args: Any, original: Any = loop.optimizer_step, **more: Any
 ) -> Any:
     now["bytes"] = max(now["bytes"], held(optimizer))
     return original(optimizer, *args, **more)
 
 
-def watched_check(saver: saving.Saver, original: Any = saving.Saver.check) -> None:
+def watched_step_end(saver: saving.Saver, original: Any = saving.Saver.between_steps) -> None:
+    state = saver.job.state
     if now["step"] < 0:
-        content = saving.on_host(saver.state.content(), RANK == 0)
+        content = on_host(vars(state.checkpoint(saver.job.identity, total_batch=12)), RANK == 0)
         if RANK == 0:
             torch.save(content, WATCH / "restored.pth")
-    now["step"] = saver.state.step
+    now["step"] = state.step
     if is_due("NAN_PART"):
-        own_part(saver.state.model.norm.bias.data)[0] = float("nan")
+        own_part(state.model.norm.bias.data)[0] = float("nan")
     original(saver)
 
 
@@ -84,8 +84,8 @@ def count_whole_blocks(model: MaskedAutoencoder) -> None:
 
 def main() -> Any:
     WATCH.mkdir(parents=True, exist_ok=True)
-    main_pretrain.optimizer_step = watched_step
-    saving.Saver.check = watched_check
+    loop.optimizer_step = watched_step
+    saving.Saver.between_steps = watched_step_end
     MaskedAutoencoder.forward = watched_forward
     found = main_pretrain.main(sys.argv[1:])
     (WATCH / f"{RANK}.json").write_text(json.dumps(now))

@@ -108,7 +108,7 @@ def test_resume_on_another_number_of_processes(alone, tmp_path):
         )
         assert (result.returncode == 0) == (step == 0), result.stderr
         if step:
-            assert load_newest_checkpoint(folder)["step"] == step
+            assert load_newest_checkpoint(folder).step == step
     theirs = used(tmp_path / "used_by_whole")
     assert len(theirs) == 2 * STEPS_PER_EPOCH and {len(samples) for samples in theirs.values()} == {
         64
@@ -117,7 +117,7 @@ def test_resume_on_another_number_of_processes(alone, tmp_path):
     assert step_losses(whole) == step_losses(alone)  # the driver changes nothing
     assert_steps_agree(whole, folder)
     saved = load_newest_checkpoint(folder)
-    assert (saved["total_batch"], saved["samples_seen"]) == (64, 2 * STEPS_PER_EPOCH * 64)
+    assert (saved.total_batch, saved.samples_seen) == (64, 2 * STEPS_PER_EPOCH * 64)
 
 
 @pytest.mark.fault("R22")

@@ -12,29 +12,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compare import assert_same_checkpoint, checkpoint, identity
 from runs import make_pictures, pretraining
 from test_models import MAE, VIT
 from torch import nn
 from torch.amp import GradScaler
 
+import engine.loop
 import main_pretrain
 from engine.meters import StepMeter
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
-from engine.run.checkpoint import (
-    load_newest_checkpoint,
-    save_checkpoint,
-    save_weights,
-    tidy,
-    weights_header,
-)
+from engine.run.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint, save_weights
 from engine.run.faults import BadSteps
-from engine.run.folder import Run
+from engine.run.folder import take_over_folder
+from engine.run.records import Records
 from engine.schedule import choose_accum_iter, plan_run, warmup_cosine
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from util.dist import Processes
+from models.weights.own import read_header
 from util.errors import InputError
-from util.settings.base import AdamWConfig, RunConfig
+from util.settings.base import AdamWConfig
+from util.settings.pretrain import PretrainConfig
 
 
 def test_schedule_by_hand():
@@ -76,8 +74,8 @@ def test_a_data_set_smaller_than_one_step_is_refused_with_the_numbers():
     assert plan_run(AdamWConfig(batch_size=16), 128, 2, 4).steps_per_epoch == 1
 
 
-def saved_run(total_batch: int, accum_iter: int = 1) -> dict:
-    return {"total_batch": total_batch, "config": {"accum_iter": accum_iter}}
+def saved_run(total_batch: int, accum_iter: int = 1) -> Checkpoint:
+    return checkpoint(10, total_batch=total_batch, config={"accum_iter": accum_iter})
 
 
 def test_accumulation_follows_from_the_total_batch():
@@ -274,11 +272,6 @@ def test_a_meter_goes_on_with_its_row_after_a_resume():
     resumed = StepMeter(torch.device("cpu"))
     resumed.load_state_dict(saved)
     assert feed(resumed, 0).read()["most_bad_in_a_row"] == 3.0
-    del saved["most_bad_in_a_row"]  # as a checkpoint of an earlier version
-    saved["bad_in_a_row"] += 4
-    resumed.load_state_dict(saved)
-    assert resumed.read()["most_bad_in_a_row"] == 5.0
-    assert feed(resumed, 1, 0).read()["most_bad_in_a_row"] == 6.0
 
 
 # --- the end of a run after too many bad steps in a row
@@ -331,7 +324,7 @@ def spoil(monkeypatch, bad: range) -> None:
     """Fills the gradients of the steps `bad` of this process, counted from 1, with infinity."""
     taken = []
 
-    def step_fn(*args, original=main_pretrain.optimizer_step, **kwargs):
+    def step_fn(*args, original=engine.loop.optimizer_step, **kwargs):
         taken.append(None)
         for group in args[0].param_groups if len(taken) in bad else ():
             for parameter in group["params"]:
@@ -339,7 +332,7 @@ def spoil(monkeypatch, bad: range) -> None:
                     parameter.grad.fill_(float("inf"))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(main_pretrain, "optimizer_step", step_fn)
+    monkeypatch.setattr(engine.loop, "optimizer_step", step_fn)
 
 
 @pytest.mark.fault("R16")
@@ -371,12 +364,8 @@ def test_a_row_across_a_resume_ends_the_run(tmp_path, monkeypatch):
 @pytest.mark.fault("R20")
 def test_checkpoint_round_trip_and_retention(tmp_path):
     for step in (3, 20, 100):
-        save_checkpoint(
-            tmp_path,
-            step,
-            {"model": {"w": torch.full((2,), float(step))}, "note": [1, "x", None]},
-            keep_last=2,
-        )
+        written = checkpoint(step, model={"w": torch.full((2,), float(step))}, epoch_losses=[0.5])
+        save_checkpoint(tmp_path, written, keep_last=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
         "checkpoint-00000020.pth",
@@ -384,10 +373,7 @@ def test_checkpoint_round_trip_and_retention(tmp_path):
         "checkpoint-00000100.pth",
         "checkpoint-00000100.pth.sha256",
     ]
-    content = load_newest_checkpoint(tmp_path)
-    assert content["step"] == 100
-    assert content["model"]["w"].tolist() == [100.0, 100.0]
-    assert content["note"] == [1, "x", None]
+    assert_same_checkpoint(load_newest_checkpoint(tmp_path), written, ignore=())
     assert load_newest_checkpoint(tmp_path / "nowhere") is None
 
 
@@ -412,11 +398,11 @@ DAMAGE = {
 @pytest.mark.fault("R8")
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, damage):
-    older = save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(100)}}, keep_last=5)
-    newest = save_checkpoint(tmp_path, 2, {"model": {"w": torch.zeros(100)}}, keep_last=5)
+    older = save_checkpoint(tmp_path, checkpoint(1, model={"w": torch.ones(100)}), keep_last=5)
+    newest = save_checkpoint(tmp_path, checkpoint(2, model={"w": torch.zeros(100)}), keep_last=5)
     damage(newest)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert load_newest_checkpoint(tmp_path)["step"] == 1
+    assert load_newest_checkpoint(tmp_path).step == 1
     reasons = (
         f"{newest.name} is missing",
         f"{newest.name}.sha256 is missing",
@@ -436,7 +422,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
 
 @pytest.mark.fault("R7", "R8")
 def test_a_checksum_alone_is_damage_unless_a_first_save_was_cut_off(tmp_path, monkeypatch):
-    path = save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
+    path = save_checkpoint(tmp_path, checkpoint(1, model={}), keep_last=5)
     content = path.read_bytes()
     path.unlink()
     with pytest.raises(
@@ -447,7 +433,7 @@ def test_a_checksum_alone_is_damage_unless_a_first_save_was_cut_off(tmp_path, mo
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     assert load_newest_checkpoint(tmp_path) is None
-    second = save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=5)
+    second = save_checkpoint(tmp_path, checkpoint(2, model={}), keep_last=5)
     second.rename(f"{second}.tmp")
     with pytest.raises(
         InputError, match="every checkpoint in .* is damaged"
@@ -461,10 +447,10 @@ def test_a_checksum_alone_is_damage_unless_a_first_save_was_cut_off(tmp_path, mo
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "unlink", killed)
-        tidy(tmp_path, 0)
+        take_over_folder(tmp_path, PretrainConfig(), 0, set())
     assert load_newest_checkpoint(tmp_path) is None  # wherever it is cut off in its turn
-    tidy(tmp_path, 0)
-    assert list(tmp_path.iterdir()) == []
+    take_over_folder(tmp_path, PretrainConfig(), 0, set())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 class Trace:
@@ -482,10 +468,10 @@ FOREIGN = {
         pickle.dumps(Trace(path.with_name("trace")), protocol=2)
     ),
     "malicious zip": lambda path: torch.save(
-        {"format_version": 1, "x": Trace(path.with_name("trace"))}, path
+        {"format_version": 2, "x": Trace(path.with_name("trace"))}, path
     ),
     "malicious old": lambda path: torch.save(
-        {"format_version": 1, "x": Trace(path.with_name("trace"))},
+        {"format_version": 2, "x": Trace(path.with_name("trace"))},
         path,
         _use_new_zipfile_serialization=False,
     ),
@@ -501,12 +487,12 @@ FOREIGN = {
 def test_a_file_that_is_no_checkpoint_is_passed_over_though_its_checksum_fits(
     tmp_path, caplog, write
 ):
-    save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
+    save_checkpoint(tmp_path, checkpoint(1, model={}), keep_last=5)
     newest = tmp_path / "checkpoint-00000002.pth"
     write(newest)
     digest = hashlib.sha256(newest.read_bytes()).hexdigest()
     newest.with_name(newest.name + ".sha256").write_text(f"{digest}  {newest.name}\n")
-    assert load_newest_checkpoint(tmp_path)["step"] == 1
+    assert load_newest_checkpoint(tmp_path).step == 1
     reason = r"(torch\.load refuses it \(\w+\)|it is no checkpoint of a run)"
     (message,) = caplog.messages
     assert re.fullmatch(rf"passing over the damaged checkpoint {newest}: {reason}", message)
@@ -519,17 +505,17 @@ def test_a_file_that_is_no_checkpoint_is_passed_over_though_its_checksum_fits(
 
 
 def test_what_cannot_be_read_is_passed_over_as_well(tmp_path, caplog):
-    save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
-    newest = save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=5)
+    save_checkpoint(tmp_path, checkpoint(1, model={}), keep_last=5)
+    newest = save_checkpoint(tmp_path, checkpoint(2, model={}), keep_last=5)
     newest.unlink()
     newest.mkdir()
-    assert load_newest_checkpoint(tmp_path)["step"] == 1
+    assert load_newest_checkpoint(tmp_path).step == 1
     assert f"{newest}: it cannot be read ([Errno 21] Is a directory" in caplog.text
 
 
 @pytest.mark.fault("R9")
 def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, {"model": {}}, keep_last=5)
+    save_checkpoint(tmp_path, checkpoint(1, model={}), keep_last=5)
 
     def disk_full(content, target):
         target.write_bytes(b"half of it")
@@ -537,17 +523,11 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_half_written(tmp_
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=5)
+        save_checkpoint(tmp_path, checkpoint(2, model={}), keep_last=5)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoint-00000001.pth",
         "checkpoint-00000001.pth.sha256",
     ]
-
-
-def test_leftovers_of_a_cut_off_save_are_removed(tmp_path):
-    (tmp_path / "checkpoint-00000007.pth.tmp").write_bytes(b"half")
-    tidy(tmp_path, 0)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_file_carries_its_facts(tmp_path):
@@ -555,8 +535,8 @@ def test_weights_file_carries_its_facts(tmp_path):
 
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(torch.arange(3.0)))
-    facts = {"model_args": {"depth": 2}, "mean": [0.5], "std": [0.25], "data": {"num_images": 1}}
-    path = save_weights(tmp_path / "best.safetensors", model, facts, epoch=3)
+    of_run = identity(model_args={"depth": 2}, mean=[0.5], std=[0.25], data={"num_images": 1})
+    path = save_weights(tmp_path / "best.safetensors", model, of_run, epoch=3)
     with safe_open(path, "pt") as file:
         assert file.get_tensor("w").tolist() == [0.0, 1.0, 2.0]
         assert file.metadata() == {
@@ -566,7 +546,7 @@ def test_weights_file_carries_its_facts(tmp_path):
             "std": "[0.25]",
             "epoch": "3",
         }
-    assert weights_header(path) == {
+    assert read_header(path) == {
         "model_args": {"depth": 2},
         "mean": [0.5],
         "std": [0.25],
@@ -577,6 +557,6 @@ def test_weights_file_carries_its_facts(tmp_path):
 
 def test_a_disk_that_is_full_when_a_line_is_logged_is_one_clear_line(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    run = Run(RunConfig(output_dir=str(tmp_path)), Processes(0, 1, 0, 1, torch.device("cpu")))
+    records = Records(tmp_path, is_main=True)
     with pytest.raises(InputError, match="log.jsonl cannot be written: No space left on device"):
-        run.record({"step": 1, "loss": 1.0}, "step 1", to_terminal=True)
+        records.write("epoch", 1, {"loss": 0.5}, "epoch 1")

@@ -127,7 +127,7 @@ def test_fine_tuning_on_two_processes_resumes_bit_for_bit(tmp_path, data, weight
     assert len(set(step_losses(whole).values())) == 30
     ours, theirs = load_newest_checkpoint(tmp_path), load_newest_checkpoint(whole)
     for name in ("step", "model", "ema", "optimizer", "epoch_losses", "total_batch"):
-        assert_same(ours[name], theirs[name], name)
+        assert_same(getattr(ours, name), getattr(theirs, name), name)
     for name in ("model.safetensors", "best.safetensors"):
         assert_same(load_file(tmp_path / name), load_file(whole / name), name)
     assert results_of(tmp_path) == results_of(whole)
@@ -142,13 +142,13 @@ KEEP_STATES = """
 import os, sys
 import torch
 import main_lincls
-judge = main_lincls.judge
-def keep(run, state, *more):
-    scores = judge(run, state, *more)
+evaluate_epoch = main_lincls.evaluate_epoch
+def keep(job, *more):
+    scores = evaluate_epoch(job, *more)
     counts = [s.correct1 for split in scores.values() for s in split]
-    torch.save({"model": state.model.state_dict(), "counts": counts}, f"{sys.argv[1]}/state{os.environ['RANK']}.pt")
+    torch.save({"model": job.state.model.state_dict(), "counts": counts}, f"{sys.argv[1]}/state{os.environ['RANK']}.pt")
     return scores
-main_lincls.judge = keep
+main_lincls.evaluate_epoch = keep
 main_lincls.main(sys.argv[2:])
 """
 
@@ -173,7 +173,7 @@ def test_linear_probes_end_alike_on_both_processes(tmp_path, data, weights):
     one, other = (torch.load(tmp_path / f"state{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same(one, other)
     assert one["model"]["bn.num_batches_tracked"] == 27 and one["model"]["bn.running_mean"].any()
-    assert_same(dict(one["model"]), load_newest_checkpoint(tmp_path / "run")["model"])
+    assert_same(dict(one["model"]), load_newest_checkpoint(tmp_path / "run").model)
     # the file that is written evaluates to the results, in one process
     results = results_of(tmp_path / "run")
     read_back = ["--eval", "--finetune", tmp_path / "run" / "model.safetensors", "--per_class"]
@@ -186,7 +186,7 @@ def test_linear_probes_end_alike_on_both_processes(tmp_path, data, weights):
     succeed([*stopped, "--stop_epoch", "2"], 2, "run_lincls.sh")
     printed = succeed(stopped, 2, "run_lincls.sh")
     assert step_losses(tmp_path / "stopped") == step_losses(tmp_path / "run")
-    assert_same(load_newest_checkpoint(tmp_path / "stopped")["model"], dict(one["model"]))
+    assert_same(load_newest_checkpoint(tmp_path / "stopped").model, dict(one["model"]))
     assert results_of(tmp_path / "stopped") == results
     assert printed.count("epoch 3 lr") == 1 and "[process" not in printed
 
@@ -197,7 +197,7 @@ def test_the_statistics_are_those_of_all_processes(tmp_path, data, weights):
     more = ["--finetune", weights, "--lr", 0.1, "--stop_epoch", 1]
     succeed(pictures(data, tmp_path / "one", *more), 1, "run_lincls.sh")
     succeed(pictures(data, tmp_path / "two", *more, "-b", 6), 2, "run_lincls.sh")
-    one, other = (load_newest_checkpoint(tmp_path / name)["model"] for name in ("one", "two"))
+    one, other = (load_newest_checkpoint(tmp_path / name).model for name in ("one", "two"))
     torch.testing.assert_close(
         one["bn.running_mean"], other["bn.running_mean"], rtol=1e-4, atol=1e-5
     )

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_same, assert_same_run
 from runs import (
     STEPS_PER_EPOCH,
-    assert_same,
-    assert_same_run,
     command,
     digits,
     driven,
@@ -34,6 +33,7 @@ from runs import (
     step_losses,
 )
 
+import engine.loop
 import main_finetune
 import main_knn
 import main_pretrain
@@ -208,10 +208,10 @@ def test_a_launcher_that_is_terminated_stops_its_processes_which_save(tmp_path, 
             assert "stopped by SIGTERM; the same command goes on after step" in result.stdout, (
                 result.stderr
             )
-            assert step <= saved["step"] < step + 10 and not list(stopped.glob("*.tmp"))
-            assert saved["owes_look"] == (at == "validation")
+            assert step <= saved.step < step + 10 and not list(stopped.glob("*.tmp"))
+            assert saved.epoch_end_pending == (at == "validation")
         else:
-            assert saved["step"] >= 20
+            assert saved.step >= 20
     result = run(driven(*arguments("stopped"), processes=2))
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "whole", stopped)
@@ -260,7 +260,7 @@ def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypat
             main_pretrain.main(arguments)
         assert end.value.code == 128 + signal.SIGTERM and len(late) == 1  # of ten batches
         saved = load_newest_checkpoint(tmp_path / "cut")
-        assert (saved["step"], saved["owes_look"]) == (stop, True)
+        assert (saved.step, saved.epoch_end_pending) == (stop, True)
         assert not (tmp_path / "cut" / "model.safetensors").exists()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signals.received() == 0
         if (
@@ -286,7 +286,7 @@ def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypat
         for name in ("whole", "cut")
     ]
     assert facts[0] == facts[1] and [step for step, _ in facts[0]] == [0, 10, 20]
-    assert_same(*(load_newest_checkpoint(tmp_path / name)["model"] for name in ("whole", "cut")))
+    assert_same(*(load_newest_checkpoint(tmp_path / name).model for name in ("whole", "cut")))
     before = (tmp_path / "cut" / "log.jsonl").read_bytes()
     main_pretrain.main(arguments)  # is finished, though its last checkpoint owes a look
     assert (tmp_path / "cut" / "log.jsonl").read_bytes() == before
@@ -316,14 +316,14 @@ def test_one_process_stops_at_the_next_step(tmp_path, data, monkeypatch, signum)
 
 def test_a_signal_before_the_first_step_saves_nothing(tmp_path, data, monkeypatch):
     arguments = pretraining(data, tmp_path)
-    check = main_pretrain.Saver.check
+    check = main_pretrain.Saver.between_steps
 
     def signalled(saver):
         os.kill(os.getpid(), signal.SIGTERM)
         check(saver)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(main_pretrain.Saver, "check", signalled)
+        patch.setattr(main_pretrain.Saver, "between_steps", signalled)
         main_pretrain.main(arguments)
     assert checkpoint_steps(tmp_path) == []
     assert "the same command begins anew" in (tmp_path / "log.txt").read_text()
@@ -519,7 +519,7 @@ def test_a_killed_loader_process_ends_an_evaluation_with_one_line(tmp_path, data
     with pytest.raises(LocalInputError, match="lower num_workers"):
         main_finetune.main(arguments)
     saved = load_newest_checkpoint(tmp_path / "run")
-    assert (saved["step"], saved["owes_look"]) == (10, True)
+    assert (saved.step, saved.epoch_end_pending) == (10, True)
     monkeypatch.setattr(EvalDataset, "__getitem__", original)
     main_finetune.main(arguments)
     assert sum("acc1" in line for line in log_lines(tmp_path / "run")) == 3
@@ -630,7 +630,7 @@ def test_the_images_of_the_error_are_those_of_the_step(tmp_path, data, monkeypat
         seen.setdefault(keys[0].step + 1, []).extend(key.image for key in keys)
         return original(dataset, keys)
 
-    def step_fn(*args, original=main_pretrain.optimizer_step, **kwargs):
+    def step_fn(*args, original=engine.loop.optimizer_step, **kwargs):
         for group in args[0].param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and len(seen) > 3:
@@ -638,7 +638,7 @@ def test_the_images_of_the_error_are_those_of_the_step(tmp_path, data, monkeypat
         return original(*args, **kwargs)
 
     monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitems__", watched)
-    monkeypatch.setattr(main_pretrain, "optimizer_step", step_fn)
+    monkeypatch.setattr(engine.loop, "optimizer_step", step_fn)
     with pytest.raises(InputError) as error:
         main_pretrain.main(pretraining(data, tmp_path, "--log_interval", 5, "--max_bad_steps", 6))
     shown = " ".join(map(str, seen[4][:8]))

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_same, assert_same_checkpoint, assert_same_run, checkpoint
 from runs import (
-    assert_same,
-    assert_same_run,
     command,
     environment,
     flip_bit,
@@ -30,16 +29,18 @@ from runs import (
     saved_step,
 )
 
+import engine.loop
 import main_finetune
 import main_knn
 import main_pretrain
 from engine.run import saving
-from engine.run.checkpoint import kept_steps, load_newest_checkpoint, save_checkpoint, tidy
-from engine.run.folder import open_run
+from engine.run.checkpoint import Checkpoint, kept_steps, load_newest_checkpoint, save_checkpoint
+from engine.run.folder import open_run, take_over_folder
 from engine.run.lock import locked
 from models.mae import MaskedAutoencoder
 from util.errors import InputError
 from util.settings.base import TrainRunConfig
+from util.settings.pretrain import PretrainConfig
 
 STEPS = 10  # of an epoch of `pretraining`
 
@@ -53,8 +54,14 @@ def every_step(tmp_path_factory, data):
     return folder
 
 
-def content(step: int, size: int = 100) -> dict:
-    return {"model": {"w": torch.full((size,), float(step))}, "note": [step, "x", None]}
+def content(step: int, size: int = 100) -> Checkpoint:
+    return checkpoint(step, model={"w": torch.full((size,), float(step))})
+
+
+def tidy(folder: Path, step: int) -> None:
+    """What the next run does before it goes on."""
+    take_over_folder(folder, PretrainConfig(output_dir=str(folder)), step, set())
+    (folder / "config.yaml").unlink()
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -104,7 +111,7 @@ def save_disturbed(folder: Path, number: int, effect: Callable[[], object], keep
 
     def save():
         disturb(number, effect)
-        save_checkpoint(folder, 5, content(5), keep_last)
+        save_checkpoint(folder, content(5), keep_last)
 
     return in_child(save)
 
@@ -127,18 +134,17 @@ def test_a_process_that_ends_at_any_call_of_a_save_loses_no_complete_checkpoint(
         folder = tmp_path / str(number)
         folder.mkdir()
         for step in complete:
-            save_checkpoint(folder, step, content(step), keep_last=9)
+            save_checkpoint(folder, content(step), keep_last=9)
         before = files(folder)
         status = save_disturbed(folder, number, lambda: os._exit(7), max(1, len(complete)))
         found.append(saved_step(folder))
         if found[-1]:
-            loaded = load_newest_checkpoint(folder)
-            assert_same({name: loaded[name] for name in ("model", "note")}, content(found[-1]))
+            assert_same_checkpoint(load_newest_checkpoint(folder), content(found[-1]))
         if found[-1] != 5:
             assert before.items() <= files(folder).items()
         tidy(folder, found[-1])
         assert not list(folder.glob("*.tmp"))
-        save_checkpoint(folder, 6, content(6), keep_last=1)  # clears what is left
+        save_checkpoint(folder, content(6), keep_last=1)  # clears what is left
         assert_only(folder, 6)
         if status == 0:
             break
@@ -153,9 +159,9 @@ def test_a_process_that_ends_while_it_writes_leaves_nothing_that_counts(tmp_path
         target.write_bytes(b"half of it")
         os._exit(7)
 
-    save_checkpoint(tmp_path, 1, content(1), keep_last=1)
+    save_checkpoint(tmp_path, content(1), keep_last=1)
     monkeypatch.setattr(torch, "save", half)
-    assert in_child(lambda: save_checkpoint(tmp_path, 5, content(5), keep_last=1)) == 7
+    assert in_child(lambda: save_checkpoint(tmp_path, content(5), keep_last=1)) == 7
     assert saved_step(tmp_path) == 1
     tidy(tmp_path, 1)
     assert_only(tmp_path, 1)
@@ -213,7 +219,7 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, data, damage, reason
 
 @pytest.mark.fault("R9")
 def test_a_save_that_finds_no_room_at_any_call_fails_and_changes_nothing(tmp_path):
-    save_checkpoint(tmp_path, 1, content(1), keep_last=1)
+    save_checkpoint(tmp_path, content(1), keep_last=1)
     before = files(tmp_path)
     for number in itertools.count():
         status = save_disturbed(tmp_path, number, no_room, keep_last=1)
@@ -230,12 +236,12 @@ def test_a_save_that_finds_no_room_at_any_call_fails_and_changes_nothing(tmp_pat
 @pytest.mark.fault("R9")
 def test_a_save_past_a_limit_of_the_system_fails_and_changes_nothing(tmp_path):
     """A file may have 50,000 bytes and needs 400,000; torch writes it by calls of its own."""
-    save_checkpoint(tmp_path, 1, content(1), keep_last=1)
+    save_checkpoint(tmp_path, content(1), keep_last=1)
     before = files(tmp_path)
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        save_checkpoint(tmp_path, 2, content(2, 100_000), keep_last=1)
+        save_checkpoint(tmp_path, content(2, 100_000), keep_last=1)
 
     assert in_child(limited) == 3
     assert files(tmp_path) == before and saved_step(tmp_path) == 1
@@ -279,10 +285,8 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_save_or_st
 ):
     original = saving.save_checkpoint
 
-    def failing(output_dir, of_step, *rest):
-        if of_step == step:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(output_dir, of_step, *rest)
+    def failing(output_dir, saved, *rest):
+        return no_room() if saved.step == step else original(output_dir, saved, *rest)
 
     monkeypatch.setattr(saving, "save_checkpoint", failing)
     with pytest.raises(
@@ -307,19 +311,19 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
     original = saving.save_checkpoint
     stepped = threading.Event()
 
-    def late(output_dir, step, *rest):
-        if step < 2 * STEPS:
+    def late(output_dir, saved, *rest):
+        if saved.step < 2 * STEPS:
             stepped.clear()
             assert stepped.wait(60)
-        return original(output_dir, step, *rest)
+        return original(output_dir, saved, *rest)
 
-    def optimizer_step(*args, original=main_pretrain.optimizer_step, **kwargs):
+    def optimizer_step(*args, original=engine.loop.optimizer_step, **kwargs):
         found = original(*args, **kwargs)
         stepped.set()
         return found
 
     monkeypatch.setattr(saving, "save_checkpoint", late)
-    monkeypatch.setattr(main_pretrain, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(engine.loop, "optimizer_step", optimizer_step)
     # a save waits for the one before, so every other step has one under way while the optimiser
     # steps
     more = ["--save_minutes", 1e-9, "--log_interval", 2, "--keep_last", 100]
@@ -330,8 +334,8 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
         ours, theirs = (
             torch.load(folder / name, weights_only=True) for folder in (tmp_path, every_step)
         )
-        assert_same(ours["model"], theirs["model"], name)
-        assert_same(ours["optimizer"], theirs["optimizer"], name)
+        assert_same(ours.model, theirs.model, name)
+        assert_same(ours.optimizer, theirs.optimizer, name)
 
 
 # --- R17: the scaler of fp16
@@ -352,10 +356,10 @@ def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, 
     main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
     steps.clear()
     main_pretrain.main(pretraining(data, tmp_path / "stopped", *more, "--stop_epoch", 1))
-    middle = load_newest_checkpoint(tmp_path / "stopped")["scaler"]
+    middle = load_newest_checkpoint(tmp_path / "stopped").scaler
     main_pretrain.main(pretraining(data, tmp_path / "stopped", *more))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    end = load_newest_checkpoint(tmp_path / "whole")["scaler"]
+    end = load_newest_checkpoint(tmp_path / "whole").scaler
     assert (middle["scale"], middle["_growth_tracker"]) == (
         2.0**15,
         6,
@@ -381,7 +385,7 @@ def test_which_checkpoints_stay(tmp_path, keep_last, keep_every, expected):
     steps = [10, 20, 30, 40, 50, 60]
     assert kept_steps(steps, keep_last, keep_every) == expected
     for step in steps:
-        save_checkpoint(tmp_path, step, {"model": {}}, keep_last, keep_every)
+        save_checkpoint(tmp_path, content(step), keep_last, keep_every)
     assert {int(name[11:19]) for name in files(tmp_path)} == expected
     assert len(files(tmp_path)) == 2 * len(expected)
 
@@ -409,7 +413,7 @@ def test_every_second_epoch_stays_beside_the_newest(tmp_path, data):
 @pytest.mark.fault("R20")
 def test_an_old_checkpoint_that_cannot_be_removed_is_only_a_warning(tmp_path, caplog):
     (tmp_path / "checkpoint-00000001.pth").mkdir()  # a folder cannot be unlinked, not even by root
-    save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=1)
+    save_checkpoint(tmp_path, content(2), keep_last=1)
     assert (
         f"cannot remove the old checkpoint {tmp_path / 'checkpoint-00000001.pth'}: " in caplog.text
     )

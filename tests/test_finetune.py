@@ -272,7 +272,7 @@ def test_the_moving_average_is_judged_and_gives_the_best(tmp_path, data, pretrai
 
 def test_the_moving_average_by_hand(tmp_path, data, monkeypatch):
     heads = []
-    original = main_finetune.optimizer_step
+    original = engine.loop.optimizer_step
 
     def watched(optimizer, scaler, clip_grad):
         result = original(optimizer, scaler, clip_grad)
@@ -284,7 +284,7 @@ def test_the_moving_average_by_hand(tmp_path, data, monkeypatch):
         heads.append(named["head.weight"].detach().clone())
         return result
 
-    monkeypatch.setattr(main_finetune, "optimizer_step", watched)
+    monkeypatch.setattr(engine.loop, "optimizer_step", watched)
     main_finetune.main(
         pictures(data, tmp_path, "--ema_decay", 0.75, "--stop_epoch", 1, "--warmup_epochs", 0.1)
     )
@@ -294,12 +294,12 @@ def test_the_moving_average_by_hand(tmp_path, data, monkeypatch):
     for head in heads[1:]:
         average = 0.75 * average + 0.25 * head
     saved = load_newest_checkpoint(tmp_path)
-    torch.testing.assert_close(saved["ema"]["head.weight"], average, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(saved.ema["head.weight"], average, rtol=1e-5, atol=1e-9)
 
 
 def test_a_skipped_step_leaves_the_moving_average_alone(tmp_path, data, monkeypatch):
     moved = []
-    step, update = main_finetune.optimizer_step, engine.loop.update_ema
+    step, update = engine.loop.optimizer_step, engine.loop.update_ema
 
     def spoilt(optimizer, scaler, clip_grad):
         if len(moved) == 4:
@@ -315,7 +315,7 @@ def test_a_skipped_step_leaves_the_moving_average_alone(tmp_path, data, monkeypa
         )
         moved.append((bool(found_inf), changed))
 
-    monkeypatch.setattr(main_finetune, "optimizer_step", spoilt)
+    monkeypatch.setattr(engine.loop, "optimizer_step", spoilt)
     monkeypatch.setattr(engine.loop, "update_ema", watched)
     main_finetune.main(
         pictures(data, tmp_path, "--ema_decay", 0.5, "--stop_epoch", 1, "--warmup_epochs", 0)
@@ -639,7 +639,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
         "total_batch",
         "epoch_losses",
     ):
-        assert_same(ours[name], theirs[name], name)
+        assert_same(getattr(ours, name), getattr(theirs, name), name)
     for name in ("model.safetensors", "best.safetensors"):
         assert_same(load_file(one / name), load_file(other / name), name)
         assert header(one / name) == header(other / name), name
@@ -698,9 +698,9 @@ def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(
         1e-9,
     )
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        cut_after(patch, main_finetune, "optimizer_step", steps)
+        cut_after(patch, engine.loop, "optimizer_step", steps)
         main_finetune.main(base)
-    assert load_newest_checkpoint(tmp_path)["step"] == steps
+    assert load_newest_checkpoint(tmp_path).step == steps
     assert not (tmp_path / "results.json").exists()
     main_finetune.main(base)
     assert_equal_runs(all_on, tmp_path)
@@ -712,7 +712,7 @@ def test_accumulated_steps_resume_bit_for_bit(tmp_path, data, pretrained):
     main_finetune.main(pictures(data, tmp_path / "stopped", *more, "--stop_epoch", 2))
     main_finetune.main(pictures(data, tmp_path / "stopped", *more, "--num_workers", 2))
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
-    assert load_newest_checkpoint(tmp_path / "whole")["total_batch"] == 12
+    assert load_newest_checkpoint(tmp_path / "whole").total_batch == 12
     assert len(step_losses(tmp_path / "whole")) == 3 * PICTURE_STEPS
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import identity
 from models.weights.convert import weights_digest
 from safetensors.torch import load_file
 from test_sampler import global_states
@@ -16,16 +17,14 @@ from torch.amp import GradScaler
 from torch.nn import functional as F
 
 from data.transforms import finetune_transform, pretrain_transform
-from engine.ema import build_ema, update_ema
 from engine.evaluation.best import Best
 from engine.evaluation.from_weights import Classifier, build_finetuned, build_frozen
 from engine.mixing import BatchMixer
-from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
-from engine.run.checkpoint import best_path, save_weights, weights_header
-from engine.run.folder import Run
+from engine.optim import build_adamw, build_ema, optimizer_step, param_groups, set_lr, update_ema
+from engine.run.checkpoint import best_path, save_weights
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from util.dist import Processes
+from models.weights.own import read_header
 from util.errors import InputError
 from util.rng import seed_libraries, seeded
 from util.settings.evaluation import FinetuneConfig, KnnConfig
@@ -450,7 +449,9 @@ def save(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return str(save_weights(folder / name, model, {"model_args": kwargs, **STATS, **stats}))
+    return str(
+        save_weights(folder / name, model, identity(**{"model_args": kwargs, **STATS, **stats}))
+    )
 
 
 def pretrained(folder: Path, **changes) -> str:
@@ -719,10 +720,6 @@ def test_evaluation_refuses_another_readout_than_the_head_was_trained_with(
         build_finetuned(finetuning(finetune=path, eval=True, global_pool=of_settings), 5)
 
 
-def run_in(folder: Path, rank: int = 0) -> Run:
-    return Run(FinetuneConfig(output_dir=str(folder)), Processes(rank, 2, rank, 2, CPU))
-
-
 def filled(value: float) -> nn.Module:
     model = nn.Linear(2, 1)
     with torch.no_grad():
@@ -730,16 +727,16 @@ def filled(value: float) -> nn.Module:
     return model
 
 
-FACTS = {"model_args": {"depth": 3}, **STATS, "data": {"num_images": 9}}
+FACTS = identity(model_args={"depth": 3}, **STATS)
 
 
 def kept(folder: Path) -> tuple[float, dict]:
     """The weight that was kept, and what the header says."""
-    return load_file(best_path(folder))["weight"][0, 0].item(), weights_header(best_path(folder))
+    return load_file(best_path(folder))["weight"][0, 0].item(), read_header(best_path(folder))
 
 
 def test_the_best_evaluation_is_kept_and_of_equals_the_first(tmp_path):
-    best = Best(run_in(tmp_path), FACTS, resumed=False)
+    best = Best(tmp_path, FACTS, is_main=True, resumed=False)
     assert (best.acc1, best.epoch) == (-1.0, 0)
     for epoch, acc1, winner in (
         (1, 0.0, 1),
@@ -759,8 +756,8 @@ def test_the_best_evaluation_is_kept_and_of_equals_the_first(tmp_path):
 
 def test_the_best_is_found_again_by_its_header(tmp_path):
     third = 100 / 3
-    Best(run_in(tmp_path), FACTS, resumed=False).offer(filled(1), 4, third)
-    best = Best(run_in(tmp_path), FACTS, resumed=True)
+    Best(tmp_path, FACTS, is_main=True, resumed=False).offer(filled(1), 4, third)
+    best = Best(tmp_path, FACTS, is_main=True, resumed=True)
     assert (best.acc1, best.epoch) == (third, 4)  # every bit of the number
     best.offer(filled(2), 5, third)
     assert kept(tmp_path)[0] == 1.0
@@ -770,22 +767,21 @@ def test_the_best_is_found_again_by_its_header(tmp_path):
 
 
 def test_a_fresh_start_takes_no_best_from_an_earlier_run(tmp_path):
-    Best(run_in(tmp_path), FACTS, resumed=False).offer(filled(1), 4, 90.0)
-    best = Best(run_in(tmp_path), FACTS, resumed=False)
-    assert not best_path(tmp_path).exists()
+    Best(tmp_path, FACTS, is_main=True, resumed=False).offer(filled(1), 4, 90.0)
+    best = Best(tmp_path, FACTS, is_main=True, resumed=False)
     best.offer(filled(2), 1, 10.0)
     assert kept(tmp_path)[0] == 2.0
     empty = Best(
-        run_in(tmp_path / "elsewhere"), FACTS, resumed=True
+        tmp_path / "elsewhere", FACTS, is_main=True, resumed=True
     )  # stopped before its first evaluation
     assert (empty.acc1, empty.epoch) == (-1.0, 0)
 
 
 def test_only_the_main_process_touches_the_best(tmp_path):
-    Best(run_in(tmp_path), FACTS, resumed=False).offer(filled(1), 1, 20.0)
-    other = Best(run_in(tmp_path, rank=1), FACTS, resumed=False)
+    Best(tmp_path, FACTS, is_main=True, resumed=False).offer(filled(1), 1, 20.0)
+    other = Best(tmp_path, FACTS, is_main=False, resumed=False)
     assert best_path(tmp_path).exists()
     other.offer(filled(2), 2, 80.0)
     assert kept(tmp_path)[0] == 1.0
     assert (other.acc1, other.epoch) == (80.0, 2)
-    assert Best(run_in(tmp_path, rank=1), FACTS, resumed=True).acc1 == 20.0
+    assert Best(tmp_path, FACTS, is_main=False, resumed=True).acc1 == 20.0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import identity
 from runs import command, environment, log_lines, pictures, pretraining
 from torch import nn
 
@@ -17,15 +18,11 @@ from data.sampler import StepSampler
 from engine.evaluation.best import Best
 from engine.run.checkpoint import best_path
 from engine.run.faults import BadSamples, BadSteps
-from engine.run.folder import Run
 from engine.run.results import write_results
-from util.dist import Processes
 from util.errors import InputError, LocalInputError
 from util.files import write_output
-from util.settings.base import RunConfig
 
 FULL = "cannot be written: No space left on device"
-FACTS = {"model_args": {"depth": 1}, "mean": [0.5], "std": [0.25]}
 
 
 def fill(path: Path) -> None:
@@ -102,8 +99,7 @@ def test_curves_find_no_room(tmp_path, data):
 
 
 def best_in(folder: Path, resumed: bool) -> Best:
-    run = Run(RunConfig(output_dir=str(folder)), Processes(0, 1, 0, 1, torch.device("cpu")))
-    return Best(run, FACTS, resumed)
+    return Best(folder, identity(), is_main=True, resumed=resumed)
 
 
 @pytest.mark.fault("R9")
@@ -149,7 +145,16 @@ def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     """They are why the run ends: that their file cannot be written must not hide it."""
     path = tmp_path / "bad_steps.jsonl"
     path.write_text("of an earlier stop\n")
-    sampler = StepSampler(100, 2, 1, 0, 1, 0, 3, 50)
+    sampler = StepSampler(
+        num_images=100,
+        batch_size=2,
+        accum_iter=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        start_step=3,
+        stop_step=50,
+    )
     bad_steps = BadSteps(path, limit=1, window=1, is_main=True, sampler=sampler)
     bad_steps.add(7, 0.5, torch.tensor(float("nan")), torch.tensor(1.0))
     fill(tmp_path / "bad_steps.jsonl.tmp")

@@ -66,9 +66,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     saved = load_newest_checkpoint(tmp_path / "out")
-    assert (
-        saved is not None and 10 <= saved["step"] == log_lines(tmp_path / "out")[-1]["step"] < 124
-    )
+    assert saved is not None and 10 <= saved.step == log_lines(tmp_path / "out")[-1]["step"] < 124
     again = launched(tmp_path / "out", pause="0")
     assert again.wait(timeout=120) == 0
     assert f"at step {saved['step']}" in (tmp_path / "out.txt").read_text()
@@ -85,7 +83,7 @@ def test_a_save_at_the_end_may_take_longer_than_half_a_minute(tmp_path):
     assert launcher.wait(timeout=120) != 0
     assert time.monotonic() - began > 35
     saved = load_newest_checkpoint(tmp_path / "out")
-    assert saved is not None and saved["step"] == log_lines(tmp_path / "out")[-1]["step"]
+    assert saved is not None and saved.step == log_lines(tmp_path / "out")[-1]["step"]
 
 
 @pytest.mark.parametrize("shield", [(), ("nohup",)])
@@ -96,7 +94,7 @@ def test_the_end_of_a_session_stops_a_job_unless_nohup_shields_it(tmp_path, shie
         os.kill(pid, signal.SIGHUP)
     code, last = launcher.wait(timeout=120), log_lines(tmp_path / "out")[-1]["step"]
     saved = load_newest_checkpoint(tmp_path / "out")
-    assert saved is not None and saved["step"] == last
+    assert saved is not None and saved.step == last
     assert (code == 0) == bool(shield) == (last == 124)
     assert ("stopped by SIGHUP" in (tmp_path / "out.txt").read_text()) == (not shield)
 
@@ -128,7 +126,7 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path):
     os.close(controller)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
     saved = load_newest_checkpoint(out)
-    assert saved is not None and 10 <= saved["step"] == log_lines(out)[-1]["step"]
+    assert saved is not None and 10 <= saved.step == log_lines(out)[-1]["step"]
     assert b"steps per epoch" in shown
 
 

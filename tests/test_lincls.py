@@ -226,7 +226,7 @@ def test_lars_adapts_to_the_norm_even_without_weight_decay(
         cut_after(patch, 1)
         main_lincls.main(pictures(data, tmp_path, *more))
     initial = torch.empty(3, 32).normal_(0, 0.01, generator=generator(0, HEAD))
-    moved = load_newest_checkpoint(tmp_path)["model"]["weights.0"] - initial
+    moved = load_newest_checkpoint(tmp_path).model["weights.0"] - initial
     ratio = (moved.norm() / initial.norm()).item() / (2 * 12 / 256 * 0.001)
     assert (ratio == pytest.approx(1, rel=1e-3)) == adapted
 
@@ -268,7 +268,7 @@ def test_held_out_images_choose_and_validation_images_do_not(tmp_path, data, wei
         (100 * 10 / 60, 75.0)
     ]
     # and the head that is written is the third
-    saved = load_newest_checkpoint(tmp_path)["model"]
+    saved = load_newest_checkpoint(tmp_path).model
     scale = (saved["bn.running_var"].double() + 1e-6).rsqrt()
     weight = saved["weights.2"].double() * scale
     written = load_file(tmp_path / "model.safetensors")
@@ -313,9 +313,7 @@ def test_a_rate_that_diverges_does_not_disturb_the_others(tmp_path, data, weight
     arguments = [*LEARN, "--finetune", weights, "--epochs", 4, "--weight_decay", 1e-3, "--lr"]
     alone = main_lincls.main(pictures(data, tmp_path / "alone", *arguments, 0.1, 1.0))
     beside = main_lincls.main(pictures(data, tmp_path / "beside", *arguments, 0.1, 1.0, 1e8))
-    ours, theirs = (
-        load_newest_checkpoint(tmp_path / name)["model"] for name in ("beside", "alone")
-    )
+    ours, theirs = (load_newest_checkpoint(tmp_path / name).model for name in ("beside", "alone"))
     assert not ours["weights.2"].isfinite().all()  # it did diverge
     for one, other in zip(beside["curve"], alone["curve"], strict=False):
         assert one == pytest.approx(other, abs=1e-6)
@@ -363,9 +361,9 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     """Losses by float.hex, heads, momentum and running statistics, the weights and the results."""
     assert step_losses(one) == step_losses(other)
     ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
-    assert {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"} < set(ours["model"])
+    assert {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"} < set(ours.model)
     for name in ("step", "model", "optimizer", "epoch_losses"):
-        assert_same(ours[name], theirs[name], name)
+        assert_same(getattr(ours, name), getattr(theirs, name), name)
     assert_same(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
     assert results_of(one) == results_of(other)
 
@@ -381,12 +379,12 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimiz
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, 5)
         main_lincls.main(base)
-    assert load_newest_checkpoint(tmp_path / "stopped")["step"] == STEPS + 5
+    assert load_newest_checkpoint(tmp_path / "stopped").step == STEPS + 5
     assert not (tmp_path / "stopped" / "results.json").exists()
     main_lincls.main([*base, "--num_workers", "2"])
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
     assert len(set(step_losses(tmp_path / "whole").values())) == 3 * STEPS
-    buffers = load_newest_checkpoint(tmp_path / "whole")["optimizer"]["state"]
+    buffers = load_newest_checkpoint(tmp_path / "whole").optimizer["state"]
     assert all(
         entry["momentum_buffer"].any() for entry in buffers.values()
     )  # there was something to restore

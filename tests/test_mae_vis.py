@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import identity
 from conftest import ROOT
 from PIL import Image
 from runs import command, run
@@ -48,8 +49,8 @@ def save_untrained(path: Path, cfg: PretrainConfig) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.1)
-    facts = {"model_args": model.spec.as_dict(), "mean": cfg.mean, "std": cfg.std}
-    return save_weights(path, model, facts | {"norm_pix_loss": cfg.norm_pix_loss})
+    of_run = identity(model_args=model.spec.as_dict(), mean=cfg.mean, std=cfg.std)
+    return save_weights(path, model, of_run, norm_pix_loss=cfg.norm_pix_loss)
 
 
 @pytest.fixture(scope="module")

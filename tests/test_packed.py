@@ -28,6 +28,7 @@ from runs import (
 )
 from test_sampler import dataset
 
+import engine.loop
 import main_finetune
 import main_knn
 import main_lincls
@@ -411,7 +412,7 @@ def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(
     20."""
     often = ("--save_minutes", 1e-9, "--log_interval", 5)
     pretrain_pictures(packs, tmp_path / "whole", *PACKED, "--log_interval", 1)
-    original, taken = main_pretrain.optimizer_step, []
+    original, taken = engine.loop.optimizer_step, []
 
     def counted(*arguments, **keywords):
         taken.append(None)
@@ -420,7 +421,7 @@ def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(
         return original(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main_pretrain, "optimizer_step", counted)
+        patch.setattr(engine.loop, "optimizer_step", counted)
         with pytest.raises(Killed):
             pretrain_pictures(packs, tmp_path / "parts", *PACKED, *often)
     assert (tmp_path / "parts/checkpoint-00000015.pth").exists()

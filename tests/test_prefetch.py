@@ -12,7 +12,7 @@ import main_pretrain
 from data.loader import BadSample, LabelledBatch, PretrainBatch
 from data.sampler import SampleKey
 from data.sources import FolderSource
-from engine.prefetch import on_device
+from engine.parallel import on_device
 
 
 def batch(number: int) -> PretrainBatch:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import identity
 from PIL import Image
 from runs import command, run
 from safetensors.torch import load_file
@@ -432,8 +433,8 @@ def saved(path: Path, **settings) -> Path:
     else:
         cfg = PretrainConfig(**GEOMETRY | DECODER | settings)
         model = build_model(mae_spec(cfg))
-    facts = {"model_args": model.spec.as_dict(), "mean": cfg.mean, "std": cfg.std}
-    return save_weights(path, randomized(model, 3), facts)
+    of_run = identity(model_args=model.spec.as_dict(), mean=cfg.mean, std=cfg.std)
+    return save_weights(path, randomized(model, 3), of_run)
 
 
 @pytest.fixture(scope="module")

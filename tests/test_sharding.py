@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from compare import assert_same, assert_same_checkpoint
 from conftest import ROOT
 from runs import (
-    assert_same,
     launch,
     log_lines,
     make_pictures,
@@ -26,21 +26,12 @@ from runs import (
 from safetensors.torch import load_file
 
 import main_finetune
-from engine.run.checkpoint import load_newest_checkpoint
+from engine.run.checkpoint import Checkpoint, load_newest_checkpoint
 from util.errors import InputError
 
 FSDP = ("--parallel", "fsdp")
 STEPS = 30  # 3 epochs of 120 images, 12 per step
 LOOKS = ("--monitor_epochs", 1, "--monitor_images", 2, "--monitor_knn", 60)
-TRAINED = (
-    "model",
-    "optimizer",
-    "scaler",
-    "epoch_meter",
-    "window_meter",
-    "epoch_losses",
-    "owes_look",
-)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +73,12 @@ def notes(folder: Path) -> list[dict[str, int]]:
     return [json.loads((folder / "watch" / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def restored(folder: Path) -> dict[str, Any]:
+def restored(folder: Path) -> Checkpoint:
     """The state before the first step of the folder's last process."""
-    return torch.load(folder / "watch" / "restored.pth", weights_only=True)
+    return Checkpoint(**torch.load(folder / "watch" / "restored.pth", weights_only=True))
 
 
-def go_on_from(folder: Path, step: int, target: Path) -> dict[str, Any]:
+def go_on_from(folder: Path, step: int, target: Path) -> Checkpoint | None:
     """Makes `target` a run that was stopped after `step`; returns that checkpoint."""
     target.mkdir()
     for name in (f"checkpoint-{step:08d}.pth", f"checkpoint-{step:08d}.pth.sha256"):
@@ -118,8 +109,7 @@ def fsdp(data, tmp_path_factory):
     return pretrain(data, folder, "--clip_grad", 0.5, *LOOKS, "--save_minutes", 1e-9, *FSDP)
 
 
-# --- the numbers of DDP
-# -----------------------------------------------------------------------------------------------
+# the numbers of DDP
 
 
 @pytest.mark.long
@@ -148,7 +138,7 @@ def test_accumulation_checkpointing_and_compiling_go_with_it(data, ddp, tmp_path
 def test_in_bf16_all_is_equal_bit_for_bit_also_around_a_step_that_one_process_spoils(
     data, tmp_path
 ):
-    """Without clipping no sum has another order; the lean layers see gathered weights, forward and
+    """Without clipping no sum has another order; each layer sees gathered weights, forward and
     backward."""
     flags = ["--precision", "bf16", "--log_interval", 2]
     runs = [
@@ -157,8 +147,8 @@ def test_in_bf16_all_is_equal_bit_for_bit_also_around_a_step_that_one_process_sp
     ]
     ddp, fsdp = map(load_newest_checkpoint, runs)
     for name in ("model", "optimizer", "epoch_losses"):
-        assert_same(ddp[name], fsdp[name], name)
-    assert {int(entry["step"]) for entry in fsdp["optimizer"]["state"].values()} == {STEPS - 1}
+        assert_same(getattr(ddp, name), getattr(fsdp, name), name)
+    assert {int(entry["step"]) for entry in fsdp.optimizer["state"].values()} == {STEPS - 1}
 
 
 @pytest.mark.long
@@ -173,7 +163,7 @@ def test_a_part_that_is_not_finite_is_saved_by_nobody(data, tmp_path):
 
 
 @pytest.mark.long
-def test_the_monitor_sees_what_it_sees_of_a_whole_model(ddp, fsdp):
+def test_the_monitor_sees_what_it_sees_of_an_unsharded_model(ddp, fsdp):
     looks = [[line for line in log_lines(folder) if "monitor_s" in line] for folder in (ddp, fsdp)]
     assert len(looks[0]) == len(looks[1]) == 4
     for whole, sharded in zip(*looks, strict=True):
@@ -181,8 +171,7 @@ def test_the_monitor_sees_what_it_sees_of_a_whole_model(ddp, fsdp):
         assert sharded["psnr"] == pytest.approx(whole["psnr"], abs=1e-4)
 
 
-# --- memory
-# -----------------------------------------------------------------------------------------------------------
+# memory
 
 
 @pytest.mark.long
@@ -199,8 +188,7 @@ def test_each_process_holds_half_of_the_parameters_gradients_and_moments(ddp, fs
         assert (whole["whole_blocks"], sharded["whole_blocks"]) == (3, 1)  # one at a time
 
 
-# --- the same files
-# ---------------------------------------------------------------------------------------------------
+# the same files
 
 
 def layout(value: Any) -> Any:
@@ -214,10 +202,10 @@ def layout(value: Any) -> Any:
 
 @pytest.mark.long
 def test_checkpoints_and_weights_have_the_layout_of_ddp(ddp, fsdp):
-    assert layout(load_newest_checkpoint(ddp)) == layout(load_newest_checkpoint(fsdp))
+    assert layout(vars(load_newest_checkpoint(ddp))) == layout(vars(load_newest_checkpoint(fsdp)))
     weights = load_file(fsdp / "model.safetensors")
     assert layout(load_file(ddp / "model.safetensors")) == layout(weights)
-    assert_same(weights, dict(load_newest_checkpoint(fsdp)["model"]))
+    assert_same(weights, dict(load_newest_checkpoint(fsdp).model))
 
 
 @pytest.mark.long
@@ -227,13 +215,12 @@ def test_saved_sharded_loaded_whole_and_back(data, fsdp, tmp_path):
     saved = go_on_from(fsdp, 15, tmp_path / "one")
     flags = ["--clip_grad", 0.5, *LOOKS]
     one = pretrain(data, tmp_path / "one", *flags, "--save_minutes", 1e-9, processes=1)
-    assert_same(restored(one), {name: saved[name] for name in restored(one)})
+    assert_same_checkpoint(restored(one), saved)
     assert_close_runs(fsdp, one, first=16)
 
     saved = go_on_from(one, 25, tmp_path / "two")
     two = pretrain(data, tmp_path / "two", *flags, *FSDP)
-    assert_same(restored(two), {name: saved[name] for name in restored(two)})
-    assert set(TRAINED) <= restored(two).keys()
+    assert_same_checkpoint(restored(two), saved)
     assert_close_runs(fsdp, two, first=26)
     for before, after in zip(notes(fsdp), notes(two), strict=True):
         assert after["bytes"] == before["bytes"]  # no whole tensor stays behind a part
@@ -246,13 +233,10 @@ def test_two_sharded_processes_resume_bit_for_bit(data, fsdp, tmp_path):
     folder = pretrain(data, tmp_path / "run", "--clip_grad", 0.5, *LOOKS, *FSDP)
     losses = step_losses(fsdp)
     assert step_losses(folder) == {step: losses[step] for step in range(16, STEPS + 1)}
-    ours, theirs = load_newest_checkpoint(fsdp), load_newest_checkpoint(folder)
-    for name in TRAINED:
-        assert_same(ours[name], theirs[name], name)
+    assert_same_checkpoint(*map(load_newest_checkpoint, (fsdp, folder)))
 
 
-# --- fine-tuning
-# ------------------------------------------------------------------------------------------------------
+# fine-tuning
 
 
 @pytest.mark.long
@@ -284,8 +268,7 @@ def test_a_moving_average_is_refused(data, tmp_path):
         main_finetune.main(pictures(data, tmp_path, *FSDP, "--ema_decay", 0.99))
 
 
-# --- where there is nothing to share
-# ----------------------------------------------------------------------------------
+# where there is nothing to share
 
 
 def test_one_process_is_as_without(data, tmp_path):
@@ -293,7 +276,7 @@ def test_one_process_is_as_without(data, tmp_path):
         pretrain_pictures(data, tmp_path / kind, "--parallel", kind) for kind in ("ddp", "fsdp")
     ]
     assert step_losses(folders[0]) == step_losses(folders[1])
-    assert_same(*(load_newest_checkpoint(folder)["model"] for folder in folders))
+    assert_same(*(load_newest_checkpoint(folder).model for folder in folders))
 
 
 @pytest.mark.long

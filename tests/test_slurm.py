@@ -59,16 +59,16 @@ def test_a_job_whose_time_is_up_saves_is_requeued_and_goes_on(tmp_path):
     assert code == 0, (tmp_path / "log").read_text()
     assert calls.read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
     saved = load_newest_checkpoint(out)
-    assert 0 < saved["step"] == log_lines(out)[-1]["step"] < 30 * 62
+    assert 0 < saved.step == log_lines(out)[-1]["step"] < 30 * 62
 
-    arguments += ["--stop_epoch", str(saved["step"] // 62 + 2)]
+    arguments += ["--stop_epoch", str(saved.step // 62 + 2)]
     again = subprocess.run(
         ["bash", str(SBATCH), *arguments], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
     assert weights_path(out).exists() and len(calls.read_text().splitlines()) == 1
     steps = [line["step"] for line in log_lines(out) if "grad_norm" in line]
-    assert steps == list(range(1, 62 * (saved["step"] // 62 + 2) + 1))
+    assert steps == list(range(1, 62 * (saved.step // 62 + 2) + 1))
 
 
 @pytest.mark.parametrize(

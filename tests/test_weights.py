@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from compare import identity
 from conftest import ROOT
 from models.weights.convert import (
     FORMATS,
@@ -35,6 +36,7 @@ from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights import files as weights_file
 from models.weights.adapt import load_into_classifier, load_into_mae, resize_pos_embed
+from models.weights.own import read_header
 from util.errors import InputError
 
 MAE = {
@@ -106,7 +108,7 @@ def names_in(folder):
 
 def own_file(folder, model, kwargs, name="own.safetensors"):
     """As a finished run writes it."""
-    return checkpoint.save_weights(folder / name, model, {"model_args": kwargs, **STATS})
+    return checkpoint.save_weights(folder / name, model, identity(model_args=kwargs, **STATS))
 
 
 def as_mae(path, **settings):
@@ -538,7 +540,7 @@ def test_an_autoencoder_goes_there_and_back_bit_for_bit(tmp_path, form, caplog):
     assert names_in(tmp_path) == ["own.safetensors", "there"]  # no leftovers
     if form == "safetensors":
         assert found == info
-        assert checkpoint.weights_header(tmp_path / "there") == checkpoint.weights_header(source)
+        assert read_header(tmp_path / "there") == read_header(source)
 
 
 @pytest.mark.parametrize(

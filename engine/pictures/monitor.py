@@ -19,7 +19,7 @@ from data.transforms import PixelNormalizer
 from engine.evaluation.features import Features, compute_features
 from engine.evaluation.knn import rank_labels
 from engine.evaluation.logistic import fit_linear
-from engine.parallel import whole_model
+from engine.parallel import unsharded_model
 from engine.pictures.drawing import draw_grid, heat_over, to_picture
 from engine.pictures.monitor_data import knn_data, labelled_data, shown_images
 from engine.pictures.output import MONITOR_PICTURE
@@ -97,7 +97,7 @@ class Monitor:
         if not self.cfg.monitor_images and self.train is None:
             return
         started = time.monotonic()
-        model = whole_model(self.model, self.run.device)
+        model = unsharded_model(self.model, self.run.device)
         figures = self.classify(model)
         if self.images:
             figures["psnr"] = self.draw(model, state.step)
@@ -107,8 +107,8 @@ class Monitor:
         words = [text.format(figures[name]) for name, text in FIGURES.items() if name in figures]
         since = f", {share:.1f} % of the time since the last" if state.step else ""
         line = f"epoch {epoch} monitor  {'  '.join(words)}  ({cost:.1f} s{since})"
-        place = {"kind": "monitor", "step": state.step, "epoch": float(epoch)}
-        self.run.record({**place, **figures, "monitor_s": cost}, line, to_terminal=True)
+        values = {"epoch": float(epoch), **figures, "monitor_s": cost}
+        self.run.records.write("monitor", state.step, values, line)
 
     def draw(self, model: MaskedAutoencoder, step: int) -> float:
         """Writes the picture of reconstructions and attention; returns their mean PSNR in dB over
@@ -130,7 +130,7 @@ class Monitor:
             labels.append(f"{Path(name).name}  PSNR {psnr[-1]:.2f} dB")
         caption = f"{target_caption(model)} {ATTENTION}"
         picture = draw_grid(rows, [*COLUMNS, "attention"], labels, caption)
-        self.run.record_picture(MONITOR_PICTURE, picture, step)
+        self.run.records.write_picture(MONITOR_PICTURE, picture, step)
         return sum(psnr) / len(psnr)
 
     def classify(self, model: MaskedAutoencoder) -> dict[str, float]:

@@ -1,23 +1,23 @@
-"""This project's training state on disk: written whole or not at all, verified before it is read.
+"""Checkpoints: what one holds, and how it is written, verified, found and removed.
 
-A checkpoint is `checkpoint-<step>.pth`, one dict of tensors and plain values, with
-`checkpoint-<step>.pth.sha256` beside it, and counts when both agree (a flipped bit would load
-silently otherwise). Both are written under a temporary name and flushed to disk; then the checksum
-is renamed and the state after it, which is the moment from which the checkpoint counts. The newest
-complete one is found by scanning the folder.
+A checkpoint is `checkpoint-<step>.pth`, the fields of `Checkpoint` as one dict of tensors and plain
+values, with `checkpoint-<step>.pth.sha256` beside it. It counts when both agree (a flipped bit
+would load silently otherwise). Both are written under a temporary name and flushed to disk; then
+the checksum is renamed and the state after it, which is the moment from which the checkpoint
+counts. The newest complete one is found by scanning the folder.
 """
 
 import hashlib
 import logging
 import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.weights.files import CHECKPOINT_VERSION
-from models.weights.own import own_bytes, read_header
+from models.weights.own import CHECKPOINT_VERSION, own_bytes
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_output, write_temporary
 
@@ -26,16 +26,58 @@ DAMAGED = ".damaged"  # ending of a checkpoint that was set aside
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What stays the same as long as a run lasts, and decides whether a command goes on with it.
+
+    config: the settings. model_args: the fields of the model's specification.
+    mean, std: how pixels are normalised, per channel.
+    data: `num_images` and `fingerprint` of the training images.
+    weights: sha256 of the file that `finetune` names, None without one.
+    """
+
+    config: dict[str, Any]
+    model_args: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+    data: dict[str, Any]
+    weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(RunIdentity):
+    """The state of a run after `step` optimiser steps: exactly what the file holds.
+
+    ema: the moving average of the model's tensors, None without one.
+    epoch_meter, window_meter: sums since the epoch's begin and since the last log line.
+    epoch_losses: the mean loss of each finished epoch.
+    epoch_end_pending: whether the evaluation after the epoch that ends here is still to come.
+    total_batch, samples_seen: images per optimiser step, and since the run's begin.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    ema: dict[str, Tensor] | None
+    epoch_meter: dict[str, Tensor]
+    window_meter: dict[str, Tensor]
+    epoch_losses: list[float]
+    epoch_end_pending: bool
+    total_batch: int
+    samples_seen: int
+    format_version: int = CHECKPOINT_VERSION
+
+
 def save_checkpoint(
-    output_dir: Path, step: int, content: dict[str, Any], keep_last: int, keep_every: int = 0
+    folder: Path, checkpoint: Checkpoint, keep_last: int, keep_every: int = 0
 ) -> Path:
-    """Writes the state of optimiser step `step`; of the others those stay that `kept_steps` names.
+    """Writes a checkpoint and removes the older ones that `kept_steps` does not name.
 
     Raises: OSError or RuntimeError where it cannot be written; then nothing has changed.
     """
-    path = _path(output_dir, step)
-    content = {"format_version": CHECKPOINT_VERSION, "step": step, **content}
-    temporary = write_temporary(path, lambda target: torch.save(content, target))
+    path = _path(folder, checkpoint.step)
+    temporary = write_temporary(path, lambda target: torch.save(vars(checkpoint), target))
     try:
         line = f"{_digest(temporary)}  {path.name}\n"
         temporary_digest = write_temporary(
@@ -46,108 +88,95 @@ def save_checkpoint(
         raise
     temporary_digest.replace(_digest_path(path))
     temporary.replace(path)
-    flush_folder(output_dir)
-    _prune(output_dir, keep_last, keep_every)
+    flush_folder(folder)
+    _prune(folder, keep_last, keep_every)
     return path
 
 
 def kept_steps(steps: list[int], keep_last: int, keep_every: int) -> set[int]:
-    """Which checkpoints stay: the newest `keep_last`, and those of every `keep_every`-th step (0 is
-    none)."""
+    """The steps whose checkpoints stay: the newest `keep_last`, and every multiple of `keep_every`
+    (0 keeps none of those)."""
     newest = sorted(steps)[-keep_last:]
     return {step for step in steps if step in newest or (keep_every and step % keep_every == 0)}
 
 
-def load_newest_checkpoint(output_dir: Path) -> dict[str, Any] | None:
-    """The newest complete checkpoint of a run's folder, on the CPU; None where there is none yet.
+def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a run's folder, on the CPU; None if there is none yet.
 
-    A damaged one is passed over with a warning that names the file and the reason; nothing is
+    A damaged one is passed over with a warning that names the file and the reason. No file is
     changed.
 
-    Raises: InputError where checkpoints exist and all of them are damaged.
+    Raises: InputError if checkpoints exist and all of them are damaged.
     """
     damaged = []
-    steps = _steps(output_dir)
+    steps = checkpoint_steps(folder)
     for step in steps:
-        path = _path(output_dir, step)
+        path = _path(folder, step)
         content, reason = _read(path)
         if not reason:
-            found = content["format_version"]
-            if found != CHECKPOINT_VERSION:
-                raise InputError(
-                    f"{path} has format {found}, this version reads {CHECKPOINT_VERSION}"
-                )
-            return content
+            return Checkpoint(**content)
         logger.warning("passing over the damaged checkpoint %s: %s", path, reason)
-        # a first save that was cut off leaves a checksum alone, and the state still under its
-        # temporary name
+        # A first save that was interrupted leaves a checksum alone, and the state still under its
+        # temporary name.
         if path.exists() or len(steps) > 1 or not path.with_name(path.name + TEMPORARY).exists():
             damaged.append(f"{path.name}: {reason}")
     if damaged:
         raise InputError(
-            f"every checkpoint in {output_dir} is damaged ({'; '.join(damaged)}): "
+            f"every checkpoint in {folder} is damaged ({'; '.join(damaged)}): "
             f"bring one back, or start anew with another --output_dir"
         )
     return None
 
 
-def tidy(output_dir: Path, step: int) -> None:
-    """Clears up before a run goes on from `step`, which loaded: for the main process, once all have
-    loaded it.
+def set_aside_damaged(folder: Path, step: int) -> None:
+    """Renames the damaged checkpoints that are newer than `step`, which was loaded.
 
-    What a save that was cut off has left is removed. Newer checkpoints were found damaged: they get
-    another name, so that the run can save these steps again and whoever wants to can look into
-    them.
+    Only the main process may call, after all processes have loaded. Raises: OSError.
     """
-    for newer in [found for found in _steps(output_dir) if found > step]:
-        path = _path(output_dir, newer)
+    for newer in checkpoint_steps(folder):
+        if newer <= step:
+            break
+        path = _path(folder, newer)
         if path.exists():
             path.replace(path.with_name(path.name + DAMAGED))
             logger.warning("set aside the damaged checkpoint as %s", path.name + DAMAGED)
         _digest_path(path).unlink(missing_ok=True)
-    for path in output_dir.glob(
-        f"*{TEMPORARY}"
-    ):  # last: by these a checksum alone is known for a save's
-        path.unlink(missing_ok=True)
 
 
-def save_weights(path: Path, model: nn.Module, facts: dict[str, Any], **more: Any) -> Path:
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of all checkpoints in a folder, newest first, complete or not."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted({int(match[1]) for match in map(NAME.fullmatch, names) if match}, reverse=True)
+
+
+def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: Any) -> Path:
     """Writes a model's weights for others to use.
 
-    The header holds, as JSON, what `facts` say of the model (its constructor arguments, mean and
-    std) and `more`.
+    The header holds, as JSON, the model's specification, mean and std, and `more`.
 
     Raises: LocalInputError where it cannot be written; then what was there stays.
     """
-    header = {name: facts[name] for name in ("model_args", "mean", "std")} | more
+    header = {"model_args": identity.model_args, "mean": identity.mean, "std": identity.std, **more}
     content = own_bytes(model.state_dict(), header)
     return write_output(path, lambda target: target.write_bytes(content))
 
 
-def weights_header(path: Path) -> dict[str, Any]:
-    """What `save_weights` wrote beside the tensors."""
-    return read_header(path)
-
-
-def weights_path(output_dir: Path) -> Path:
+def weights_path(folder: Path) -> Path:
     """Where a finished run's weights are; a run that goes on has none."""
-    return output_dir / "model.safetensors"
+    return folder / "model.safetensors"
 
 
-def best_path(output_dir: Path) -> Path:
+def best_path(folder: Path) -> Path:
     """Where the weights of the best evaluation so far are."""
-    return output_dir / "best.safetensors"
-
-
-def _steps(output_dir: Path) -> list[int]:
-    """The steps of all checkpoints, newest first, complete or not."""
-    names = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
-    return sorted({int(match[1]) for match in map(NAME.fullmatch, names) if match}, reverse=True)
+    return folder / "best.safetensors"
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """A checkpoint's content, and why it does not count, or nothing. None of what it says is
-    executed."""
+    """A checkpoint's fields, and the reason why it does not count, or "". None of what it says is
+    executed.
+
+    Raises: InputError for a checkpoint of another version.
+    """
     reason = _damage(path)
     if reason:
         return {}, reason
@@ -157,11 +186,16 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         return {}, f"torch.load refuses it ({type(error).__name__})"
     if not isinstance(content, dict) or "format_version" not in content:
         return {}, "it is no checkpoint of a run"
+    version = content["format_version"]
+    if version != CHECKPOINT_VERSION:
+        raise InputError(f"{path} has format {version}, this version reads {CHECKPOINT_VERSION}")
+    if content.keys() != {field.name for field in fields(Checkpoint)}:
+        return {}, "it is no checkpoint of a run"
     return content, ""
 
 
 def _damage(path: Path) -> str:
-    """In what way a checkpoint and its checksum do not agree, or nothing."""
+    """In what way a checkpoint and its checksum do not agree, or ""."""
     try:
         expected = _digest_path(path).read_text().split()
         if not expected or expected[0] != _digest(path):
@@ -173,12 +207,12 @@ def _damage(path: Path) -> str:
     return ""
 
 
-def _prune(output_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Removes what `kept_steps` does not name; a file that stays in spite of that is no reason to
-    stop."""
-    steps = _steps(output_dir)
+def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Removes the checkpoints that `kept_steps` does not name. A file that cannot be removed is no
+    reason to stop."""
+    steps = checkpoint_steps(folder)
     for step in set(steps) - kept_steps(steps, keep_last, keep_every):
-        path = _path(output_dir, step)
+        path = _path(folder, step)
         for name in (path, _digest_path(path)):
             try:
                 name.unlink(missing_ok=True)
@@ -186,8 +220,8 @@ def _prune(output_dir: Path, keep_last: int, keep_every: int) -> None:
                 logger.warning("cannot remove the old checkpoint %s: %s", name, error.strerror)
 
 
-def _path(output_dir: Path, step: int) -> Path:
-    return output_dir / f"checkpoint-{step:08d}.pth"
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step:08d}.pth"
 
 
 def _digest_path(path: Path) -> Path:

@@ -1,172 +1,73 @@
-"""A run's folder and its records: log.txt, log.jsonl, TensorBoard curves, config.yaml and the
-progress bar."""
+"""A run's folder: how it is opened and claimed, and what in it may be removed or overwritten.
+
+Only what a run made is ever removed or overwritten. A run that finds its own checkpoint goes on in
+its folder. One that begins must find no results there, and no records of another run.
+"""
 
 import json
 import logging
-import os
+import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+import torch
+import yaml
 
-from engine.run.checkpoint import tidy, weights_path
+from engine.run.checkpoint import best_path, checkpoint_steps, set_aside_damaged
 from engine.run.lock import locked
-from engine.run.results import without_nan, write_results
+from engine.run.records import Kind, Records, drop_records, logging_to, read_log
+from engine.run.results import write_results
+from models.weights.own import read_header
 from util.dist import Processes, broadcast, init_processes
 from util.errors import DataError, InputError
-from util.files import write_output, writing
+from util.files import TEMPORARY, write_output
 from util.settings.base import DatasetConfig, RunConfig, TrainRunConfig
+from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
+from util.settings.pretrain import PretrainConfig
 from util.settings.read import dump_config
 
-GROUPS = {
-    "epoch_loss": "epoch",
-    "val_loss": "val",
-    "monitor_s": "monitor",
-}  # of curves, by a fact that only they have
+TrainConfig = PretrainConfig | FinetuneConfig | LinclsConfig
+OF_THE_END = ("model.safetensors", "best.safetensors", "results.json")
+OF_THE_WAY = ("config.yaml", "log.jsonl", "tb", "bad_samples.jsonl", "bad_steps.jsonl")
+OWN_NAME = re.compile(
+    r"checkpoint-\d{8,}\.pth(\.sha256)?|monitor\.png|eval\.json|"
+    + "|".join(map(re.escape, OF_THE_END + OF_THE_WAY))
+)
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Run:
-    """What an entry script works with: the processes, the folder, and a place for each kind of
-    record.
+    """What an entry script works with: the folder, the processes, and where records go."""
 
-    Only the main process writes; the others' calls do nothing.
-    """
+    output_dir: Path
+    processes: Processes
+    records: Records
 
-    def __init__(self, cfg: RunConfig, processes: Processes):
-        assert cfg.output_dir is not None, "load_config fills it in"
-        self.processes = processes
-        self.device = processes.device
-        self.output_dir = Path(cfg.output_dir)
-        self.tensorboard: Any = None
-        self.settings: dict[str, Any] = {}
-        self.last_step = 0
-        self.bar: tqdm[Any] | None = None
-
-    def start(self, cfg: Any, step: int, total_steps: int, owes_look: bool) -> None:
-        """Begins the records of a run, or goes on with them from `step`; lines a killed run wrote
-        past it go."""
-        if not self.processes.is_main:
-            return
-        tidy(
-            self.output_dir, step
-        )  # here, as --eval and k-NN may look into a folder that is in use
-        write_output(
-            self.output_dir / "config.yaml",
-            lambda target: target.write_text(dump_config(cfg), encoding="utf-8"),
-        )
-        for of_an_earlier_stop in (weights_path(self.output_dir), self.results_path):
-            of_an_earlier_stop.unlink(missing_ok=True)  # the state behind them is in its checkpoint
-        again = (
-            {"val_loss", "monitor_s"}
-            if owes_look
-            else {"val_loss"}
-            if step == total_steps
-            else set()
-        )
-        _drop_lines_after(self.output_dir / "log.jsonl", step, again)
-        if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
-
-            with writing(self.output_dir / "tb"):
-                self.tensorboard = SummaryWriter(
-                    str(self.output_dir / "tb"), purge_step=step + 1 if step else 0
-                )
-            self.settings = cfg.model_dump(mode="json")
-        if sys.stderr.isatty():
-            self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True)
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
 
     @property
     def results_path(self) -> Path:
-        """Where an evaluation says what it found."""
+        """Where a finished stage says what it found."""
         return self.output_dir / "results.json"
 
     def finish(self, results: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
-        """Writes an evaluation's results (to results.json unless told otherwise) and returns
-        them."""
+        """Writes an evaluation's results to `path`, by default results.json, and returns them."""
         path = path or self.results_path
         if self.processes.is_main:
             write_results(path, results)
             logger.info("wrote %s", path)
-        self.record_settings(
+        self.records.write_settings(
             {f"final/{name}": results[name] for name in ("acc1", "loss") if name in results}
         )
         return results
-
-    def advance(self) -> None:
-        """Moves the progress bar by one optimiser step."""
-        if self.bar is not None:
-            self.bar.update()
-
-    def record(self, facts: dict[str, Any], line: str, to_terminal: bool) -> None:
-        """Writes one set of facts (with `step`) to log.jsonl and TensorBoard, and `line` to log.txt
-        and the terminal.
-
-        Under a progress bar, lines that are not for the terminal become the bar's text.
-        """
-        if not self.processes.is_main:
-            return
-        self.last_step = facts["step"]
-        path = self.output_dir / "log.jsonl"
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(without_nan(facts)) + "\n")
-        if self.tensorboard is not None:
-            prefix = next((group for fact, group in GROUPS.items() if fact in facts), "train")
-            with writing(self.output_dir / "tb"):
-                for name, value in facts.items():
-                    if isinstance(value, float) and name != "epoch":
-                        self.tensorboard.add_scalar(f"{prefix}/{name}", value, facts["step"])
-        logger.info(line, extra={"to_terminal": to_terminal or self.bar is None})
-        if self.bar is not None and not to_terminal:
-            self.bar.set_postfix_str(f"loss {facts['loss']:.4f}", refresh=False)
-
-    def record_picture(self, name: str, picture: Any, step: int) -> None:
-        """Writes a picture, uint8 `(H, W, 3)`, to TensorBoard and, in place of an earlier one, into
-        the folder."""
-        if not self.processes.is_main:
-            return
-        from engine.pictures.output import write_png  # here, as most stages draw nothing
-
-        write_png(self.output_dir / name, picture)
-        if self.tensorboard is not None:
-            with writing(self.output_dir / "tb"):
-                self.tensorboard.add_image(Path(name).stem, picture, step, dataformats="HWC")
-
-    def record_settings(self, metrics: dict[str, float]) -> None:
-        """Writes the settings with a finished run's figures to TensorBoard, where its HParams page
-        compares runs."""
-        # once only, as the first settings stay: not at a stop on the way
-        is_whole = self.settings.get("stop_epoch") in (None, self.settings.get("epochs"))
-        if self.tensorboard is not None and is_whole:
-            settings = {
-                n: v if isinstance(v, bool | int | float | str) else str(v)
-                for n, v in self.settings.items()
-            }
-            with writing(self.output_dir / "tb"):
-                self.tensorboard.add_hparams(
-                    settings, metrics, run_name=".", global_step=self.last_step
-                )
-
-    def close(self) -> None:
-        """Ends bar and curves."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.tensorboard is not None:
-            try:
-                self.tensorboard.close()
-            except (
-                OSError
-            ) as error:  # what ends the run may be the same full disk, and says it better
-                logger.warning(
-                    "%s may lack its last points: %s", self.output_dir / "tb", error.strerror
-                )
 
 
 @contextmanager
@@ -174,41 +75,36 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
     """Joins the other processes, claims the output folder and starts logging; undoes all of it at
     the end.
 
-    Training claims the folder for itself alone; k-NN and --eval only look, and may do so while a
-    run is under way. An error about the images gets a note of how to look at them. Raises:
-    InputError where the device is absent or the folder is in use or cannot be written, before any
-    compute.
+    An error about the images gets a note of how to look at them.
+
+    Raises: InputError, before any compute, if the device is absent or the folder is in use, cannot
+    be written, or holds files of others that would be lost.
     """
-    with init_processes(cfg.device, cfg.timeout) as processes, ExitStack() as claim:
-        run = Run(cfg, processes)
+    assert cfg.output_dir is not None, "load_config fills it in"
+    folder = Path(cfg.output_dir)
+    with init_processes(cfg.device, cfg.timeout) as processes, ExitStack() as stack:
         problem = ""
         try:
             if processes.is_main:
-                check_writable("output_dir", run.output_dir)
-                if isinstance(cfg, TrainRunConfig) and not getattr(cfg, "eval", False):
-                    claim.enter_context(locked(run.output_dir))
+                stack.enter_context(_claimed(cfg, folder))
         except InputError as error:
             problem = str(error)
         if problem := broadcast(problem):
             raise InputError(problem)
-        with (
-            _logging_to(run.output_dir / "log.txt" if processes.is_main else None),
-            logging_redirect_tqdm(),
-        ):
-            try:
-                yield run
-            except DataError as error:
-                if isinstance(cfg, DatasetConfig) and cfg.dataset in ("folder", "packed"):
-                    path = shlex.quote(str(cfg.data_path))
-                    error.add_note(f"look at the data with: python tools/check_dataset.py {path}")
-                raise
-            finally:
-                run.close()
+        records = Records(folder, processes.is_main)
+        stack.enter_context(logging_to(folder / "log.txt" if processes.is_main else None))
+        stack.callback(records.close)
+        try:
+            yield Run(folder, processes, records)
+        except DataError as error:
+            if isinstance(cfg, DatasetConfig) and cfg.dataset in ("folder", "packed"):
+                path = shlex.quote(str(cfg.data_path))
+                error.add_note(f"look at the data with: python tools/check_dataset.py {path}")
+            raise
 
 
 def check_writable(setting: str, folder: Path) -> None:
-    """Makes the folder that `setting` names. Raises: InputError where nothing can be written
-    there."""
+    """Makes the folder that `setting` names. Raises: InputError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -217,56 +113,109 @@ def check_writable(setting: str, folder: Path) -> None:
         raise InputError(f"{setting} {folder} cannot be written: {error.strerror}") from error
 
 
-@contextmanager
-def _logging_to(path: Path | None) -> Iterator[None]:
-    """Plain lines to the terminal and a file on the main process; errors only on the others."""
-    root = logging.getLogger()
-    previous = root.level
-    root.setLevel(logging.ERROR if path is None else logging.INFO)
-    terminal = logging.StreamHandler(sys.stdout)
-    terminal.addFilter(lambda record: getattr(record, "to_terminal", True))
-    handlers: list[logging.Handler] = [terminal]
-    if path is not None:
-        with writing(path):
-            handlers.append(logging.FileHandler(path, encoding="utf-8"))
-    rank = os.environ.get("RANK", "0")
-    layout = (
-        "%(asctime)s %(message)s" if rank == "0" else f"%(asctime)s [process {rank}] %(message)s"
-    )
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
-        root.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()
-        root.setLevel(previous)
+def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kind]) -> None:
+    """Makes a claimed folder that of a run at `step`: for the main process, once all processes have
+    loaded the checkpoint.
 
-
-def _drop_lines_after(path: Path, step: int, again: set[str]) -> None:
-    """Removes the lines of a log.jsonl that lie past `step`, and a last line that was cut off.
-
-    Of those of `step` itself the ones go, too, that have a fact named in `again`: their evaluation
-    is still to come, as that of a run's end, which is after the last checkpoint.
+    Newer checkpoints, which were found damaged, get another name. Records that a killed run wrote
+    past `step`, and those of `step` itself whose kind is `pending`, are removed; so are unfinished
+    files, and the results of an earlier stop, whose state is in its checkpoint.
     """
+    set_aside_damaged(folder, step)
+    for path in folder.glob(f"*{TEMPORARY}"):  # last: they tell a first save that was interrupted
+        if OWN_NAME.fullmatch(path.name.removesuffix(TEMPORARY)):
+            path.unlink(missing_ok=True)
+    text = dump_config(cfg)
+    write_output(folder / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
+    for name in OF_THE_END:
+        if name != "best.safetensors" or step == 0:
+            (folder / name).unlink(missing_ok=True)
+    drop_records(folder / "log.jsonl", step, pending)
+
+
+@contextmanager
+def _claimed(cfg: RunConfig, folder: Path) -> Iterator[None]:
+    """Makes sure that the folder can be written and that nothing of others would be lost there.
+
+    Training claims the folder for itself alone. k-NN and `eval` only add their results, and may do
+    so while a run is under way.
+    """
+    check_writable("output_dir", folder)
+    if isinstance(cfg, TrainRunConfig) and not (isinstance(cfg, FinetuneConfig) and cfg.eval):
+        _check_weights_stay(folder, getattr(cfg, "finetune", None))
+        _check_begin(folder, cfg)
+        with locked(folder):
+            yield
+        return
+    if isinstance(cfg, KnnConfig):
+        _check_results(folder / "results.json", "k-NN")
+    elif isinstance(cfg, FinetuneConfig):
+        _check_results(folder / "eval.json", "evaluation")
+    yield
+
+
+def _check_weights_stay(folder: Path, finetune: str | None) -> None:
+    """Raises: InputError if the weights that `finetune` names lie where the run writes."""
+    for path in [Path(finetune), *Path(finetune).glob("model.safetensors")] if finetune else []:
+        lies_here = path.resolve().parent == folder.resolve()
+        if lies_here and path.is_file() and OWN_NAME.fullmatch(path.name):
+            raise InputError(
+                f"finetune {finetune} lies in output_dir {folder}, where the run would overwrite "
+                f"it: give another --output_dir"
+            )
+
+
+def _check_begin(folder: Path, cfg: TrainRunConfig) -> None:
+    """Raises: InputError if a run would begin where there are results, or records of another run.
+
+    A run that was killed before its first checkpoint leaves its config.yaml and its records, and
+    begins anew.
+    """
+    if any((folder / f"checkpoint-{step:08d}.pth").exists() for step in checkpoint_steps(folder)):
+        return
+    is_own = _config_keys(folder / "config.yaml") == type(cfg).model_fields.keys()
+    names = [name for name in OF_THE_END if (folder / name).exists()]
+    if is_own and names == ["best.safetensors"] and _is_in_log(folder):
+        names = []
+    if not is_own:
+        names += [name for name in OF_THE_WAY if (folder / name).exists()]
+    if names:
+        raise InputError(
+            f"output_dir {folder} holds {', '.join(names)} and no checkpoint of this run: move "
+            f"them away, or give another --output_dir"
+        )
+
+
+def _config_keys(path: Path) -> set[str]:
+    """The settings that a config.yaml names; none if it is not one."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return set()
+    return set(content) if isinstance(content, dict) else set()
+
+
+def _is_in_log(folder: Path) -> bool:
+    """Whether the best weights come from an evaluation that the folder's log.jsonl tells of."""
+    try:
+        epoch = read_header(best_path(folder)).get("epoch")
+    except Exception:  # noqa: BLE001 (damaged bytes raise errors of any class)
+        return False
+    records = read_log(folder / "log.jsonl")
+    return any(record.get("kind") == "val" and record.get("epoch") == epoch for record in records)
+
+
+def _check_results(path: Path, protocol: str) -> None:
+    """Raises: InputError if `path` is there and holds no results of this `protocol`."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            facts = json.loads(line)
-            if facts["step"] < step or (facts["step"] == step > 0 and not again & facts.keys()):
-                kept.append(line)
-        except json.JSONDecodeError:
-            logger.warning("%s: dropping a line that was cut off", path)
-    write_output(
-        path,
-        lambda target: target.write_text("".join(line + "\n" for line in kept), encoding="utf-8"),
-    )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        is_own = str(results["protocol"]).startswith(protocol)
+    except (OSError, ValueError, TypeError, KeyError):
+        is_own = False
+    if not is_own:
+        raise InputError(
+            f"{path} is not of this evaluation and would be overwritten: move it away, or give "
+            f"another --output_dir"
+        )

@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock. The file stays and says who had it last; alone it locks nothing.
+    """Holds the folder's lock. The file stays and names the last holder; by itself it locks
+    nothing.
 
-    Raises: InputError where another process holds it.
+    Raises: InputError if another process holds the lock.
     """
-    # a+ as the holder's words must not go before the lock is ours; nothing else may open the file
-    # in this process, as closing it would release the lock
+    # Mode a+ keeps the holder's name until the lock is ours. Nothing else in this process may open
+    # the file, as closing it would release the lock.
     try:
         opened = (folder / NAME).open("a+", encoding="utf-8")
     except OSError as error:  # another user's, say
         raise InputError(f"{folder / NAME} cannot be written: {error.strerror}") from error
     with opened as file:
         try:
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # not flock, which loader processes would go on holding
+            # Not flock, which loader processes would go on holding.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
@@ -41,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
                     f"wait for its end, or give another --output_dir"
                 ) from error
             logger.warning(
-                "cannot tell whether another job uses %s: no locks there (%s)",
+                "%s does not support locks, so another job could use it unnoticed (%s)",
                 folder,
                 error.strerror,
             )

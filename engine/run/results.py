@@ -1,4 +1,4 @@
-"""results.json: what an evaluation found, with the weights it judged."""
+"""results.json: what an evaluation measured, and of which weights."""
 
 import json
 import math
@@ -8,17 +8,17 @@ from typing import Any
 from util.files import write_output
 
 
-def without_nan(facts: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that are not finite as None: JSON has no word for them."""
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with None for numbers that are not finite, which JSON cannot hold."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in facts.items()
+        for name, value in values.items()
     }
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Writes `results` as JSON; a reader never sees half of it. Raises: LocalInputError where that
-    is not possible."""
+    """Writes `results` as JSON; a reader never sees half of it. Raises: LocalInputError if it
+    cannot be written."""
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     write_output(path, lambda target: target.write_text(text, encoding="utf-8"))
 

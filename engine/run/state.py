@@ -1,6 +1,5 @@
-"""What a run's training consists of between two steps."""
+"""What a run's training consists of between two steps, its way into a checkpoint and back."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,22 +10,19 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from engine.meters import StepMeter
-from engine.parallel import own_part, shard_model_state, shard_optimizer_state
-from engine.run.folder import Run
+from engine.parallel import full_tensor, own_part, shard_model_state, shard_optimizer_state
+from engine.run.checkpoint import Checkpoint, RunIdentity
 from util.dist import all_gather
 from util.errors import InputError
 
-logger = logging.getLogger(__name__)
 
-
-@dataclass
+@dataclass(kw_only=True)
 class TrainState:
     """Exactly what a checkpoint restores: `step` counts finished optimiser steps of the whole run.
 
-    owes_look: whether the evaluation or look after the epoch that ends here is still to come, as a
-    signal cut it short.
-    may_diverge: whether some tensors may hold values that are not finite, as of several probes one
-    may diverge.
+    epoch_end_pending: whether the evaluation after the epoch that ends here is still to come.
+    may_diverge: whether some tensors may hold values that are not finite, as one of several probes
+        may diverge.
     """
 
     model: nn.Module
@@ -35,90 +31,78 @@ class TrainState:
     epoch_meter: StepMeter
     window_meter: StepMeter
     ema: ModelEmaV3 | None = None
+    may_diverge: bool = False
     step: int = 0
     epoch_losses: list[float] = field(default_factory=list)
-    owes_look: bool = False
-    may_diverge: bool = False
+    epoch_end_pending: bool = False
 
-    @classmethod
-    def begin(
-        cls,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-        ema: ModelEmaV3 | None = None,
-    ) -> "TrainState":
-        """The state before the first step; `dtype` is what the model's loss is autocast to."""
-        scaler = GradScaler(device.type, enabled=dtype == torch.float16)
-        return cls(model, optimizer, scaler, StepMeter(device), StepMeter(device), ema)
+    def checkpoint(self, identity: RunIdentity, total_batch: int) -> Checkpoint:
+        """This state as it is, sharing its tensors; `total_batch` is in images per step."""
+        return Checkpoint(
+            **vars(identity),
+            step=self.step,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            ema=None if self.ema is None else self.ema.module.state_dict(),
+            epoch_meter=self.epoch_meter.state_dict(),
+            window_meter=self.window_meter.state_dict(),
+            epoch_losses=self.epoch_losses,
+            epoch_end_pending=self.epoch_end_pending,
+            total_batch=total_batch,
+            samples_seen=self.step * total_batch,
+        )
 
-    def content(self) -> dict[str, Any]:
-        """The state as tensors and plain values."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "epoch_meter": self.epoch_meter.state_dict(),
-            "window_meter": self.window_meter.state_dict(),
-            "epoch_losses": self.epoch_losses,
-            "owes_look": self.owes_look,
-        }
-
-    def check(self) -> None:
-        """Waits for the device. Raises: InputError on all processes alike where a parameter or
-        moment is not finite."""
-        if self.may_diverge:
-            return
-        groups = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-        }
+    def restore(self, saved: Checkpoint) -> None:
+        """Takes over a checkpoint's state."""
+        self.model.load_state_dict(shard_model_state(saved.model, self.model), strict=True)
         if self.ema is not None:
-            groups["ema"] = self.ema.module.state_dict()
-        for name, values in groups.items():
-            tensors = [
-                own_part(tensor) for tensor in _tensors(values) if tensor.is_floating_point()
-            ]
-            is_finite = not tensors or bool(
-                torch.stack([tensor.isfinite().all().cpu() for tensor in tensors]).all()
+            self.ema.module.load_state_dict(saved.ema, strict=True)
+        self.optimizer.load_state_dict(shard_optimizer_state(saved.optimizer, self.optimizer))
+        if saved.scaler:  # empty if its precision needed none: then fp16 starts with a fresh scale
+            self.scaler.load_state_dict(saved.scaler)
+        self.epoch_meter.load_state_dict(saved.epoch_meter)
+        self.window_meter.load_state_dict(saved.window_meter)
+        self.epoch_losses = list(saved.epoch_losses)
+        self.epoch_end_pending = saved.epoch_end_pending
+        self.step = saved.step
+
+
+def check_finite(saved: Checkpoint) -> None:
+    """Waits for the device.
+
+    Raises: InputError on all processes alike if a parameter, a moment or an average is not finite.
+    """
+    for name, values in (
+        ("model", saved.model),
+        ("optimizer", saved.optimizer["state"]),
+        ("ema", saved.ema),
+    ):
+        tensors = [own_part(tensor) for tensor in _tensors(values) if tensor.is_floating_point()]
+        is_finite = not tensors or bool(
+            torch.stack([tensor.isfinite().all().cpu() for tensor in tensors]).all()
+        )
+        if not all(all_gather(is_finite)):  # a process sees only its part of a sharded tensor
+            raise InputError(
+                f"the {name} state is not finite after step {saved.step}, so it is not saved: lower "
+                f"lr, set clip_grad, or use precision bf16 or fp32; the last checkpoint is from before"
             )
-            if not all(
-                all_gather(is_finite)
-            ):  # of sharded tensors each process sees its parts only
-                raise InputError(
-                    f"the {name} state is not finite after step {self.step}, so it is not saved: "
-                    f"lower lr, set clip_grad, or use precision bf16 or fp32; the last checkpoint is from before"
-                )
 
-    def resume(self, saved: dict[str, Any] | None, run: Run, stop_step: int) -> bool:
-        """Takes over a checkpoint where there is one; whether the run is at its end already."""
-        if saved is None:
-            return False
-        self.restore(saved)
-        is_finished = self.step >= stop_step
-        words = "%s is already finished at step %d" if is_finished else "resuming %s at step %d"
-        logger.info(words, run.output_dir, self.step)
-        return is_finished
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over a checkpoint's content."""
-        self.model.load_state_dict(shard_model_state(saved["model"], self.model), strict=True)
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema"], strict=True)
-        self.optimizer.load_state_dict(shard_optimizer_state(saved["optimizer"], self.optimizer))
-        if saved[
-            "scaler"
-        ]:  # empty where the precision needs none, as after a move from fp16 to bf16 hardware
-            self.scaler.load_state_dict(saved["scaler"])
-        self.epoch_meter.load_state_dict(saved["epoch_meter"])
-        self.window_meter.load_state_dict(saved["window_meter"])
-        self.epoch_losses = list(saved["epoch_losses"])
-        self.owes_look = saved.get(
-            "owes_look", False
-        )  # a checkpoint of an earlier version has none
-        self.step = saved["step"]
+def on_host(value: Any, keep: bool = True) -> Any:
+    """A copy of nested plain values and tensors, with unsharded tensors in the host's memory.
+
+    All processes must call if some tensors are sharded. Those without `keep` only help, and get
+    None in place of tensors.
+    """
+    if isinstance(value, Tensor):
+        tensor = full_tensor(value.detach())
+        return tensor.to("cpu", copy=True) if keep else None
+    if isinstance(value, dict):
+        return {name: on_host(entry, keep) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(entry, keep) for entry in value)
+    return value
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

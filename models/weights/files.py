@@ -19,10 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.weights.own import decoded, split_header
+from models.weights.own import CHECKPOINT_VERSION, decoded, split_header
 from util.errors import InputError
 
-CHECKPOINT_VERSION = 1  # of this project's .pth files, which engine/run/checkpoint.py writes
 WRAPPERS = ("model", "state_dict")  # where a .pth keeps the weights, in this order
 OWN_HEADER = ("model_args", "mean", "std")
 FOLDER_FILES = (

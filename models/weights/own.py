@@ -13,6 +13,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+CHECKPOINT_VERSION = 2  # of checkpoint-*.pth files, which engine/run/checkpoint.py writes
+
 
 def own_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     """The content of a file with these tensors and a header of plain values."""
