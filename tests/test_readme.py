@@ -41,7 +41,6 @@ ELSEWHERE = {
     "sbatch ": "test_slurm.py",
     "python tools/benchmark.py ": "test_benchmark.py",
     "sh tools/cifar10.sh ": "test_real_images.py",
-    "python tests/soak.py ": "test_soak.py",
 }
 
 
