@@ -28,9 +28,9 @@ from engine.loop import log_start, train
 from engine.mixing import BatchMixer
 from engine.optim import build_adamw, optimizer_step, param_groups
 from engine.parallel import to_device, whole_model
-from engine.run.bad_samples import BadSamples
 from engine.run.batches import train_batches
 from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
+from engine.run.faults import BadSamples
 from engine.run.folder import Run, open_run
 from engine.run.results import read_results
 from engine.run.resume import plan_resumable, run_facts

@@ -1,33 +1,40 @@
 """k-NN classification on frozen features (arXiv 1805.01978, section 3.4): cosine similarity,
 weighted votes.
 
-    sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data --finetune
-    /path/to/weights
+    sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data \\
+        --finetune /path/to/weights
 
---finetune random judges an untrained model, and a folder of checkpoints gives a table over them.
---save_path keeps the features, --load_path takes them in place of computing them.
+`--finetune random` evaluates an untrained model; a folder of checkpoints gives a table over them.
+`--save_path` keeps the features, and `--load_path` takes them in place of computing them.
 """
 
+import dataclasses
 import logging
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.labels import LabelledData, LabelledSource, take_subset
-from data.transforms import PixelNormalizer
-from engine.evaluation.classification import open_labelled_data
-from engine.evaluation.evaluate import percent_by_class
-from engine.evaluation.features import Features, compute_features, load_features, save_features
+from engine.evaluation.classification import open_labelled_data, percent_by_class
+from engine.evaluation.features import (
+    Features,
+    Origin,
+    check_folders,
+    compute_features,
+    load_features,
+    save_features,
+)
 from engine.evaluation.from_weights import build_frozen
-from engine.evaluation.knn import ranks_by_k
-from engine.run.batches import eval_batches
-from engine.run.folder import Run, check_writable, open_run
+from engine.evaluation.knn import rank_labels
+from engine.run.folder import Run, open_run
 from models.build import classifier_config_problems
-from models.weights.convert import describe_weights, weights_digest
-from util.dist import autocast_dtype, gather_rows
+from models.weights.files import weights_digest
+from models.weights.read import read_weights
+from util.dist import gather_rows
 from util.errors import InputError, run_cli
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
 from util.settings.read import load_config
@@ -39,8 +46,8 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Classifies the validation images; returns what it writes to results.json.
 
-    For a folder of checkpoints that is a list under `checkpoints`, beside the results of the last
-    one.
+    For a folder of checkpoints these are the results of the last one, with those of all of them
+    as a list under `checkpoints`.
     """
     checks = [classifier_config_problems]
     cfg = load_config(KnnConfig, "knn", argv, checks=checks, siblings=STAGE_CONFIGS)
@@ -49,125 +56,96 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             raise InputError(
                 f"output_dir {run.output_dir} holds a training run: give k-NN another --output_dir"
             )
-        rank, world_size = run.processes.rank, run.processes.world_size
         if cfg.load_path is not None:
-            features = load_features(Path(cfg.load_path))
-            check_origin(cfg, features)
-            return run.finish(
-                classify(cfg, run, features._replace(train=features.train[rank::world_size]))
-            )
-        assert cfg.finetune is not None, "the config checks that there are weights"
-        if cfg.save_path is not None and run.processes.is_main:
-            check_writable("save_path", Path(cfg.save_path))
+            features, origin = load_features(Path(cfg.load_path))
+            check_origin(cfg, origin)
+            share = features.train[run.processes.rank :: run.processes.world_size]
+            return run.finish(classify(cfg, run, features._replace(train=share), origin))
+
+        assert cfg.finetune is not None, "the settings require weights"
+        checkpoints = list_weights(cfg.finetune)
+        folders: list[Path] = []
+        if cfg.save_path is not None:  # several checkpoints have a folder each
+            names = [Path(path).name for path in checkpoints] if len(checkpoints) > 1 else [""]
+            folders = [Path(cfg.save_path) / name for name in names]
+            check_folders(run, folders)
         data = open_labelled_data(cfg, run)
         train = take_subset(data.train, cfg.subset, cfg.seed)
-        paths = list_weights(cfg.finetune)
-        for path in paths[1:]:
-            describe_weights(path)  # a broken file is found before the others are computed
-        table = []
-        for weights in paths:
-            folder = None
-            if cfg.save_path is not None:
-                folder = Path(cfg.save_path) / (Path(weights).name if len(paths) > 1 else "")
-            table.append(judge(cfg, run, weights, data, train, folder))
+        for checkpoint in checkpoints[1:]:
+            read_weights(checkpoint)  # finds a broken file before the others are evaluated
+        table = [
+            evaluate_checkpoint(cfg, run, checkpoint, data, train, folder)
+            for checkpoint, folder in zip_longest(checkpoints, folders)
+        ]
         if len(table) == 1:
             return run.finish(table[0])
-        log_table(table, cfg)
+        log_table(table, cfg.ks)
         return run.finish({**table[-1], "checkpoints": table})
 
 
-def judge(
+def evaluate_checkpoint(
     cfg: KnnConfig,
     run: Run,
-    weights: str,
+    checkpoint: str,
     data: LabelledData,
     train: LabelledSource,
     folder: Path | None,
 ) -> dict[str, Any]:
-    """Results of the frozen model of `weights`; its features, which are gone afterwards, are kept
-    in `folder`."""
-    features = features_of(cfg, run, weights, data, train)
-    if folder is not None:
-        keep_features(folder, run, features)
-    return classify(cfg, run, features)
-
-
-def keep_features(folder: Path, run: Run, features: Features) -> None:
-    """Writes the features with the training rows of all processes."""
-    whole = features._replace(
-        train=gather_rows(features.train, len(features.train_labels), everywhere=False)
-    )
-    if run.processes.is_main:
-        logger.info("wrote %s", save_features(folder, whole))
-
-
-def features_of(
-    cfg: KnnConfig, run: Run, weights: str, data: LabelledData, train: LabelledSource
-) -> Features:
-    """Features under the frozen model of `weights`: of this process's share of `train`, and of all
-    of `data.val`."""
-    classifier = build_frozen(cfg, weights, len(data.class_names))
+    """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
+    None."""
+    classifier = build_frozen(cfg, checkpoint, len(data.class_names))
     backbone = classifier.model.to(run.device)
-    normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
-    dtype = autocast_dtype(cfg.precision, run.device)
     train_rows, val_rows = (
-        compute_features(backbone, eval_batches(cfg, run, source, cfg.crop_pct), normalize, dtype)
-        for source in (train, data.val)
+        compute_features(cfg, run, backbone, source, cfg.crop_pct) for source in (train, data.val)
     )
-    facts = {
-        "checkpoint": weights,
-        "sha256": classifier.sha256,
-        "dataset": cfg.dataset,
-        "readout": cfg.global_pool,
-        "img_size": cfg.img_size,
-        "class_names": data.class_names,
-    }
-    labels = (torch.from_numpy(source.labels) for source in (train, data.val))
-    return Features(
-        train_rows, next(labels), gather_rows(val_rows, len(data.val)), next(labels), facts
+    features = Features(
+        train_rows,
+        torch.from_numpy(train.labels),
+        gather_rows(val_rows, len(data.val)),
+        torch.from_numpy(data.val.labels),
     )
+    origin = Origin(
+        checkpoint=checkpoint,
+        sha256=classifier.sha256,
+        dataset=cfg.dataset,
+        readout=cfg.global_pool,
+        img_size=cfg.img_size,
+        class_names=data.class_names,
+    )
+    if folder is not None:
+        train_rows = gather_rows(train_rows, len(train), everywhere=False)  # all on rank 0
+        if run.processes.is_main:
+            path = save_features(folder, features._replace(train=train_rows), origin)
+            logger.info("wrote %s", path)
+    return classify(cfg, run, features, origin)
 
 
-def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
-    """Searches this process's share of the training features, merges, votes and counts."""
-    num_classes, num_train = len(features.facts["class_names"]), len(features.train_labels)
-    queries = features.val.to(run.device)
-    ranks = ranks_by_k(
-        features.train,
-        features.train_labels,
-        queries,
-        features.val_labels,
-        cfg.ks,
-        cfg.temperature,
-        num_classes,
-        run.processes.rank,
-        run.processes.world_size,
-    )
-    labels = features.val_labels.to(ranks[cfg.ks[0]].device)
-    correct = {k: int((of_k == 0).sum()) for k, of_k in ranks.items()}
-    acc1 = {k: 100 * count / len(labels) for k, count in correct.items()}
-    reported = cfg.ks[0]
-    results = {
+def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> dict[str, Any]:
+    """Results of a search among the training features of all processes."""
+    num_classes, num_train = len(origin.class_names), len(features.train_labels)
+    ranks = rank_labels(features, num_classes, cfg.ks, cfg.temperature, run.processes)
+    acc1 = {k: 100 * int((of_k == 0).sum()) / len(of_k) for k, of_k in ranks.items()}
+    labels, reported = features.val_labels, ranks[cfg.ks[0]]
+    results: dict[str, Any] = {
         "protocol": f"k-NN, cosine, temperature {cfg.temperature:g}",
-        **{name: value for name, value in features.facts.items() if name != "class_names"},
+        **dataclasses.asdict(origin),
         "num_train": num_train,
         "num_samples": len(labels),
-        "k": reported,
-        "correct1": correct[reported],
-        "acc1": acc1[reported],
-        "acc5": 100 * int((ranks[reported] < 5).sum()) / len(labels),
+        "k": cfg.ks[0],
+        "correct1": int((reported == 0).sum()),
+        "acc1": acc1[cfg.ks[0]],
+        "acc5": 100 * int((reported < 5).sum()) / len(labels),
         "acc1_by_k": {str(k): value for k, value in acc1.items()},
     }
+    class_names = results.pop("class_names")
     if cfg.per_class:
-        right, total = (
-            torch.bincount(of, minlength=num_classes)
-            for of in (labels[ranks[reported] == 0], labels)
+        correct, total = (
+            some.bincount(minlength=num_classes).tolist()
+            for some in (labels[reported == 0], labels)
         )
-        results["per_class"] = percent_by_class(
-            features.facts["class_names"], right.tolist(), total.tolist()
-        )
+        results["per_class"] = percent_by_class(class_names, correct, total)
     line = "  ".join(f"{k}-NN {value:.2f} %" for k, value in acc1.items())
-    name = features.facts["checkpoint"]
+    name = origin.checkpoint
     logger.info("%s: %d training and %d validation images  %s", name, num_train, len(labels), line)
     if max(cfg.ks) > num_train:
         logger.warning(
@@ -177,8 +155,10 @@ def classify(cfg: KnnConfig, run: Run, features: Features) -> dict[str, Any]:
 
 
 def list_weights(finetune: str) -> list[str]:
-    """The weights behind `finetune`: itself, or the files in a folder that is no Hugging Face
-    model, in their order.
+    """The weights that `finetune` names: itself, or the files of a folder in their order.
+
+    A folder in Hugging Face's layout, which has a config.json, is one model. Numbers in file names
+    count as numbers: step9 comes before step10.
 
     Raises: InputError for a folder without weights.
     """
@@ -188,7 +168,8 @@ def list_weights(finetune: str) -> list[str]:
     files = [path for path in folder.iterdir() if path.suffix in WEIGHTS_ENDINGS]
     if not files:
         raise InputError(
-            f"finetune {finetune} is a folder without weights: none ends in {' '.join(WEIGHTS_ENDINGS)}"
+            f"finetune {finetune} is a folder without weights: none ends in "
+            f"{' '.join(WEIGHTS_ENDINGS)}"
         )
     by_number = sorted(
         files,
@@ -197,35 +178,31 @@ def list_weights(finetune: str) -> list[str]:
     return [str(path) for path in by_number]
 
 
-def check_origin(cfg: KnnConfig, features: Features) -> None:
-    """Raises: InputError where saved features are not those of the weights that the settings name,
-    so read."""
+def check_origin(cfg: KnnConfig, origin: Origin) -> None:
+    """Raises: InputError where saved features are of other weights than the settings name, or of
+    another readout."""
     if cfg.finetune is None:
         return
     sha256 = None if cfg.finetune == RANDOM_WEIGHTS else weights_digest(cfg.finetune)
-    if sha256 != features.facts["sha256"]:
+    if sha256 != origin.sha256:
         raise InputError(
-            f"load_path {cfg.load_path} holds features of {features.facts['checkpoint']} "
-            f"(sha256 {features.facts['sha256']}), finetune {cfg.finetune} has sha256 {sha256}"
+            f"load_path {cfg.load_path} holds features of {origin.checkpoint} "
+            f"(sha256 {origin.sha256}), finetune {cfg.finetune} has sha256 {sha256}"
         )
-    if cfg.global_pool != features.facts["readout"]:
+    if cfg.global_pool != origin.readout:
         raise InputError(
-            f"load_path {cfg.load_path} holds features read by global_pool {features.facts['readout']}, "
+            f"load_path {cfg.load_path} holds features read by global_pool {origin.readout}, "
             f"the settings say {cfg.global_pool}"
         )
 
 
-def log_table(table: list[dict[str, Any]], cfg: KnnConfig) -> None:
-    """A line per checkpoint."""
+def log_table(table: list[dict[str, Any]], ks: tuple[int, ...]) -> None:
+    """Logs the accuracies of each checkpoint on a line."""
     width = max(len(row["checkpoint"]) for row in table)
-    logger.info("%-*s  %s", width, "checkpoint", "  ".join(f"{f'{k}-NN':>7}" for k in cfg.ks))
+    logger.info("%-*s  %s", width, "checkpoint", "  ".join(f"{f'{k}-NN':>7}" for k in ks))
     for row in table:
-        logger.info(
-            "%-*s  %s",
-            width,
-            row["checkpoint"],
-            "  ".join(f"{v:7.2f}" for v in row["acc1_by_k"].values()),
-        )
+        accuracies = "  ".join(f"{value:7.2f}" for value in row["acc1_by_k"].values())
+        logger.info("%-*s  %s", width, row["checkpoint"], accuracies)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,15 @@ from engine.loop import log_start, prepare_model, train
 from engine.optim import build_adamw, optimizer_step, param_groups
 from engine.parallel import whole_model
 from engine.pictures.monitor import Monitor
-from engine.run.bad_samples import BadSamples
 from engine.run.batches import train_batches
 from engine.run.checkpoint import load_newest_checkpoint, save_weights, weights_path
+from engine.run.faults import BadSamples
 from engine.run.folder import Run, open_run
 from engine.run.resume import plan_resumable, run_facts
 from engine.run.saving import Saver
 from engine.run.state import TrainState
 from models.build import build_model, mae_config_problems, mae_spec
+from models.masks import training_order
 from util.dist import autocast_dtype, broadcast, first_process_first
 from util.errors import run_cli
 from util.settings.evaluation import STAGE_CONFIGS
@@ -66,12 +67,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         log_start(run, plan, len(source), model, cfg)
 
         dataset = PretrainDataset(
-            source,
-            pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
-            model.num_patches,
-            cfg.shared_mask,
-            cfg.seed,
-            cfg.aug_repeats,
+            source=source,
+            transform=pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
+            draw_order=partial(training_order, spec.num_patches),
+            shared_mask=cfg.shared_mask,
+            seed=cfg.seed,
+            aug_repeats=cfg.aug_repeats,
         )
         loader = train_batches(cfg, run, plan, dataset, state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
@@ -86,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
         monitor = Monitor.begin(cfg, run, plan, model, source)
         if state.step == 0:
-            monitor.look(state)
+            monitor.observe(state)
         with Saver(run, cfg, facts, state, plan) as saver:
             for _ in train(run, cfg, plan, state, loader, loss_fn, step_fn, saver, bad_samples):
-                monitor.look(state)
-        return finish(run, state, facts, monitor.facts)
+                monitor.observe(state)
+        return finish(run, state, facts, monitor.figures)
 
 
 def finish(

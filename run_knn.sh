@@ -1,6 +1,8 @@
 #!/bin/sh
-# Classifies by the nearest training images, on every GPU of this machine, or in one process on the CPU:
-#   sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data --finetune /path/to/pretrain/model
+# Classifies by the nearest training images, on every GPU of this machine, or in one process on
+# the CPU:
+#   sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data \
+#     --finetune /path/to/pretrain/model
 # util/launch.sh says how NGPU, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT choose the processes.
 set -eu
 here=$(dirname "$0")

@@ -1,8 +1,11 @@
-"""Decodes one image file to uint8, whatever its kind. The content decides, never the file's ending.
+"""Image files: which kinds are read, and how their bytes become uint8 pixels.
 
-torchcodec decodes JPEG, PNG and still WebP; Pillow reads every header (which bounds the size before
-anything is decoded) and decodes the rest. Transparency is dropped, EXIF orientation applied, 16
-bits keep their upper 8, and an animation gives its first frame.
+What a file holds decides how it is decoded, never its ending. torchcodec decodes JPEG, PNG and
+still WebP. Pillow reads every header, which bounds the size before anything is decoded, and decodes
+the other kinds. Transparency is dropped, the EXIF orientation is applied, 16-bit pixels keep their
+upper 8 bits, and an animation gives its first frame.
+
+Shapes: `C` channels, `H` height, `W` width.
 """
 
 import re
@@ -11,31 +14,63 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchcodec.decoders import decode_image as torchcodec_decode
 
-# Refused by the header, before anything is decoded. Pillow has the same limit but only warns up to
-# twice of it; an animated WebP was seen to take 25 bytes per pixel in decoding.
+
+class ImageKind(NamedTuple):
+    """A kind of image file: the endings of its names without the dot, the usual one first, and
+    whether torchcodec decodes its still images."""
+
+    endings: tuple[str, ...]
+    by_torchcodec: bool = False
+
+
+# The kinds that are listed in folders, found in shards, decoded, packed and checked, by Pillow's
+# name. It is an allow-list, as some of Pillow's other formats start programs (PostScript).
+IMAGE_KINDS = {
+    "JPEG": ImageKind(("jpg", "jpeg", "jpe"), by_torchcodec=True),
+    "PNG": ImageKind(("png",), by_torchcodec=True),
+    "WEBP": ImageKind(("webp",), by_torchcodec=True),
+    "GIF": ImageKind(("gif",)),
+    "BMP": ImageKind(("bmp",)),
+    "TIFF": ImageKind(("tif", "tiff")),
+    "PPM": ImageKind(("ppm", "pgm")),
+}
+IMAGE_ENDINGS = tuple(f".{ending}" for kind in IMAGE_KINDS.values() for ending in kind.endings)
+# Pillow has the same limit but only warns up to twice of it; an animated WebP was seen to take 25
+# bytes per pixel in decoding.
 MAX_PIXELS = 89_478_485
-# An allow-list, as some of Pillow's other formats start programs (PostScript).
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-TORCHCODEC_FORMATS = ("JPEG", "PNG", "WEBP")
-# What the decoders raise on broken files, as seen in tests: Pillow's plugins use SyntaxError and
-# struct.error too.
+# Pillow refuses a PNG with more than 1 MiB in one compressed text, XMP or colour profile, which
+# editors do write. Its limit on the sum of the texts (64 MiB) stays.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# What the decoders raise on broken files.
 DECODING_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
     SyntaxError,
     EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
     struct.error,
     zlib.error,
 )
+UPRIGHT = {  # how an image with an EXIF orientation is turned upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImageError(ValueError):
@@ -48,18 +83,16 @@ def decode_image(encoded: bytes, in_chans: int) -> Tensor:
     Raises: BadImageError for an empty, truncated, foreign or too large file.
     """
     with open_image(BytesIO(encoded)) as image:
-        if uses_torchcodec(image):
-            decoded = torchcodec_decode(encoded, mode="RGB" if in_chans == 3 else "GRAY")
-            return (
-                decoded[0] if decoded.ndim == 4 else decoded
-            )  # (C, H, W); WebP comes as a stack of frames
-        return _decode_with_pillow(image, in_chans)
+        if not uses_torchcodec(image):
+            return _decode_with_pillow(image, in_chans)
+        decoded = torchcodec_decode(encoded, mode="RGB" if in_chans == 3 else "GRAY")
+        return decoded[0] if decoded.ndim == 4 else decoded  # WebP is a stack of frames; (C, H, W)
 
 
 @contextmanager
 def open_image(file: BinaryIO) -> Iterator[Image.Image]:
-    """The image with its header read and nothing decoded yet; what decoders raise in the body is a
-    BadImageError too.
+    """The image with its header read and nothing decoded yet. What decoders raise in the body
+    becomes a BadImageError, too.
 
     Raises: BadImageError for a file that its header alone refuses.
     """
@@ -67,46 +100,52 @@ def open_image(file: BinaryIO) -> Iterator[Image.Image]:
         if not file.read(1):
             raise BadImageError("the file is empty")
         file.seek(0)
-        with Image.open(file, formats=PILLOW_FORMATS) as image:
+        with Image.open(file, formats=tuple(IMAGE_KINDS)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImageError(f"declares too many pixels: {image.width} x {image.height}")
             if image.mode in ("I", "F") and not (_is_16_bit(image) or uses_torchcodec(image)):
-                kind = "floating-point" if image.mode == "F" else "32-bit"
-                raise BadImageError(f"holds {kind} pixels, whose range is not defined")
+                pixels = "floating-point" if image.mode == "F" else "32-bit"
+                raise BadImageError(f"holds {pixels} pixels, whose range is not defined")
             yield image
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
         raise BadImageError(
-            f"cannot identify image file: it is no readable {', '.join(PILLOW_FORMATS)}"
+            f"cannot identify image file: it is no readable {', '.join(IMAGE_KINDS)}"
         ) from error
     except Image.DecompressionBombError as error:
         raise BadImageError(f"declares too many pixels: {error}") from error
     except DECODING_ERRORS as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         # torchcodec's texts begin with a place in its C++ source
-        text = re.sub(
-            r"^.*\.cpp:\d+, ",
-            "",
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
-        )
-        raise BadImageError(f"cannot be decoded: {text}") from error
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", text)
+        raise BadImageError(f"cannot be decoded: {reason}") from error
+
+
+def kind_of(image: Image.Image) -> str:
+    """The key of an opened image in IMAGE_KINDS."""
+    return "JPEG" if image.format == "MPO" else image.format or ""  # MPO is several JPEGs
 
 
 def uses_torchcodec(image: Image.Image) -> bool:
-    """Whether torchcodec decodes it: stills of the kinds that it knows."""
-    return image.format in TORCHCODEC_FORMATS and getattr(image, "n_frames", 1) == 1
+    """Whether torchcodec decodes the image: stills of the kinds that it knows."""
+    kind = IMAGE_KINDS.get(image.format or "")
+    return kind is not None and kind.by_torchcodec and getattr(image, "n_frames", 1) == 1
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    return image.mode.startswith("I;16") or (
-        image.mode == "I" and image.format == "PPM"
-    )  # widened by Pillow
+    widened = image.mode == "I" and image.format == "PPM"  # by Pillow
+    return image.mode.startswith("I;16") or widened
 
 
 def _decode_with_pillow(image: Image.Image, in_chans: int) -> Tensor:
     image.seek(0)
-    upright = ImageOps.exif_transpose(image)
-    if _is_16_bit(image):
+    image.load()  # before the orientation is asked for: Pillow turns a TIFF when it loads it
+    is_16_bit = _is_16_bit(image)
+    # not ImageOps.exif_transpose: it writes the other EXIF entries again, and fails on odd ones
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    upright = image if turn is None else image.transpose(turn)
+    if is_16_bit:
         upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
     pixels = np.asarray(upright.convert("RGB" if in_chans == 3 else "L"))
     if in_chans == 1:
@@ -115,7 +154,7 @@ def _decode_with_pillow(image: Image.Image, in_chans: int) -> Tensor:
 
 
 def to_channels(image: Tensor, in_chans: int) -> Tensor:
-    """An already decoded uint8 `(1 or 3, H, W)` image as RGB or grey."""
+    """An already decoded uint8 image `(1 or 3, H, W)` as RGB or grey."""
     if image.shape[0] == in_chans:
         return image
     if in_chans == 3:

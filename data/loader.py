@@ -1,12 +1,21 @@
-"""From sample keys to batches: decode, augment, draw the mask, replace bad files.
+"""From sample keys to batches: decode, augment, draw the mask, replace bad files; and batches for
+evaluation.
 
-Policy for bad files in training: a sample whose file cannot be decoded is replaced by another one
-that is a pure function of its key, and the file is reported in the batch; what happens then is the
-engine's decision (`engine/run/bad_samples.py`).
+In training, a sample whose file cannot be decoded is replaced by another one that is a pure
+function of its key, and the file is reported in the batch. The engine decides what follows
+(`engine/run/bad_samples.py`). Evaluation shows every image exactly once, shared by the processes,
+and replaces none.
+
+Shapes: `B` batch, `C` channels, `H` height, `W` width, `N` patches.
 """
 
+import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
+from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +42,10 @@ class BadSample(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One augmented image `(C, H, W)` uint8, what it is trained on, its key, and the bad files met
-    on the way.
+    """One augmented image `(C, H, W)` uint8, what it is trained on, its key, and the bad files that
+    it stands for.
 
-    target: the mask order `(N,)` in pretraining, the label `()` in classification.
+    target: the order of the patches `(N,)` in pretraining, the label `()` in classification.
     """
 
     image: Tensor
@@ -48,9 +57,9 @@ class Sample(NamedTuple):
 class PretrainBatch(NamedTuple):
     """A micro-batch of pretraining.
 
-    images `(B, C, H, W)` uint8; ids_shuffle `(B, N)` int64, patches in the order kept first; keys
-    and bad as in Sample. `failed`: every sample's own file was bad, or one found no readable
-    replacement; there may be no images then.
+    images `(B, C, H, W)` uint8; ids_shuffle `(B, N)` int64, the patches, those that are kept first;
+    keys and bad as in Sample. `failed`: every sample's own file was bad, or one found no readable
+    replacement; there are no images then.
     """
 
     images: Tensor
@@ -61,7 +70,7 @@ class PretrainBatch(NamedTuple):
 
 
 class LabelledBatch(NamedTuple):
-    """A micro-batch of classification: labels `(B,)` int64, all else as in PretrainBatch."""
+    """A micro-batch of classification: labels `(B,)` int64, and the rest as in PretrainBatch."""
 
     images: Tensor
     labels: Tensor
@@ -70,6 +79,17 @@ class LabelledBatch(NamedTuple):
     failed: bool
 
 
+class EvalBatch(NamedTuple):
+    """A batch of an evaluation: images `(B, C, H, W)` uint8, labels `(B,)` int64, and the files
+    that could not be decoded. If there are such files, there are no images: the caller has to
+    stop."""
+
+    images: Tensor
+    labels: Tensor
+    bad: list[BadSample]
+
+
+@dataclass(kw_only=True, eq=False)
 class PretrainDataset(Dataset[Sample]):
     """Samples by `SampleKey`: crops and flips from (seed, epoch, position), masks from that or from
     (seed, step).
@@ -77,72 +97,58 @@ class PretrainDataset(Dataset[Sample]):
     Args:
         source: decoded images.
         transform: uint8 `(C, H, W)` to uint8 `(C, H', W')`, random by torch's generator.
-        num_patches: N.
+        draw_order: draws a sample's mask, the order `(N,)` of its patches, from a generator.
         shared_mask: one mask per optimiser step for all images.
         seed: of the run.
-        aug_repeats: samples that are made of each decoded image, as `StepSampler` has it.
+        aug_repeats: number of samples of each decoded image, as in `StepSampler`.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        transform: Callable[[Tensor], Tensor],
-        num_patches: int,
-        shared_mask: bool,
-        seed: int,
-        aug_repeats: int = 1,
-    ):
-        self.source = source
-        self.transform = transform
-        self.num_patches = num_patches
-        self.shared_mask = shared_mask
-        self.seed = seed
-        self.aug_repeats = aug_repeats
+    source: ImageSource
+    transform: Callable[[Tensor], Tensor]
+    draw_order: Callable[[torch.Generator], Tensor]
+    shared_mask: bool
+    seed: int
+    aug_repeats: int = 1
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        return self._augment(*self._read(key), key)
+        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
         """The samples of a batch, each image decoded once."""
         samples = []
-        for _, group in groupby(
+        for (_, number), group in groupby(
             keys, key=lambda key: (key.image, key.position // self.aug_repeats)
         ):
             sharing = list(group)
-            image, bad = self._read(sharing[0])
+            # the samples of one image share its replacement, too
+            first = sharing[0]._replace(position=number * self.aug_repeats)
+            image, _, bad = read_or_replace(self.source, first, self.seed)
             samples += [self._augment(image, bad, key) for key in sharing]
         return samples
 
-    def _read(self, key: SampleKey) -> tuple[Tensor, list[BadSample]]:
-        """The image of a key, and of those that share it: they share its replacement, too."""
-        shared = key._replace(position=key.position - key.position % self.aug_repeats)
-        image, _, bad = read_or_replace(self.source, shared, self.seed)
-        return image, bad
-
     def _augment(self, image: Tensor, bad: list[BadSample], key: SampleKey) -> Sample:
-        where = (key.epoch, key.position)
-        with seeded(derive_seed(self.seed, CROP, *where)):
+        place = (key.epoch, key.position)
+        with seeded(derive_seed(self.seed, CROP, *place)):
             image = self.transform(image)
-        mask_coordinates = (key.step,) if self.shared_mask else where
-        ids_shuffle = torch.randperm(
-            self.num_patches, generator=generator(self.seed, MASK, *mask_coordinates)
-        )
+        mask_place = (key.step,) if self.shared_mask else place
+        ids_shuffle = self.draw_order(generator(self.seed, MASK, *mask_place))  # (N,)
         return Sample(image, ids_shuffle, key, bad)
 
 
+@dataclass(eq=False)
 class LabelledDataset(Dataset[Sample]):
     """Augmented images with their labels by `SampleKey`; a replaced image brings its own label.
 
-    Args: as PretrainDataset; `transform` may also draw from numpy's generator and from `random`.
+    Args: as in PretrainDataset; `transform` may also draw from numpy's generator and from `random`.
     """
 
-    def __init__(self, source: LabelledSource, transform: Callable[[Tensor], Tensor], seed: int):
-        self.source = source
-        self.transform = transform
-        self.seed = seed
+    source: LabelledSource
+    transform: Callable[[Tensor], Tensor]
+    seed: int
+    aug_repeats = 1
 
     def __len__(self) -> int:
         return len(self.source)
@@ -157,9 +163,9 @@ class LabelledDataset(Dataset[Sample]):
 def read_or_replace(
     source: ImageSource, key: SampleKey, seed: int
 ) -> tuple[Tensor, int, list[BadSample]]:
-    """The image or its first readable replacement, its index, and the bad files on the way.
+    """The image or its first readable replacement, its index, and the bad files tried before it.
 
-    After too many bad ones it is a black pixel, which is never used.
+    After too many bad files it is a placeholder, and `collate` marks the batch as failed.
     """
     bad: list[BadSample] = []
     index = key.image
@@ -187,30 +193,52 @@ def _stack(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SampleKey], list
     exhausted = any(len(sample.bad) > MAX_REPLACEMENTS for sample in samples)
     several = len({sample.key.image for sample in samples}) > 1
     failed = exhausted or (several and all(sample.bad for sample in samples))
-    images = (
-        torch.empty(0, dtype=torch.uint8)
-        if failed
-        else _stack_images([sample.image for sample in samples])
-    )
+    images = _stack_images([] if failed else [sample.image for sample in samples])
     targets = torch.stack([sample.target for sample in samples])  # (B, N) or (B,)
     return images, targets, [sample.key for sample in samples], bad, failed
 
 
 def _stack_images(images: list[Tensor]) -> Tensor:
-    """`(B, C, H, W)` in the memory layout of its images: another one would cost a third of their
-    crops.
+    """`(B, C, H, W)` in the memory layout of its images, as another layout would cost a third of
+    the time of their crops; without images `(0,)`.
 
-    torch's own collate writes to shared memory at once where it runs in a loader process.
+    torch's own collate writes straight into shared memory in a loader process.
     """
+    if not images:
+        return torch.empty(0, dtype=torch.uint8)
     pixels = [image.permute(1, 2, 0) for image in images]  # (H, W, C)
     if all(part.is_contiguous() for part in pixels):
-        return default_collate(pixels).permute(0, 3, 1, 2)  # channels-last, (B, C, H, W)
+        stacked: Tensor = default_collate(pixels)  # (B, H, W, C)
+        return stacked.permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
     return default_collate(images)
 
 
-def default_num_workers(processes_here: int) -> int:
-    """The cores that each of this machine's training processes can have for loading, at most 8."""
-    return min(8, available_cores() // processes_here)
+@dataclass(eq=False)
+class EvalDataset(Dataset[tuple[Tensor | BadSample, int]]):
+    """Transformed images by index with their labels; a file that cannot be decoded gives its
+    BadSample."""
+
+    source: LabelledSource
+    transform: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | BadSample, int]:
+        label = int(self.source.labels[index])
+        try:
+            return self.transform(self.source.read(index)), label
+        except BadImageError as error:
+            return BadSample(self.source.name(index), str(error)), label
+
+
+def collate_eval(samples: list[tuple[Tensor | BadSample, int]]) -> EvalBatch:
+    """Stacks the samples of an evaluation into a batch."""
+    bad = [image for image, _ in samples if isinstance(image, BadSample)]
+    images = [image for image, _ in samples if isinstance(image, Tensor)]
+    labels = torch.tensor([label for _, label in samples])
+    stacked = torch.empty(0, dtype=torch.uint8) if bad else torch.stack(images)
+    return EvalBatch(stacked, labels, bad)
 
 
 def build_train_loader(
@@ -222,16 +250,53 @@ def build_train_loader(
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **settings)
 
 
+def build_eval_loader(
+    source: LabelledSource,
+    transform: Callable[[Tensor], Tensor],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    settings: dict[str, Any],
+) -> DataLoader[Any]:
+    """This process's share of `source`, the images rank, rank + world_size, ..., with
+    `loader_settings`."""
+    share = list(range(rank, len(source), world_size))
+    starts = range(0, len(share), batch_size)
+    batches = [share[start : start + batch_size] for start in starts]
+    dataset = EvalDataset(source, transform)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_eval, **settings)
+
+
+def default_num_workers(processes_here: int) -> int:
+    """The cores that each of this machine's training processes can use for loading, at most 8."""
+    return min(8, available_cores() // processes_here)
+
+
+def start_worker(_: int) -> None:
+    """Makes a loader process fail at once if it cannot hand batches over.
+
+    torch sends them in a thread, whose errors (no shared memory, no socket in TMPDIR) it only
+    prints, while the training waits. So the start sends a tensor for trial, where an error is
+    reported, and a later error ends the process.
+    """
+
+    def end(error: Exception, _: object) -> None:
+        sys.stderr.write(f"a loader process cannot hand over a batch: {error}\n")
+        os._exit(1)
+
+    ForkingPickler.dumps(torch.zeros(1))
+    Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
 def loader_settings(cfg: DataConfig, processes: Processes) -> dict[str, Any]:
     """What every DataLoader of a run has in common."""
-    workers = (
-        default_num_workers(processes.local_world_size)
-        if cfg.num_workers is None
-        else cfg.num_workers
-    )
+    workers = cfg.num_workers
+    if workers is None:
+        workers = default_num_workers(processes.local_world_size)
     return {
         "num_workers": workers,
         "prefetch_factor": cfg.prefetch_factor if workers else None,
+        "worker_init_fn": start_worker,
         "pin_memory": processes.device.type == "cuda",
         "generator": torch.Generator(),  # else it draws from the training's own random state
     }

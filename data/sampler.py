@@ -1,19 +1,19 @@
 """Which image goes where: a pure function of (seed, epoch, position), whatever the number of
 processes or workers.
 
-An epoch is a permutation of the data set, by blocks where the images lie in large files; `position`
-counts through it. Optimiser step s of an epoch takes positions [s * total, (s + 1) * total);
-micro-batches and processes share them out. What is left at the end of an epoch is not decoded and
-differs each time. One integer, the step, is enough to continue anywhere.
+An epoch is a permutation of the data set, by blocks if the images lie in large files. `position`
+counts through it. Optimiser step s of an epoch takes the positions [s * total, (s + 1) * total),
+which its micro-batches and processes share. The images left at the end of an epoch are not decoded
+and differ each time. One integer, the step, is enough to continue anywhere.
 
-With `aug_repeats` M (repeated augmentation, arXiv 1901.09335) each M positions that follow one
-another show one image, cropped, flipped and masked M times. Epochs are counted in samples, that is
-in crops: an epoch has as many steps as without and decodes one M-th of the images, and one
-permutation lasts for M epochs. So over the same number of epochs an image is seen as often, and
-decoded one M-th as often.
+With `aug_repeats` M (repeated augmentation, arXiv 1901.09335) each M consecutive positions show one
+image, cropped, flipped and masked M times. Epochs are counted in samples, that is in crops: an
+epoch has as many steps as without, decodes one M-th of the images, and one permutation lasts for M
+epochs. So over the same number of epochs an image is seen as often, and decoded one M-th as often.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 
 from util.rng import ORDER, generator
 
-GROUP = 64  # blocks that are mixed with one another, where a data set is read by blocks
+GROUP = 64  # blocks that are mixed with one another
 
 
 class SampleKey(NamedTuple):
@@ -39,9 +39,9 @@ def epoch_order(num_images: int, block_size: int, seed: int, epoch: int) -> np.n
     """The images of an epoch (of several, with `aug_repeats`), `(num_images,)` int64: a function of
     the arguments.
 
-    With `block_size` 1 any permutation may come. Else blocks of so many neighbours are put into a
-    random order, and images are mixed within each 64 blocks that follow one another in it: what is
-    read at a time lies in 64 places.
+    With `block_size` 1 it is any permutation. Else blocks of `block_size` neighbours are put into a
+    random order, and images are mixed within each 64 consecutive blocks of it, so that the images
+    read at about the same time lie in 64 places.
     """
     stream = generator(seed, ORDER, epoch)
     if block_size == 1:
@@ -55,6 +55,7 @@ def epoch_order(num_images: int, block_size: int, seed: int, epoch: int) -> np.n
     return torch.cat(order).numpy()
 
 
+@dataclass(kw_only=True, eq=False)
 class StepSampler(Sampler[list[SampleKey]]):
     """The micro-batches of one process from `start_step` to `stop_step`, across epochs.
 
@@ -62,62 +63,57 @@ class StepSampler(Sampler[list[SampleKey]]):
         num_images: length of the data set, at least `batch_size * accum_iter * world_size`.
         batch_size: per process and micro-batch.
         accum_iter: micro-batches per optimiser step.
-        rank, world_size: this process, and how many there are.
+        rank, world_size: this process, and the number of processes.
         seed: of the run.
-        start_step, stop_step: optimiser steps of the whole run, counted from 0.
+        start_step, stop_step: optimiser steps of the run, counted from 0.
         block_size: see `epoch_order`.
-        aug_repeats: samples of an image, which follow one another; divides `batch_size`, so that
-            they share a batch.
+        aug_repeats: number of samples of an image, which follow one another; divides `batch_size`,
+            so that they share a batch.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        accum_iter: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        start_step: int,
-        stop_step: int,
-        block_size: int = 1,
-        aug_repeats: int = 1,
-    ):
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.accum_iter = accum_iter
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.start_step = start_step
-        self.stop_step = stop_step
-        self.block_size = block_size
-        self.aug_repeats = aug_repeats
-        self.total_batch = batch_size * accum_iter * world_size
-        self.steps_per_epoch = num_images // self.total_batch
+    num_images: int
+    batch_size: int
+    accum_iter: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int
+    start_step: int = 0
+    stop_step: int
+    block_size: int = 1
+    aug_repeats: int = 1
+
+    def __post_init__(self) -> None:
+        self.total_batch = self.batch_size * self.accum_iter * self.world_size
+        self.steps_per_epoch = self.num_images // self.total_batch
+        self._order_number, self._order = -1, np.empty(0, dtype=np.int64)
         assert self.steps_per_epoch > 0, "the entry script checks that an epoch has a step"
-        assert batch_size % aug_repeats == 0, (
-            "the config checks that the samples of an image are in one batch"
-        )
+        assert self.batch_size % self.aug_repeats == 0, "the settings' checks see to that"
 
     def __len__(self) -> int:
         return (self.stop_step - self.start_step) * self.accum_iter
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order_number, order = -1, np.empty(0, dtype=np.int64)
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> list[SampleKey]:
+        """The micro-batch of this number, counted from `start_step` on."""
+        step, micro = divmod(self.start_step * self.accum_iter + number, self.accum_iter)
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        if epoch // self.aug_repeats != self._order_number:
+            self._order_number = epoch // self.aug_repeats
+            self._order = epoch_order(
+                self.num_images, self.block_size, self.seed, self._order_number
+            )
         decoded_per_epoch = self.steps_per_epoch * self.total_batch // self.aug_repeats
-        for step in range(self.start_step, self.stop_step):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch // self.aug_repeats != order_number:
-                order_number = epoch // self.aug_repeats
-                order = epoch_order(self.num_images, self.block_size, self.seed, order_number)
-            start = epoch % self.aug_repeats * decoded_per_epoch
-            for micro in range(self.accum_iter):
-                share = micro * self.world_size + self.rank
-                first = step_in_epoch * self.total_batch + share * self.batch_size
-                yield [
-                    SampleKey(
-                        int(order[start + position // self.aug_repeats]), epoch, position, step
-                    )
-                    for position in range(first, first + self.batch_size)
-                ]
+        start = epoch % self.aug_repeats * decoded_per_epoch
+        share = micro * self.world_size + self.rank
+        first = step_in_epoch * self.total_batch + share * self.batch_size
+        return [
+            SampleKey(int(self._order[start + position // self.aug_repeats]), epoch, position, step)
+            for position in range(first, first + self.batch_size)
+        ]
+
+    def images(self, step: int) -> list[int]:
+        """The images of this process in an optimiser step that is counted from 1, as in the log."""
+        first = (step - 1 - self.start_step) * self.accum_iter
+        return [key.image for micro in range(self.accum_iter) for key in self[first + micro]]

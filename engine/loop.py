@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,22 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.sampler import SampleKey
 from engine.ema import update_ema
 from engine.meters import Stopwatch
 from engine.optim import StepFn, set_lr
 from engine.parallel import asks_for_shards, blocks_of, is_sharded, to_device
 from engine.prefetch import on_device
-from engine.run.bad_samples import BadSamples
-from engine.run.bad_steps import BadSteps
+from engine.run.batches import Batches
+from engine.run.faults import BadSamples, BadSteps
 from engine.run.folder import Run, duration
 from engine.run.saving import Saver
-from engine.run.stall import StallMeter
 from engine.run.state import TrainState
 from engine.schedule import Plan
 from util.dist import autocast_dtype
 from util.errors import InputError
 
+SLOW_LOADING = 0.1  # share of the time
 logger = logging.getLogger(__name__)
 LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
@@ -42,7 +41,7 @@ def train(
     cfg: Any,
     plan: Plan,
     state: TrainState,
-    batches: Iterable[Any],
+    batches: Batches,
     loss_fn: LossFn,
     step_fn: StepFn,
     saver: Saver,
@@ -59,12 +58,13 @@ def train(
     dtype = autocast_dtype(cfg.precision, run.device)
     model = wrap_model(state.model, run.device, plan.accum_iter, run.processes.world_size)
     model.train()
-    stopwatch, stall = Stopwatch(), StallMeter(cfg, run.processes)
+    stopwatch = Stopwatch()
     bad_steps = BadSteps(
         run.output_dir / "bad_steps.jsonl",
         cfg.max_bad_steps,
         cfg.log_interval,
         run.processes.is_main,
+        batches.sampler,
     )
     iterator = on_device(batches, run.device)
     while True:
@@ -82,14 +82,12 @@ def train(
         lr = plan.lr(state.step)
         set_lr(state.optimizer, lr)
         loss_sum = torch.zeros((), device=run.device)
-        keys: list[SampleKey] = []
         waited = 0.0
         for micro in range(plan.accum_iter):
             asked = time.monotonic()
             batch = next(iterator)
             waited += time.monotonic() - asked
             bad_samples.collect(batch)
-            keys += batch.keys
             is_last = micro == plan.accum_iter - 1
             with nullcontext() if is_last or model is state.model else model.no_sync():
                 with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
@@ -102,15 +100,13 @@ def train(
         state.epoch_meter.update(loss_sum, grad_norm, found_inf)
         state.window_meter.update(loss_sum, grad_norm, found_inf)
         state.step += 1
-        bad_steps.add(state.step, lr, keys, loss_sum, found_inf)
+        bad_steps.add(state.step, lr, loss_sum, found_inf)
         stopwatch.step(waited)
         run.advance()
 
         ends_epoch = state.step % plan.steps_per_epoch == 0
         if state.step % cfg.log_interval == 0 or ends_epoch:
-            bad_steps.check(
-                log_window(run, plan, state, stopwatch, stall, lr, bad_samples.exchange())
-            )
+            bad_steps.check(log_window(run, plan, state, stopwatch, lr, bad_samples.exchange()))
             if not ends_epoch and saver.due(None):
                 saver.save()
         if ends_epoch:
@@ -186,13 +182,7 @@ def log_start(run: Run, plan: Plan, num_images: int, model: nn.Module, cfg: Any)
 
 
 def log_window(
-    run: Run,
-    plan: Plan,
-    state: TrainState,
-    stopwatch: Stopwatch,
-    stall: StallMeter,
-    lr: float,
-    num_bad: int,
+    run: Run, plan: Plan, state: TrainState, stopwatch: Stopwatch, lr: float, num_bad: int
 ) -> int:
     """Writes the line of the steps since the last one; returns how many in a row were skipped, at
     most."""
@@ -208,7 +198,15 @@ def log_window(
         f"data_wait {100 * times['data_wait']:.0f}%  eta {duration(times['eta_s'])}"
     )
     run.record(facts, line + (f"  bad_files {num_bad}" if num_bad else ""), to_terminal=False)
-    stall.update(times["data_wait"])
+    stopwatch.slow_windows += times["data_wait"] > SLOW_LOADING
+    if (
+        stopwatch.slow_windows == 2 and times["data_wait"] > SLOW_LOADING
+    ):  # loaders start in the first
+        logger.warning(
+            "%.0f %% of the time since the last line went into waiting for images: loading is the "
+            "bottleneck. Raise num_workers, or pack the images with tools/pack_dataset.py",
+            100 * times["data_wait"],
+        )
     if bad_in_a_row:
         logger.warning("%d steps in a row had a non-finite gradient and were skipped", bad_in_a_row)
     return bad_in_a_row

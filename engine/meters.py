@@ -83,6 +83,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.run_start = self.window_start = time.monotonic()
         self.run_steps = self.window_steps = 0
+        self.slow_windows = 0  # those that waited long for their data
         self.waited = 0.0
 
     def step(self, waited: float) -> None:

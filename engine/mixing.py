@@ -1,23 +1,22 @@
 """What fine-tuning does to a batch on the device: random erasing, mixup or cutmix, and the loss
 that goes with them."""
 
-from typing import Any
-
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 
+from util.settings.evaluation import FinetuneConfig
+
 
 class BatchMixer:
-    """Erasing (arXiv 1708.04896), mixup (1710.09412) and cutmix (1905.04899) by timm, as a
-    `FinetuneConfig` asks.
+    """Erasing (arXiv 1708.04896), mixup (1710.09412) and cutmix (1905.04899) by timm.
 
     They draw from numpy, `random` and torch: seed all three per step (`util/rng.py`).
     """
 
-    def __init__(self, cfg: Any, num_classes: int, device: torch.device):
+    def __init__(self, cfg: FinetuneConfig, num_classes: int, device: torch.device):
         self.label_smoothing = cfg.label_smoothing
         self.erase = None
         if cfg.re_prob:
@@ -35,8 +34,10 @@ class BatchMixer:
             )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images `(B, C, H, W)` and labels `(B,)`; mixing turns labels into shares `(B,
-        num_classes)`."""
+        """Erases and mixes normalised images `(B, C, H, W)` with labels `(B,)`.
+
+        Returns: the images, and the labels, which mixing turns into shares `(B, num_classes)`.
+        """
         if self.erase is not None:
             images = self.erase(images)
         if self.mix is not None:
@@ -44,8 +45,6 @@ class BatchMixer:
         return images, labels
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy with label smoothing, which mixing has put into its shares already."""
+        """Mean cross-entropy in 32 bits with label smoothing, which mixed labels have already."""
         smoothing = 0.0 if self.mix is not None else self.label_smoothing
-        return F.cross_entropy(
-            logits.float(), targets, label_smoothing=smoothing
-        )  # autocast would leave it in half
+        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from models.mae import DECODER_NAMES, MaskedAutoencoder
-from models.spec import ClassifierSpec, EncoderSpec, MAESpec, ModelSpec
+from models.spec import ClassifierSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec
 from models.vit import VisionTransformer
 from util.settings.base import ModelConfig
 from util.settings.evaluation import ClassifierConfig
@@ -45,6 +45,8 @@ def classifier_spec(cfg: ClassifierConfig, **decided: Any) -> ClassifierSpec:
 def build_model(spec: MAESpec) -> MaskedAutoencoder: ...
 @overload
 def build_model(spec: ClassifierSpec) -> VisionTransformer: ...
+@overload
+def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer: ...
 def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer:
     """The freshly initialised model of a specification.
 
@@ -57,19 +59,14 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer:
 
 
 def encoder_of(model: MaskedAutoencoder) -> VisionTransformer:
-    """The encoder of a model in training as a frozen classifier, read by the mean of its patch
-    tokens.
+    """The encoder of a model in training as a frozen model without a head; its feature is the mean
+    of the normalised patch tokens.
 
-    It shares the model's tensors: nothing is copied, and what training changes shows here. Its head
-    has one class and weights of zero.
+    It shares the model's tensors: nothing is copied, and what training changes shows here.
     """
-    shared = {f.name: getattr(model.spec, f.name) for f in fields(EncoderSpec)}
     with torch.device("meta"):
-        encoder = VisionTransformer(**shared, num_classes=1, global_pool="avg", fc_norm=False)
+        encoder = build_model(encoder_spec(model.spec, "avg"))
     tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(DECODER_NAMES)}
-    device = model.pos_embed.device
-    for name, tensor in encoder.head.state_dict().items():
-        tensors[f"head.{name}"] = torch.zeros(tensor.shape, device=device)
     encoder.load_state_dict(tensors, strict=True, assign=True)
     return encoder.eval().requires_grad_(False)
 

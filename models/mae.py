@@ -32,12 +32,9 @@ from models.blocks import (
 )
 from models.pos_embed import sincos_pos_embed
 from models.spec import MAESpec, pair
-from util.errors import InputError
 
-DECODER_NAMES = (
-    "decoder_",
-    "mask_token",
-)  # how the names of the tensors begin that an encoder has no use for
+# Beginnings of the names of the tensors that an encoder does not have.
+DECODER_NAMES = ("decoder_", "mask_token")
 TARGET_VAR_EPS = 1e-6  # added to a patch's variance under the root
 
 
@@ -51,26 +48,23 @@ class MaskedAutoencoder(nn.Module):
             too.
         class_token: a learned token goes through the encoder with the kept patches.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-        decoder_class_token: the class token goes on through the decoder (the paper); otherwise it
-            leaves after `norm`.
+        decoder_class_token: the class token goes on through the decoder, as in the paper;
+            otherwise it leaves after `norm`.
         mask_ratio: share of the patches removed, in (0, 1).
         norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
         decoder: "self", the paper's, or "cross".
-        pred_ratio: "cross" only: share of all N patches that is predicted, of the removed; None is
-            all of those.
+        pred_ratio: "cross" only: share of all N patches that is predicted, drawn among the
+            removed ones; None predicts all of those.
 
-    `checkpointing` may be set on a model: blocks then keep nothing for the gradient but are
-    computed again.
+    With the attribute `checkpointing` set, blocks keep nothing for the gradient and are computed
+    again in the backward pass.
 
     Raises: InputError for a geometry that cannot be.
     """
 
     def __init__(self, **fields: Any):
         super().__init__()
-        spec = MAESpec(**fields)
-        if problems := spec.problems():
-            raise InputError("; ".join(problems))
-        self.spec = spec
+        self.spec = spec = MAESpec(**fields).checked()
         self.img_size = pair(spec.img_size)
         self.patch_size = pair(spec.patch_size)
         self.in_chans = spec.in_chans
@@ -82,7 +76,6 @@ class MaskedAutoencoder(nn.Module):
         self.norm_pix_loss = spec.norm_pix_loss
         self.decoder_class_token = spec.decoder_class_token
         self.decoder = spec.decoder
-        self.pred_ratio = spec.pred_ratio
         self.checkpointing = False
 
         self.patch_embed = PatchEmbed(spec)
@@ -125,9 +118,8 @@ class MaskedAutoencoder(nn.Module):
         """`(B, N, P*P*C)` -> `(B, C, H, W)`, the inverse of `patchify`."""
         h, w = self.grid_size
         p, q = self.patch_size
-        return rearrange(
-            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q
-        )  # (B, C, H, W)
+        # (B, C, H, W)
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
 
     def forward_encoder(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
         """Encodes the kept patches: `(B, N, P*P*C)`, `(B, K)` -> normalised latent `(B, +K, D)`."""
@@ -140,47 +132,36 @@ class MaskedAutoencoder(nn.Module):
         return self.norm(run_blocks(self.blocks, x, checkpointing=self.checkpointing))  # (B, +K, D)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_pred: Tensor) -> Tensor:
-        """Decodes the patches `ids_pred` `(B, M)` from `latent` `(B, +K, D)`; they come last in the
-        result.
+        """Decodes the patches `ids_pred` `(B, M)` from `latent` `(B, +K, D)`.
 
-        The standard decoder takes all removed patches and gives the kept ones too, `(B, K+M,
-        decoder D)`. To the cross decoder each patch is on its own: any will do, `(B, M, decoder
-        D)`.
+        The standard decoder needs all removed patches and returns the kept ones, then those:
+        `(B, K+M, decoder D)`. The cross decoder treats each patch alone, so that `ids_pred` may be
+        any patches, and returns only those: `(B, M, decoder D)`.
         """
         if self.cls_token is not None and not self.decoder_class_token:
             latent = latent[:, 1:]  # (B, K, D)
         embedded = self.decoder_embed(latent)  # (B, +K, decoder D)
-        memory = embedded + self._decoder_positions(ids_keep, self.decoder_class_token)
-        queries = self.mask_token.to(embedded.dtype) + self._decoder_positions(
-            ids_pred, False
-        )  # (B, M, decoder D)
+        has_cls = int(self.decoder_class_token)
+        table = self.decoder_pos_embed[0]  # (N + has_cls, decoder D)
+        positions = table[ids_keep + has_cls]  # (B, K, decoder D)
+        if has_cls:
+            positions = torch.cat([table[:1].expand(len(latent), 1, -1), positions], dim=1)
+        memory = embedded + positions  # (B, +K, decoder D)
+        # (B, M, decoder D)
+        queries = self.mask_token.to(embedded.dtype) + table[ids_pred + has_cls]
+        blocks, checkpointing = self.decoder_blocks, self.checkpointing
         if self.decoder == "cross":
-            return run_blocks(
-                self.decoder_blocks, queries, memory, checkpointing=self.checkpointing
-            )
+            return run_blocks(blocks, queries, memory, checkpointing=checkpointing)
         x = torch.cat([memory, queries], dim=1)  # (B, +K+M, decoder D)
-        return run_blocks(self.decoder_blocks, x, checkpointing=self.checkpointing)[
-            :, int(self.decoder_class_token) :
-        ]
-
-    def _decoder_positions(self, ids: Tensor, with_cls: bool) -> Tensor:
-        """Positions of patches `(B, M)`, after the class token's if wanted: `(B, +M, decoder
-        D)`."""
-        table = self.decoder_pos_embed[0]
-        positions = table[ids + int(self.decoder_class_token)]  # (B, M, decoder D)
-        return (
-            torch.cat([table[:1].expand(len(ids), 1, -1), positions], dim=1)
-            if with_cls
-            else positions
-        )
+        return run_blocks(blocks, x, checkpointing=checkpointing)[:, has_cls:]  # (B, K+M, ...)
 
     def target(self, patches: Tensor) -> Tensor:
         """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised
         per patch."""
         if not self.norm_pix_loss:
             return patches
-        # layer_norm divides by the root of the biased variance and `eps`: a factor apart, and much
-        # faster than `var`
+        # layer_norm is much faster than `var`. It divides by the root of the biased variance plus
+        # `eps`; the unbiased one is a constant factor away.
         size = patches.shape[-1]
         share = (size - 1) / size
         return F.layer_norm(patches, (size,), eps=TARGET_VAR_EPS * share) * share**0.5
@@ -191,8 +172,9 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             images: `(B, C, H, W)` float, already normalised.
-            ids_shuffle: `(B, N)` int64, a permutation of the patches whose first K are kept; None
-                draws one per image from torch's global generator.
+            ids_shuffle: `(B, N)` int64, a permutation of the patches whose first K are kept
+                (`models/masks.py` draws it); None draws one per image from torch's global
+                generator.
         """
         patches = self.patchify(images)  # (B, N, P*P*C)
         if ids_shuffle is None:
@@ -200,14 +182,12 @@ class MaskedAutoencoder(nn.Module):
         ids_keep = ids_shuffle[:, : self.num_kept]  # (B, K)
         ids_pred = ids_shuffle[:, self.num_kept :][:, : self.num_predicted]  # (B, M)
         latent = self.forward_encoder(patches, ids_keep)
-        decoded = self.forward_decoder(latent, ids_keep, ids_pred)[
-            :, -ids_pred.shape[1] :
-        ]  # (B, M, decoder D)
+        decoded = self.forward_decoder(latent, ids_keep, ids_pred)
+        decoded = decoded[:, -ids_pred.shape[1] :]  # (B, M, decoder D)
         pred = self.decoder_pred(self.decoder_norm(decoded))  # (B, M, P*P*C)
         target = self.target(_gather(patches, ids_pred))  # (B, M, P*P*C)
-        return F.mse_loss(
-            pred.to(target.dtype), target
-        )  # patches are of one size: the mean of means is the mean
+        # All patches have the same size, so the mean of their means is the mean of all values.
+        return F.mse_loss(pred.to(target.dtype), target)
 
     def reconstruct(
         self, images: Tensor, ids_shuffle: Tensor | None = None, num_kept: int | None = None
@@ -245,16 +225,14 @@ class MaskedAutoencoder(nn.Module):
         return self.unpatchify(pred)  # (B, C, H, W)
 
     def _draw_shuffle(self, images: Tensor) -> Tensor:
-        return torch.rand(images.shape[0], self.num_patches, device=images.device).argsort(
-            dim=1
-        )  # (B, N)
+        noise = torch.rand(images.shape[0], self.num_patches, device=images.device)
+        return noise.argsort(dim=1)  # (B, N)
 
 
 def _gather(x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` `(B, M)` of `x` `(B, N, F)`: `(B, M, F)`."""
-    return x[
-        torch.arange(len(x), device=x.device)[:, None], ids
-    ]  # copies whole rows, where `gather` takes numbers
+    # Indexing copies whole rows, which is faster than `torch.gather` of single numbers.
+    return x[torch.arange(len(x), device=x.device)[:, None], ids]
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

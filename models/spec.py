@@ -8,8 +8,10 @@ Shapes: `N` patches, `K` kept patches, `M` predicted patches.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+from util.errors import InputError
 
 Size = int | tuple[int, int]
 
@@ -22,6 +24,17 @@ def pair(size: Size) -> tuple[int, int]:
 def num_kept(num_patches: int, mask_ratio: float) -> int:
     """K = floor(N * (1 - mask_ratio)), safe against float noise (N = 10, ratio 0.9 keeps 1)."""
     return math.floor(num_patches * (1 - mask_ratio) + 1e-6)
+
+
+def mask_problems(num_patches: int, mask_ratio: float) -> list[str]:
+    """Why a share of the patches cannot be removed, in at most one line."""
+    kept = num_kept(num_patches, mask_ratio)
+    if not num_patches or 0 < kept < num_patches:
+        return []
+    return [
+        f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: "
+        f"at least one must stay and one must go"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +58,7 @@ class EncoderSpec:
     class_token: bool
 
     def __post_init__(self) -> None:
-        # One form for each size, so that equal models have equal records: an int where it is square.
+        # A square size is an int, so that equal models have equal records.
         for name in ("img_size", "patch_size"):
             height, width = pair(getattr(self, name))
             object.__setattr__(self, name, height if height == width else (height, width))
@@ -61,6 +74,11 @@ class EncoderSpec:
         """N."""
         return math.prod(self.grid_size)
 
+    @property
+    def mlp_dim(self) -> int:
+        """Width of the hidden layer of the encoder's MLPs."""
+        return int(self.embed_dim * self.mlp_ratio)
+
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
         found = []
@@ -69,6 +87,12 @@ class EncoderSpec:
             if image % patch:
                 found.append(f"patch_size {patch} does not divide the image {side} {image}")
         return found + _width_problems("", self.embed_dim, self.num_heads)
+
+    def checked(self) -> Self:
+        """This specification. Raises: InputError with all its problems."""
+        if found := self.problems():
+            raise InputError("; ".join(found))
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, as checkpoints and weight files hold them."""
@@ -117,14 +141,11 @@ class MAESpec(EncoderSpec):
         found += _width_problems("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
         if self.decoder_class_token and not self.class_token:
             found.append(
-                "decoder_class_token true needs class_token true: there is no class token to pass on"
+                "decoder_class_token true needs class_token true: there is no class token to pass "
+                "on"
             )
-        keeps_some = 0 < self.num_kept < self.num_patches
-        if self.num_patches and not keeps_some:
-            found.append(
-                f"mask_ratio {self.mask_ratio:g} keeps {self.num_kept} of {self.num_patches} "
-                f"patches: at least one must stay and one must go"
-            )
+        impossible_mask = mask_problems(self.num_patches, self.mask_ratio)
+        found += impossible_mask
         if self.decoder not in ("self", "cross"):
             found.append(f"decoder must be self or cross, got {self.decoder!r}")
         if self.pred_ratio is None:
@@ -138,7 +159,7 @@ class MAESpec(EncoderSpec):
                 f"pred_ratio {self.pred_ratio:g} must be above 0 and at most mask_ratio "
                 f"{self.mask_ratio:g}"
             )
-        elif keeps_some and not self.num_predicted:
+        elif not impossible_mask and not self.num_predicted:
             found.append(
                 f"pred_ratio {self.pred_ratio:g} predicts none of {self.num_patches} patches"
             )
@@ -149,10 +170,10 @@ class MAESpec(EncoderSpec):
 class ClassifierSpec(EncoderSpec):
     """A Vision Transformer classifier.
 
-    num_classes: outputs of the head.
+    num_classes: outputs of the head; 0 is a model without a head.
     global_pool: "avg", the mean over the patch tokens, or "token", the class token.
     fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token, then
-        the mean. None stands for True with "avg" and False with "token".
+        the mean. None becomes True with "avg" and False with "token".
     drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from 0.
     """
 
@@ -161,10 +182,10 @@ class ClassifierSpec(EncoderSpec):
     fc_norm: bool | None = None
     drop_path_rate: float = 0.0
 
-    @property
-    def uses_fc_norm(self) -> bool:
-        """Whether the norm follows the mean."""
-        return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fc_norm is None:
+            object.__setattr__(self, "fc_norm", self.global_pool == "avg")
 
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
@@ -181,16 +202,24 @@ class ClassifierSpec(EncoderSpec):
 ModelSpec = MAESpec | ClassifierSpec
 
 
-def spec_from_dict(fields: dict[str, Any]) -> ModelSpec:
+def encoder_spec(spec: EncoderSpec, global_pool: Literal["avg", "token"]) -> ClassifierSpec:
+    """The encoder of a pretrained model, read through its own norm and without a head."""
+    shared = {f.name: getattr(spec, f.name) for f in fields(EncoderSpec)}
+    return ClassifierSpec(**shared, num_classes=0, global_pool=global_pool, fc_norm=False)
+
+
+def spec_from_dict(values: dict[str, Any]) -> ModelSpec:
     """The record that `as_dict` turned into plain values. Raises: TypeError for other fields."""
-    sizes: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
-    return MAESpec(**sizes) if "decoder_embed_dim" in fields else ClassifierSpec(**sizes)
+    sizes: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    return MAESpec(**sizes) if "decoder_embed_dim" in values else ClassifierSpec(**sizes)
 
 
 def _width_problems(part: str, embed_dim: int, num_heads: int) -> list[str]:
     """What is wrong with a transformer's width; `part` is a prefix of the names, as `decoder_`."""
     found = []
-    if embed_dim % num_heads:
+    if num_heads < 1:
+        found.append(f"{part}num_heads must be 1 or more, got {num_heads}")
+    elif embed_dim % num_heads:
         found.append(f"{part}embed_dim {embed_dim} is not divisible by {part}num_heads {num_heads}")
     if embed_dim % 4:
         found.append(

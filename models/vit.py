@@ -21,7 +21,6 @@ from models.blocks import (
 )
 from models.pos_embed import sincos_pos_embed
 from models.spec import ClassifierSpec, pair
-from util.errors import InputError
 
 
 class VisionTransformer(nn.Module):
@@ -30,7 +29,7 @@ class VisionTransformer(nn.Module):
     Args:
         img_size, patch_size: pixels, an int or (H, W); the patch divides the image.
         in_chans: image channels, any number.
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; with 0 there is none, and the output is the feature.
         embed_dim, depth, num_heads, mlp_ratio: width, blocks, heads, MLP width over embed_dim.
         class_token: a learned token precedes the patches.
         global_pool: "avg", the mean over the patch tokens, or "token", the class token.
@@ -44,10 +43,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, **fields: Any):
         super().__init__()
-        spec = ClassifierSpec(**fields)
-        if problems := spec.problems():
-            raise InputError("; ".join(problems))
-        self.spec = spec
+        self.spec = spec = ClassifierSpec(**fields).checked()
         self.patch_size = pair(spec.patch_size)
         self.grid_size = spec.grid_size
         self.global_pool = spec.global_pool
@@ -58,9 +54,11 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(sincos_pos_embed(width, spec.grid_size, spec.class_token))
         self.blocks = encoder_blocks(spec, spec.drop_path_rate)
         fresh_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.norm: nn.Module = nn.Identity() if spec.uses_fc_norm else fresh_norm
-        self.fc_norm: nn.Module = fresh_norm if spec.uses_fc_norm else nn.Identity()
-        self.head = nn.Linear(width, spec.num_classes)
+        self.norm: nn.Module = nn.Identity() if spec.fc_norm else fresh_norm
+        self.fc_norm: nn.Module = fresh_norm if spec.fc_norm else nn.Identity()
+        self.head: nn.Module = nn.Identity()
+        if spec.num_classes:
+            self.head = nn.Linear(width, spec.num_classes)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -97,25 +95,25 @@ class VisionTransformer(nn.Module):
         return self.head(self.forward_features(images))
 
     def forward_with_attention(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits `(B, num_classes)` and, per block, the attention weights `(B, heads, T, T)` with
-        their graph."""
-        attentions = []
-        x = self._embed(images)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            x, attention = block.forward_with_attention(x)
-            attentions.append(attention)
-        return self.head(self._pool(x)), attentions
+        """Logits `(B, num_classes)` and the attention weights of each block, `(B, heads, T, T)`.
+
+        Gradients flow through both.
+        """
+        layers = list(self._attend(self._embed(images)))
+        return self.head(self._pool(layers[-1][0])), [attention for _, attention in layers]
 
     def iterate_attention(self, images: Tensor) -> Iterator[Tensor]:
-        """Per block, the attention weights `(B, heads, T, T)` with their graph, one after the
-        other, so that not all of them are in memory."""
-        x = self._embed(images)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            x, attention = block.forward_with_attention(x)
+        """The attention weights of each block, `(B, heads, T, T)`, while only one is in memory."""
+        for _, attention in self._attend(self._embed(images)):
             yield attention
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:
-        """All that `iterate_attention` yields."""
+        """The attention weights of all blocks, `(B, heads, T, T)` each."""
         return list(self.iterate_attention(images))
+
+    def _attend(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens `(B, T, D)` after each block, and the block's attention `(B, heads, T, T)`."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x, attention = block.forward_with_attention(x)
+            yield x, attention

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fault_table import FaultTable
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED_SKIPS: tuple[
@@ -59,3 +60,40 @@ def photographs(tmp_path_factory) -> Path:
 def cifar10_jpeg(tmp_path_factory) -> Path:
     """CIFAR-10 as 60,000 JPEGs, train/ and val/."""
     return _unpacked(tmp_path_factory, "cifar10.tar.gz") / "cifar10"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """120 + 60 digits of three classes, `train/<class>/*.png` and `val/<class>/*.png`."""
+    from runs import make_pictures  # here, as that module imports this one
+
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, data) -> Path:
+    """The folder of a pretraining run on `data`: weights with a class token, two checkpoints."""
+    from runs import pretrain_pictures
+
+    return pretrain_pictures(data, tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture(scope="session")
+def weights(pretrained) -> Path:
+    """The weights that `pretrained` left."""
+    return pretrained / "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def tokenless(tmp_path_factory, data) -> Path:
+    """Weights without a class token."""
+    from runs import pretrain_pictures
+
+    more = ("--class_token", "false", "--decoder_class_token", "false")
+    folder = pretrain_pictures(data, tmp_path_factory.mktemp("tokenless"), *more)
+    return folder / "model.safetensors"
+
+
+# Examples are drawn anew only when a test changes, so that a failure can be repeated.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")

@@ -33,6 +33,7 @@ ROWS = {
     "R22": "output folder unwritable; run already finished",
     "R24": "golden losses",
     "R25": "one batch, accumulated, two processes",
+    "R28": "loader processes cannot hand batches over",
     "R26": "saved by sharded processes, loaded by one, and back",
 }
 

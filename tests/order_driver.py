@@ -17,7 +17,7 @@ import fault_driver
 from torch import Tensor
 
 from data.sampler import SampleKey
-from engine.run.bad_samples import BadSamples
+from engine.run.faults import BadSamples
 from models.mae import MaskedAutoencoder
 from util.errors import run_cli
 

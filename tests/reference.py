@@ -1,5 +1,7 @@
-"""Independent implementations the tests compare with: transformers' ViTMAE and timm's ViT, fed with
-our weights."""
+"""What tests of the models share: small geometries, random weights, and independent implementations
+(transformers' ViTMAE and timm's ViT) that are fed with our weights."""
+
+from typing import TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -8,6 +10,32 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 
+ENCODER = {
+    "img_size": 32,
+    "patch_size": 8,
+    "in_chans": 3,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "mlp_ratio": 4.0,
+    "class_token": True,
+}
+MAE = ENCODER | {
+    "decoder_embed_dim": 24,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+    "decoder_class_token": True,
+    "mask_ratio": 0.75,
+    "norm_pix_loss": True,
+}
+VIT = ENCODER | {"num_classes": 7, "global_pool": "token", "fc_norm": False}
+READOUTS = [
+    {},
+    {"global_pool": "avg", "fc_norm": True},
+    {"global_pool": "avg"},
+    {"global_pool": "avg", "fc_norm": True, "class_token": False},
+    {"global_pool": "avg", "class_token": False},
+]
 LAYER_NAMES = {
     "attn.proj": "attention.o_proj",
     "norm1": "layernorm_before",
@@ -26,6 +54,17 @@ FIXED_NAMES = {
     "decoder_norm": "decoder.decoder_norm",
     "decoder_pred": "decoder.decoder_pred",
 }
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+
+
+def randomized(model: ModelT, seed: int = 0) -> ModelT:
+    """The model with random parameters and position tables, in eval mode: with biases of zero and
+    norms of one, a swapped or forgotten tensor would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return model.eval()
 
 
 def to_huggingface(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -33,68 +72,48 @@ def to_huggingface(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     three."""
     renamed = {}
     for key, value in tensors.items():
-        if "blocks." in key:
-            stack, index, rest = key.split(".", 2)
-            layer = (
-                f"{'decoder.decoder_layers' if stack == 'decoder_blocks' else 'vit.layers'}.{index}"
-            )
-            if rest.startswith("attn.qkv"):
-                kind = rest.rsplit(".", 1)[1]
-                for name, part in zip("qkv", value.chunk(3), strict=True):
-                    renamed[f"{layer}.attention.{name}_proj.{kind}"] = part
-            else:
-                stem, kind = rest.rsplit(".", 1)
-                renamed[f"{layer}.{LAYER_NAMES[stem]}.{kind}"] = value
-        elif key in FIXED_NAMES:
-            renamed[FIXED_NAMES[key]] = value
+        stem, _, kind = key.rpartition(".") if key.endswith(("weight", "bias")) else (key, "", "")
+        if "blocks." not in key:
+            renamed[".".join(filter(None, (FIXED_NAMES[stem], kind)))] = value
+            continue
+        stack, index, part = stem.split(".", 2)
+        stack = "decoder.decoder_layers" if stack == "decoder_blocks" else "vit.layers"
+        if part == "attn.qkv":
+            for name, rows in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"{stack}.{index}.attention.{name}_proj.{kind}"] = rows
         else:
-            stem, kind = key.rsplit(".", 1)
-            renamed[f"{FIXED_NAMES[stem]}.{kind}"] = value
+            renamed[f"{stack}.{index}.{LAYER_NAMES[part]}.{kind}"] = value
     return renamed
 
 
-def huggingface_mae(ours: MaskedAutoencoder, kwargs: dict, **config) -> ViTMAEForPreTraining:
+def huggingface_mae(ours: MaskedAutoencoder) -> ViTMAEForPreTraining:
     """transformers' model with our weights. `layer_norm_eps` must be set: its default is 1e-12."""
-    reference = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=kwargs["embed_dim"],
-            num_hidden_layers=kwargs["depth"],
-            num_attention_heads=kwargs["num_heads"],
-            intermediate_size=int(kwargs["embed_dim"] * kwargs["mlp_ratio"]),
-            image_size=kwargs["img_size"],
-            patch_size=kwargs["patch_size"],
-            num_channels=kwargs["in_chans"],
-            decoder_hidden_size=kwargs["decoder_embed_dim"],
-            decoder_num_hidden_layers=kwargs["decoder_depth"],
-            decoder_num_attention_heads=kwargs["decoder_num_heads"],
-            decoder_intermediate_size=int(kwargs["decoder_embed_dim"] * kwargs["mlp_ratio"]),
-            mask_ratio=kwargs["mask_ratio"],
-            norm_pix_loss=kwargs["norm_pix_loss"],
-            layer_norm_eps=1e-6,
-            **config,
-        )
+    spec = ours.spec
+    config = ViTMAEConfig(
+        hidden_size=spec.embed_dim,
+        num_hidden_layers=spec.depth,
+        num_attention_heads=spec.num_heads,
+        intermediate_size=int(spec.embed_dim * spec.mlp_ratio),
+        image_size=spec.img_size,
+        patch_size=spec.patch_size,
+        num_channels=spec.in_chans,
+        decoder_hidden_size=spec.decoder_embed_dim,
+        decoder_num_hidden_layers=spec.decoder_depth,
+        decoder_num_attention_heads=spec.decoder_num_heads,
+        decoder_intermediate_size=int(spec.decoder_embed_dim * spec.mlp_ratio),
+        mask_ratio=spec.mask_ratio,
+        norm_pix_loss=spec.norm_pix_loss,
+        layer_norm_eps=1e-6,
     )
+    reference = ViTMAEForPreTraining(config).to(ours.pos_embed.dtype)
     reference.load_state_dict(to_huggingface(ours.state_dict()), strict=True)
     return reference
 
 
-def timm_vit(ours: VisionTransformer, kwargs: dict) -> TimmViT:
+def timm_vit(ours: VisionTransformer) -> TimmViT:
     """timm's model with our weights."""
-    names = (
-        "img_size",
-        "patch_size",
-        "in_chans",
-        "num_classes",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-    )
-    reference = TimmViT(
-        **{name: kwargs[name] for name in names},
-        class_token=kwargs["class_token"],
-        global_pool=kwargs["global_pool"],
-        fc_norm=kwargs["fc_norm"],
-    )
+    keywords = ours.spec.as_dict()
+    del keywords["drop_path_rate"]
+    reference = TimmViT(**keywords).to(ours.pos_embed.dtype)
     reference.load_state_dict(ours.state_dict(), strict=True)
-    return reference
+    return reference.eval()

@@ -16,8 +16,8 @@ from conftest import ROOT
 from PIL import Image
 
 import main_pretrain
+from data.known_sets import read_mnist5k
 from data.loader import loader_settings
-from data.sources import read_mnist5k
 from util.dist import Processes
 from util.settings.base import DataConfig
 

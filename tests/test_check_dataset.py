@@ -36,7 +36,7 @@ import main_pretrain
 from data.images import BadImageError
 from data.labels import build_labelled_data
 from data.sources import FolderSource
-from engine.run.bad_samples import why_training_stops
+from engine.run.faults import why_training_stops
 from engine.run.folder import open_run
 from tools import check_dataset
 from tools.check_dataset import judge

@@ -39,7 +39,8 @@ from data.loader import (
 from data.sampler import SampleKey, StepSampler
 from data.sources import ArraySource, FolderSource, build_pretrain_source, read_mnist5k
 from data.transforms import pretrain_transform
-from engine.run.bad_samples import BadSamples
+from engine.run.faults import BadSamples
+from models.masks import training_order
 from util.errors import InputError, LocalInputError
 
 
@@ -499,7 +500,11 @@ def spoil(folder: Path, *indices: int) -> list[str]:
 def dataset_of(folder: Path, seed: int = 0) -> PretrainDataset:
     transform = pretrain_transform(8, 0.2, "bilinear", 0.5)
     return PretrainDataset(
-        FolderSource(str(folder), 1), transform, num_patches=16, shared_mask=False, seed=seed
+        FolderSource(str(folder), 1),
+        transform,
+        partial(training_order, 16),
+        shared_mask=False,
+        seed=seed,
     )
 
 
@@ -622,7 +627,7 @@ def test_distinct_bad_files_are_counted_and_written_once(tmp_path):
 def test_what_was_exchanged_is_not_sent_again(tmp_path, monkeypatch):
     sent = []
     monkeypatch.setattr(
-        "engine.run.bad_samples.all_gather", lambda message: [sent.append(len(message)) or message]
+        "engine.run.faults.all_gather", lambda message: [sent.append(len(message)) or message]
     )
     bad = BadSamples(tmp_path / "bad_samples.jsonl", 100, is_main=True)
     bad.collect(bad_batch("a", "b"))
@@ -684,7 +689,7 @@ def test_processes_agree_on_the_set_and_only_the_first_one_writes(tmp_path, monk
         path = tmp_path / f"main-{is_main}.jsonl"
         bad = BadSamples(path, 100, is_main)
         monkeypatch.setattr(
-            "engine.run.bad_samples.all_gather",
+            "engine.run.faults.all_gather",
             lambda _: [bad_batch("a", "b").bad, bad_batch("b", "c").bad],
         )
         return bad.exchange(), bad.known, path.exists()

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from models.weights.convert import describe_weights, read_weights, write_weights
 from runs import digits, step_losses
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +17,6 @@ import main_pretrain
 from engine.run.checkpoint import load_newest_checkpoint, save_checkpoint
 from models.build import VIT_SIZES
 from models.mae import MaskedAutoencoder
-from models.weights.convert import describe_weights, read_weights, write_weights
 from tools import run_mae_vis
 from util.errors import InputError
 

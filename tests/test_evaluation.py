@@ -7,6 +7,7 @@ import os
 import random
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,24 +18,27 @@ from torch import multiprocessing
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from data.eval_loader import EvalBatch, build_eval_loader
 from data.images import BadImageError
 from data.labels import LabelledArray
+from data.loader import build_eval_loader
 from data.transforms import EvalTransform, PixelNormalizer
-from engine.evaluation.evaluate import Scores, evaluate
+from engine.evaluation.classification import Scores, evaluate
 from engine.evaluation.features import (
     FEATURES_FILE,
     Features,
+    Origin,
     compute_features,
     load_features,
     save_features,
 )
-from engine.evaluation.knn import merge_over_processes, nearest_keys
+from engine.run.folder import Run
 from engine.run.results import read_results, write_results
 from models.vit import VisionTransformer
 from tools import results_table
-from util.dist import gather_rows, init_processes
+from tools.benchmarks.memory import LiveBytes
+from util.dist import Processes, gather_rows, init_processes
 from util.errors import InputError
+from util.settings.evaluation import KnnConfig
 
 CPU = torch.device("cpu")
 PLAIN = PixelNormalizer((0.0,), (1 / 255,), CPU)  # leaves pixel values as they are
@@ -44,19 +48,11 @@ def identity(image: torch.Tensor) -> torch.Tensor:
     return image
 
 
-def batches_of(labels: list[int], sizes: list[int]) -> list[EvalBatch]:
+def batches_of(labels: list[int], sizes: list[int]) -> list[SimpleNamespace]:
     """Image i is one pixel of value i."""
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
-    indices = torch.arange(len(labels))
-    return [
-        EvalBatch(*parts, [])
-        for parts in zip(
-            images.split(sizes),
-            torch.tensor(labels).split(sizes),
-            indices.split(sizes),
-            strict=True,
-        )
-    ]
+    parts = zip(images.split(sizes), torch.tensor(labels).split(sizes), strict=True)
+    return [SimpleNamespace(images=some, labels=of_some, bad=[]) for some, of_some in parts]
 
 
 def scores_of(logits: torch.Tensor, labels: list[int], sizes: list[int]) -> list[Scores]:
@@ -88,14 +84,8 @@ def test_four_images_by_hand():
     assert (scores.acc1, scores.acc5) == (50.0, 75.0)
     assert scores.class_correct == [1, 0, 0, 0, 0, 1]
     assert scores.class_total == [1, 0, 0, 0, 1, 2]
-    assert scores.as_dict() == {
-        "num_samples": 4,
-        "correct1": 2,
-        "correct5": 3,
-        "acc1": 50.0,
-        "acc5": 75.0,
-        "loss": scores.loss,
-    }
+    names = ("num_samples", "correct1", "correct5", "acc1", "acc5", "loss")
+    assert scores.as_dict() == {name: getattr(scores, name) for name in names}
     per_class = scores.as_dict(["a", "b", "c", "d", "e", "f"])["per_class"]
     assert per_class == {"a": 100.0, "b": None, "c": None, "d": None, "e": 0.0, "f": 50.0}
 
@@ -108,7 +98,7 @@ def test_the_loss_is_weighted_by_image_and_not_by_batch():
         assert scores.loss == pytest.approx(0.75 * math.log(6), abs=1e-6)  # not half of it
 
 
-@pytest.mark.parametrize("num_classes", [2, 4, 5])
+@pytest.mark.parametrize("num_classes", [2, 5])
 def test_up_to_five_classes_are_always_among_five(num_classes):
     logits = torch.arange(float(num_classes)).expand(3, -1)  # the last is first
     (scores,) = scores_of(logits, [0, 1, num_classes - 1], [2, 1])
@@ -174,37 +164,19 @@ class Photographs(LabelledArray):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("batch_size", [1, 3, 200])
-@pytest.mark.parametrize("count", [1, 7, 100])
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 3), (7, 1), (7, 200), (100, 3)])
 def test_processes_share_every_image_out_once(count, batch_size, world_size):
-    found, source = [], Photographs(count)
+    source, seen = Photographs(count), 0
     for rank in range(world_size):
+        share = torch.tensor(range(rank, count, world_size), dtype=torch.long)
         loader = build_eval_loader(source, identity, batch_size, rank, world_size, loading(0))
-        share = [(b, i) for b in loader for i in b.indices.tolist()]
-        assert [i for _, i in share] == list(range(rank, count, world_size))
         assert len(loader) == math.ceil(len(share) / batch_size)
-        for batch in loader:
-            assert (batch.images.dtype, batch.labels.dtype, batch.bad) == (
-                torch.uint8,
-                torch.int64,
-                [],
-            )
-            assert batch.images.shape[0] == len(batch.labels) <= batch_size
-            for image, label, index in zip(*batch[:3], strict=True):
-                assert torch.equal(image, source.images[index])
-                assert label == source.labels[index]
-        found += [i for _, i in share]
-    assert sorted(found) == list(range(count))
-
-
-def test_loader_processes_change_nothing():
-    plain, workers = (
-        list(build_eval_loader(Photographs(20), identity, 3, 0, 2, loading(num_workers)))
-        for num_workers in (0, 2)
-    )
-    assert len(plain) == len(workers) == 4
-    for left, right in zip(plain, workers, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(left[:3], right[:3], strict=True))
+        for batch, expected in zip(loader, share.split(batch_size), strict=bool(len(share))):
+            assert (batch.images.dtype, batch.bad) == (torch.uint8, [])
+            assert torch.equal(batch.images, torch.as_tensor(source.images)[expected])
+            assert batch.labels.tolist() == source.labels[expected.numpy()].tolist()
+            seen += len(expected)
+    assert seen == count
 
 
 def answers(images: torch.Tensor) -> torch.Tensor:
@@ -214,25 +186,20 @@ def answers(images: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_file_that_cannot_be_decoded_stops_the_evaluation():
-    source = Photographs(10, broken=(4,))
-    loader = build_eval_loader(source, identity, 2, 0, 1, loading(0))
-    judged = []
+    source, sizes = Photographs(10, broken=(4,)), []
 
     def classify(images: torch.Tensor) -> torch.Tensor:
-        judged.append(len(images))
+        sizes.append(len(images))
         return answers(images)
 
-    with pytest.raises(InputError) as error:
-        evaluate(classify, loader, PLAIN, None, 9, 2)
-    message = "evaluation leaves no image out, and noise[4] cannot be decoded: it is torn: mend or remove the file"
-    assert str(error.value) == message
-    assert judged == [2, 2]
-    assert source.reads == [0, 1, 2, 3, 4, 5]  # no replacement is read
-    with pytest.raises(InputError) as error:
-        compute_features(
-            tiny_vit(), build_eval_loader(source, identity, 2, 0, 1, loading(0)), PLAIN, None
+    with pytest.raises(InputError, match=r"noise\[4\]"):
+        evaluate(
+            classify, build_eval_loader(source, identity, 2, 0, 1, loading(0)), PLAIN, None, 9, 2
         )
-    assert str(error.value) == message
+    assert sizes == [2, 2]
+    assert source.reads == [0, 1, 2, 3, 4, 5]  # no replacement is read
+    with pytest.raises(InputError, match=r"noise\[4\]"):
+        features_of(source, batch_size=2)
 
 
 COUNTS = (1, 7, 100)
@@ -251,23 +218,15 @@ def work(rank: int, world_size: int) -> dict:
     """Everything that crosses processes, by name; all processes must come to the same."""
     found = {}
     for count in COUNTS:
-        source = Photographs(count)
-        loader = build_eval_loader(source, identity, 3, rank, world_size, loading(0))
+        loader = build_eval_loader(Photographs(count), identity, 3, rank, world_size, loading(0))
         scores = evaluate(answers, loader, PLAIN, None, 9, 2)
         found[f"scores of {count}"] = [
             (s.correct1, s.correct5, s.class_correct, s.class_total) for s in scores
         ]
         found[f"losses of {count}"] = [s.loss for s in scores]
-        generator = torch.Generator().manual_seed(count)
-        rows = torch.randn(count, 3, 2, generator=generator)
-        ties = torch.randint(-1, 2, (count, 5), generator=generator).float()
-        numbers = torch.arange(count)[rank::world_size]
-        found[f"rows of {count}"] = gather_rows(rows[numbers], count)
-        found[f"numbers of {count}"] = gather_rows(numbers, count)
-        for k in (1, 10, 200):  # more than there are, too
-            for name, train in (("ties", ties), ("features", rows.flatten(1))):
-                keys = nearest_keys(train[numbers], numbers, train[:5] + 0.5, k)
-                found[f"{k} keys of {count} {name}"] = merge_over_processes(keys, k)
+        rows = torch.randn(count, 3, 2, generator=torch.Generator().manual_seed(count))
+        for name, of_all in (("rows", rows), ("numbers", torch.arange(count))):
+            found[f"{name} of {count}"] = gather_rows(of_all[rank::world_size], count).tolist()
     found["errors"] = [
         errors_of(rank, world_size, broken) for broken in ((0,), (5,), (3, 5), (0, 1, 2), ())
     ]
@@ -276,16 +235,12 @@ def work(rank: int, world_size: int) -> dict:
 
 def process(rank: int, world_size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    names = {
-        "RANK": rank,
-        "WORLD_SIZE": world_size,
-        "LOCAL_RANK": rank,
-        "LOCAL_WORLD_SIZE": world_size,
-    }
-    os.environ |= {name: str(value) for name, value in names.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = (rank, world_size, rank, world_size, "127.0.0.1", port)
+    os.environ |= dict(zip(names, map(str, values), strict=True))
     with init_processes("cpu") as processes:
-        torch.save(work(processes.rank, processes.world_size), f"{folder}/{rank}.pt")
+        found = work(processes.rank, processes.world_size)
+    Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
 
 
 def free_port() -> int:
@@ -298,38 +253,16 @@ def free_port() -> int:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_gloo_processes_come_to_the_same_as_one(tmp_path, world_size):
     """With 1, 7 and 100 images: fewer than processes, and shares of unequal length."""
-    expected = work(0, 1)
+    expected = json.loads(json.dumps(work(0, 1)))
     multiprocessing.spawn(process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
-    for rank in range(world_size):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert found.keys() == expected.keys()
-        assert all(" and noise[" in text for text in found["errors"][:-1])
-        assert found["errors"][-1] == ""
-        assert "noise[5]" in found["errors"][1]
-        for name, value in expected.items():
-            if name.startswith("losses"):  # sums of floats, in another order
-                assert found[name] == pytest.approx(value, rel=1e-6), name
-            elif isinstance(value, torch.Tensor):
-                assert (found[name].dtype, torch.equal(found[name], value)) == (
-                    value.dtype,
-                    True,
-                ), name
-            elif name != "errors":
-                assert found[name] == value, name
-    texts = [torch.load(tmp_path / f"{rank}.pt")["errors"] for rank in range(world_size)]
-    assert texts == [texts[0]] * world_size  # all stop, and for the same reason
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_shares_of_an_evaluation_add_up(world_size):
-    (whole, *_), parts = work(0, 1)["scores of 100"], []
-    for rank in range(world_size):
-        loader = build_eval_loader(Photographs(100), identity, 3, rank, world_size, loading(0))
-        parts.append(evaluate(answers, loader, PLAIN, None, 9, 2)[0])
-    assert sum(part.correct1 for part in parts) == whole[0]
-    assert sum(part.correct5 for part in parts) == whole[1]
-    assert np.array([part.class_correct for part in parts]).sum(axis=0).tolist() == whole[2]
-    assert np.array([part.class_total for part in parts]).sum(axis=0).tolist() == whole[3]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
+    assert ranks == [ranks[0]] * world_size  # all stop for the same reason, too
+    errors = ranks[0].pop("errors")
+    assert all("noise[" in text for text in errors[:-1]) and errors[-1] == ""
+    assert "noise[5]" in errors[1]
+    for name, value in ranks[0].items():  # losses are sums of floats, in another order
+        exact = not name.startswith("losses")
+        assert value == (expected[name] if exact else pytest.approx(expected[name], rel=1e-6))
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -343,28 +276,14 @@ def imagenet_transform() -> v2.Compose:
     )
 
 
-@pytest.mark.parametrize(
-    ("height", "width"),
-    [(500, 375), (333, 500), (256, 256), (224, 224), (300, 600), (150, 200), (256, 301)],
-)
-def test_images_are_resized_and_cut_as_by_torchvision(height, width):
-    image = noise(height, width)
-    assert torch.equal(EvalTransform(224, None)(image), imagenet_transform()(image))
-
-
 def test_any_size_of_image_is_resized_and_cut_as_by_torchvision():
     """The public code's long side is rounded down: 640 x 427 becomes 383 x 256."""
     chance = random.Random(0)
-    sizes = [(427, 640), (640, 427)] + [
-        (chance.randint(60, 400), chance.randint(60, 400)) for _ in range(30)
-    ]
-    for height, width in sizes:
-        if max(height, width) < 4 * min(height, width):
-            image = noise(height, width, channels=1)
-            assert torch.equal(EvalTransform(224, None)(image), imagenet_transform()(image)), (
-                height,
-                width,
-            )
+    sizes = [(427, 640), (640, 427), (333, 500), (256, 256), (224, 224), (150, 200), (256, 301)]
+    sizes += [(chance.randint(100, 400), chance.randint(100, 400)) for _ in range(20)]
+    for size in sizes:
+        image = noise(*size, channels=1 + 2 * (size[0] % 2))
+        assert torch.equal(EvalTransform(224, None)(image), imagenet_transform()(image)), size
 
 
 @pytest.mark.parametrize(
@@ -424,19 +343,41 @@ def tiny_vit(num_classes: int = 3) -> VisionTransformer:
     ).eval()
 
 
+def features_of(
+    source: LabelledArray, batch_size: int = 3, rank: int = 0, world_size: int = 1, **more
+) -> torch.Tensor:
+    """Features of this process's share by `tiny_vit`, or by another `backbone`."""
+    backbone = more.pop("backbone", None) or tiny_vit()
+    pixels = {"mean": (0.5,), "std": (0.25,), "img_size": 4, "num_workers": 0}
+    cfg = KnnConfig(**{"batch_size": batch_size, "output_dir": "none", **pixels, **more})
+    run = Run(cfg, Processes(rank, world_size, rank, world_size, CPU))
+    return compute_features(cfg, run, backbone, source, 1.0)
+
+
 def test_features_are_those_that_the_head_sees():
-    source, model = Photographs(10), tiny_vit()
-    loader = build_eval_loader(source, identity, 3, 1, 2, loading(0))
-    found = compute_features(model, loader, PixelNormalizer((0.5,), (0.25,), CPU), None)
-    expected = model.forward_features((source.images[1::2].float() / 255 - 0.5) / 0.25)
+    source = Photographs(10)
+    found = features_of(source, rank=1, world_size=2, precision="fp32")
+    expected = tiny_vit().forward_features((source.images[1::2].float() / 255 - 0.5) / 0.25)
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
     assert (found.shape, found.dtype, found.requires_grad) == ((5, 8), torch.float32, False)
-    half = compute_features(model, loader, PLAIN, torch.bfloat16)
-    assert half.dtype == torch.float32
-    none = compute_features(
-        model, build_eval_loader(source, identity, 3, 10, 11, loading(0)), PLAIN, None
-    )
-    assert none.shape == (0, 8)  # more processes than images
+    half = features_of(source, rank=1, world_size=2, precision="bf16")
+    assert half.dtype == torch.float32 and not torch.equal(half, found)
+    assert features_of(source, rank=10, world_size=11).shape == (0, 8)  # it has no image
+
+
+class Pixels(torch.nn.Module):
+    """A backbone whose features are the pixels."""
+
+    head = torch.nn.Linear(16, 2)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def test_computed_features_are_in_memory_once():
+    with LiveBytes() as live:
+        found = features_of(Photographs(1001), 16, backbone=Pixels(), precision="fp32")
+    assert live.peak <= found.nbytes + 10 * 16 * 16 * 4  # and some batches
 
 
 def test_features_that_are_not_finite_are_refused():
@@ -445,86 +386,67 @@ def test_features_that_are_not_finite_are_refused():
     with torch.no_grad():
         model.fc_norm.bias[3] = float("nan")
     with pytest.raises(InputError, match="not finite"):
-        compute_features(
-            model, build_eval_loader(Photographs(5), identity, 2, 0, 1, loading(0)), PLAIN, None
-        )
+        features_of(Photographs(5), backbone=model)
+
+
+ORIGIN = Origin("w.pth", None, "folder", "avg", 28, ["ä", "b"])
 
 
 def some_features() -> Features:
     """Slices of larger tensors, as gathering them leaves."""
     rows = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    facts = {
-        "checkpoint": "w.pth",
-        "sha256": None,
-        "readout": "avg",
-        "class_names": ["ä", "b"],
-        "img_size": [28, 28],
-    }
-    return Features(rows[:5], torch.arange(5), rows[5:8], torch.tensor([1, 0, 1]), facts)
+    return Features(rows[:5], torch.arange(5), rows[5:8], torch.tensor([1, 0, 1]))
 
 
 def test_features_survive_the_round_trip(tmp_path):
     saved = some_features()
-    path = save_features(tmp_path / "new/folder", saved)
-    assert path == tmp_path / "new/folder" / FEATURES_FILE
+    path = save_features(tmp_path / "new/folder", saved, ORIGIN)
     for where in (path, path.parent):
-        loaded = load_features(where)
-        assert loaded.facts == saved.facts
-        for name in ("train", "train_labels", "val", "val_labels"):
-            assert torch.equal(getattr(loaded, name), getattr(saved, name)), name
+        loaded, origin = load_features(where)
+        assert origin == ORIGIN
+        assert all(torch.equal(one, other) for one, other in zip(loaded, saved, strict=True))
     assert [file.name for file in path.parent.iterdir()] == [FEATURES_FILE]
 
 
-def broken_features(tmp_path: Path) -> dict[str, bytes]:
-    whole = save_features(tmp_path / "whole", some_features()).read_bytes()
-    tensors = {"train": torch.zeros(1, 2), "train_labels": torch.zeros(1), "val": torch.zeros(1, 2)}
-
-    def foreign(content: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> bytes:
-        save_file(content, tmp_path / "foreign", metadata)
-        return (tmp_path / "foreign").read_bytes()
-
-    return {
-        "empty": b"",
-        "half": whole[: len(whole) // 2],
-        "last byte": whole[:-1],
-        "text": b"train,val\n1,2\n",
-        "no facts": foreign(tensors, None),
-        "facts of others": foreign(tensors | {"val_labels": torch.zeros(1)}, {"format": "pt"}),
-        "one missing": foreign(tensors, {"facts": "{}"}),
-        "one too many": foreign(
-            tensors | {"val_labels": torch.zeros(1), "head": torch.zeros(1)}, {"facts": "{}"}
-        ),
-        "no JSON": foreign(tensors | {"val_labels": torch.zeros(1)}, {"facts": "{"}),
-    }
+FACTS = json.dumps(vars(ORIGIN))
+BROKEN = {  # tensors less or more than those of features, and metadata
+    "one tensor missing": (["val"], [], {"facts": FACTS}),
+    "one tensor too many": ([], ["head"], {"facts": FACTS}),
+    "no metadata": ([], [], None),
+    "metadata of others": ([], [], {"format": "pt"}),
+    "no JSON": ([], [], {"facts": "{"}),
+    "an empty origin": ([], [], {"facts": "{}"}),
+    "an origin that is a list": ([], [], {"facts": "[]"}),
+}
 
 
-def test_other_files_are_no_features(tmp_path):
-    for name, content in broken_features(tmp_path).items():
-        path = tmp_path / f"{name}.safetensors"
-        path.write_bytes(content)
-        with pytest.raises(InputError) as error:
-            load_features(path)
-        assert str(error.value).startswith(
-            f"load_path {path} is no complete features file of main_knn.py: "
-        ), name
-    for path, named in (
-        (tmp_path / "nowhere", tmp_path / "nowhere"),
-        (tmp_path, tmp_path / FEATURES_FILE),
-    ):
-        with pytest.raises(InputError) as error:
-            load_features(path)
-        assert str(error.value) == f"load_path {named} does not exist"
+@pytest.mark.parametrize(("less", "more", "metadata"), BROKEN.values(), ids=BROKEN)
+def test_other_files_are_no_features(tmp_path, less, more, metadata):
+    names = (set(Features._fields) | set(more)) - set(less)
+    path = tmp_path / FEATURES_FILE
+    save_file({name: torch.zeros(1, 2) for name in names}, path, metadata)
+    with pytest.raises(InputError, match=f"load_path {path}"):
+        load_features(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_no_features(tmp_path, kept):
+    path = save_features(tmp_path, some_features(), ORIGIN)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(InputError, match=f"load_path {path}"):
+        load_features(path)
+    with pytest.raises(InputError, match="load_path .*nowhere"):
+        load_features(tmp_path / "nowhere")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     blocked = tmp_path / "blocked"
-    (blocked / f"{FEATURES_FILE}.tmp").mkdir(
-        parents=True
-    )  # as a full disk, an error of the file and not of the folder
+    # as a full disk, an error of the file and not of the folder
+    (blocked / f"{FEATURES_FILE}.tmp").mkdir(parents=True)
     for folder in (tmp_path / "file", blocked):
-        with pytest.raises(InputError, match=f"save_path {folder} cannot be written: "):
-            save_features(folder, some_features())
+        with pytest.raises(InputError, match=f"save_path {folder}"):
+            save_features(folder, some_features(), ORIGIN)
 
 
 RESULTS = {
@@ -548,34 +470,19 @@ def test_results_are_json_for_people_and_written_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
-def leave_results(root: Path, *folders: str) -> None:
-    for folder in folders:
-        (root / folder).mkdir()
-        write_results(root / folder / "results.json", RESULTS[folder])
-
-
 def test_the_table_of_results(tmp_path, capsys):
-    leave_results(tmp_path, *RESULTS)
+    for name, results in RESULTS.items():
+        (tmp_path / name).mkdir()
+        write_results(tmp_path / name / "results.json", results)
     table = results_table.main([str(tmp_path)])
     assert table == {
         "knn": {"pretrained": 97.45, "untrained": 8.0},
         "lincls": {"pretrained": 93.333, "untrained": 60.5},
         "finetune": {"pretrained": 100.0, "untrained": 91.254},
     }
-    assert capsys.readouterr().out.splitlines() == [
-        "top-1 %                     pretrained  untrained  train / val images",
-        "10-NN                            97.45       8.00       4,000 / 1,000",
-        "linear, lr 0.1                   93.33      60.50       3,600 / 1,000",
-        "fine-tuning / from scratch      100.00      91.25       4,000 / 1,000",
-    ]
-
-
-def test_a_missing_result_is_named(tmp_path, capsys):
-    leave_results(tmp_path, "knn", "knn_untrained", "lincls")
-    with pytest.raises(InputError) as error:
+    lines = capsys.readouterr().out.splitlines()
+    assert "93.33" in lines[2] and "3,600 / 1,000" in lines[2] and len(lines) == 4
+    (tmp_path / "lincls_untrained" / "results.json").unlink()
+    with pytest.raises(InputError, match=f"{tmp_path}/lincls_untrained/results.json"):
         results_table.main([str(tmp_path)])
-    assert (
-        str(error.value)
-        == f"{tmp_path}/lincls_untrained/results.json is not there: the run has not finished"
-    )
     assert capsys.readouterr().out == ""

@@ -38,10 +38,10 @@ import main_finetune
 import main_knn
 import main_lincls
 from data.labels import build_labelled_data
-from engine.evaluation.evaluate import Scores
+from engine.evaluation.classification import Scores
 from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
-from models.weights.convert import load_weights
+from models.weights.read import read_weights
 from util.errors import InputError
 
 # learns: no regularisation, a full-speed schedule; chance is 33.3 %
@@ -1119,8 +1119,8 @@ def test_the_written_config_repeats_the_run(finished, tmp_path):
 def test_the_weights_that_are_read_are_those_named(pretrained, data):
     """The fixtures are what the tests take them for."""
     assert (
-        load_weights(pretrained / "checkpoint-00000020.pth").keys()
-        == load_weights(pretrained / "model.safetensors").keys()
+        read_weights(pretrained / "checkpoint-00000020.pth")[0].keys()
+        == read_weights(pretrained / "model.safetensors")[0].keys()
     )
     found = build_labelled_data("folder", str(data), 1, False, None)
     assert (len(found.train), len(found.val), found.class_names) == (120, 60, list(CLASSES))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.weights.convert import weights_digest
 from safetensors.torch import load_file
 from test_sampler import global_states
 from torch import nn
@@ -24,7 +25,6 @@ from engine.run.checkpoint import best_path, save_weights, weights_header
 from engine.run.folder import Run
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
-from models.weights.convert import weights_digest
 from util.dist import Processes
 from util.errors import InputError
 from util.rng import seed_libraries, seeded

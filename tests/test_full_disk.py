@@ -13,11 +13,10 @@ from torch import nn
 
 import main_pretrain
 from data.loader import BadSample
-from data.sampler import SampleKey
+from data.sampler import StepSampler
 from engine.evaluation.best import Best
-from engine.run.bad_samples import BadSamples
-from engine.run.bad_steps import BadSteps
 from engine.run.checkpoint import best_path
+from engine.run.faults import BadSamples, BadSteps
 from engine.run.folder import Run
 from engine.run.results import write_results
 from util.dist import Processes
@@ -171,20 +170,20 @@ def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     """They are why the run ends: that their file cannot be written must not hide it."""
     path = tmp_path / "bad_steps.jsonl"
     path.write_text("of an earlier stop\n")
-    bad_steps = BadSteps(path, limit=1, window=1, is_main=True)
-    bad_steps.add(7, 0.5, [SampleKey(40, 0, 0, 6)], torch.tensor(float("nan")), torch.tensor(1.0))
+    sampler = StepSampler(100, 2, 1, 0, 1, 0, 3, 50)
+    bad_steps = BadSteps(path, limit=1, window=1, is_main=True, sampler=sampler)
+    bad_steps.add(7, 0.5, torch.tensor(float("nan")), torch.tensor(1.0))
     fill(tmp_path / "bad_steps.jsonl.tmp")
     with pytest.raises(InputError) as error:
         bad_steps.check(1)
-    assert str(error.value).startswith(
-        "1 steps in a row up to step 7 had a non-finite gradient: in the first of them"
-    )
-    assert f"with images 40 of the data set; {path} {FULL}. Lower lr" in str(error.value)
+    images = sampler.images(7)
+    assert "1 steps in a row had a non-finite gradient, the first" in str(error.value)
+    assert f"images {images[0]} {images[1]} of the data set; {path} {FULL}" in str(error.value)
     assert path.read_text() == "of an earlier stop\n"
     with pytest.raises(InputError, match=f"all are in {path}"):  # the temporary name is free again
         bad_steps.check(1)
     (entry,) = map(json.loads, path.read_text().splitlines())
-    assert entry == {"step": 7, "lr": 0.5, "loss": None, "images": [40], "process": 0}
+    assert entry == {"step": 7, "lr": 0.5, "loss": None, "images": images, "process": 0}
 
 
 @pytest.mark.fault("R9")

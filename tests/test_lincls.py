@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import engine.evaluation.classification
 import main_finetune
 import main_lincls
-from engine.evaluation.evaluate import Scores
+from engine.evaluation.classification import Scores
 from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
 from util.errors import InputError

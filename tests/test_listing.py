@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from data.listing import IMAGE_ENDINGS, image_names
 
 from data import listing
 from data.labels import ClassFolder
-from data.listing import IMAGE_ENDINGS, image_names
 from data.sources import FolderSource
 from tools.packing.packing import list_images
 from util.errors import InputError

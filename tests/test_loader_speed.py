@@ -1,6 +1,8 @@
 """What makes loading cheap changes nothing: crops are torchvision's to the last bit, batches keep
 their layout."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from data.transforms import PixelNormalizer, pretrain_transform
 from models.mae import MaskedAutoencoder
 
 MODES = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
+from models.masks import training_order
 
 
 def picture(chance: np.random.Generator, channels_last: bool, channels: int = 3) -> torch.Tensor:
@@ -97,7 +100,11 @@ def test_a_batch_has_the_memory_layout_of_its_images(gather, channels):
 def test_batches_of_a_loader_are_channels_last(num_workers):
     pixels = np.random.default_rng(3).integers(0, 256, (30, 3, 20, 24), dtype=np.uint8)
     dataset = PretrainDataset(
-        ArraySource("noise", pixels, 3), pretrain_transform(8, 0.2, "bicubic", 0.5), 4, False, 0
+        ArraySource("noise", pixels, 3),
+        pretrain_transform(8, 0.2, "bicubic", 0.5),
+        partial(training_order, 4),
+        False,
+        0,
     )
     for batch in build_train_loader(
         dataset, StepSampler(30, 6, 1, 0, 1, 0, 0, 5), loading(num_workers)

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from runs import (
     pretraining,
     step_losses,
 )
+from test_sampler import dataset
 
 import main_finetune
 import main_knn
@@ -32,14 +34,13 @@ import main_lincls
 import main_pretrain
 from data.images import BadImageError
 from data.labels import LabelledData, build_labelled_data
-from data.loader import PretrainDataset, build_train_loader
+from data.loader import build_train_loader
 from data.packs import index as pack_index
 from data.packs import source as packed
 from data.packs.shards import index_shard
 from data.packs.source import LabelledPack, PackedSource
-from data.sampler import StepSampler, epoch_order
+from data.sampler import StepSampler
 from data.sources import FolderSource, build_pretrain_source
-from data.transforms import pretrain_transform
 from engine.pictures.choose import validation_source
 from engine.run import batches as batches_module
 from util.errors import DataError, InputError
@@ -61,10 +62,6 @@ def packs(tmp_path_factory, data) -> Path:
 def own(tmp_path, packs) -> Path:
     """A copy to spoil."""
     return shutil.copytree(packs, tmp_path / "own")
-
-
-# --- reading
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_pack_shows_the_images_of_the_folder(data, packs):
@@ -121,118 +118,106 @@ def flip_bit(folder: Path, index: int) -> str:
     return f"{path.name} at byte {offset}, member {Path(PackedSource(folder, 1).name(index)).name}"
 
 
+def bad_reason(source: PackedSource, index: int) -> str:
+    with pytest.raises(BadImageError) as error:
+        source.read(index)
+    return str(error.value)
+
+
 def test_a_damaged_image_is_a_bad_image_that_names_its_place(own):
     folder = own / "train"
     source = PackedSource(folder, 1)
     where = flip_bit(folder, 50)
-    with pytest.raises(
-        BadImageError, match=rf"is damaged: {where}, has the crc32 \w{{8}}, expected \w{{8}}$"
-    ):
-        source.read(50)
+    assert re.search(rf"{where}.* crc32 \w{{8}}, expected \w{{8}}$", bad_reason(source, 50))
     assert source.read(49).shape == (1, 28, 28)
     path, offset, length = place_of(folder, 60)
     os.truncate(path, offset + length - 1)
-    expected = rf"is cut off: {path.name} at byte {offset}, .*has {length - 1} of {length} bytes"
-    with pytest.raises(BadImageError, match=expected):
-        source.read(60)
+    expected = rf"cut off: {path.name} at byte {offset}, .* {length - 1} of {length} bytes"
+    assert re.search(expected, bad_reason(source, 60))
     fresh = PackedSource(own / "val", 1)
     shards(own / "val")[0].unlink()
-    with pytest.raises(
-        BadImageError,
-        match=r"cannot be read: shard-000000.tar at byte 512, member 0.*: No such file",
-    ):
-        fresh.read(0)
+    assert "shard-000000.tar at byte 512, member 0" in bad_reason(fresh, 0)
 
 
-def test_what_an_index_says_is_not_believed(own):
-    """A length of 2^62 is refused before memory is asked for."""
+def test_a_length_in_the_index_is_checked_before_memory_is_asked_for(own):
     entries = np.load(own / "train/index.npy")
     entries["length"][3] = 2**62
     np.save(own / "train/index.npy", entries)
-    with pytest.raises(BadImageError, match="would end behind the shard"):
-        PackedSource(own / "train", 1).read(3)
+    assert "behind the shard" in bad_reason(PackedSource(own / "train", 1), 3)
 
 
-def test_an_index_that_does_not_fit_its_shards_is_refused(own, packs):
-    folder = own / "train"
-    again = f"python tools/pack_dataset.py --index {folder}/*.tar"
-
-    def refusal() -> str:
-        with pytest.raises(DataError) as error:
-            PackedSource(folder, 1)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    def restore() -> None:
-        shutil.copytree(packs / "train", folder, dirs_exist_ok=True)
-
-    second = shards(folder)[1]
-    second.unlink()
-    assert refusal() == f"1 of the 6 shards in {folder} are missing: shard-000001.tar"
-    older = f"the index of {folder} is older than its shards (shard-000001.tar): index them again, {again}"
-    restore()
-    with second.open("ab") as file:
-        file.write(bytes(512))
-    assert refusal() == older  # another size
-    restore()
-    shutil.copy(shards(folder)[0], second)
-    assert refusal() == older  # another shard
-    restore()
-    content = second.read_bytes()
-    patched(second, 0, b"9", header=0)
-    assert (
-        len(second.read_bytes()) == len(content) and refusal() == older
-    )  # another name, all else equal
-    for name in ("index.json", "index.npy", "names.npy"):
-        restore()
-        (folder / name).unlink()
-        assert refusal() == (
-            f"{folder} has no {name}: give the command that packed it again, or for shards from elsewhere {again}"
-        )
-        (folder / name).write_bytes(b"{}" if name == "index.json" else b"x")
-        assert f"the index of {folder} is damaged (" in refusal()
-    restore()
-    np.save(folder / "index.npy", np.load(folder / "index.npy")[:-1])
-    assert "do not fit one another" in refusal()
-    restore()
-    np.save(folder / "names.npy", np.array([None, {}], dtype=object))  # a pickle
-    assert "is damaged (Array can't be memory-mapped: Python objects in dtype" in refusal()
-    restore()
-    facts = json.loads((folder / "index.json").read_text())
-    for change in (
-        {"version": 2},
-        {"shards": [{**facts["shards"][0], "name": "../x.tar"}, *facts["shards"][1:]]},
-    ):
-        (folder / "index.json").write_text(json.dumps({**facts, **change}))
-        assert "do not fit one another" in refusal()
+def edited(folder: Path, change: Callable[[dict], object]) -> None:
+    """Changes what index.json holds."""
+    content = json.loads((folder / "index.json").read_text())
+    change(content)
+    (folder / "index.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])]
-)
-def test_a_run_on_a_damaged_shard_says_how_to_look_at_the_data(tmp_path, own, damage):
-    damage(shards(own / "train")[1])
-    with pytest.raises(DataError, match=r"shard-000001\.tar") as error:
+SECOND = "shard-000001.tar"
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a shard is missing": (lambda folder: (folder / SECOND).unlink(), SECOND),
+    "a shard is longer": (lambda folder: (folder / SECOND).open("ab").write(bytes(512)), SECOND),
+    "another shard": (
+        lambda folder: shutil.copy(folder / "shard-000000.tar", folder / SECOND),
+        SECOND,
+    ),
+    "another name in a shard": (lambda folder: patched(folder / SECOND, 0, b"9", 0), SECOND),
+    "fewer entries": (
+        lambda folder: np.save(folder / "index.npy", np.load(folder / "index.npy")[:-1]),
+        "do not fit",
+    ),
+    "a pickle": (
+        lambda folder: np.save(folder / "names.npy", np.array([None, {}], dtype=object)),
+        "is damaged",
+    ),
+    "another version": (
+        lambda folder: edited(folder, lambda content: content.update(version=2)),
+        "do not fit",
+    ),
+    "a shard elsewhere": (
+        lambda folder: edited(folder, lambda content: content["shards"][0].update(name="../x")),
+        "do not fit",
+    ),
+}
+for name in ("index.json", "index.npy", "names.npy"):
+    DAMAGES[f"no {name}"] = (lambda folder, name=name: (folder / name).unlink(), f"no {name}")
+    DAMAGES[f"a damaged {name}"] = (
+        lambda folder, name=name: (folder / name).write_bytes(b"{}"),
+        "is damaged",
+    )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_index_that_does_not_fit_its_shards_is_refused(own, damage):
+    damaging, named = DAMAGES[damage]
+    damaging(own / "train")
+    with pytest.raises(DataError) as error:
+        PackedSource(own / "train", 1)
+    assert str(own / "train") in str(error.value)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_on_a_damaged_shard_says_how_to_check_the_data(tmp_path, own):
+    shards(own / "train")[1].unlink()
+    with pytest.raises(DataError, match=SECOND) as error:
         main_pretrain.main(pretraining(own, tmp_path / "run", *PACKED))
-    assert error.value.__notes__ == [f"look at the data with: python tools/check_dataset.py {own}"]
+    assert f"tools/check_dataset.py {own}" in error.value.__notes__[0]
 
 
 def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
-    with pytest.raises(InputError, match=r"data_path .*nowhere does not exist") as error:
+    with pytest.raises(InputError, match="data_path .*nowhere") as error:
         build_pretrain_source("packed", str(tmp_path / "nowhere"), 3, False)
-    assert not isinstance(error.value, DataError)  # there is nothing to look at
-    with pytest.raises(
-        DataError,
-        match=r"train has no index\.json: give the command that packed it again, or for sh",
-    ):
+    assert not isinstance(error.value, DataError)  # there is nothing to check
+    with pytest.raises(DataError, match=r"train has no index\.json"):
         build_pretrain_source("packed", str(data), 3, False)
 
 
 def loaded(source: PackedSource, context: str | None, num_workers: int = 2) -> list[torch.Tensor]:
-    dataset = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
-    sampler = StepSampler(len(source), 10, 1, 0, 1, 0, 0, 8, block_size=16)
+    made = dataset(source=source)
+    steps = StepSampler(num_images=len(source), batch_size=10, seed=0, stop_step=8, block_size=16)
     settings = loading(num_workers) | ({"multiprocessing_context": context} if context else {})
-    return [batch.images for batch in build_train_loader(dataset, sampler, settings)]
+    return [batch.images for batch in build_train_loader(made, steps, settings)]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -246,7 +231,7 @@ def test_processes_that_are_forked_or_spawned_read_the_same(packs, context):
 
 def test_a_pickled_source_holds_no_data_and_opens_its_own_files(packs):
     source = LabelledPack(packs / "train", 1)
-    source.reads_ahead = True
+    source.read_ahead()
     source.read(3)
     copy = pickle.loads(pickle.dumps(source))
     assert len(pickle.dumps(source)) < 500
@@ -279,7 +264,7 @@ def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
     source.block_size = 32
     source.read(70)
     assert announced == []  # only where all images will be read
-    source.reads_ahead = True
+    source.read_ahead()
     for index in (70, 64, 95, 70):
         source.read(index)
     entries = source.index.entries[64:96]
@@ -299,19 +284,8 @@ def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
     assert len(announced) > len(expected)
 
 
-# --- labels
-# -----------------------------------------------------------------------------------------------------------
-
-
 def labelled(root: Path, num_classes: int | None = None) -> LabelledData:
     return build_labelled_data("packed", str(root), 1, download=False, num_classes=num_classes)
-
-
-def refusal_of(root: Path, num_classes: int | None = None) -> str:
-    with pytest.raises(InputError) as error:
-        labelled(root, num_classes)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def make_pack(folder: Path, labels: list[int | None], class_names: list[str] | None = None) -> None:
@@ -332,41 +306,33 @@ def test_both_splits_with_the_class_names_of_the_index(packs):
     assert data.train.labels.dtype == np.int64
     for index in range(0, 120, 7):
         assert CLASSES[data.train.labels[index]] in data.train.name(index)
-    assert (
-        refusal_of(packs, num_classes=4)
-        == "num_classes is 4 and the data has 3 classes: leave num_classes out"
-    )
+    with pytest.raises(InputError, match="num_classes"):
+        labelled(packs, num_classes=4)
 
 
-def test_packs_that_evaluation_cannot_take_are_refused_in_exact_words(tmp_path, own, data):
-    make_pack(tmp_path / "a/train", [0, 1])
-    assert refusal_of(tmp_path / "a") == (
-        f"data_path {tmp_path}/a has no val/: it must hold train/ and val/, each with shards"
-    )
-    make_pack(tmp_path / "a/val", [None, None])
-    assert refusal_of(tmp_path / "a") == (
-        f"the images in {tmp_path}/a/val have no labels, which evaluation needs: pack a folder with class folders"
-    )
-    make_pack(tmp_path / "a/val", [0, 0])
-    assert refusal_of(tmp_path / "a") == f"1 classes in {tmp_path}/a/val hold no image: 1"
-    make_pack(tmp_path / "a/val", [0, 1, 999_999_999])
-    assert refusal_of(tmp_path / "a") == (
-        f"the labels in {tmp_path}/a go up to 999999999, with 2 images to train on"
-    )
-    make_pack(tmp_path / "a/train", [0, 1], ["cat", "dog"])
-    assert "the val split of packed has the label 999999999, outside its 2 classes" in refusal_of(
-        tmp_path / "a"
-    )
-    make_pack(tmp_path / "a/val", [0, 1], ["cat", "mouse"])
-    assert refusal_of(tmp_path / "a") == f"1 classes are in {tmp_path}/a/train and not in val/: dog"
-    make_pack(tmp_path / "a/val", [0, 0], ["cat", "dog"])
-    assert refusal_of(tmp_path / "a") == f"1 classes in {tmp_path}/a/val hold no image: dog"
-    flat = pack(data / "train", tmp_path / "flat")
-    assert (
-        refusal_of(flat)
-        == f"data_path {flat} has no train/: it must hold train/ and val/, each with shards"
-    )
-    assert refusal_of(tmp_path / "nowhere") == f"data_path {tmp_path}/nowhere does not exist"
+CATS_AND_DOGS = ([0, 1], ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "named"),
+    [
+        (CATS_AND_DOGS, None, "val/"),
+        (None, CATS_AND_DOGS, "train/"),
+        (([0, 1],), ([None, None],), "/val have no labels"),
+        (([0, 1],), ([0, 0],), "/val hold no image: 1"),
+        (([0, 1],), ([0, 1, 999_999_999],), "999999999"),
+        (CATS_AND_DOGS, ([0, 1, 999_999_999],), "label 999999999, outside its 2 classes"),
+        (CATS_AND_DOGS, ([0, 1], ["cat", "mouse"]), "/train and not in val/: dog"),
+        (CATS_AND_DOGS, ([0, 0], ["cat", "dog"]), "/val hold no image: dog"),
+    ],
+)
+def test_packs_that_evaluation_cannot_take_are_refused(tmp_path, train, val, named):
+    for split, content in (("train", train), ("val", val)):
+        if content is not None:
+            make_pack(tmp_path / split, *content)
+    with pytest.raises(InputError) as error:
+        labelled(tmp_path)
+    assert named in str(error.value)
 
 
 def test_classes_without_names_are_called_by_their_labels(tmp_path):
@@ -387,11 +353,11 @@ def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
     data = labelled(tmp_path)
     assert (len(data.train), data.train.labels.tolist()) == (3, [2, 0, 1])
     assert [int(data.train.read(index)[0, 0, 0]) for index in range(3)] == [20, 0, 10]
-    assert f"{tmp_path}/train: 2 images have no label and are left out" in caplog.text
+    assert f"{tmp_path}/train: 2 images" in caplog.text
     assert len(build_pretrain_source("packed", str(tmp_path), 1, False)) == 5
 
 
-def test_what_pictures_are_made_of(tmp_path, packs, data):
+def test_pictures_are_made_of_the_validation_images_or_else_all(tmp_path, packs, data):
     assert (
         validation_source("packed", str(packs), 1)
         .name(0)
@@ -406,95 +372,6 @@ def test_what_pictures_are_made_of(tmp_path, packs, data):
     assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 1
 
 
-# --- the order of an epoch
-# --------------------------------------------------------------------------------------------
-
-
-def test_golden_order_by_blocks():
-    """The order belongs to every checkpoint: when these numbers change, no run on packed data can
-    be resumed."""
-    assert epoch_order(10, 4, 42, 0).tolist() == [3, 6, 2, 8, 4, 5, 7, 9, 0, 1]
-    assert epoch_order(100_000, 256, 0, 3)[[0, 1, 20_000, 99_999]].tolist() == [
-        50752,
-        8242,
-        6793,
-        65846,
-    ]
-
-
-@pytest.mark.parametrize(
-    ("num_images", "block_size"), [(1, 4), (3, 4), (4, 4), (1000, 7), (5000, 16), (40_000, 256)]
-)
-def test_an_epoch_by_blocks_is_a_permutation_of_its_own(num_images, block_size):
-    orders = [
-        epoch_order(num_images, block_size, seed, epoch) for seed in range(2) for epoch in range(3)
-    ]
-    for order in orders:
-        assert np.array_equal(np.sort(order), np.arange(num_images))
-    if num_images >= 1000:
-        assert len({order.tobytes() for order in orders}) == 6
-    assert np.array_equal(orders[0], epoch_order(num_images, block_size, 0, 0))
-
-
-def test_64_blocks_are_read_at_a_time_and_mixed():
-    """10,000 blocks of 8: each 512 positions hold 64 whole blocks, from all over the data set, in
-    no order."""
-    order = epoch_order(80_000, 8, 0, 0)
-    first_blocks = []
-    for start in range(0, 80_000, 512):
-        images = order[start : start + 512]
-        counts = Counter((images // 8).tolist())
-        assert set(counts.values()) == {8}
-        assert len(counts) == min(64, len(images) // 8)
-        first_blocks.append(min(counts))
-        if len(images) == 512:
-            assert np.ptp(images) > 60_000
-            correlation = np.corrcoef(np.arange(512), np.argsort(np.argsort(images)))[0, 1]
-            assert abs(correlation) < 0.2
-            assert np.mean(np.diff(images) == 1) < 0.05
-    assert len(set(first_blocks)) > 50
-    short = epoch_order(1003, 10, 0, 0)  # the last block has three images; it may come anywhere
-    assert np.flatnonzero(short >= 1000).max() < 643 or np.flatnonzero(short >= 1000).min() >= 640
-
-
-def test_a_block_size_of_one_is_any_permutation():
-    sampler = StepSampler(1000, 5, 1, 0, 1, 42, 0, 1, block_size=1)
-    assert [key.image for key in next(iter(sampler))] == [
-        333,
-        887,
-        105,
-        55,
-        224,
-    ]  # as for every other data set
-
-
-def keys_of(world_size: int, accum_iter: int, start: int = 0, stop: int = 40) -> list[list]:
-    """The samples of each step over all processes, by position: 6 steps an epoch of 400 images in
-    blocks of 5."""
-    gathered: list[list] = [[] for _ in range(stop - start)]
-    for rank in range(world_size):
-        batch_size = 64 // world_size // accum_iter
-        steps = StepSampler(
-            400, batch_size, accum_iter, rank, world_size, 3, start, stop, block_size=5
-        )
-        for number, batch in enumerate(steps):
-            gathered[number // accum_iter] += batch
-    return [sorted(keys, key=lambda key: key.position) for keys in gathered]
-
-
-def test_a_step_by_blocks_is_the_same_however_it_is_shared_out_and_wherever_it_starts():
-    whole = keys_of(1, 1)
-    order = epoch_order(400, 5, 3, 2)
-    assert [key.image for key in whole[13]] == order[64:128].tolist()
-    assert whole == keys_of(2, 1) == keys_of(4, 2)
-    for start in (1, 5, 6, 7, 23):
-        assert keys_of(2, 2, start) == whole[start:]
-
-
-# --- the stages
-# -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def small_blocks(monkeypatch) -> list[int]:
     """Blocks of 8, 4 to a group; collects the block sizes that runs take."""
@@ -503,8 +380,8 @@ def small_blocks(monkeypatch) -> list[int]:
     taken = []
 
     class Seen(StepSampler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __post_init__(self):
+            super().__post_init__()
             taken.append(self.block_size)
 
     monkeypatch.setattr(batches_module, "StepSampler", Seen)
@@ -664,7 +541,7 @@ def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, 
     (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
     bad = json.loads(line)
     assert bad["path"] == PackedSource(own / "train", 1).name(50)
-    assert bad["reason"].startswith(f"is damaged: {where}, has the crc32 ")
+    assert where in bad["reason"]
     assert log_lines(tmp_path / "run")[-1]["step"] == 2 * PICTURE_STEPS
     in_val = flip_bit(own / "val", 33)
     commands = (
@@ -676,26 +553,15 @@ def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, 
         ),
     )
     for main, damaged, arguments in commands:
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match=damaged):
             main([*arguments, *PACKED, "--finetune", str(weights)])
-        assert f" is damaged: {damaged}, has the crc32 " in str(error.value)
-        assert str(error.value).startswith(f"evaluation leaves no image out, and {own}/")
 
 
-def test_a_shard_that_goes_away_while_training_stops_the_run(tmp_path, own):
+def test_a_shard_that_disappears_while_training_stops_the_run(own):
     """As an unmounted disk does."""
     source = build_pretrain_source("packed", str(own), 1, False)
     shutil.rmtree(own)
-    images = PretrainDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), 16, False, seed=0)
-    batch = next(
-        iter(build_train_loader(images, StepSampler(120, 10, 1, 0, 1, 0, 0, 8, 8), loading(0)))
-    )
+    sampler = StepSampler(num_images=120, batch_size=10, seed=0, stop_step=8, block_size=8)
+    batch = next(iter(build_train_loader(dataset(source=source), sampler, loading(0))))
     assert batch.failed
     assert "No such file or directory" in batch.bad[0].reason
-
-
-def test_the_settings_ask_for_the_folder():
-    with pytest.raises(
-        InputError, match="data_path is needed for dataset packed: give --data_path FOLDER"
-    ):
-        main_pretrain.main(["--dataset", "packed"])

@@ -273,12 +273,17 @@ def test_the_lines_of_python(images, clone, monkeypatch):
     assert found["features"].shape == (8, 128)
 
 
+def unbroken(recipe: Path) -> str:
+    """The text of a recipe with the lines of its command joined."""
+    return re.sub(r"\\\n# +", "", recipe.read_text())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "recipe", RECIPES, ids=lambda path: "-".join(path.relative_to(ROOT / "cfgs").parts)
 )
 def test_the_command_in_a_recipes_head(recipe, images, clone):
-    (line,) = re.findall(r"^# Command:\s+(.*)$", recipe.read_text(), re.M)
+    (line,) = re.findall(r"^# Command:\s+(.*)$", unbroken(recipe), re.M)
     line = line.replace("--download", "--dataset folder --download false")
     words = given(line, images, clone)
     assert words[words.index("--config") + 1] == str(recipe.relative_to(ROOT))
@@ -294,7 +299,7 @@ def test_the_command_in_a_recipes_head(recipe, images, clone):
 @pytest.mark.long
 def test_the_command_in_the_quickstarts_head(clone):
     """`make quickstart` runs those of the evaluations."""
-    recipe = (ROOT / "cfgs/quickstart/pretrain.yaml").read_text()
+    recipe = unbroken(ROOT / "cfgs/quickstart/pretrain.yaml")
     (line,) = re.findall(r"^# Command:\s+(.*)$", recipe, re.M)
     short = ["--epochs", "1", "--warmup_epochs", "0", "--device", "cpu"]
     assert main_pretrain.main([*shlex.split(line)[2:], *short])["step"] == 62

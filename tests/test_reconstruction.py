@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from torch.nn import functional as F
 
 from data.transforms import PixelNormalizer
 from engine.pictures.drawing import to_picture
@@ -173,65 +172,31 @@ def test_a_mask_is_a_function_of_its_seed(kind):
     assert not any(np.array_equal(*pair) for pair in combinations(masks, 2))
 
 
-@pytest.mark.parametrize("kind", ["random", "block"])
-def test_every_patch_may_go_and_every_patch_may_stay(kind):
-    share = np.mean(
-        [removed_of(draw_mask(kind, (6, 4), 0.5, seeded(seed)), (6, 4)) for seed in range(200)],
-        axis=0,
-    )
-    assert share.shape == (6, 4)
-    assert share.min() > 0.02 and share.max() < 0.98
-    if kind == "random":
-        assert share.min() > 0.35 and share.max() < 0.65  # 0.5 with a standard deviation of 0.035
-
-
-def removed_neighbours(removed: np.ndarray) -> float:
-    """Of the 4 neighbours of a removed patch, how many are removed too, on average."""
-    padded = np.pad(removed, 1).astype(int)
-    neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
-    return neighbours[removed].mean()
-
-
-def largest_square(removed: np.ndarray) -> int:
-    """The side of the largest square that is removed as a whole."""
-    side = 1
-    while sliding_window_view(removed, (side + 1, side + 1)).all(axis=(2, 3)).any():
-        side += 1
-    return side
-
-
-def regions(removed: np.ndarray) -> int:
-    """Into how many pieces, joined by their sides, what is removed falls."""
-    names = np.where(removed, np.arange(1, removed.size + 1).reshape(removed.shape), 0)
-    for _ in range(removed.size):  # the largest name of a piece spreads over it
-        padded = np.pad(names, 1)
-        around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-        names = np.where(removed, np.maximum.reduce([names, *around]), 0)
-    return len(np.unique(names[removed]))
+def test_at_random_every_patch_is_as_likely():
+    masks = [removed_of(draw_mask("random", (6, 4), 0.5, seeded(i)), (6, 4)) for i in range(200)]
+    share = np.mean(masks, axis=0)  # 0.5 with a standard deviation of 0.035
+    assert share.min() > 0.35 and share.max() < 0.65
 
 
 def test_blocks_are_large():
-    grid_size = (14, 14)
-    masks = {
-        kind: [
-            removed_of(draw_mask(kind, grid_size, 0.5, seeded(seed)), grid_size)
-            for seed in range(40)
-        ]
+    """The side of the largest square that is removed, on average."""
+
+    def side(removed: np.ndarray) -> int:
+        windows = (
+            sliding_window_view(removed, (n, n)).all(axis=(2, 3)).any() for n in range(2, 15)
+        )
+        return 1 + sum(windows)
+
+    sides = {
+        kind: np.mean(
+            [
+                side(removed_of(draw_mask(kind, (14, 14), 0.5, seeded(i)), (14, 14)))
+                for i in range(40)
+            ]
+        )
         for kind in ("random", "block")
     }
-    neighbours = {
-        kind: np.mean([removed_neighbours(removed) for removed in masks[kind]]) for kind in masks
-    }
-    assert neighbours["random"] == pytest.approx(
-        0.5 * 4 * 13 / 14, abs=0.1
-    )  # a share of the 3.7 that a patch has
-    assert neighbours["block"] > 3.2
-    assert np.mean([largest_square(removed) for removed in masks["random"]]) < 4
-    assert np.mean([largest_square(removed) for removed in masks["block"]]) > 5
-    assert np.mean([regions(removed) for removed in masks["random"]]) > 8
-    assert (
-        np.mean([regions(removed) for removed in masks["block"]]) < 2
-    )  # 2.9 without a smallest block
+    assert sides["random"] < 4 and sides["block"] > 5
 
 
 @pytest.mark.parametrize("grid_size", [(14, 14), (7, 7), (5, 9), (4, 4), (16, 8)])
@@ -248,22 +213,19 @@ def test_a_grid_keeps_the_first_patch_of_every_square(grid_size, mask_ratio, str
         assert sorted(mask.ids_shuffle.tolist()) == list(range(math.prod(grid_size)))
 
 
-@pytest.mark.parametrize("mask_ratio", [0.5, 0.7, 0.8, 0.86, 0.95])
-def test_a_grid_of_another_ratio_is_refused(mask_ratio):
-    with pytest.raises(
-        InputError, match=rf"^mask grid .* mask_ratio 0.75, 0.89, 0.94, got {mask_ratio:g}$"
-    ):
-        draw_mask("grid", (14, 14), mask_ratio, seeded(0))
-
-
-@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize(
-    ("mask_ratio", "kept"), [(0.0, 16), (1.0, 0), (0.95, 0), (1.5, -8), (-0.5, 24)]
+    ("kind", "mask_ratio"),
+    [
+        ("grid", 0.5),
+        ("grid", 0.86),
+        ("random", 0.0),
+        ("block", 1.0),
+        ("random", 0.95),
+        ("grid", -1),
+    ],
 )
-def test_all_or_nothing_is_refused(kind, mask_ratio, kept):
-    with pytest.raises(
-        InputError, match=f"^mask_ratio {mask_ratio:g} keeps {kept} of 16 patches: [^\n]*$"
-    ):
+def test_a_ratio_that_cannot_be_is_refused(kind, mask_ratio):
+    with pytest.raises(InputError, match=f"mask_ratio .*{mask_ratio:g}"):
         draw_mask(kind, (4, 4), mask_ratio, seeded(0))
 
 
@@ -283,11 +245,9 @@ def test_to_unit_is_the_inverse_of_the_normaliser(in_chans):
     normalize = normalizer(in_chans)
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, in_chans, 16, 16)
     assert (normalize.to_unit(normalize(every)).double() - every.double() / 255).abs().max() < 1e-6
-    by_hand = (
-        every.double() / 255 - torch.tensor(IMAGENET_MEAN[:in_chans]).view(-1, 1, 1)
-    ) / torch.tensor(IMAGENET_STD[:in_chans]).view(-1, 1, 1)
+    mean, std = (torch.tensor(v[:in_chans]).view(-1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    by_hand = (every.double() / 255 - mean) / std
     assert (normalize(every).double() - by_hand).abs().max() < 1e-5
-    assert (normalize.to_unit(by_hand.float()).double() - every.double() / 255).abs().max() < 1e-6
 
 
 def test_to_unit_cuts_off_what_no_pixel_can_be():
@@ -360,7 +320,6 @@ def test_each_image_of_a_batch_has_its_own_gaps(shape, in_chans):
     found = reconstructed(model, images, masks)
     p, q = model.patch_size
     for b, removed in enumerate(gaps):
-        assert found.mask[b].tolist() == removed.astype(float).tolist()
         grey = int((found.masked[b] == 0.5).sum())  # no pixel of an original is 127.5 / 255
         assert grey == removed.sum() * p * q * in_chans
         for (y, x), gone in zip(places(model), removed, strict=True):
@@ -377,28 +336,22 @@ def test_each_image_of_a_batch_has_its_own_gaps(shape, in_chans):
 
 @pytest.mark.parametrize("mask_ratio", [0.25, 0.5, 0.9])
 def test_the_model_is_asked_with_the_mask_of_each_image(mask_ratio):
-    """Alone or in a batch, and for another ratio than the model's own, the prediction is the
-    model's for that mask."""
-    model = autoencoder(norm_pix_loss=False)
+    """Alone or in a batch, and for another ratio than the model's own."""
+    model, normalize = autoencoder(norm_pix_loss=False), normalizer(3)
     images = pixels(model)
     masks = random_masks(model, 3, mask_ratio)
     found = reconstructed(model, images, masks)
-    normalize = normalizer(3)
     for b, mask in enumerate(masks):
-        removed = removed_of(mask, model.grid_size)
-        assert removed.sum() == found.mask[b].sum() == 16 - math.floor(16 * (1 - mask_ratio) + 1e-6)
-        pred, _ = model.reconstruct(
-            normalize(images[b : b + 1]), mask.ids_shuffle[None], mask_ratio
-        )
-        expected = normalize.to_unit(
-            torch.from_numpy(to_images(pred.detach().numpy(), model)).float()
-        )
+        assert mask.kept == math.floor(16 * (1 - mask_ratio) + 1e-6)
+        pred, _ = model.reconstruct(normalize(images[b : b + 1]), mask.ids_shuffle[None], mask.kept)
+        expected = torch.from_numpy(to_images(pred.detach().numpy(), model)).float()
+        expected = normalize.to_unit(expected)
         torch.testing.assert_close(found.prediction[b : b + 1], expected, rtol=0, atol=1e-5)
-        # what was removed cannot be seen: other pixels there, the same prediction
+        # With other pixels in the removed patches the prediction is the same.
         other = images[b].clone()
-        hidden = torch.from_numpy(removed).float().expand(1, 3, 4, 4)
-        hidden = F.interpolate(hidden, scale_factor=8.0, mode="nearest")[0].bool()
-        other[hidden] = 255 - other[hidden]
+        for (y, x), removed in zip(places(model), removed_of(mask, (4, 4)).ravel(), strict=True):
+            if removed:
+                other[:, y, x] = 255 - other[:, y, x]
         again = reconstructed(model, other[None], [mask])
         torch.testing.assert_close(again.prediction[0], found.prediction[b], rtol=0, atol=1e-5)
         assert not torch.equal(again.original[0], found.original[b])
@@ -444,12 +397,6 @@ def test_psnr_of_an_error_of_a_tenth_is_20_db(monkeypatch):
     )
 
 
-# The caption
-
-
-def test_the_caption_says_what_comes_from_the_original():
+def test_the_caption_tells_the_two_targets_apart():
     normalised, raw = (target_caption(autoencoder(norm_pix_loss=value)) for value in (True, False))
-    assert "mean and variance are taken from the original" in normalised
-    assert "variance" not in raw and "original" not in raw
-    for caption in (normalised, raw):
-        assert "visible patches" in caption  # and that those were never trained
+    assert "variance" in normalised and "variance" not in raw

@@ -1,167 +1,176 @@
 """Order, crops, flips and masks are pure functions of (seed, epoch, position): the numbers, and
-what moves none."""
+what changes none of them."""
 
 import random
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import loading
 from torchvision.transforms import v2
 
 from data.loader import PretrainBatch, PretrainDataset, build_train_loader
-from data.sampler import SampleKey, StepSampler
+from data.sampler import SampleKey, StepSampler, epoch_order
 from data.sources import ArraySource
 from data.transforms import PixelNormalizer, pretrain_transform
-from util.rng import ORDER, derive_seed, generator, seeded
+from models.masks import training_order
+from util.rng import derive_seed, seeded
 
 
-def sampler(num_images: int, batch_size: int, **changes) -> StepSampler:
-    settings = {
-        "accum_iter": 1,
-        "rank": 0,
-        "world_size": 1,
-        "seed": 0,
-        "start_step": 0,
-        "stop_step": 1,
-    }
-    return StepSampler(num_images, batch_size, **settings | changes)
-
-
-def positions(batches: StepSampler) -> list[list[int]]:
-    return [[key.position for key in batch] for batch in batches]
-
-
-def epoch_order(seed: int, epoch: int, num_images: int) -> list[int]:
-    return torch.randperm(num_images, generator=generator(seed, ORDER, epoch)).tolist()
-
-
-def test_golden_seeds_and_order():
+def test_golden_seeds_and_orders():
     """The random stream belongs to every checkpoint: when these numbers change, no run can be
     resumed exactly."""
     assert derive_seed(0, 0, 0) == 5678897472729702547
     assert derive_seed(7, 1, 2, 3) == 4427128135344464814
-    (batch,) = sampler(1000, 5, seed=42)
+    (batch,) = StepSampler(num_images=1000, batch_size=5, seed=42, stop_step=1)
     assert [key.image for key in batch] == [333, 887, 105, 55, 224]
-
-
-def test_one_process_by_hand():
-    """10 images, 2 micro-batches of 2: two steps an epoch, two images left out."""
-    keys = list(sampler(10, 2, accum_iter=2, stop_step=3))
-    first, second = epoch_order(0, 0, 10), epoch_order(0, 1, 10)
-    assert keys == [
-        [SampleKey(first[0], 0, 0, 0), SampleKey(first[1], 0, 1, 0)],
-        [SampleKey(first[2], 0, 2, 0), SampleKey(first[3], 0, 3, 0)],
-        [SampleKey(first[4], 0, 4, 1), SampleKey(first[5], 0, 5, 1)],
-        [SampleKey(first[6], 0, 6, 1), SampleKey(first[7], 0, 7, 1)],
-        [SampleKey(second[0], 1, 0, 2), SampleKey(second[1], 1, 1, 2)],
-        [SampleKey(second[2], 1, 2, 2), SampleKey(second[3], 1, 3, 2)],
-    ]
-
-
-def test_two_processes_by_hand():
-    """Each micro-batch is dealt to the processes in turn: 0 1 | 2 3, then 4 5 | 6 7."""
-    first = sampler(20, 2, accum_iter=2, world_size=2, rank=0, stop_step=3)
-    second = sampler(20, 2, accum_iter=2, world_size=2, rank=1, stop_step=3)
-    assert positions(first) == [[0, 1], [4, 5], [8, 9], [12, 13], [0, 1], [4, 5]]
-    assert positions(second) == [[2, 3], [6, 7], [10, 11], [14, 15], [2, 3], [6, 7]]
-    assert len(first) == len(second) == 6
+    assert epoch_order(10, 4, 42, 0).tolist() == [3, 6, 2, 8, 4, 5, 7, 9, 0, 1]
+    by_blocks = epoch_order(100_000, 256, 0, 3)
+    assert by_blocks[[0, 1, 20_000, 99_999]].tolist() == [50752, 8242, 6793, 65846]
 
 
 @pytest.mark.parametrize(
-    ("num_images", "batch_size", "accum_iter", "world_size", "steps"),
+    ("rank", "positions"),
     [
-        (8, 8, 1, 1, 1),
-        (9, 2, 2, 2, 1),
-        (15, 2, 2, 2, 1),
-        (16, 2, 2, 2, 2),
-        (1000, 64, 1, 1, 15),
-        (3, 1, 1, 1, 3),
+        (0, [[0, 1], [4, 5], [8, 9], [12, 13], [0, 1], [4, 5]]),
+        (1, [[2, 3], [6, 7], [10, 11], [14, 15], [2, 3], [6, 7]]),
     ],
 )
-def test_steps_per_epoch(num_images, batch_size, accum_iter, world_size, steps):
-    settings = {"accum_iter": accum_iter, "world_size": world_size}
-    assert sampler(num_images, batch_size, **settings).steps_per_epoch == steps
-    assert (
-        len(sampler(num_images, batch_size, start_step=3, stop_step=10, **settings))
-        == 7 * accum_iter
+def test_two_processes_by_hand(rank, positions):
+    """20 images, two steps of 8 an epoch. Each micro-batch is dealt to the processes in turn:
+    0 1 | 2 3, then 4 5 | 6 7."""
+    sampler = StepSampler(
+        num_images=20, batch_size=2, accum_iter=2, rank=rank, world_size=2, seed=0, stop_step=3
+    )
+    assert [[key.position for key in batch] for batch in sampler] == positions
+    assert (len(sampler), sampler.steps_per_epoch) == (6, 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's geometry, from which the definition in `data/sampler.py` gives every sample."""
+
+    num_images: int
+    total: int
+    steps: int
+    seed: int
+    block_size: int
+    repeats: int
+
+    def keys(self, step: int) -> list[SampleKey]:
+        """The samples of a step, by position."""
+        steps_per_epoch = self.num_images // self.total
+        epoch = step // steps_per_epoch
+        order = epoch_order(self.num_images, self.block_size, self.seed, epoch // self.repeats)
+        decoded = np.split(order[: steps_per_epoch * self.total], self.repeats)[
+            epoch % self.repeats
+        ]
+        first = step % steps_per_epoch * self.total
+        return [
+            SampleKey(int(decoded[position // self.repeats]), epoch, position, step)
+            for position in range(first, first + self.total)
+        ]
+
+
+@st.composite
+def shared_runs(draw) -> tuple[Run, dict[str, int]]:
+    """A run, and how its steps are shared by processes and micro-batches."""
+    repeats = draw(st.integers(1, 4))
+    sharing = {
+        "batch_size": repeats * draw(st.integers(1, 4)),
+        "accum_iter": draw(st.integers(1, 3)),
+        "world_size": draw(st.integers(1, 4)),
+    }
+    total = int(np.prod(list(sharing.values())))
+    num_images = draw(st.integers(total, 4 * total))
+    steps, seed, block = draw(st.integers(1, 12)), draw(st.integers(0, 9)), st.integers(1, 9)
+    return Run(num_images, total, steps, seed, draw(block), repeats), sharing
+
+
+def sampler_of(run: Run, start: int, stop: int, **sharing: int) -> StepSampler:
+    return StepSampler(
+        num_images=run.num_images,
+        seed=run.seed,
+        start_step=start,
+        stop_step=stop,
+        block_size=run.block_size,
+        aug_repeats=run.repeats,
+        **sharing,
     )
 
 
-def steps_of(
-    num_images: int, batch_size: int, accum_iter: int, world_size: int, steps: int
-) -> list[list[SampleKey]]:
-    """The samples of each step over all processes and micro-batches, by position."""
-    gathered: list[list[SampleKey]] = [[] for _ in range(steps)]
-    for rank in range(world_size):
-        settings = {
-            "accum_iter": accum_iter,
-            "world_size": world_size,
-            "rank": rank,
-            "stop_step": steps,
-        }
-        for number, batch in enumerate(sampler(num_images, batch_size, **settings)):
-            assert len(batch) == batch_size
-            gathered[number // accum_iter] += batch
-    return [sorted(keys, key=lambda key: key.position) for keys in gathered]
+@given(shared_runs(), st.data())
+def test_a_step_is_the_same_however_it_is_shared_and_wherever_the_run_starts(shared, data):
+    run, sharing = shared
+    start = data.draw(st.integers(0, run.steps))
+    gathered: dict[int, list[SampleKey]] = {step: [] for step in range(start, run.steps)}
+    for rank in range(sharing["world_size"]):
+        sampler = sampler_of(run, start, run.steps, rank=rank, **sharing)
+        batches = list(sampler)
+        assert list(sampler) == batches  # a sampler can be read again
+        assert len(sampler) == len(batches) == (run.steps - start) * sharing["accum_iter"]
+        for batch in batches:
+            assert len(batch) == sharing["batch_size"]
+            samples_of_one = np.array([key.image for key in batch]).reshape(-1, run.repeats)
+            assert (samples_of_one == samples_of_one[:, :1]).all()
+            gathered[batch[0].step] += batch
+    for step, keys in gathered.items():
+        assert sorted(keys, key=lambda key: key.position) == run.keys(step)
 
 
-def test_a_step_is_the_same_however_it_is_shared_out():
-    whole = steps_of(200, 64, 1, 1, 7)
-    assert whole == steps_of(200, 16, 4, 1, 7)
-    assert whole == steps_of(200, 16, 2, 2, 7)
-    assert whole == steps_of(200, 16, 1, 4, 7)
-    # three steps an epoch
-    assert [[key.position for key in keys] for keys in whole] == [
-        list(range(64 * (s % 3), 64 * (s % 3 + 1))) for s in range(7)
-    ]
-    assert [{(key.epoch, key.step) for key in keys} for keys in whole] == [
-        {(s // 3, s)} for s in range(7)
-    ]
+@given(shared_runs())
+def test_an_image_is_decoded_once_in_as_many_epochs_as_it_has_repeats(shared):
+    run, _ = shared
+    for period in range(2):
+        steps = run.num_images // run.total * run.repeats
+        sampler = sampler_of(run, period * steps, (period + 1) * steps, batch_size=run.total)
+        images = [key.image for batch in sampler for key in batch[:: run.repeats]]
+        assert len(set(images)) == len(images) == steps * run.total // run.repeats
+        assert set(images) <= set(range(run.num_images))
 
 
-def test_an_epoch_is_a_permutation_and_its_rest_differs_each_time():
-    """103 images in steps of 10: three are left out."""
-    left_out, orders = [], []
-    for epoch in range(6):
-        keys = [
-            key
-            for batch in sampler(103, 10, start_step=10 * epoch, stop_step=10 * epoch + 10)
-            for key in batch
-        ]
-        images = [key.image for key in keys]
-        assert len(set(images)) == 100
-        assert set(images) <= set(range(103))
-        assert {key.epoch for key in keys} == {epoch}
-        assert [key.position for key in keys] == list(range(100))
-        left_out.append(frozenset(range(103)) - set(images))
-        orders.append(tuple(images))
-    assert len(set(left_out)) == len(set(orders)) == 6
-    assert orders[0] != tuple(range(100))
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(0, 2**31 - 1), st.integers(0, 1000))
+def test_an_epoch_is_a_permutation(num_images, block_size, seed, epoch):
+    order = epoch_order(num_images, block_size, seed, epoch)
+    assert np.array_equal(np.sort(order), np.arange(num_images))
+    assert np.array_equal(order, epoch_order(num_images, block_size, seed, epoch))
 
 
-def test_starting_at_any_step_gives_the_tail():
-    """5 steps an epoch: starts in the middle of one, at its end, at the first step of the next."""
-    settings = {"accum_iter": 2, "world_size": 2, "rank": 1, "stop_step": 17}
-    whole = list(sampler(43, 2, **settings))
-    for start in range(18):
-        tail = sampler(43, 2, start_step=start, **settings)
-        assert list(tail) == whole[2 * start :]
-        assert list(tail) == whole[2 * start :]  # a sampler can be read again
-        assert len(tail) == 2 * (17 - start)
-
-
-def test_seeds_and_epochs_have_orders_of_their_own():
+@pytest.mark.parametrize("block_size", [1, 5])
+def test_seeds_and_epochs_have_orders_of_their_own(block_size):
     orders = {
         tuple(
             key.image
-            for batch in sampler(64, 64, seed=seed, start_step=epoch, stop_step=epoch + 1)
+            for batch in StepSampler(
+                num_images=203,
+                batch_size=50,
+                seed=seed,
+                start_step=4 * epoch,
+                stop_step=4 * epoch + 4,
+                block_size=block_size,
+            )
             for key in batch
         )
         for seed in range(5)
         for epoch in range(5)
     }
-    assert len(orders) == 25
+    assert len(orders) == len({frozenset(order) for order in orders}) == 25
+
+
+def test_64_blocks_are_read_at_a_time_and_mixed():
+    """10,000 blocks of 8: each 512 positions hold 64 complete blocks, from all over the data set,
+    in no order."""
+    order = epoch_order(80_000, 8, 0, 0)
+    for images in np.split(order[: 156 * 512], 156):
+        blocks, counts = np.unique(images // 8, return_counts=True)
+        assert (len(blocks), set(counts)) == (64, {8})
+        assert np.ptp(images) > 60_000
+        assert abs(np.corrcoef(np.arange(512), np.argsort(np.argsort(images)))[0, 1]) < 0.2
+        assert np.mean(np.diff(images) == 1) < 0.05
 
 
 @pytest.mark.parametrize("base", [(0,), (1, 2, 3), (5, 2**32)])
@@ -190,66 +199,40 @@ def test_seeds_are_63_bits_and_use_them():
 
 COUNT = 40
 PICTURES = np.random.default_rng(0).integers(0, 256, (COUNT, 3, 20, 24), dtype=np.uint8)
+DATASET = PretrainDataset(
+    source=ArraySource("noise", PICTURES, 3),
+    transform=pretrain_transform(8, 0.2, "bicubic", 0.5),
+    draw_order=partial(training_order, 16),
+    shared_mask=False,
+    seed=0,
+)
 
 
-def dataset(shared_mask: bool = False, seed: int = 0, num_patches: int = 16) -> PretrainDataset:
-    transform = pretrain_transform(8, 0.2, "bicubic", 0.5)
-    return PretrainDataset(
-        ArraySource("noise", PICTURES, 3), transform, num_patches, shared_mask, seed
-    )
+def dataset(**changes) -> PretrainDataset:
+    """40 pictures of noise, crops of 8 x 8 pixels, 16 patches."""
+    return replace(DATASET, **changes)
 
 
 def batches(
-    num_workers: int, start_step: int = 0, prefetch_factor: int = 2, **settings
+    made: PretrainDataset, num_workers: int = 0, start_step: int = 0, prefetch_factor: int = 2
 ) -> list[PretrainBatch]:
-    steps = sampler(COUNT, 8, start_step=start_step, stop_step=10)  # two epochs of five
-    return list(
-        build_train_loader(dataset(**settings), steps, loading(num_workers, prefetch_factor))
+    """Three epochs of three steps of 12 samples."""
+    steps = StepSampler(
+        num_images=len(made),
+        batch_size=12,
+        seed=0,
+        start_step=start_step,
+        stop_step=9,
+        aug_repeats=made.aug_repeats,
     )
+    return list(build_train_loader(made, steps, loading(num_workers, prefetch_factor)))
 
 
-def assert_same(left: list[PretrainBatch], right: list[PretrainBatch]) -> None:
-    assert [batch.keys for batch in left] == [batch.keys for batch in right]
-    for a, b in zip(left, right, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.ids_shuffle, b.ids_shuffle)
-
-
-@pytest.mark.parametrize("shared_mask", [False, True])
-def test_workers_and_prefetching_change_nothing(shared_mask):
-    torch.manual_seed(1)
-    expected = batches(0, shared_mask=shared_mask)
-    torch.manual_seed(2)
-    assert_same(batches(2, shared_mask=shared_mask), expected)
-    assert_same(batches(1, shared_mask=shared_mask, prefetch_factor=5), expected)
-    assert_same(batches(2, shared_mask=shared_mask, start_step=3), expected[3:])
-    assert [batch.keys[0].step for batch in expected] == list(range(10))
-    assert (expected[0].images.shape, expected[0].images.dtype) == ((8, 3, 8, 8), torch.uint8)
-    assert (expected[0].ids_shuffle.shape, expected[0].ids_shuffle.dtype) == ((8, 16), torch.int64)
-
-
-def test_a_sample_can_be_made_again_from_its_key():
-    made = dataset()
-    for batch in reversed(batches(0)):
-        for number in reversed(range(8)):
-            sample = made[batch.keys[number]]
-            assert torch.equal(sample.image, batch.images[number])
-            assert torch.equal(sample.target, batch.ids_shuffle[number])
-            assert sample.key == batch.keys[number]
-
-
-def test_position_epoch_and_seed_each_change_crop_and_mask():
-    keys = [SampleKey(0, epoch, position, 0) for epoch in range(3) for position in range(4)]
-    samples = [dataset(seed=seed)[key] for key in keys for seed in range(2)]
-    assert len({sample.image.numpy().tobytes() for sample in samples}) == 24
-    assert len({sample.target.numpy().tobytes() for sample in samples}) == 24
-    # the step is not among the coordinates, so another total batch size gives the same crop
-    assert torch.equal(
-        dataset()[SampleKey(0, 1, 2, 3)].image, dataset()[SampleKey(0, 1, 2, 9)].image
-    )
-    assert torch.equal(
-        dataset()[SampleKey(0, 1, 2, 3)].target, dataset()[SampleKey(0, 1, 2, 9)].target
-    )
+def assert_same_batches(left: list[PretrainBatch], right: list[PretrainBatch]) -> None:
+    for one, other in zip(left, right, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.ids_shuffle, other.ids_shuffle)
+        assert (one.keys, one.bad, one.failed) == (other.keys, other.bad, other.failed)
 
 
 def global_states() -> int:
@@ -260,20 +243,52 @@ def global_states() -> int:
     )
 
 
-def test_making_a_sample_leaves_the_global_random_states_alone():
-    made, before = dataset(), global_states()
-    made[SampleKey(3, 0, 7, 0)]
-    assert global_states() == before
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_loading_leaves_the_global_random_states_alone(num_workers):
+@pytest.mark.parametrize("shared_mask", [False, True])
+def test_workers_and_prefetching_change_nothing(shared_mask):
+    made = dataset(shared_mask=shared_mask)
+    torch.manual_seed(1)
+    expected = batches(made)
+    torch.manual_seed(2)
     before = global_states()
-    batches(num_workers)
+    assert_same_batches(batches(made, 2), expected)
+    assert_same_batches(batches(made, 1, prefetch_factor=5), expected)
+    assert_same_batches(batches(made, 2, start_step=3), expected[3:])
     assert global_states() == before
+    assert [batch.keys[0].step for batch in expected] == list(range(9))
+    assert (expected[0].images.shape, expected[0].images.dtype) == ((12, 3, 8, 8), torch.uint8)
+    assert (expected[0].ids_shuffle.shape, expected[0].ids_shuffle.dtype) == ((12, 16), torch.int64)
 
 
-def test_seeded_puts_the_state_back_even_after_an_error():
+@pytest.mark.parametrize("shared_mask", [False, True])
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_a_sample_is_a_function_of_its_key_alone(repeats, shared_mask):
+    """Made by itself, and without repeats, it is the same; and the global random states stay."""
+    alone = dataset(shared_mask=shared_mask)
+    for batch in reversed(batches(dataset(shared_mask=shared_mask, aug_repeats=repeats))):
+        assert len({image.numpy().tobytes() for image in batch.images}) == 12
+        masks = {mask.numpy().tobytes() for mask in batch.ids_shuffle}
+        assert len(masks) == (1 if shared_mask else 12)
+        before = global_states()
+        for number in reversed(range(12)):
+            sample = alone[batch.keys[number]]
+            assert torch.equal(sample.image, batch.images[number])
+            assert torch.equal(sample.target, batch.ids_shuffle[number])
+            assert sample.key == batch.keys[number]
+        assert global_states() == before
+
+
+def test_position_epoch_and_seed_each_change_crop_and_mask():
+    keys = [SampleKey(0, epoch, position, 0) for epoch in range(3) for position in range(4)]
+    samples = [dataset(seed=seed)[key] for key in keys for seed in range(2)]
+    assert len({sample.image.numpy().tobytes() for sample in samples}) == 24
+    assert len({sample.target.numpy().tobytes() for sample in samples}) == 24
+    # the step is not among the coordinates, so another total batch size gives the same sample
+    one, other = (dataset()[SampleKey(0, 1, 2, step)] for step in (3, 9))
+    assert torch.equal(one.image, other.image)
+    assert torch.equal(one.target, other.target)
+
+
+def test_seeded_restores_the_state_even_after_an_error():
     before = global_states()
     with pytest.raises(KeyError), seeded(5):
         torch.rand(3)
@@ -285,23 +300,14 @@ def test_seeded_puts_the_state_back_even_after_an_error():
 
 
 def test_a_shared_mask_is_one_for_each_step():
-    keys = [
-        SampleKey(position, 0, position, step)
-        for step in range(6)
-        for position in range(4 * step, 4 * step + 4)
-    ]
-    shared = [dataset(shared_mask=True)[key].target.tolist() for key in keys]
-    own = [dataset(shared_mask=False)[key].target.tolist() for key in keys]
-    for step in range(6):
-        assert shared[4 * step : 4 * step + 4] == [shared[4 * step]] * 4
-    assert len({tuple(mask) for mask in shared}) == 6
-    assert len({tuple(mask) for mask in own}) == 24
-    other_seed = dataset(shared_mask=True, seed=1)
-    assert other_seed[keys[0]].target.tolist() != shared[0]
-    # sharing the mask moves no crop
-    assert torch.equal(
-        dataset(shared_mask=True)[keys[5]].image, dataset(shared_mask=False)[keys[5]].image
-    )
+    shared = batches(dataset(shared_mask=True))
+    masks = [{tuple(mask.tolist()) for mask in batch.ids_shuffle} for batch in shared]
+    assert [len(of_step) for of_step in masks] == [1] * 9
+    assert len(set.union(*masks)) == 9
+    other_seed = dataset(shared_mask=True, seed=1)[shared[0].keys[0]]
+    assert not torch.equal(other_seed.target, shared[0].ids_shuffle[0])
+    for one, other in zip(shared, batches(dataset()), strict=True):
+        assert torch.equal(one.images, other.images)  # sharing the mask moves no crop
 
 
 @pytest.mark.parametrize("shared_mask", [False, True])

@@ -1,6 +1,7 @@
 """Shards that others wrote: which samples are found, and what hostile or broken tar files come
 to."""
 
+import gzip
 import io
 import os
 import random
@@ -15,7 +16,7 @@ import torch
 from packs import contents, index_tars, member, patched, png, refused, write_tar
 from runs import CLASSES, make_pictures, run
 
-from data.images import decode_image
+from data.images import IMAGE_ENDINGS, decode_image
 from data.packs.shards import index_shard
 from data.packs.source import LabelledPack, PackedSource
 from tools import pack_dataset
@@ -63,6 +64,13 @@ def test_samples_are_runs_of_members_with_one_key(tmp_path):
     assert index_tars(path) == 5
     source = PackedSource(tmp_path, 1)
     assert [int(source.read(index)[0, 0, 0]) for index in range(5)] == [1, 2, 3, 4, 5]
+
+
+def test_every_kind_of_image_that_a_folder_lists_is_found_in_a_shard(tmp_path):
+    names = [f"{number}{ending}" for number, ending in enumerate(IMAGE_ENDINGS)]
+    path = write_tar(tmp_path / "a.tar", [member(name, png(1)) for name in names])
+    assert found_in(path) == [(name, -1) for name in names]
+    assert {".jpe", ".pgm"} < set(IMAGE_ENDINGS)
 
 
 LONG = "a folder with a long name/" * 8 + "übung 日本 " + "x" * 90
@@ -124,24 +132,45 @@ def plain(path: Path) -> Path:
 
 
 def huge_pax(path: Path) -> Path:
-    """A pax header of 10 GB, and as much of a file (of holes), so that it is not cut off."""
+    """A pax header of 8 GiB, and a file (with holes) of that size, so that it is not cut off."""
     write_tar(path, [member("1.jpg", b"1", pax_headers={"comment": "x"})])
     patched(path, 124, b"%011o\0" % (8**11 - 1), header=0)
     os.truncate(path, 8**11 + 10_000)
     return path
 
 
-def pax_of(records: bytes) -> Callable[[Path], Path]:
+Writer = Callable[[Path], Path]
+
+
+def tar_of(*members) -> Writer:
+    return lambda path: write_tar(path, members)
+
+
+def of_kind(kind: bytes, name: str = "1.jpg", content: bytes = b"", **more) -> Writer:
+    return tar_of(member(name, content, type=kind, **more))
+
+
+def pax_of(records: bytes, kind: bytes = tarfile.XHDTYPE) -> Writer:
+    return tar_of(member("x", records, type=kind), member("1.jpg", b"1" * 9))
+
+
+def labelled(label: bytes) -> Writer:
+    return tar_of(member("1.jpg", b"1"), member("1.cls", label))
+
+
+def sized(field: bytes) -> Writer:
+    """The size field of the second header."""
+    return lambda path: patched(plain(path), 1536 + 124, field, header=1536)
+
+
+def changed(change: Callable[[bytes], bytes]) -> Writer:
+    """The bytes of a sound tar file, changed."""
+
     def write(path: Path) -> Path:
-        return write_tar(
-            path, [member("x", records, type=tarfile.XHDTYPE), member("1.jpg", b"1" * 9)]
-        )
+        path.write_bytes(change(plain(path).read_bytes()))
+        return path
 
     return write
-
-
-def oversized(content: bytes) -> Callable[[Path], Path]:
-    return lambda path: patched(plain(path), 1536 + 124, content, header=1536)
 
 
 SPARSE = {
@@ -150,149 +179,66 @@ SPARSE = {
     "GNU.sparse.name": "1.jpg",
     "GNU.sparse.realsize": "9",
 }
-HOSTILE = {
-    "a link": (
-        lambda p: write_tar(p, [member("1.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd")]),
-        "'1.jpg' is a link or device",
-    ),
-    "a hard link": (
-        lambda p: write_tar(p, [member("1.jpg", type=tarfile.LNKTYPE, linkname="../../x")]),
-        "'1.jpg' is a link or device",
-    ),
+# what is wrong: how it is written, what the message names beside the tar file
+HOSTILE: dict[str, tuple[Writer, str]] = {
+    "a link": (of_kind(tarfile.SYMTYPE, linkname="/etc/passwd"), "1.jpg"),
+    "a hard link": (of_kind(tarfile.LNKTYPE, linkname="../../x"), "1.jpg"),
     "a linked label": (
-        lambda p: write_tar(p, [member("1.jpg", b"1"), member("1.cls", type=tarfile.SYMTYPE)]),
-        "'1.cls' is a link or device",
+        tar_of(member("1.jpg", b"1"), member("1.cls", type=tarfile.SYMTYPE)),
+        "1.cls",
     ),
-    "a device": (
-        lambda p: write_tar(p, [member("1.jpg", type=tarfile.CHRTYPE, devmajor=1, devminor=5)]),
-        "'1.jpg' is a link or device",
+    "a device": (of_kind(tarfile.CHRTYPE, devmajor=1, devminor=5), "1.jpg"),
+    "a pipe": (of_kind(tarfile.FIFOTYPE), "1.jpg"),
+    "a folder": (of_kind(tarfile.DIRTYPE), "1.jpg"),
+    "a way up": (tar_of(member("../1.jpg", b"1")), "../1.jpg"),
+    "a way up inside": (tar_of(member("a/../../1.cls", b"1")), "a/../../1.cls"),
+    "an absolute name": (tar_of(member("/1.jpg", b"1")), "/1.jpg"),
+    "10 GB": (sized(b"\x80" + (10**10).to_bytes(11, "big")), "10000000000"),
+    "one byte too many": (sized(b"%011o\0" % 8193), "8193"),
+    "a negative size": (sized(b"\xff" * 12), ""),
+    "2^87 bytes": (sized(b"\x80\x7f" + b"\xff" * 10), "2.jpg"),
+    "a size that is no number": (sized(b"99999999999\0"), "1536"),
+    "10 GB by pax": (pax_of(b"20 size=10000000000\n"), "10000000000"),
+    "a negative pax size": (pax_of(b"11 size=-1\n"), ""),
+    "a large negative pax size": (pax_of(b"15 size=-99999\n"), ""),
+    "a pax size of 100 digits": (pax_of(b"110 size=" + b"1" * 100 + b"\n"), ""),
+    "a pax header of 8 GB": (huge_pax, ""),
+    "a pax record of no length": (pax_of(b"0 path=x\n"), ""),
+    "a shared pax path": (pax_of(b"14 path=a.jpg\n", tarfile.XGLTYPE), ""),
+    "2,000 pax headers for one member": (
+        tar_of(*[member("x", b"", type=tarfile.XHDTYPE)] * 2000, member("1.jpg", b"1")),
+        "",
     ),
-    "a pipe": (
-        lambda p: write_tar(p, [member("1.jpg", type=tarfile.FIFOTYPE)]),
-        "'1.jpg' is a link or device",
-    ),
-    "a folder": (
-        lambda p: write_tar(p, [member("1.jpg", type=tarfile.DIRTYPE)]),
-        "'1.jpg' is a link or device",
-    ),
-    "a way up": (
-        lambda p: write_tar(p, [member("../1.jpg", b"1")]),
-        "the name '../1.jpg' leads out of the archive",
-    ),
-    "a way up inside": (
-        lambda p: write_tar(p, [member("a/../../1.cls", b"1")]),
-        "leads out of the archive",
-    ),
-    "an absolute name": (
-        lambda p: write_tar(p, [member("/1.jpg", b"1")]),
-        "the name '/1.jpg' leads out",
-    ),
-    "10 GB": (
-        oversized(
-            b"%011o\0" % 10**10 if 10**10 < 8**11 else b"\x80" + (10**10).to_bytes(11, "big")
-        ),
-        "'2.jpg' at byte 1536 declares 10000000000 bytes, the file has 10240",
-    ),
-    "one byte too many": (oversized(b"%011o\0" % 8193), "declares 8193 bytes, the file has 10240"),
-    "a negative size": (oversized(b"\xff" * 12), "declares -1 bytes"),
-    "2^87 bytes": (oversized(b"\x80\x7f" + b"\xff" * 10), "bytes, the file has 10240"),
-    "a size that is no number": (
-        oversized(b"99999999999\0"),
-        "damaged one: invalid header at byte 1536",
-    ),
-    "10 GB by pax": (pax_of(b"20 size=10000000000\n"), "declares 10000000000 bytes"),
-    "a pax size that is no number": (
-        pax_of(b"11 size=-1\n"),
-        "a damaged pax header: its size is no number",
-    ),
-    "a pax size of 100 digits": (
-        pax_of(b"110 size=" + b"1" * 100 + b"\n"),
-        "its size is no number",
-    ),
-    "a pax header of 8 GB": (huge_pax, "has an extended header of 8589934591 bytes"),
-    "a pax record too long": (pax_of(b"99 path=x\n"), "has a damaged pax header"),
-    "a pax record of no length": (pax_of(b"0 path=x\n"), "has a damaged pax header"),
-    "a pax record without end": (pax_of(b"path=x"), "has a damaged pax header"),
-    "a shared pax path": (
-        lambda p: write_tar(
-            p, [member("x", b"12 path=abc\n", type=tarfile.XGLTYPE), member("1.jpg", b"1")]
-        ),
-        "gives one path or size to all members",
-    ),
-    "sparse by pax": (
-        lambda p: write_tar(p, [member("GNUSparseFile.0/1.jpg", b"1\n0\n9\n", pax_headers=SPARSE)]),
-        "has a sparse member",
-    ),
-    "sparse by GNU": (
-        lambda p: write_tar(p, [member("1.jpg", b"1", type=tarfile.GNUTYPE_SPARSE)]),
-        "has a sparse member",
-    ),
+    "sparse by pax": (tar_of(member("x/1.jpg", b"1\n0\n9\n", pax_headers=SPARSE)), "1.jpg"),
+    "sparse by GNU": (of_kind(tarfile.GNUTYPE_SPARSE, content=b"1"), ""),
     "two images": (
-        lambda p: write_tar(p, [member("1.jpg", b"1"), member("1.txt"), member("1.png", b"2")]),
-        "has two images under one key: '1.jpg' and '1.png'",
+        tar_of(member("1.jpg", b"1"), member("1.txt"), member("1.png", b"2")),
+        "'1.jpg' and '1.png'",
     ),
     "labels apart": (
-        lambda p: write_tar(
-            p, [member("1.jpg", b"1"), member("2.jpg", b"1"), member("1.cls", b"0")]
-        ),
-        "the label of '1' has no image beside it",
+        tar_of(member("1.jpg", b"1"), member("2.jpg", b"1"), member("1.cls", b"0")),
+        "'1'",
     ),
-    "a word as label": (
-        lambda p: write_tar(p, [member("1.jpg", b"1"), member("1.cls", b"cat")]),
-        "'1.cls' must hold a label, a whole number from 0 on, got b'cat'",
-    ),
-    "a negative label": (
-        lambda p: write_tar(p, [member("1.jpg", b"1"), member("1.cls", b"-1")]),
-        "got b'-1'",
-    ),
-    "a label of 10 digits": (
-        lambda p: write_tar(p, [member("1.jpg", b"1"), member("1.cls", b"9" * 10)]),
-        "must hold",
-    ),
-    "a label of 1 MB": (
-        lambda p: write_tar(p, [member("1.jpg", b"1"), member("1.cls", b"0" * 2**20)]),
-        "must hold",
-    ),
-    "cut in a header": (
-        lambda p: p.write_bytes(plain(p).read_bytes()[:1700]) and p,
-        "cut off: it ends at byte 1700",
-    ),
-    "cut in an image": (
-        lambda p: p.write_bytes(plain(p).read_bytes()[:2500]) and p,
-        "declares 2000 bytes",
-    ),
-    "no end mark": (
-        lambda p: p.write_bytes(plain(p).read_bytes()[:4096]) and p,
-        "is cut off: it ends at byte 4096",
-    ),
-    "empty": (
-        lambda p: p.write_bytes(b"") or p,
-        "is cut off: it ends at byte 0 without an end mark",
-    ),
-    "compressed": (
-        lambda p: p.write_bytes(__import__("gzip").compress(plain(p).read_bytes())) and p,
-        "is compressed",
-    ),
-    "an image": (lambda p: p.write_bytes(png(3) * 20) and p, "is no tar file or a damaged one: "),
-    "a damaged header": (
-        lambda p: patched(plain(p), 1536, b"3"),
-        "damaged one: bad checksum at byte 1536",
-    ),
-    "two in one": (
-        lambda p: p.write_bytes(plain(p).read_bytes() * 2) and p,
-        "goes on after its end mark",
-    ),
-    "no image": (
-        lambda p: write_tar(p, [member("1.txt", b"1")]),
-        "there is no image in the shards of",
-    ),
+    "a word as label": (labelled(b"cat"), "b'cat'"),
+    "a negative label": (labelled(b"-1"), "b'-1'"),
+    "a label of 10 digits": (labelled(b"9" * 10), "1.cls"),
+    "a label of 1 MB": (labelled(b"0" * 2**20), "1.cls"),
+    "cut in a header": (changed(lambda content: content[:1700]), "1700"),
+    "cut in an image": (changed(lambda content: content[:2500]), "2.jpg"),
+    "no end mark": (changed(lambda content: content[:4096]), "4096"),
+    "empty": (changed(lambda _: b""), ""),
+    "compressed": (changed(gzip.compress), ""),
+    "an image": (changed(lambda _: png(3) * 20), ""),
+    "a damaged header": (lambda path: patched(plain(path), 1536, b"3"), "1536"),
+    "two in one": (changed(lambda content: content * 2), ""),
+    "no image": (tar_of(member("1.txt", b"1")), ""),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_and_broken_tar_files_are_refused(tmp_path, case):
-    """In one line, nothing written beside them, and with little memory."""
-    write, message = HOSTILE[case]
+    """In one line, with nothing written beside them, and with little memory."""
+    write, named = HOSTILE[case]
     (tmp_path / "in").mkdir()
     path = write(tmp_path / "in/a.tar")
     tracemalloc.start()
@@ -301,10 +247,9 @@ def test_hostile_and_broken_tar_files_are_refused(tmp_path, case):
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
-    assert message in found
-    assert str(path.parent) in found
-    assert [path.name for path in path.parent.iterdir()] == ["a.tar"]
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert named in found
+    assert str(path.parent if case == "no image" else path) in found
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")] == [Path("in/a.tar")]
 
 
 def test_links_and_names_that_are_no_samples_are_passed_over(tmp_path):
@@ -365,12 +310,22 @@ def test_whatever_is_wrong_with_a_tar_file_it_is_an_input_error_or_lies_inside(t
 
 def test_shards_of_one_index_lie_in_one_folder(tmp_path):
     one, two = plain(tmp_path / "a/1.tar"), plain(tmp_path / "b/2.tar")
-    found = refused("--index", one, two)
-    assert found == f"shards of one index lie in one folder: {one} and {two} do not"
-    assert f"{tmp_path}/gone.tar cannot be read: No such file" in refused(
-        "--index", tmp_path / "gone.tar"
-    )
-    assert "cannot be read: Is a directory" in refused("--index", tmp_path / "a")
+    assert f"{one} and {two}" in refused("--index", one, two)
+    for path in (tmp_path / "gone.tar", tmp_path / "a"):
+        assert str(path) in refused("--index", path)
+
+
+@pytest.mark.parametrize("name", ["index.json", "index.npy", "names.npy"])
+def test_a_file_of_others_is_not_replaced_by_an_index(tmp_path, name):
+    """Other programs call their indices so, too."""
+    path = write_tar(tmp_path / "a.tar", [member("1.png", png(1))])
+    for content in (b'{"shardlist": []}', b"[]", b""):
+        (tmp_path / name).write_bytes(content)
+        before = contents(tmp_path)
+        assert str(tmp_path / name) in refused("--index", path, "--workers", 1)
+        assert contents(tmp_path) == before
+    (tmp_path / name).unlink()
+    assert index_tars(path) == index_tars(path) == 1
 
 
 def test_the_order_of_the_arguments_does_not_matter(tmp_path):

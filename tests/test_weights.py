@@ -14,16 +14,6 @@ import safetensors.torch
 import timm
 import torch
 from conftest import ROOT
-from reference import huggingface_mae
-from runs import command, run
-from timm.models.vision_transformer import VisionTransformer as TimmViT
-from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
-
-from engine.run import checkpoint
-from models.mae import MaskedAutoencoder
-from models.vit import VisionTransformer
-from models.weights import files as weights_file
-from models.weights.adapt import load_into_classifier, load_into_mae, resize_pos_embed
 from models.weights.convert import (
     FORMATS,
     classifier_args,
@@ -35,6 +25,16 @@ from models.weights.convert import (
     weights_digest,
     write_weights,
 )
+from reference import huggingface_mae
+from runs import command, run
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
+
+from engine.run import checkpoint
+from models.mae import MaskedAutoencoder
+from models.vit import VisionTransformer
+from models.weights import files as weights_file
+from models.weights.adapt import load_into_classifier, load_into_mae, resize_pos_embed
 from util.errors import InputError
 
 MAE = {

@@ -30,7 +30,7 @@ from data.labels import SPLITS, build_labelled_data, class_folders, folder_label
 from data.packs.index import INDEX
 from data.packs.source import PackedSource, open_pack
 from data.sources import FolderSource, build_pretrain_source, check_folder
-from engine.run.bad_samples import why_training_stops
+from engine.run.faults import why_training_stops
 from tools.checking.checks import Looks, Source, joined, look_at, passed_over
 from tools.checking.duplicates import equal_images
 from tools.checking.report import STAGES, report, spread_of

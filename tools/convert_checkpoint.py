@@ -3,48 +3,54 @@
     python tools/convert_checkpoint.py SRC --describe
     python tools/convert_checkpoint.py SRC DST --format huggingface
 
-SRC is a file or Hugging Face folder of any kind that the README lists. The facts that a foreign
-file does not record and the target needs (heads, target, the size of images that are not square)
-are given as flags.
+SRC is a file or Hugging Face folder of any kind that the README lists. What a foreign file does not
+record and the new format needs (numbers of heads, the target, the size of images that are not
+square) is given by flags.
 """
 
 import logging
 import sys
 from collections.abc import Sequence
 
-from models.weights.convert import FORMATS, WeightsInfo, complete, read_weights, write_weights
+from models.weights.info import WeightsInfo, complete
+from models.weights.read import read_weights
+from models.weights.write import FORMATS, write_weights
 from util.errors import InputError, LineParser, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> WeightsInfo:
     """Describes or converts; returns what was found. Raises: InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("source", metavar="SRC", help="file or Hugging Face folder")
+    parser.add_argument("source", metavar="SRC", help="File or Hugging Face folder of weights.")
     parser.add_argument(
         "target",
         metavar="DST",
         nargs="?",
-        help="file or, for huggingface, folder; must not be there",
+        help="File, or for huggingface folder, to write; it must not exist.",
     )
-    parser.add_argument("--format", choices=FORMATS, help="what to write")
+    parser.add_argument("--format", choices=FORMATS, help="Format of DST.")
     parser.add_argument(
-        "--describe", action="store_true", help="say what SRC holds and write nothing"
+        "--describe", action="store_true", help="Say what SRC holds and write nothing."
     )
     parser.add_argument(
         "--img_size",
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="images of a foreign file, in pixels",
+        help="Size in pixels of the images of a foreign file, if they were not square.",
     )
-    parser.add_argument("--num_heads", type=int, help="of the encoder, where SRC does not say it")
     parser.add_argument(
-        "--decoder_num_heads", type=int, help="of the decoder, where SRC does not say it"
+        "--num_heads", type=int, help="Attention heads of the encoder, if SRC does not say it."
+    )
+    parser.add_argument(
+        "--decoder_num_heads",
+        type=int,
+        help="Attention heads of the decoder, if SRC does not say it.",
     )
     parser.add_argument(
         "--norm_pix_loss",
         choices=("true", "false"),
-        help="of the target, where SRC does not say it",
+        help="Whether the target is normalised per patch, if SRC does not say it.",
     )
     args = parser.parse_args(argv)
     wanted = [args.target, args.format]

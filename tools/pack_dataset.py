@@ -1,13 +1,12 @@
-"""Packs a folder of images into tar shards in WebDataset's format, or indexes such shards of
-others.
+"""Packs a folder of images into tar shards in WebDataset's format, or indexes such shards.
 
     python tools/pack_dataset.py SRC DST --side 256
     python tools/pack_dataset.py --index /path/to/shards/train/*.tar
 
-SRC is a folder as training takes it: its train/ and val/ (class folders become labels), or any
-folder of images. Train on the shards with --dataset packed --data_path DST. The same command goes
-on where a killed one stopped. SRC must not change meanwhile. With --index nothing is written but
-the index beside the shards.
+SRC is a folder as training takes it: with train/ and val/ (class folders become labels), or any
+folder of images. Train on the shards with --dataset packed --data_path DST. The same command
+continues where a killed one stopped. SRC must not change meanwhile. With --index only the index is
+written, beside the shards.
 """
 
 import argparse
@@ -23,12 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from data.labels import SPLITS, check_same_classes
-from data.loader import BadSample
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
 from data.packs.shards import index_shard
 from data.sources import check_folder
 from tools.packing.packing import (
-    STILL,
+    UNCHANGED,
     Listing,
     MadeShard,
     ShardTask,
@@ -49,23 +47,24 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     """Packs or indexes; returns the number of images by folder. Raises: InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("source", metavar="SRC", nargs="?", type=Path, help="folder of images")
-    parser.add_argument("target", metavar="DST", nargs="?", type=Path, help="folder to pack into")
+    parser.add_argument("source", metavar="SRC", nargs="?", type=path, help="folder of images")
+    parser.add_argument("target", metavar="DST", nargs="?", type=path, help="folder to pack into")
     parser.add_argument(
         "--side",
         type=int,
         choices=(0, 256, 384, 512),
         default=256,
-        help="larger images are reduced to this short side, in pixels; 0 keeps every file as it is (default 256)",
+        help="short side in pixels to which larger images are reduced; 0 keeps every file as it is "
+        "(default 256)",
     )
     parser.add_argument(
-        "--shard_mb", type=positive, default=256.0, help="about so much, in MiB (default 256)"
+        "--shard_mb", type=positive, default=256.0, help="size of a shard in MiB (default 256)"
     )
     parser.add_argument(
         "--workers", type=int, default=available_cores(), help="processes (default: the cores)"
     )
     parser.add_argument(
-        "--index", nargs="+", type=Path, metavar="TAR", help="index these shards, all in one folder"
+        "--index", nargs="+", type=path, metavar="TAR", help="index these shards of one folder"
     )
     args = parser.parse_args(argv)
     if bool(args.index) == (args.target is not None) or (args.index and args.source):
@@ -74,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     if args.index:
         return {str(args.index[0].parent): index_shards(args.index, args.workers)}
     return pack(args)
+
+
+def path(text: str) -> Path:
+    """A path in which `~` is the home folder."""
+    return Path(text).expanduser()
 
 
 def positive(text: str) -> float:
@@ -89,16 +93,12 @@ def pack(args: argparse.Namespace) -> dict[str, int]:
     check_folder(args.source)
     if args.target.resolve() == args.source.resolve():
         raise InputError(f"{args.target} is the folder of images: give another one to pack into")
-    has_splits = (args.source / SPLITS[0]).is_dir()
+    has_splits = (args.source / "train").is_dir()
     splits = [name for name in SPLITS if (args.source / name).is_dir()] if has_splits else [""]
     listings = {name: list_images(args.source / name, has_splits) for name in splits}
-    class_names = {
-        name: listing.class_names for name, listing in listings.items() if listing.class_names
-    }
-    if len(class_names) == len(
-        SPLITS
-    ):  # else a label would mean another class in train/ than in val/
-        check_same_classes(args.source, class_names)
+    named = {name: listing.class_names for name, listing in listings.items() if listing.class_names}
+    if len(named) == len(SPLITS):  # else a label would mean another class in val/ than in train/
+        check_same_classes(args.source, named)
     return {
         str(args.target / name): pack_split(listing, args.target / name, args)
         for name, listing in listings.items()
@@ -106,39 +106,37 @@ def pack(args: argparse.Namespace) -> dict[str, int]:
 
 
 def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
-    """Packs one split, or what an earlier process has left of it; returns the number of images."""
-    starts = shard_starts(listing.sizes, args.side, args.shard_mb).tolist()
-    paths = [folder / f"shard-{number:06d}.tar" for number in range(len(starts))]
+    """Packs one split, or the rest of it that an earlier process left; returns the number of
+    images."""
+    starts = shard_starts(listing.images["size"], args.side, args.shard_mb).tolist()
     tasks = [
-        ShardTask(path, listing.part(start, end), args.side)
-        for path, start, end in zip(paths, starts, [*starts[1:], len(listing.names)], strict=True)
+        ShardTask(folder / f"shard-{number:06d}.tar", listing.part(start, end), args.side)
+        for number, (start, end) in enumerate(
+            zip(starts, [*starts[1:], len(listing.images)], strict=True)
+        )
     ]
     with claimed(folder, listing, args):
-        if (folder / INDEX).exists() and all(path.exists() for path in paths):
+        if (folder / INDEX).exists() and all(task.path.exists() for task in tasks):
             num_images = len(open_index(folder).entries)
-            logger.info(
-                "%s is packed already: %d images in %d shards", folder, num_images, len(paths)
-            )
+            logger.info("%s is packed already: %d images", folder, num_images)
             return num_images
-        made = list(reported(in_processes(make_shard, tasks, args.workers), tasks, folder))
+        made = list(reported(in_processes(make_shard, tasks, args.workers), tasks))
         if list_images(listing.root, listing.class_names is not None).digest() != listing.digest():
             raise InputError(
-                f"the images in {listing.root} changed while they were packed: {STILL}"
+                f"the images in {listing.root} changed while they were packed: {UNCHANGED}"
             )
         bad = [entry for shard in made for entry in shard.bad]
-        finish(folder, bad)
-        shards = [(path.name, shard.content) for path, shard in zip(paths, made, strict=True)]
+        if bad:
+            write_text(folder / BAD_SAMPLES, [json.dumps(entry._asdict()) for entry in bad])
+        shards = [(task.path.name, shard.content) for task, shard in zip(tasks, made, strict=True)]
         num_images = write_index(folder, shards, listing.class_names, args.side, len(bad))
-    size = sum(path.stat().st_size for path in paths)
-    logger.info(
-        "%s: %d images in %d shards, %.1f MiB", folder, num_images, len(paths), size / 2**20
-    )
+    size = sum(shard.content.size for shard in made) / 2**20
+    logger.info("%s: %d images in %d shards, %.1f MiB", folder, num_images, len(made), size)
+    num_unlabelled = int((listing.images["label"] < 0).sum())
     if listing.class_names is None:
         logger.info("%s has no labels: they come from class folders in train/ and val/", folder)
-    elif (listing.labels < 0).any():
-        logger.warning(
-            "%d images lie in no class folder and have no label", (listing.labels < 0).sum()
-        )
+    elif num_unlabelled:
+        logger.warning("%d images lie in no class folder and have no label", num_unlabelled)
     if bad:
         logger.warning(
             "%d images were left out, see %s; first %s %s", len(bad), folder / BAD_SAMPLES, *bad[0]
@@ -150,30 +148,25 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
 def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterator[None]:
     """Writes down what is packed into a folder and keeps other processes out of it.
 
-    Raises: InputError where the folder holds something else, or a process that packs.
+    Raises: InputError if the folder holds something else, or another process packs into it.
     """
     plan = {
         "version": VERSION,
         "side": args.side,
         "shard_mb": args.shard_mb,
-        "num_images": len(listing.names),
+        "num_images": len(listing.images),
         "images": listing.digest(),
     }
-    path = folder / PLAN
+    plan_path = folder / PLAN
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not plan_path.exists():
             if any(entry.name != PLAN + TEMPORARY for entry in folder.iterdir()):
                 raise InputError(
                     f"{folder} is not empty, and no pack was begun there: give a new folder"
                 )
-            write_whole(
-                path,
-                lambda target: target.write_text(
-                    json.dumps(plan, indent=1) + "\n", encoding="utf-8"
-                ),
-            )
-        with path.open("r+", encoding="utf-8") as file:
+            write_text(plan_path, [json.dumps(plan, indent=1)])
+        with plan_path.open("r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -181,46 +174,41 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
             changes = differences(json.load(file), plan)
             if changes:
                 raise InputError(
-                    f"{folder} holds a pack of other images or settings (old -> new): {'; '.join(changes)}: give "
-                    "another folder"
+                    f"{folder} holds a pack of other images or settings (old -> new): "
+                    f"{'; '.join(changes)}: give another folder"
                 )
             yield
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged ({error}): give another folder") from error
+        raise InputError(f"{plan_path} is damaged ({error}): give another folder") from error
 
 
-def reported(
-    shards: Iterator[MadeShard], tasks: list[ShardTask], folder: Path
-) -> Iterator[MadeShard]:
-    """Says a line for each shard."""
+def write_text(target: Path, lines: list[str]) -> None:
+    """Writes a complete file or none."""
+    text = "".join(f"{line}\n" for line in lines)
+    write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def reported(shards: Iterator[MadeShard], tasks: list[ShardTask]) -> Iterator[MadeShard]:
+    """The shards, with a log line for each."""
     started, num_new = time.monotonic(), 0
     for number, (shard, task) in enumerate(zip(shards, tasks, strict=True), start=1):
-        count = len(task.source.names)
+        count = len(task.source.images)
         num_new += 0 if shard.was_there else count
         rate = num_new / (time.monotonic() - started)
         how = "there already" if shard.was_there else f"{rate:.0f} images/s"
         left_out = f", {len(shard.bad)} left out" if shard.bad else ""
         logger.info(
-            "%s: shard %d of %d, %d images%s, %s", folder, number, len(tasks), count, left_out, how
+            "%s: %d of %d, %d images%s, %s", task.path, number, len(tasks), count, left_out, how
         )
         yield shard
-
-
-def finish(folder: Path, bad: list[BadSample]) -> None:
-    """Lists the images that were left out, and removes what killed processes left behind."""
-    lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in bad)
-    if bad:
-        write_whole(folder / BAD_SAMPLES, lambda target: target.write_text(lines, encoding="utf-8"))
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        leftover.unlink()
 
 
 def index_shards(paths: list[Path], workers: int) -> int:
     """Writes the index of shards, which lie in one folder; returns the number of images.
 
-    Class names are those of an earlier index, where the labels fit them.
+    Class names are those of an earlier index, if the labels fit them.
     """
     folder = paths[0].parent
     elsewhere = [path for path in paths if path.parent != folder]
@@ -229,22 +217,16 @@ def index_shards(paths: list[Path], workers: int) -> int:
             f"shards of one index lie in one folder: {paths[0]} and {elsewhere[0]} do not"
         )
     paths = sorted(set(paths))
-    shards = [
-        (path.name, shard)
-        for path, shard in zip(paths, in_processes(index_shard, paths, workers), strict=True)
-    ]
-    labels = np.concatenate([shard.entries["label"] for _, shard in shards])
+    indices = list(in_processes(index_shard, paths, workers))
+    labels = np.concatenate([index.entries["label"] for index in indices])
     class_names = earlier_class_names(folder)
     if class_names is not None and labels.max(initial=-1) != len(class_names) - 1:
         class_names = None
+    shards = [(path.name, index) for path, index in zip(paths, indices, strict=True)]
     num_images = write_index(folder, shards, class_names)
-    logger.info(
-        "%s: %d images in %d shards, %d with a label",
-        folder,
-        num_images,
-        len(paths),
-        (labels >= 0).sum(),
-    )
+    num_labelled = int((labels >= 0).sum())
+    text = "%s: %d images in %d shards, %d with a label"
+    logger.info(text, folder, num_images, len(paths), num_labelled)
     return num_images
 
 

@@ -2,10 +2,11 @@
 
     python tools/plot_run.py output/pretrain/Vit-S_100E_GAP output/pretrain/ViT-B_400E_Norm_GAP
 
-An argument is a run's folder, or any folder above runs. Writes curves.png (loss and accuracy, where
---save_path says, else into the folder that the runs have in common) and into each run's folder
-report.html: figures, curves, reconstructions with attention, the k-NN while training, evaluations
-of its weights that lie beside it, and the settings. It may be called while a run goes on.
+An argument is a run's folder, or any folder above runs. It writes the curves of loss and accuracy
+to --save_path (default: curves.png in the folder that the runs have in common), and report.html
+into each run's folder: figures, curves, reconstructions with attention, the monitor's figures, the
+evaluations of the run's weights that lie in folders beside it, and the settings. The run may still
+be training.
 """
 
 import base64
@@ -21,14 +22,14 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine.pictures.monitor import PICTURE
+from engine.pictures.output import MARK, MONITOR_PICTURE, check_replaceable
 from engine.run.results import read_results
-from models.weights.convert import weights_digest
+from models.weights.files import weights_digest
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-ACCURACIES = {  # in log.jsonl: in words
+ACCURACIES = {  # key in log.jsonl -> legend
     "acc1": "validation",
     "val_acc1": "validation",
     "ema_acc1": "moving average",
@@ -45,7 +46,7 @@ OF_ONE_RUN = COMPARED | {
     "images per second": {"images_per_s": ""},
     "share of time waiting for data": {"data_wait": ""},
 }
-FIGURES = {  # at the head of a page
+FIGURES = {  # key in log.jsonl -> words at the head of the page
     "epoch_loss": "mean training loss of the last epoch",
     "val_loss": "validation loss",
     "acc1": "top-1 %",
@@ -58,86 +59,70 @@ COLUMNS = 2  # of panels
 
 
 class RunLog(NamedTuple):
-    """A run's folder, what to call it, and the lines of its log.jsonl."""
+    """A run's folder, its name in pictures, and the records of its log.jsonl."""
 
     folder: Path
     name: str
-    lines: list[dict[str, Any]]
+    records: list[dict[str, Any]]
 
-    def series(self, fact: str) -> tuple[list[float], list[float]]:
-        """Epochs and values of one fact, where it is a number."""
-        points = [(line["epoch"], line[fact]) for line in self.lines if line.get(fact) is not None]
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Epochs and values of one key, without values that were not finite."""
+        points = [(r["epoch"], r[key]) for r in self.records if r.get(key) is not None]
         return [x for x, _ in points], [y for _, y in points]
-
-    def last(self, fact: str) -> float | None:
-        """The newest value of a fact."""
-        values = self.series(fact)[1]
-        return values[-1] if values else None
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Writes the picture and the pages; returns their paths, `curves` and `reports`. Raises:
     InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "runs",
-        metavar="OUTPUT",
-        nargs="+",
-        type=Path,
-        help="a run's folder, or any folder above runs",
-    )
-    parser.add_argument(
-        "--save_path", type=Path, metavar="PNG", help="where the picture of all runs goes"
-    )
+    add = parser.add_argument
+    add("runs", metavar="OUTPUT", nargs="+", type=Path, help="a run's folder, or one above runs")
+    add("--save_path", type=Path, metavar="PNG", help="file of the curves of all runs")
     args = parser.parse_args(argv)
-    folders = list(
-        dict.fromkeys(folder.resolve() for path in args.runs for folder in find_runs(path))
-    )
-    common = Path(os.path.commonpath(folders))
-    runs = [
-        RunLog(folder, name_of(folder, common), read_log(folder / "log.jsonl"))
-        for folder in folders
-    ]
+    found = {folder.resolve(): None for path in args.runs for folder in find_runs(path)}
+    common = Path(os.path.commonpath(found))
+    runs = [RunLog(run, name_of(run, common), read_log(run / "log.jsonl")) for run in found]
     curves = args.save_path or common / "curves.png"
+    reports = [run.folder / "report.html" for run in runs]
+    check_replaceable(curves, *reports)
     write(curves, draw(runs, COMPARED))
     print(f"wrote {curves}: {', '.join(run.name for run in runs)}")
-    reports = [write(run.folder / "report.html", report(run).encode()) for run in runs]
-    for path in reports:
+    for run, path in zip(runs, reports, strict=True):
+        write(path, report(run).encode())
         print(f"wrote {path}")
     return {"curves": curves, "reports": reports}
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The folder itself where it is a run's, else those of the runs below it. Raises: InputError if
-    there is none."""
+    """The folder itself if it is a run's, else the runs below it. Raises: InputError if there is
+    none."""
     if (path / "log.jsonl").is_file():
         return [path]
-    found = sorted(log.parent for log in path.rglob("log.jsonl"))
+    found = sorted(log.parent for log in path.rglob("log.jsonl") if log.is_file())
     if not found:
         raise InputError(f"{path} is no run's folder and holds none: there is no log.jsonl")
     return found
 
 
 def name_of(folder: Path, common: Path) -> str:
-    """A run's name in pictures: what differs from the others', or the end of its path where it is
-    alone."""
+    """A run's name in pictures: its path below `common`, or the end of its path if it is alone."""
     return folder.relative_to(common.parent.parent if folder == common else common).as_posix()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a last one that is still being written is left out. Raises:
+    """The records of a log.jsonl, without a last one that is still being written. Raises:
     InputError."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            facts = json.loads(line)
-            facts["step"], facts["epoch"]
-            found.append(facts)
+            record = json.loads(line)
+            record["step"], record["epoch"]
+            found.append(record)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise InputError(
-                    f"{path}, line {number} is no line of a run's log: {line[:60]!r}"
+                    f"{path}, line {number} is no record of a run: {line[:60]!r}"
                 ) from error
     if not found:
         raise InputError(f"{path} is empty: the run has not logged anything yet")
@@ -145,28 +130,26 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
-    """A PNG with a panel for each kind of curve that the runs have, over epochs."""
+    """A PNG of curves over epochs, with a panel for each quantity that a run has logged."""
     present = {
-        title: facts
-        for title, facts in panels.items()
-        if any(run.series(f)[0] for run in runs for f in facts)
+        title: keys
+        for title, keys in panels.items()
+        if any(run.series(key)[0] for run in runs for key in keys)
     }
-    present = present or {"loss": LOSS}  # nothing yet: an empty panel
+    present = present or {"loss": LOSS}  # an empty panel, as there is no curve yet
     rows = -(-len(present) // COLUMNS)
     figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
-    for panel, (title, facts) in zip(axes, present.items(), strict=False):
+    for panel, (title, keys) in zip(axes, present.items(), strict=False):
         for number, run in enumerate(runs):
-            for style, (fact, words) in enumerate(facts.items()):
-                x, y = run.series(fact)
+            for style, (key, words) in enumerate(keys.items()):
+                x, y = run.series(key)
                 if x:
-                    label = " ".join(
-                        word for word in (run.name if len(runs) > 1 else "", words) if word
-                    )
+                    name = f"{run.name} {words}".strip() if len(runs) > 1 else words
                     panel.plot(
                         x,
                         y,
-                        label=label or None,
+                        label=name or None,
                         color=f"C{number if len(runs) > 1 else style}",
                         linestyle=("-", "--", ":", "-.")[style % 4],
                         marker="." if len(x) < 30 else None,
@@ -180,13 +163,13 @@ def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
     for unused in axes[len(present) :]:
         unused.remove()
     content = BytesIO()
-    figure.savefig(content, format="png", dpi=110)
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": MARK})
     return content.getvalue()
 
 
 def report(run: RunLog) -> str:
-    """The page about a run: HTML without anything from elsewhere."""
-    picture = run.folder / PICTURE
+    """The page about a run: HTML that loads nothing from elsewhere."""
+    picture = run.folder / MONITOR_PICTURE
     settings = run.folder / "config.yaml"
     bad = run.folder / "bad_samples.jsonl"
     values = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
@@ -194,44 +177,45 @@ def report(run: RunLog) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        generator=MARK,
         name=run.name,
-        step=run.lines[-1]["step"],
-        epoch=run.lines[-1]["epoch"],
+        step=run.records[-1]["step"],
+        epoch=run.records[-1]["epoch"],
         state=state_of(run, values),
-        figures={
-            words: run.last(fact) for fact, words in FIGURES.items() if run.last(fact) is not None
-        },
+        figures={words: y[-1] for key, words in FIGURES.items() if (y := run.series(key)[1])},
         curves=as_url(draw([run], OF_ONE_RUN)),
         pictures=as_url(picture.read_bytes()) if picture.exists() else None,
-        looks=[line for line in run.lines if "monitor_s" in line],
+        monitor=[record for record in run.records if record.get("kind") == "monitor"],
         evaluations=evaluations_of(run.folder),
         settings=values,
         num_bad=len(bad.read_text(encoding="utf-8").splitlines()) if bad.exists() else 0,
     )
 
 
-def evaluations_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results that judge a run's final weights and lie beside it or beside its folder, by their
-    folders' names."""
+def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
+    """Rows about the evaluations of a run's final weights, in folders beside it or beside its own
+    folder: folder, protocol, top-1 in percent, numbers of images."""
     weights = folder / "model.safetensors"
     if not weights.exists():
-        return {}
+        return []
     digest = weights_digest(weights)
-    found = {}
+    found: list[tuple[str, ...]] = []
     near = [*folder.parent.glob("*/results.json"), *folder.parent.parent.glob("*/*/results.json")]
     for path in sorted(set(near)):
         try:
             results = read_results(path)
-        except ValueError:  # no JSON, or no text: somebody else's file
-            continue
-        if results.get("sha256") == digest:
-            found[os.path.relpath(path.parent, folder.parent)] = results
+            if results["sha256"] == digest:
+                images = f"{results['num_train']:,} / {results['num_samples']:,}"
+                name = os.path.relpath(path.parent, folder.parent)
+                found.append((name, results["protocol"], f"{results['acc1']:.2f}", images))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"skipped {path}: it holds no results of an evaluation ({error!r})")
     return found
 
 
 def state_of(run: RunLog, settings: dict[str, Any]) -> str:
-    """How far a run is, in words."""
-    epoch, epochs = run.lines[-1]["epoch"], settings.get("epochs")
+    """Whether a run has ended, and how."""
+    epoch, epochs = run.records[-1]["epoch"], settings.get("epochs")
     if not (run.folder / "model.safetensors").exists():
         return "not finished"
     return "finished" if epochs is None or epoch >= epochs else f"stopped, of {epochs} epochs"
@@ -243,7 +227,7 @@ def as_url(png: bytes) -> str:
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Writes a file whole. Raises: InputError where that is not possible."""
+    """Writes a file. Raises: InputError where that is not possible."""
     return write_output(path, lambda target: target.write_bytes(content))
 
 

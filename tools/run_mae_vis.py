@@ -1,26 +1,28 @@
-"""Pictures of what a masked autoencoder paints (arXiv 2111.06377, figures 2 to 4 and 6).
+"""Pictures of what a masked autoencoder reconstructs (arXiv 2111.06377, figures 2 to 4 and 6).
 
     python tools/run_mae_vis.py --config cfgs/pretrain/ViT-B_400E_Norm_GAP.yaml \\
-        --save_path output/reconstructions --model_path /path/to/pretrain/model --img_path
-        /path/to/image
+        --save_path output/reconstructions --model_path /path/to/pretrain/model \\
+        --img_path /path/to/image
 
-Of each image, and for each --mask_ratio and --seed, four PNGs: original, masked, prediction, and
-pasted (the visible patches with the prediction in the gaps); and grid.png, all of them with the
-PSNR of the removed patches. --img_path takes several images and folders, and without it validation
-images of the data set are taken; --mask is random, block or grid. The image is resized as a whole
-and its centre cropped.
+For each image, --mask_ratio and --seed it writes four PNGs: original, masked, prediction, and
+pasted (the visible patches, with the prediction in the gaps); and grid.png with all of them and the
+PSNR of the removed patches. --img_path takes several images and folders; without it the images are
+validation images of the data set. --mask is random, block or grid. An image is resized to cover
+img_size, and its centre is cropped.
 """
 
 import logging
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_autoencoder
 from engine.pictures.choose import open_images
-from engine.pictures.drawing import draw_grid, to_picture, write_png
+from engine.pictures.drawing import draw_grid, to_picture
+from engine.pictures.output import check_replaceable, write_png
 from engine.pictures.reconstruction import COLUMNS, reconstruct, target_caption
 from engine.run.folder import check_writable
 from models.build import mae_config_problems
@@ -46,34 +48,39 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     images = open_images(
         "img_path", cfg.img_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans
     )
+    tasks = [
+        (full_name_of(cfg, name, seed, ratio), name, place, seed, ratio)
+        for (place, name), seed, ratio in product(enumerate(images), cfg.seed, cfg.mask_ratio)
+    ]
+    grid = folder / "grid.png"
+    check_replaceable(
+        grid, *(folder / f"{task[0]}_{column}.png" for task in tasks for column in COLUMNS)
+    )
     with init_processes(cfg.device) as processes:
         model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, crop_pct=1.0)
-        for ratio in cfg.mask_ratio:  # what cannot be is refused before anything is drawn
-            draw_mask(cfg.mask, model.grid_size, ratio, generator(0))
+        masks = [  # all of them first, so that an impossible one is refused before any is drawn
+            draw_mask(cfg.mask, model.grid_size, ratio, generator(seed, MASK, place))
+            for _, _, place, seed, ratio in tasks
+        ]
         rows, labels, psnr = [], [], {}
-        for place, (name, image) in enumerate(images.items()):
-            for seed in cfg.seed:
-                for ratio in cfg.mask_ratio:
-                    mask = draw_mask(cfg.mask, model.grid_size, ratio, generator(seed, MASK, place))
-                    found = reconstruct(model, fit(image)[None], [mask], normalize)
-                    row = [to_picture(getattr(found, column)[0]) for column in COLUMNS]
-                    full_name = full_name_of(cfg, name, seed, ratio)
-                    for column, picture in zip(COLUMNS, row, strict=True):
-                        write_png(folder / f"{full_name}_{column}.png", picture)
-                    psnr[full_name] = float(found.psnr[0])
-                    rows.append(row)
-                    facts = f"{100 * mask.mask_ratio:.3g} % removed ({cfg.mask}, seed {seed})"
-                    labels.append(f"{name}  {facts}  PSNR {psnr[full_name]:.2f} dB")
-                    print(labels[-1])
-    grid = write_png(folder / "grid.png", draw_grid(rows, COLUMNS, labels, target_caption(model)))
+        for (full_name, name, _, seed, _), mask in zip(tasks, masks, strict=True):
+            found = reconstruct(model, fit(images[name])[None], [mask], normalize)
+            rows.append([to_picture(getattr(found, column)[0]) for column in COLUMNS])
+            for column, picture in zip(COLUMNS, rows[-1], strict=True):
+                write_png(folder / f"{full_name}_{column}.png", picture)
+            psnr[full_name] = float(found.psnr[0])
+            share = f"{100 * mask.mask_ratio:.3g} % removed ({cfg.mask}, seed {seed})"
+            labels.append(f"{name}  {share}  PSNR {psnr[full_name]:.2f} dB")
+            print(labels[-1])
+    write_png(grid, draw_grid(rows, COLUMNS, labels, target_caption(model)))
     print(f"wrote {grid} and {len(COLUMNS) * len(rows)} single pictures beside it")
     return {"grid": grid, "psnr": psnr}
 
 
 def mask_problems(cfg: MaeVisConfig) -> list[str]:
-    """What is wrong with the geometry, or with a mask ratio, one line each."""
+    """What is wrong with the geometry or with a mask ratio, one line each."""
     found: dict[str, None] = {}
     for ratio in cfg.mask_ratio:
         found |= dict.fromkeys(mae_config_problems(cfg, mask_ratio=ratio, pred_ratio=None))
@@ -81,13 +88,9 @@ def mask_problems(cfg: MaeVisConfig) -> list[str]:
 
 
 def full_name_of(cfg: MaeVisConfig, name: str, seed: int, ratio: float) -> str:
-    """The image's name, with what tells its pictures apart where there are several."""
-    words = [name]
-    if len(cfg.seed) > 1:
-        words.append(f"seed{seed}")
-    if len(cfg.mask_ratio) > 1:
-        words.append(f"{ratio:g}")
-    return "_".join(words)
+    """The image's name, followed by the seed and the ratio if there are several of these."""
+    seed_part = f"_seed{seed}" if len(cfg.seed) > 1 else ""
+    return f"{name}{seed_part}" + (f"_{ratio:g}" if len(cfg.mask_ratio) > 1 else "")
 
 
 if __name__ == "__main__":

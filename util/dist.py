@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from util.errors import InputError, LocalInputError
 from util.watchdog import watched
 
 GATHER_BYTES = 2**26  # received at a time in `gather_rows`
+Message = TypeVar("Message")
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,10 @@ def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
 
     Waiting for another process fails after `timeout` minutes, and at once where that has ended.
 
-    Raises: InputError where the device asked for is absent; LocalInputError where another process
-    has ended.
+    Raises: InputError where the device asked for is absent; LocalInputError where the launcher's
+    variables do not fit together, and where another process has ended.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(n, d)) for n, d in zip(names, "0101", strict=True)
-    )
+    rank, world_size, local_rank, local_world_size = _launched_as()
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -68,16 +66,38 @@ def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
     try:
         yield Processes(rank, world_size, local_rank, local_world_size, chosen)
     except RuntimeError as error:
-        if "gloo/transport" not in str(error) or "Timed out" in str(
-            error
-        ):  # the stack of what hangs is of use
-            raise
+        if "gloo/transport" not in str(error) or "Timed out" in str(error):
+            raise  # the stack of what hangs is of use
         raise LocalInputError(
-            f"process {rank} has lost the connection to another one, see that one's message or the launcher's: {error}"
+            f"process {rank} has lost the connection to another one, see that one's message or the "
+            f"launcher's: {error}"
         ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _launched_as() -> tuple[int, int, int, int]:
+    """rank, world_size, local_rank and local_world_size as torchrun's variables state them, or of
+    a single process if there are none."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    stated = {name: os.environ[name] for name in names if name in os.environ}
+    if not stated.keys() & names[:4]:
+        return 0, 1, 0, 1
+    try:
+        rank, world_size, local_rank = (int(stated[name]) for name in names[:3])
+        local_world_size = int(stated.get("LOCAL_WORLD_SIZE", world_size))
+        has_address = world_size == 1 or {"MASTER_ADDR", "MASTER_PORT"} <= stated.keys()
+        is_rank = 0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size
+    except (KeyError, ValueError):
+        has_address = is_rank = False
+    if not (has_address and is_rank):
+        shown = " ".join(f"{name}={value!r}" for name, value in stated.items())
+        raise LocalInputError(
+            f"the environment has {shown}, which is no process of a job: unset them, or start with "
+            f"run_*.sh or torchrun, which set {', '.join(names)}"
+        )
+    return rank, world_size, local_rank, local_world_size
 
 
 def _store_of_one_machine(world_size: int, timeout: timedelta) -> dist.Store | None:
@@ -139,16 +159,16 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
-def all_gather(message: Any) -> list[Any]:
+def all_gather(message: Message) -> list[Message]:
     """Every process's message (plain values), in the order of the ranks."""
     if not dist.is_initialized():
         return [message]
-    messages: list[Any] = [None] * dist.get_world_size()
+    messages = [message] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return messages
 
 
-def broadcast(message: Any) -> Any:
+def broadcast(message: Message) -> Message:
     """Rank 0's message (plain values), on every process."""
     if not dist.is_initialized():
         return message
@@ -182,9 +202,7 @@ def gather_rows(rows: Tensor, total: int, everywhere: bool = True) -> Tensor:
     whole = torch.empty(total if everywhere or is_main else 0, *rows.shape[1:], dtype=rows.dtype)
     longest = -(-total // world_size)
     at_once = max(1, GATHER_BYTES // (world_size * rows.element_size() * math.prod(rows.shape[1:])))
-    for start in range(
-        0, longest, at_once
-    ):  # in parts, so that a large `whole` is not there several times
+    for start in range(0, longest, at_once):  # in parts, so that the rows are not held twice
         padded = torch.zeros(min(at_once, longest - start), *rows.shape[1:], dtype=rows.dtype)
         part = rows[start : start + at_once]
         padded[: len(part)] = part.cpu()

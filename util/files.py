@@ -1,14 +1,30 @@
-"""Files that appear whole or not at all: written under a temporary name, flushed to disk,
-renamed."""
+"""Paths as users write them; files that appear complete or not at all, because they are written
+under a temporary name, flushed to disk and renamed."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from util.errors import LocalInputError
 
-TEMPORARY = ".tmp"  # ending of a file that is not whole yet
+TEMPORARY = ".tmp"  # ending of a file that is still being written
+
+
+def expand_path(path: str) -> str:
+    """`path` with `~`, `~user`, `$NAME` and `${NAME}` replaced.
+
+    Raises: ValueError for a variable that is not set and a user who does not exist, unless a file
+    has that very name.
+    """
+    # A Path would change how the rest is written.
+    expanded = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111
+    unknown = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
+    if (unknown or expanded.startswith("~")) and not os.path.lexists(expanded):
+        what = f"${unknown[0]} is not set" if unknown else "there is no such user"
+        raise ValueError(f"expected a path, got {path!r}: {what}")
+    return expanded
 
 
 def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:

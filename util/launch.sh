@@ -1,15 +1,18 @@
-# Sourced by the run_*.sh launchers (POSIX sh): starts one entry script on the processes that the environment asks for.
+# Sourced by the run_*.sh launchers (POSIX sh): starts one entry script on the processes that the
+# environment asks for.
 #
 #   NGPU         processes on this machine; default: one per CUDA device, or one on the CPU
-#   NNODES       machines, default 1; more need NODE_RANK (0 to NNODES - 1) and MASTER_ADDR (host of node 0),
-#                and take MASTER_PORT (default 29500). LEAST:MOST, as 1:2, goes on without machines that are lost, and
-#                with those that come (back); it needs no NODE_RANK, and that the machine MASTER_ADDR is not the lost one
-#   MAX_RESTARTS how often all processes are started again after one has died or a machine was lost; default 0, and 3
-#                with LEAST:MOST
-#   PYTHON       interpreter; default: that of the active environment, else .venv beside the launcher, else python3
+#   NNODES       machines, default 1. Several need NODE_RANK (0 to NNODES - 1) and MASTER_ADDR (host
+#                name of node 0), and take MASTER_PORT (default 29500). LEAST:MOST, as 1:2, goes on
+#                without machines that are lost and with those that come back; it needs no
+#                NODE_RANK, and does not survive the loss of the machine MASTER_ADDR
+#   MAX_RESTARTS how often all processes are started again after one has died or a machine was lost;
+#                default 0, and 3 with LEAST:MOST
+#   PYTHON       interpreter; default: that of the active environment (venv or conda), else .venv
+#                beside the launcher, else python3
 #
-# Memory that a step frees stays with the process (glibc's MALLOC_* variables, unless they are set already): else every
-# step on a CPU asks the system for it again, page by page.
+# Memory that a step frees stays with the process, by glibc's MALLOC_* variables unless they are set
+# already; otherwise every step on a CPU asks the system for it again, page by page.
 
 fail() {
   echo "error: $1" >&2
@@ -26,31 +29,43 @@ whole_number() {
 choose_python() {
   if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
-    if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$1/.venv/bin/python" ]; then PYTHON="$1/.venv/bin/python"; fi
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$1/.venv/bin/python" ]; then
+      PYTHON="$1/.venv/bin/python"
+    fi
   fi
 }
 
-# torchrun ARGUMENTS...: in place of this shell
+# torchrun FOLDER ARGUMENTS...: in place of this shell
 torchrun() {
-  # Signals go on to all processes, which stop at the next step and save. Under nohup the end of a session is no reason.
-  hangup=$("$PYTHON" -c 'import signal; print("" if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else ",SIGHUP")')
-  # A store of its own for each start: the launchers' keeps the addresses of processes that have ended (torch 2.14.1).
+  folder=$1
+  shift
+  # Signals go on to all processes, which stop at the next step and save. Under nohup the end of a
+  # session is no reason to stop.
+  hangup=$("$PYTHON" -c 'import signal as s
+print("" if s.getsignal(s.SIGHUP) == s.SIG_IGN else ",SIGHUP")')
+  # A store for each start: the launcher keeps addresses of processes that ended (torch 2.14.1).
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}" # seconds to save the state in
-  exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NGPU" \
+  # Seconds that the processes have to save their state.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
+  # What torchrun sets for several processes, with a warning.
+  [ "$NGPU" = 1 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  # -P: the modules of util/ are not to be found by their bare names.
+  exec "$PYTHON" -P "$folder/util/launch.py" --nproc_per_node "$NGPU" \
     --signals_to_handle "SIGTERM,SIGINT,SIGQUIT,SIGUSR1$hangup" "$@"
 }
 
 # launch FOLDER SCRIPT ARGUMENTS...
 launch() {
+  root=$1
   script="$1/$2"
-  choose_python "$1"
+  choose_python "$root"
   shift 2
 
   if [ -z "${NGPU:-}" ]; then
-    NGPU=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))') || fail "$PYTHON has no torch"
+    NGPU=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))') ||
+      fail "$PYTHON has no torch"
   fi
-  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" # 32 MiB, the most that glibc takes
+  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" # 32 MiB, glibc's maximum
   export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
   NNODES=${NNODES:-1}
   least=${NNODES%%:*}
@@ -60,21 +75,25 @@ launch() {
   whole_number NNODES "$most"
   whole_number MAX_RESTARTS "${MAX_RESTARTS:-0}"
   [ "$NGPU" -ge 1 ] || fail "NGPU must be at least 1"
-  [ "$least" -ge 1 ] && [ "$least" -le "$most" ] || fail "NNODES must be a number from 1, or LEAST:MOST, got '$NNODES'"
+  [ "$least" -ge 1 ] && [ "$least" -le "$most" ] ||
+    fail "NNODES must be a number from 1, or LEAST:MOST, got '$NNODES'"
   [ "$NNODES" != "$most" ] || [ "$NNODES" = 1 ] || whole_number NODE_RANK "${NODE_RANK:-}"
-  [ "$NNODES" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the host name of node 0"
+  [ "$NNODES" = 1 ] || [ -n "${MASTER_ADDR:-}" ] ||
+    fail "NNODES=$NNODES needs MASTER_ADDR, the host name of node 0"
   port=${MASTER_PORT:-29500}
 
   if [ "$NNODES" != "$most" ]; then
-    torchrun --nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$port" \
+    torchrun "$root" --nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$port" \
       --max_restarts "${MAX_RESTARTS:-3}" "$script" "$@"
   elif [ "$NNODES" -gt 1 ]; then
-    [ "${MAX_RESTARTS:-0}" -eq 0 ] || fail "MAX_RESTARTS on several machines needs NNODES=$NNODES:$NNODES"
-    torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$port" \
-      "$script" "$@"
+    [ "${MAX_RESTARTS:-0}" -eq 0 ] ||
+      fail "MAX_RESTARTS on several machines needs NNODES=$NNODES:$NNODES"
+    torchrun "$root" --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" \
+      --master_port "$port" "$script" "$@"
   elif [ "$NGPU" -gt 1 ] || [ "${MAX_RESTARTS:-0}" -gt 0 ]; then
-    # they meet in a file: what listens on a port does so on all interfaces
-    torchrun --nnodes 1 --rdzv_backend c10d --rdzv_conf store_type=file --max_restarts "${MAX_RESTARTS:-0}" "$script" "$@"
+    # They meet in a file: what listens on a port does so on all interfaces.
+    torchrun "$root" --nnodes 1 --rdzv_backend c10d --rdzv_conf store_type=file \
+      --max_restarts "${MAX_RESTARTS:-0}" "$script" "$@"
   else
     exec "$PYTHON" "$script" "$@"
   fi

@@ -8,10 +8,11 @@ there is no index.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ INDEX, ENTRIES, NAMES = "index.json", "index.npy", "names.npy"
 
 
 @dataclass(frozen=True)
-class ShardFacts:
+class ShardRecord:
     """A shard in index.json."""
 
     name: str
@@ -37,11 +38,11 @@ class ShardFacts:
 class PackIndex:
     """An opened index: entries `(n,)` of ENTRY, names `(bytes,)` uint8.
 
-    class_names: in the order of the labels, None where they are not known.
+    class_names: in the order of the labels, None if they are not known.
     fingerprint: of the images' names, labels and contents, however they are spread over shards.
     """
 
-    shards: list[ShardFacts]
+    shards: list[ShardRecord]
     class_names: list[str] | None
     fingerprint: str
     entries: np.ndarray
@@ -49,37 +50,32 @@ class PackIndex:
 
     def name(self, index: int) -> str:
         """The name of an image's member."""
-        start = int(self.entries[index]["name"])
-        end = (
-            int(self.entries[index + 1]["name"])
-            if index + 1 < len(self.entries)
-            else len(self.names)
-        )
+        start, *following = self.entries["name"][index : index + 2].tolist()
+        end = following[0] if following else len(self.names)
         return self.names[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
 def write_index(
     folder: Path,
-    shards: Iterable[tuple[str, ShardIndex]],
+    shards: Sequence[tuple[str, ShardIndex]],
     class_names: list[str] | None,
     side: int | None = None,
     num_left_out: int = 0,
 ) -> int:
     """Writes the index of shards by name, in place of an earlier one; returns the number of images.
 
-    `side` and `num_left_out` are for people to read. Raises: InputError where there is no image, or
-    no space.
+    `side` and `num_left_out` are for people to read. Raises: InputError if there is no image or no
+    space, or if a file in the way is not of an earlier index.
     """
-    facts, parts = [], []
-    names: list[bytes] = []
-    for number, (name, shard) in enumerate(shards):
-        facts.append(ShardFacts(name, shard.size, shard.fingerprint, len(shard.entries)))
-        parts.append(shard.entries.copy())
-        parts[-1]["shard"] = number
-        names += shard.names
-    entries = np.concatenate(parts)
+    entries = np.concatenate([shard.entries for _, shard in shards])
     if not len(entries):
         raise InputError(f"there is no image in the shards of {folder}")
+    records = [
+        ShardRecord(name, shard.size, shard.fingerprint, len(shard.entries))
+        for name, shard in shards
+    ]
+    entries["shard"] = np.repeat(np.arange(len(shards)), [shard.num_images for shard in records])
+    names = [name for _, shard in shards for name in shard.names]
     entries["name"] = np.cumsum([0, *map(len, names)])[:-1]
     text = b"".join(names)
     digest = hashlib.sha256(text)
@@ -93,31 +89,48 @@ def write_index(
         "side": side,
         "class_names": class_names,
         "fingerprint": digest.hexdigest(),
-        "shards": [asdict(shard) for shard in facts],
+        "shards": [asdict(record) for record in records],
     }
-    text_of_index = json.dumps(content, indent=1) + "\n"
+    index_text = json.dumps(content, indent=1) + "\n"
+    _check_replaceable(folder)
     try:
         (folder / INDEX).unlink(missing_ok=True)
         write_whole(folder / ENTRIES, partial(_save_array, entries))
         write_whole(folder / NAMES, partial(_save_array, np.frombuffer(text, np.uint8)))
-        write_whole(
-            folder / INDEX, lambda target: target.write_text(text_of_index, encoding="utf-8")
-        )
+        write_whole(folder / INDEX, lambda target: target.write_text(index_text, encoding="utf-8"))
     except OSError as error:
         raise InputError(f"the index of {folder} cannot be written: {error.strerror}") from error
     return len(entries)
 
 
 def _save_array(array: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:  # by name np.save would add an ending
+    with path.open("wb") as file:  # given a path, np.save would add an ending
         np.save(file, array)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises: InputError if a file that an index would replace is not of an index, whole or
+    interrupted."""
+    there = [folder / name for name in (INDEX, ENTRIES, NAMES) if (folder / name).exists()]
+    try:
+        if (folder / INDEX).exists():
+            is_ours = "fingerprint" in _read_json(folder)
+        else:  # index.npy is the first to be written
+            is_ours = not there or np.load(folder / ENTRIES, mmap_mode="r").dtype == ENTRY
+    except (OSError, ValueError, TypeError, EOFError):
+        is_ours = False
+    if not is_ours:
+        raise InputError(
+            f"{there[0]} was not written by this program, or is damaged: move it away if it is not "
+            "needed, as an index of the shards would replace it"
+        )
 
 
 def open_index(folder: Path) -> PackIndex:
     """The index of a folder of shards, which are still those that it was made of.
 
-    Raises: DataError where index or shards are missing or damaged, or do not fit one another;
-    InputError where there is no folder.
+    Raises: DataError if index or shards are missing or damaged, or do not fit one another;
+    InputError if there is no folder.
     """
     if not folder.is_dir():
         raise InputError(
@@ -125,8 +138,8 @@ def open_index(folder: Path) -> PackIndex:
         )
     again = f"python tools/pack_dataset.py --index {folder}/*.tar"
     try:
-        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shards = [ShardFacts(**facts) for facts in content["shards"]]
+        content = _read_json(folder)
+        shards = [ShardRecord(**record) for record in content["shards"]]
         entries, names = (
             np.load(folder / name, mmap_mode="r").view(np.ndarray) for name in (ENTRIES, NAMES)
         )
@@ -138,8 +151,8 @@ def open_index(folder: Path) -> PackIndex:
         )
     except FileNotFoundError as error:
         raise DataError(
-            f"{folder} has no {Path(error.filename).name}: give the command that packed it again, or for shards from "
-            f"elsewhere {again}"
+            f"{folder} has no {Path(error.filename).name}: give the command that packed it again, "
+            f"or for shards from elsewhere {again}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(
@@ -147,7 +160,8 @@ def open_index(folder: Path) -> PackIndex:
         ) from error
     if not fits:
         raise DataError(
-            f"the files of the index of {folder} do not fit one another: index the shards again, {again}"
+            f"the files of the index of {folder} do not fit one another: index the shards again, "
+            f"{again}"
         )
     missing = [shard.name for shard in shards if not (folder / shard.name).exists()]
     if missing:
@@ -162,13 +176,21 @@ def open_index(folder: Path) -> PackIndex:
     return index
 
 
+def _read_json(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise TypeError(f"{INDEX} holds no object")
+    return content
+
+
 def earlier_class_names(folder: Path) -> list[str] | None:
-    """The class names in a folder's index, whether or not its shards have changed; None where there
+    """The class names in a folder's index, whether or not its shards have changed; None if there
     are none."""
     try:
-        return json.loads((folder / INDEX).read_text(encoding="utf-8"))["class_names"]
+        names: list[str] | None = _read_json(folder)["class_names"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return names
 
 
 def _changed_shard(folder: Path, index: PackIndex) -> str | None:
@@ -181,11 +203,9 @@ def _changed_shard(folder: Path, index: PackIndex) -> str | None:
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                if (size, shard_fingerprint(file.fileno(), size, offsets)) != (
-                    shard.size,
-                    shard.fingerprint,
-                ):
-                    return shard.name
+                fingerprint = shard_fingerprint(file.fileno(), size, offsets)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        if (size, fingerprint) != (shard.size, shard.fingerprint):
+            return shard.name
     return None

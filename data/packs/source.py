@@ -1,7 +1,7 @@
 """`dataset: packed`: images read from tar shards at the place that an index gives.
 
 Each image's crc32 is checked before it is decoded. Epochs are ordered by blocks of neighbours
-(`data/sampler.py`), so that a block can be read ahead in one go.
+(`data/sampler.py`), so that a block can be read ahead in one request.
 """
 
 import os
@@ -19,44 +19,45 @@ from data.images import BadImageError, decode_image
 from data.packs.index import open_index
 from util.errors import DataError
 
-# shards that a process holds open, blocks that it has read ahead: twice what one mixing takes
+# Shards that a process keeps open, and blocks that it remembers to have read ahead: twice as many
+# as are mixed at a time.
 RECENT = 128
 
 
 class PackedSource:
-    """The images in a folder of shards. Raises: DataError where index and shards do not fit."""
+    """The images in a folder of shards, an `ImageSource`.
 
-    block_size = 256  # neighbours that are read at about the same time
-    reads_ahead = (
-        False  # set where every image will be read, block by block; for a few it would be a waste
-    )
+    Raises: DataError if index and shards do not fit.
+    """
+
+    block_size = 256
 
     def __init__(self, folder: Path, in_chans: int):
         self.folder = folder
         self.in_chans = in_chans
         self.index = open_index(folder)
-        self.files: OrderedDict[int, FileIO] = (
-            OrderedDict()
-        )  # by shard, the one used last at the end
+        self.files: OrderedDict[int, FileIO] = OrderedDict()  # by shard, the last used at the end
+        self.reads_ahead = False
         self.announced: deque[int] = deque(maxlen=RECENT)  # blocks
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a process that is spawned opens its own
+        # a process that is spawned opens its own files
         return type(self), (self.folder, self.in_chans), {"reads_ahead": self.reads_ahead}
 
     def __len__(self) -> int:
         return len(self.index.entries)
 
+    def read_ahead(self) -> None:
+        self.reads_ahead = True
+
     def read(self, index: int) -> Tensor:
         return decode_image(self.read_bytes(index), self.in_chans)
 
     def read_bytes(self, index: int) -> bytes:
-        """The image's file. Raises: BadImageError where it is not as it was when it was indexed."""
+        """The image's file. Raises: BadImageError if it is not what it was when it was indexed."""
         shard, offset, length, crc32, _, _ = self.index.entries[index].tolist()
         where = f"{self.index.shards[shard].name} at byte {offset}, member {self.index.name(index)}"
-        if (
-            offset + length > self.index.shards[shard].size
-        ):  # else a damaged index makes it allocate any length
+        if offset + length > self.index.shards[shard].size:  # before memory is asked for
             raise BadImageError(f"cannot be read: {where}, would end behind the shard")
         if self.reads_ahead:
             self._announce(index // self.block_size)
@@ -66,15 +67,16 @@ class PackedSource:
             raise BadImageError(f"cannot be read: {where}: {error.strerror}") from error
         if len(content) < length:
             raise BadImageError(f"is cut off: {where}, has {len(content)} of {length} bytes")
-        if zlib.crc32(content) != crc32:
+        found = zlib.crc32(content)
+        if found != crc32:
             raise BadImageError(
-                f"is damaged: {where}, has the crc32 {zlib.crc32(content):08x}, expected {crc32:08x}"
+                f"is damaged: {where}, has the crc32 {found:08x}, expected {crc32:08x}"
             )
         return content
 
     def _descriptor(self, shard: int) -> int:
-        """Of an open shard; reading at an offset moves no position, so processes may share what
-        they inherit."""
+        """Of an open shard. Reading at an offset moves no position, so processes may share the
+        files that they inherit."""
         if shard not in self.files:
             if len(self.files) >= RECENT:
                 self.files.popitem(last=False)[1].close()
@@ -83,23 +85,20 @@ class PackedSource:
         return self.files[shard].fileno()
 
     def _announce(self, block: int) -> None:
-        """Has the system read a block from the disk, in one go and without waiting, unless that was
-        done just now."""
+        """Has the system read a block from the disk, without waiting, unless that was done
+        recently."""
         if block in self.announced or not hasattr(os, "posix_fadvise"):
             return
         self.announced.append(block)
         entries = self.index.entries[block * self.block_size : (block + 1) * self.block_size]
-        for shard in np.unique(entries["shard"]):
+        for shard in np.unique(entries["shard"]).tolist():
             inside = entries[entries["shard"] == shard]
             first, last = inside[0], inside[-1]
-            with suppress(OSError):  # whoever reads an image there will say so
-                length = int(last["offset"] + last["length"] - first["offset"])
-                os.posix_fadvise(
-                    self._descriptor(int(shard)),
-                    int(first["offset"]),
-                    length,
-                    os.POSIX_FADV_WILLNEED,
-                )
+            start = int(first["offset"])
+            length = int(last["offset"] + last["length"]) - start
+            with suppress(OSError):  # reading an image there will report it
+                descriptor = self._descriptor(shard)
+                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
     def name(self, index: int) -> str:
         shard = self.index.shards[self.index.entries[index]["shard"]]
@@ -110,9 +109,9 @@ class PackedSource:
 
 
 class LabelledPack(PackedSource):
-    """As PackedSource, with the labels `(n,)` int64 of the images, -1 where there is none.
+    """A PackedSource with the labels `(n,)` int64 of its images, -1 for those without one.
 
-    Raises: DataError also where no image has a label.
+    Raises: DataError also if no image has a label.
     """
 
     def __init__(self, folder: Path, in_chans: int):
@@ -120,13 +119,16 @@ class LabelledPack(PackedSource):
         self.labels = self.index.entries["label"].astype(np.int64)
         if (self.labels < 0).all():
             raise DataError(
-                f"the images in {folder} have no labels, which evaluation needs: pack a folder with class folders"
+                f"the images in {folder} have no labels, which evaluation needs: pack a folder "
+                "with class folders"
             )
 
 
 def open_pack(data_path: str, in_chans: int, splits: tuple[str, ...]) -> PackedSource:
-    """The first of `splits` that the folder has, or the shards in the folder itself. Raises:
-    InputError."""
+    """The first of `splits` that the folder has, else the shards in the folder itself.
+
+    Raises: InputError.
+    """
     root = Path(data_path)
     found = [root / split for split in splits if (root / split).is_dir()]
     return PackedSource(found[0] if found else root, in_chans)

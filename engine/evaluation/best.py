@@ -7,7 +7,6 @@ from torch import nn
 
 from engine.run.checkpoint import best_path, save_weights, weights_header
 from engine.run.folder import Run
-from models.weights.files import DAMAGE
 from util.errors import InputError
 
 
@@ -35,7 +34,7 @@ class Best:
             try:
                 header = weights_header(self.path)
                 self.acc1, self.epoch = header["acc1"], header["epoch"]
-            except DAMAGE as error:
+            except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
                 raise InputError(
                     f"{self.path} is damaged ({type(error).__name__}: {error}): bring it back, or move it away to keep "
                     f"the best of the epochs from here on"

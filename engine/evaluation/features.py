@@ -1,99 +1,133 @@
 """Features of frozen models: computed once per image, saved, and loaded again."""
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from data.loader import BadSample
+from data.labels import LabelledSource
 from data.transforms import PixelNormalizer
-from engine.evaluation.evaluate import raise_bad, until_bad
-from engine.run.batches import Batches
+from engine.evaluation.batches import complete_batches
+from engine.run.batches import eval_batches
+from engine.run.folder import Run, check_writable
 from models.vit import VisionTransformer
-from util.dist import all_gather
+from util.dist import all_gather, autocast_dtype, broadcast
 from util.errors import InputError
 from util.files import write_whole
+from util.settings.evaluation import KnnConfig
+from util.settings.pretrain import PretrainConfig
 
 FEATURES_FILE = "features.safetensors"
 
 
-class Features(NamedTuple):
-    """Features `(n, D)` float32 and labels `(n,)` int64 of both splits; `facts` say of what, in
-    plain values.
+@dataclass(frozen=True)
+class Origin:
+    """What features were computed from: the weights, the data set and how the model was read.
 
-    In use, `train` is one process's share of the rows (see `gather_rows`); in a file it is all of
-    them.
+    sha256: of the weights' file, None for an untrained model.
+    """
+
+    checkpoint: str
+    sha256: str | None
+    dataset: str
+    readout: str
+    img_size: int | tuple[int, int]
+    class_names: list[str]
+
+
+class Features(NamedTuple):
+    """Features `(n, D)` float32 and labels `(n,)` int64 of both splits.
+
+    In a search `train` is one process's share of the rows (see `gather_rows`); in a file it is all
+    of them.
     """
 
     train: Tensor
     train_labels: Tensor
     val: Tensor
     val_labels: Tensor
-    facts: dict[str, Any]
 
 
 @torch.no_grad()
 def compute_features(
+    cfg: KnnConfig | PretrainConfig,
+    run: Run,
     backbone: VisionTransformer,
-    batches: Batches | DataLoader[Any],
-    normalize: PixelNormalizer,
-    dtype: torch.dtype | None,
+    source: LabelledSource,
+    crop_pct: float | None,
 ) -> Tensor:
-    """The pooled, normalised features of this process's share of the images, `(share, D)` float32,
-    on the CPU.
+    """The pooled, normalised features `(share, D)` float32 of this process's share of `source`, on
+    the CPU: of the images rank, rank + world_size, ...
 
     Args:
-        batches: of `eval_batches`, the first of which is the largest.
+        crop_pct: as `EvalTransform` takes it.
 
     Raises: InputError on all processes where a file cannot be decoded or a feature is not finite.
     """
-    device = normalize.device
-    features = torch.empty(0, backbone.head.in_features)
+    normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
+    dtype = autocast_dtype(cfg.precision, run.device)
+    share = range(run.processes.rank, len(source), run.processes.world_size)
+    features = torch.empty(len(share), backbone.spec.embed_dim)
     count, all_finite = 0, True
-    bad: list[BadSample] = []
-    for batch in until_bad(batches, bad):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+    for batch in complete_batches(eval_batches(cfg, run, source, crop_pct)):
+        with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
             found = backbone.forward_features(normalize(batch.images)).float().cpu()  # (B, D)
-        if not count:  # room for all of them: joining them at the end would need it twice
-            features = torch.empty(len(batches) * len(found), found.shape[1])
         features[count : count + len(found)] = found
-        count += len(found)
         all_finite &= bool(found.isfinite().all())
-    raise_bad(bad)
+        count += len(found)
     if not all(all_gather(all_finite)):
         raise InputError(
             "the features are not finite: the weights are broken, or precision fp32 is needed"
         )
-    return features[:count]
+    return features
 
 
-def save_features(folder: Path, features: Features) -> Path:
-    """Writes `features.safetensors` into `folder`. Raises: InputError where that is not
-    possible."""
+def check_folders(run: Run, folders: list[Path]) -> None:
+    """Makes the folders for features before any compute.
+
+    Raises: InputError on all processes where one cannot be written or holds features already.
+    """
+    problem = ""
+    try:
+        for folder in folders if run.processes.is_main else []:
+            if (folder / FEATURES_FILE).exists():
+                raise InputError(
+                    f"save_path: {folder / FEATURES_FILE} is there already: remove it, or name "
+                    f"another folder"
+                )
+            check_writable("save_path", folder)
+    except InputError as error:
+        problem = str(error)
+    if problem := broadcast(problem):
+        raise InputError(problem)
+
+
+def save_features(folder: Path, features: Features, origin: Origin) -> Path:
+    """Writes `features.safetensors` into `folder`. Raises: InputError where that fails."""
     path = folder / FEATURES_FILE
-    tensors = {
-        name: value.contiguous() for name, value in features._asdict().items() if name != "facts"
-    }
+    tensors = {name: tensor.contiguous() for name, tensor in features._asdict().items()}
+    metadata = {"facts": json.dumps(dataclasses.asdict(origin))}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"facts": json.dumps(features.facts)}
-        write_whole(path, lambda target: safetensors.torch.save_file(tensors, target, facts))
+        write_whole(path, lambda target: safetensors.torch.save_file(tensors, target, metadata))
     except (OSError, SafetensorError) as error:
         raise InputError(f"save_path {folder} cannot be written: {error}") from error
     return path
 
 
-def load_features(path: Path) -> Features:
-    """What `save_features` wrote; `path` is the folder or the file. Raises: InputError for anything
-    else.
+def load_features(path: Path) -> tuple[Features, Origin]:
+    """What `save_features` wrote; `path` is the folder or the file.
 
     The tensors are views of the file (safetensors maps it): only what is read comes into memory,
     and once for all processes of a machine.
+
+    Raises: InputError where there is no such file, or another one.
     """
     if path.is_dir():
         path = path / FEATURES_FILE
@@ -101,14 +135,9 @@ def load_features(path: Path) -> Features:
         raise InputError(f"load_path {path} does not exist")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
+            origin = Origin(**json.loads((file.metadata() or {})["facts"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        if (
-            not isinstance(facts, dict)
-            or not {"checkpoint", "sha256", "readout", "class_names"} <= facts.keys()
-        ):
-            raise KeyError("facts")
-        return Features(**tensors, facts=facts)
+        return Features(**tensors), origin
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
             f"load_path {path} is no complete features file of main_knn.py: {error}"

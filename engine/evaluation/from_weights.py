@@ -1,8 +1,8 @@
-"""Models from weights: the classifiers that evaluations judge, and the autoencoders that pictures
-are made with."""
+"""Models from weights, as a stage's settings ask for them: the classifiers that are fine-tuned and
+evaluated, and the autoencoders of pictures."""
 
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,12 +12,22 @@ from models.build import build_model, classifier_spec, mae_spec
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.adapt import load_into_classifier, load_into_mae
-from models.weights.convert import WeightsInfo, read_weights, weights_digest
+from models.weights.info import WeightsInfo, spelled
+from models.weights.read import read_weights
 from util.errors import InputError
 from util.rng import HEAD, generator
-from util.settings.evaluation import RANDOM_WEIGHTS
+from util.settings.base import PixelConfig
+from util.settings.evaluation import (
+    RANDOM_WEIGHTS,
+    ClassifierConfig,
+    FinetuneConfig,
+    KnnConfig,
+    LinclsConfig,
+)
+from util.settings.tools import ExplainConfig, MaeVisConfig
 
 FINETUNE_HEAD_STD = 2e-5  # the public code's, for weights that were pretrained
+FrozenConfig = KnnConfig | LinclsConfig | ExplainConfig
 logger = logging.getLogger(__name__)
 
 
@@ -28,105 +38,115 @@ class Classifier(NamedTuple):
     sha256: str | None
 
 
-def build_finetuned(cfg: Any, num_classes: int) -> Classifier:
-    """The classifier of a `FinetuneConfig`, from scratch or from its weights with a fresh head
-    where they have none.
+def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> Classifier:
+    """The classifier that fine-tuning trains or evaluates: from scratch, or from its weights with a
+    fresh head where they have none.
 
     Raises: InputError where the weights do not fit the settings, or `eval` finds no head in them.
     """
     fc_norm = cfg.global_pool == "avg"
     if cfg.finetune is None:
-        return _build(cfg, num_classes, _class_token(cfg), fc_norm)
+        return Classifier(_build(cfg, num_classes, _class_token(cfg), fc_norm), None)
     tensors, info = read_weights(cfg.finetune)
-    if cfg.eval:  # judges the file's own readout; training with avg starts a fresh fc_norm
-        fc_norm = info.fc_norm
-        if info.global_pool not in (None, cfg.global_pool):
+    if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
+        fc_norm = bool(info.known("fc_norm"))
+        trained_with = info.known("global_pool")
+        if trained_with not in (None, cfg.global_pool):
             raise InputError(
-                f"eval: global_pool is {cfg.global_pool} and {cfg.finetune} was trained with {info.global_pool}"
+                f"eval: global_pool is {cfg.global_pool} and {cfg.finetune} was trained with "
+                f"{trained_with}"
             )
-    sha256 = weights_digest(cfg.finetune)
-    classifier = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm, sha256)
-    fresh = load_into_classifier(classifier.model, tensors, info, cfg.finetune)
-    _compare_pixels(cfg, info)
+    model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm)
+    fresh = load_into_classifier(model, tensors, info, cfg.finetune)
+    _warn_of_other_pixels(cfg, info)
     if cfg.eval and fresh:
         raise InputError(
-            f"eval: {cfg.finetune} is no classifier of {num_classes} classes, it lacks {sorted(fresh)}"
+            f"eval: {cfg.finetune} is no classifier of {num_classes} classes, it lacks "
+            f"{sorted(fresh)}"
         )
     if "head.weight" in fresh:
-        head = classifier.model.head.weight
-        nn.init.trunc_normal_(head, std=FINETUNE_HEAD_STD, generator=generator(cfg.seed, HEAD))
-    return classifier
+        stream = generator(cfg.seed, HEAD)
+        nn.init.trunc_normal_(
+            model.get_parameter("head.weight"), std=FINETUNE_HEAD_STD, generator=stream
+        )
+    return Classifier(model, info.sha256)
 
 
-def build_frozen(cfg: Any, weights: str, num_classes: int) -> Classifier:
-    """The frozen model of `weights`, in eval mode: features through the norm that the weights hold;
-    the head is idle.
+def build_frozen(cfg: FrozenConfig, weights: str, num_classes: int) -> Classifier:
+    """The frozen model of `weights`, in eval mode, for its features: they pass the norm that the
+    weights hold, and the head is not used.
 
     The word random is an untrained model, as pretraining starts from.
 
     Raises: InputError where the weights do not fit the settings.
     """
+    sha256 = None
     if weights == RANDOM_WEIGHTS:
-        classifier = _build(cfg, num_classes, _class_token(cfg), fc_norm=False)
-        init_for_pretraining(classifier.model)
+        model = _build(cfg, num_classes, _class_token(cfg), fc_norm=False)
+        init_for_pretraining(model)
     else:
         tensors, info = read_weights(weights)
-        sha256 = weights_digest(weights)
-        classifier = _build(
-            cfg, num_classes, _class_token(cfg, weights, info), info.fc_norm, sha256
-        )
-        load_into_classifier(classifier.model, tensors, info, weights, uses_head=False)
-        _compare_pixels(cfg, info)
-    classifier.model.eval().requires_grad_(False)
-    return classifier
+        class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))
+        model = _build(cfg, num_classes, class_token, fc_norm)
+        load_into_classifier(model, tensors, info, weights, uses_head=False)
+        _warn_of_other_pixels(cfg, info)
+        sha256 = info.sha256
+    return Classifier(model.eval().requires_grad_(False), sha256)
 
 
-def build_autoencoder(cfg: Any, weights: str, mask_ratio: float) -> MaskedAutoencoder:
+def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> MaskedAutoencoder:
     """The whole autoencoder of `weights`, in eval mode.
 
     Raises: InputError where the weights have no decoder, do not fit the settings, or predict
     another target.
     """
     tensors, info = read_weights(weights)
-    if info.norm_pix_loss not in (None, cfg.norm_pix_loss):
-        stated, found = (str(value).lower() for value in (cfg.norm_pix_loss, info.norm_pix_loss))
-        raise InputError(f"norm_pix_loss is {stated} in the settings and {found} in {weights}")
+    trained_with = info.known("norm_pix_loss")
+    if trained_with not in (None, cfg.norm_pix_loss):
+        raise InputError(
+            f"norm_pix_loss is {spelled(cfg.norm_pix_loss)} in the settings and "
+            f"{spelled(trained_with)} in {weights}"
+        )
     # The share that is predicted matters in training only.
     model = build_model(mae_spec(cfg, mask_ratio=mask_ratio, pred_ratio=None))
     load_into_mae(model, tensors, info, weights)
-    _compare_pixels(cfg, info)
+    _warn_of_other_pixels(cfg, info)
     return model.eval().requires_grad_(False)
 
 
 def _build(
-    cfg: Any, num_classes: int, class_token: bool, fc_norm: bool, sha256: str | None = None
-) -> Classifier:
+    cfg: FinetuneConfig | FrozenConfig, num_classes: int, class_token: bool, fc_norm: bool
+) -> VisionTransformer:
     torch.manual_seed(cfg.seed)
-    spec = classifier_spec(cfg, num_classes=num_classes, class_token=class_token, fc_norm=fc_norm)
-    return Classifier(build_model(spec), sha256)
+    return build_model(
+        classifier_spec(cfg, num_classes=num_classes, class_token=class_token, fc_norm=fc_norm)
+    )
 
 
-def _class_token(cfg: Any, weights: str | None = None, info: WeightsInfo | None = None) -> bool:
+def _class_token(
+    cfg: ClassifierConfig, weights: str | None = None, info: WeightsInfo | None = None
+) -> bool:
     """Whether the model has a class token: as the settings say, else as the weights have it, else
-    as it is read."""
+    as `global_pool` needs it."""
     if info is None:
         return cfg.global_pool == "token" if cfg.class_token is None else cfg.class_token
-    if cfg.class_token not in (None, info.class_token):
-        stated, found = ("a" if has else "no" for has in (cfg.class_token, info.class_token))
+    has_token = info.spec.class_token
+    if cfg.class_token not in (None, has_token):
+        stated, found = ("a" if has else "no" for has in (cfg.class_token, has_token))
         raise InputError(
             f"the settings say {stated} class token and {weights} has {found} class token"
         )
-    if cfg.global_pool == "token" and not info.class_token:
+    if cfg.global_pool == "token" and not has_token:
         raise InputError(
             f"global_pool token reads the class token and {weights} has none: use --global_pool avg"
         )
-    return info.class_token
+    return has_token
 
 
-def _compare_pixels(cfg: Any, info: WeightsInfo) -> None:
+def _warn_of_other_pixels(cfg: PixelConfig, info: WeightsInfo) -> None:
     for name in ("mean", "std"):
         ours, theirs = getattr(cfg, name), getattr(info, name)
-        if theirs is not None and tuple(theirs) != tuple(ours):
+        if theirs not in (None, tuple(ours)):
             logger.warning(
                 "the weights were trained with %s %s and the settings say %s", name, theirs, ours
             )

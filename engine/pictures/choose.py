@@ -1,5 +1,4 @@
-"""Images to make pictures of: those that are named, files or folders of them, or a data set's
-validation images."""
+"""Images to make pictures of: files and folders by name, or the validation images of a data set."""
 
 import os
 from collections.abc import Sequence
@@ -23,17 +22,15 @@ def open_images(
     num_images: int,
     in_chans: int,
 ) -> dict[str, Tensor]:
-    """Images, uint8 `(C, H, W)`, by unique names to call files by; without `paths` those of the
-    data set.
+    """Images, uint8 `(C, H, W)`, by unique names for the files of their pictures. Without `paths`
+    they are validation images of the data set.
 
-    Raises: InputError naming `setting` for a path that is not there, is no image, or a folder
-    without any.
+    Raises: InputError naming `setting` for a path that does not exist, is no image, or is a folder
+    without images.
     """
     if paths:
-        return {
-            name: _read(setting, path, in_chans)
-            for name, path in find_images(paths, num_images).items()
-        }
+        files = find_images(paths, num_images)
+        return {name: _read(setting, path, in_chans) for name, path in files.items()}
     source = validation_source(dataset, data_path, in_chans)
     found = {}
     for index in spread(len(source), num_images):
@@ -45,8 +42,8 @@ def open_images(
 
 
 def validation_source(dataset: str, data_path: str | None, in_chans: int) -> ImageSource:
-    """The validation images of a data set; all of a folder, the training images of a pack, that has
-    no val/.
+    """The validation images of a data set. A folder without val/ gives all its images, a pack
+    without one its training images.
 
     Raises: InputError.
     """
@@ -60,7 +57,7 @@ def validation_source(dataset: str, data_path: str | None, in_chans: int) -> Ima
 
 
 def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:
-    """Image files by unique, printable names, in order; of a folder `num_images`, evenly spaced.
+    """Image files by unique, printable names, in order; of each folder `num_images` evenly spaced.
 
     Raises: InputError for a folder without images.
     """
@@ -71,29 +68,23 @@ def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:
             files += [Path(source.name(index)) for index in spread(len(source), num_images)]
         else:
             files.append(Path(path))
-    names = [
-        file.stem.encode(errors="replace").decode() for file in files
-    ]  # a file's name may be no text
-    alone = len(set(names)) == len(names)
-    return {
-        name if alone else f"{place}_{name}": file
-        for place, (name, file) in enumerate(zip(names, files, strict=True))
-    }
-
-
-def _read(setting: str, path: Path, in_chans: int) -> Tensor:
-    """One image, uint8 `(C, H, W)`. Raises: InputError naming `setting` for a file that is no
-    readable image."""
-    try:
-        return decode_image(path.read_bytes(), in_chans)
-    except FileNotFoundError as error:
-        raise InputError(f"{setting} {path} does not exist") from error
-    except OSError as error:
-        raise InputError(f"{setting} {path} cannot be read: {error.strerror}") from error
-    except BadImageError as error:
-        raise InputError(f"{setting} {path}: {error}") from error
+    # A file's name may not be Unicode.
+    names = [file.stem.encode(errors="replace").decode() for file in files]
+    if len(set(names)) < len(names):
+        names = [f"{place}_{name}" for place, name in enumerate(names)]
+    return dict(zip(names, files, strict=True))
 
 
 def spread(total: int, count: int) -> list[int]:
     """At most `count` indices below `total`, evenly spaced."""
     return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]
+
+
+def _read(setting: str, path: Path, in_chans: int) -> Tensor:
+    """One image, uint8 `(C, H, W)`. Raises: InputError naming `setting`."""
+    try:
+        return decode_image(path.read_bytes(), in_chans)
+    except OSError as error:
+        raise InputError(f"{setting} {path} cannot be read: {error.strerror}") from error
+    except BadImageError as error:
+        raise InputError(f"{setting} {path}: {error}") from error

@@ -1,13 +1,12 @@
-"""Drawing: labelled grids of images, heat maps over images. No display is needed, as nothing here
-opens a window.
+"""Drawing: grids of images with labels, and heat maps over images.
 
-Pictures are uint8 `(H, W, 3)` numpy arrays, heat maps float `(rows, columns)` of patches.
+Pictures are uint8 `(H, W, 3)` numpy arrays, heat maps float `(rows, columns)` of patches. Nothing
+here opens a window, so no display is needed.
 """
 
 import math
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -16,23 +15,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
-from PIL import Image
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from util.files import write_output
-
 Box = tuple[float, float, float, float]  # top, left, bottom, right, in pixels
 
-DPI = 100  # of figures; a point of text is 1 / 72 inch
+DPI = 100  # of matplotlib's figures
 COLORS = matplotlib.colormaps["turbo"]
 OPACITY = 0.5  # of a heat map over its image
-CELL = 160  # pixels that a small image's longest side is enlarged to, by a whole factor
-LARGEST_CELL = 224  # pixels that a large image's longest side is reduced to in a grid
-GAP, TEXT = 6, 22  # pixels between cells, and of a line of text
-CHARACTER = 6  # pixels of a letter, on average
-OVERLAY = 480  # as CELL, for a heat map of its own
+CELL = (
+    160  # a small image is enlarged by the largest whole factor that keeps it within these pixels
+)
+LARGEST_CELL = 224  # longest side, in pixels, to which a large image is reduced in a grid
+OVERLAY = 480  # as CELL, for an image that is drawn alone
+GAP, TEXT = 6, 20  # pixels between images, and height in pixels of a line of text
+CHARACTER = 6  # average width of a letter in pixels
+FONT = ImageFont.truetype(findfont("DejaVu Sans"), 11)
 
 
 def to_picture(image: Tensor) -> np.ndarray:
@@ -43,37 +43,41 @@ def to_picture(image: Tensor) -> np.ndarray:
 
 
 def enlarged(picture: np.ndarray, longest: int) -> np.ndarray:
-    """Each pixel as a square of the largest whole side that keeps the picture within `longest`, at
-    least 1."""
+    """A copy with every pixel repeated, as often as keeps the picture within `longest` pixels."""
     factor = max(1, longest // max(picture.shape[:2]))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def heat_over(picture: np.ndarray, heat: np.ndarray, box: Box | None = None) -> np.ndarray:
-    """The picture with a heat map over its part `box`; None is all of it."""
-    height, width = picture.shape[:2]
-    top, left, bottom, right = (round(edge) for edge in box or (0, 0, height, width))
-    top, left = min(top, height - 1), min(left, width - 1)
-    bottom, right = (
-        max(bottom, top + 1),
-        max(right, left + 1),
-    )  # rounded, a box may be less than a pixel
-    values = torch.from_numpy(unit_range(heat)).float()[None, None]
-    smooth = F.interpolate(
-        values, size=(bottom - top, right - left), mode="bilinear", align_corners=False
-    )[0, 0]
-    colors = COLORS(smooth.numpy(), bytes=True)[..., :3]
-    result = picture.copy()
-    part = result[max(top, 0) : bottom, max(left, 0) : right]  # or reach a pixel past the image
-    colors = colors[max(-top, 0) :, max(-left, 0) :][: part.shape[0], : part.shape[1]]
-    part[:] = np.round(np.float32(1 - OPACITY) * part + np.float32(OPACITY) * colors)
-    return result
-
-
-def unit_range(heat: np.ndarray) -> np.ndarray:
-    """Values from 0 (lowest) to 1 (highest); a flat map is all 0."""
+def heat_over(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """The picture under a heat map, whose colours run from its lowest to its highest value."""
     low, high = float(heat.min()), float(heat.max())
-    return (heat - low) / (high - low) if high > low else np.zeros_like(heat)
+    values = torch.from_numpy((heat - low) / ((high - low) or 1.0)).float()[None, None]
+    smooth = F.interpolate(values, size=picture.shape[:2], mode="bilinear")[0, 0]  # (H, W)
+    colors = COLORS(smooth.numpy(), bytes=True)[..., :3]
+    mixed = np.float32(1 - OPACITY) * picture + np.float32(OPACITY) * colors
+    return np.round(mixed).astype(np.uint8)
+
+
+def draw_overlay(picture: np.ndarray, heat: np.ndarray, box: Box, label: str) -> np.ndarray:
+    """A picture with a heat map over its part `box`, and a colour bar beside it.
+
+    A small picture is enlarged by a whole factor. The bar shows the values of the map, and `label`
+    says what they are.
+    """
+    result = enlarged(picture, OVERLAY)
+    height = result.shape[0]
+    top, left, bottom, right = (edge * (height // picture.shape[0]) for edge in box)
+    # Rounded outwards, so that a part of less than a pixel is drawn too.
+    part = np.s_[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
+    result[part] = heat_over(result[part], heat)
+    scale = max(1.0, height / 600)  # enlarges the bar and its text beside a large picture
+    figure = Figure(figsize=(1.5 * scale, (height + 0.5) / DPI), dpi=DPI)
+    axes = figure.add_axes((0.1, 0.08, 0.13, 0.84))
+    colors = ScalarMappable(Normalize(float(heat.min()), float(heat.max())), COLORS)
+    bar = figure.colorbar(colors, cax=axes, format="%.3g")
+    bar.set_label(label, fontsize=9 * scale)
+    axes.tick_params(labelsize=9 * scale)
+    return np.hstack([result, figure_picture(figure)])
 
 
 def draw_grid(
@@ -82,52 +86,25 @@ def draw_grid(
     labels: Sequence[str],
     caption: str = "",
 ) -> np.ndarray:
-    """Pictures of one size in rows, a title over each column, a label (if any) over each row and a
-    caption below."""
-    pictures = [[_fitted(picture) for picture in row] for row in rows]
-    height, width = pictures[0][0].shape[:2]
-    total_width = max(len(row) for row in pictures) * (width + GAP) + GAP
-    texts: list[tuple[int, int, str]] = []
-    placed: list[tuple[int, int, np.ndarray]] = []
-    y = TEXT if columns else GAP
-    texts += [(GAP + (width + GAP) * place, 0, title) for place, title in enumerate(columns)]
-    for row, label in zip(pictures, labels, strict=True):
-        if label:
-            texts.append((GAP, y, label))
-            y += TEXT
-        placed += [(GAP + (width + GAP) * place, y, picture) for place, picture in enumerate(row)]
+    """Pictures of one size in rows, with a title over each column, a label over each row (unless
+    it is empty) and a caption below."""
+    cells = [[_cell(picture) for picture in row] for row in rows]
+    width, height = cells[0][0].size
+    lefts = [GAP + (width + GAP) * place for place in range(max(map(len, cells)))]
+    right = lefts[-1] + width + GAP
+    lines = textwrap.wrap(caption, max(20, right // CHARACTER))
+    num_texts = bool(columns) + sum(map(bool, labels)) + len(lines)
+    size = (right, GAP + TEXT * num_texts + (height + GAP) * len(rows))
+    canvas = Image.new("RGB", size, "white")
+    y = _write(canvas, GAP, lefts, columns)
+    for row, label in zip(cells, labels, strict=True):
+        y = _write(canvas, y, lefts, [label] if label else [])
+        for left, cell in zip(lefts, row, strict=False):
+            canvas.paste(cell, (left, y))
         y += height + GAP
-    for line in textwrap.wrap(caption, max(20, int(total_width / CHARACTER))):
-        texts.append((GAP, y, line))
-        y += TEXT
-    canvas = np.full((y, total_width, 3), 255, dtype=np.uint8)
-    for x, top, picture in placed:
-        canvas[top : top + height, x : x + width] = picture
-    return _write(canvas, texts)
-
-
-def draw_overlay(picture: np.ndarray, heat: np.ndarray, box: Box, label: str) -> np.ndarray:
-    """A heat map over its part of a picture, at the picture's size (a small one's multiple), and
-    its colour bar.
-
-    The bar is in the map's own values, and `label` says what they are.
-    """
-    large = enlarged(picture, OVERLAY)
-    height, width = large.shape[:2]
-    top, left, bottom, right = (edge * (height // picture.shape[0]) for edge in box)
-    image = heat_over(large, heat, (top, left, bottom, right))
-    scale = max(1.0, height / 600)  # of bar and text, so that they can be read beside a large image
-    bar, figure_width = round(20 * scale), width + round(150 * scale)
-    figure = Figure(figsize=(figure_width / DPI, height / DPI), dpi=DPI)
-    axes = figure.add_axes(((width + 2 * bar / 3) / figure_width, 0.08, bar / figure_width, 0.84))
-    norm = Normalize(float(heat.min()), float(heat.max()))
-    colorbar = figure.colorbar(ScalarMappable(norm, COLORS), cax=axes)
-    colorbar.ax.tick_params(labelsize=9 * scale)
-    colorbar.formatter = FuncFormatter(lambda value, _: f"{value:.3g}")  # no factor above the bar
-    colorbar.set_label(label, fontsize=9 * scale)
-    result = figure_picture(figure)
-    result[:height, :width] = image
-    return result
+    for line in lines:
+        y = _write(canvas, y, lefts, [line])
+    return np.array(canvas)
 
 
 def square_rows(pictures: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
@@ -136,51 +113,25 @@ def square_rows(pictures: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     return [list(pictures[start : start + columns]) for start in range(0, len(pictures), columns)]
 
 
-def write_png(path: Path, picture: np.ndarray) -> Path:
-    """Writes a picture. Raises: InputError where that is not possible."""
-    return write_output(path, lambda target: Image.fromarray(picture).save(target, format="PNG"))
-
-
-def write_npy(path: Path, array: np.ndarray) -> Path:
-    """Writes an array in numpy's format. Raises: InputError where that is not possible."""
-
-    def write(target: Path) -> None:
-        with target.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-
-    return write_output(path, write)
-
-
-def _fitted(picture: np.ndarray) -> np.ndarray:
-    """A picture at the size of a grid's cell."""
-    height, width = picture.shape[:2]
-    if max(height, width) <= LARGEST_CELL:
-        return enlarged(picture, CELL)
-    factor = LARGEST_CELL / max(height, width)
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
-
-
-def _write(canvas: np.ndarray, texts: Sequence[tuple[int, int, str]]) -> np.ndarray:
-    """Texts onto a canvas, at (x, y) of their lines' top left corners."""
-    height, width = canvas.shape[:2]
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    figure.figimage(canvas)
-    for x, y, text in texts:
-        readable = text.encode(errors="replace").decode()  # a file's name may be no text
-        figure.text(
-            x / width,
-            1 - (y + TEXT / 2) / height,
-            readable,
-            fontsize=8,
-            va="center",
-            parse_math=False,
-        )
-    return figure_picture(figure)
-
-
 def figure_picture(figure: Figure) -> np.ndarray:
     """A figure of matplotlib as a picture."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # (H, W, 3)
+
+
+def _cell(picture: np.ndarray) -> Image.Image:
+    """A picture at the size that it has in a grid."""
+    if max(picture.shape[:2]) <= LARGEST_CELL:
+        return Image.fromarray(enlarged(picture, CELL))
+    image = Image.fromarray(picture)
+    image.thumbnail((LARGEST_CELL, LARGEST_CELL), Image.Resampling.LANCZOS)
+    return image
+
+
+def _write(canvas: Image.Image, y: int, lefts: Sequence[int], texts: Sequence[str]) -> int:
+    """Writes texts side by side; returns where the next line begins."""
+    for left, text in zip(lefts, texts, strict=False):
+        printable = text.encode(errors="replace").decode()  # a file's name may not be Unicode
+        ImageDraw.Draw(canvas).text((left, y + 2), printable, fill="black", font=FONT)
+    return y + TEXT if texts else y

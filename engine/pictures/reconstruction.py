@@ -1,5 +1,5 @@
-"""What an autoencoder paints, as pixels: the original, what the encoder saw, the prediction, and
-both put together.
+"""What an autoencoder predicts, as pixels: the original, what the encoder saw, the prediction, and
+the visible patches with the prediction in the gaps.
 
 Shapes: `B` batch, `N` patches, `C` channels. Pixels are float in [0, 1].
 """
@@ -16,24 +16,24 @@ from models.masks import Mask
 
 COLUMNS = ("original", "masked", "prediction", "pasted")
 REMOVED = 0.5  # grey of a removed patch
-NORMALISED_TARGET = "The model predicts normalised pixels: each patch's mean and variance are taken from the original."
+NORMALISED_TARGET = (
+    "The model predicts normalised pixels; each patch's mean and variance are the original's."
+)
 RAW_TARGET = "The model predicts pixels as they are."
-NO_LOSS = "Nothing in training asks for the prediction of visible patches; the PSNR is of the removed ones."
+NO_LOSS = "Only removed patches are trained on, and the PSNR is of these."
 
 
 class Reconstruction(NamedTuple):
-    """Images `(B, C, H, W)`, mask `(B, N)` with 1 = removed, and psnr `(B,)` in dB over the removed
-    patches.
+    """Images `(B, C, H, W)` and psnr `(B,)` in dB over the removed patches.
 
-    masked: removed patches are grey. prediction: of every patch. pasted: the visible patches, the
-    others predicted.
+    masked: removed patches are grey. prediction: of every patch. pasted: the visible patches, and
+    the prediction in place of the removed ones.
     """
 
     original: Tensor
     masked: Tensor
     prediction: Tensor
     pasted: Tensor
-    mask: Tensor
     psnr: Tensor
 
 
@@ -41,8 +41,8 @@ class Reconstruction(NamedTuple):
 def reconstruct(
     model: MaskedAutoencoder, images: Tensor, masks: Sequence[Mask], normalize: PixelNormalizer
 ) -> Reconstruction:
-    """Reconstructions of uint8 images `(B, C, H, W)` under one mask each, which must all keep the
-    same number."""
+    """Reconstructions of uint8 images `(B, C, H, W)`, one mask each; all masks keep the same number
+    of patches."""
     (kept,) = {mask.kept for mask in masks}
     ids_shuffle = torch.stack([mask.ids_shuffle for mask in masks]).to(normalize.device)  # (B, N)
     original = normalize(images)
@@ -50,19 +50,16 @@ def reconstruct(
     pixels = normalize.to_unit(model.to_pixels(pred, original))
     original = normalize.to_unit(original)
     removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)).bool()  # (B, C, H, W)
-    errors = ((pixels - original).square() * removed).sum(dim=(1, 2, 3)) / removed.sum(
-        dim=(1, 2, 3)
-    )  # (B,)
+    errors = ((pixels - original).square() * removed).sum(dim=(1, 2, 3))  # (B,)
     return Reconstruction(
-        original,
-        torch.where(removed, REMOVED, original),
-        pixels,
-        torch.where(removed, pixels, original),
-        mask,
-        -10 * errors.log10(),
+        original=original,
+        masked=torch.where(removed, REMOVED, original),
+        prediction=pixels,
+        pasted=torch.where(removed, pixels, original),
+        psnr=-10 * (errors / removed.sum(dim=(1, 2, 3))).log10(),
     )
 
 
 def target_caption(model: MaskedAutoencoder) -> str:
-    """What has to be said below a picture of this model's predictions."""
+    """What a reader has to know about pictures of this model's predictions."""
     return f"{NORMALISED_TARGET if model.norm_pix_loss else RAW_TARGET} {NO_LOSS}"

@@ -4,12 +4,19 @@ all layers.
 Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `L` layers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from models.vit import VisionTransformer
+
+# over the heads
+FUSIONS: dict[str, Callable[..., Tensor]] = {
+    "mean": torch.mean,
+    "max": torch.amax,
+    "min": torch.amin,
+}
 
 
 def rollout(
@@ -20,47 +27,40 @@ def rollout(
     layer: int | None = None,
     reader: str = "token",
 ) -> Tensor:
-    """What the class token (without one: the mean patch) takes from each patch, `(B, N)`.
+    """Each patch's contribution to the class token, or without one to the mean patch, `(B, N)`.
 
     Args:
-        attentions: of the L layers, first to last, `(B, heads, T, T)` each; rows are queries.
+        attentions: `(B, heads, T, T)` of each of the L layers, first to last; rows are queries.
+            They are read one at a time, so a large model need not hold all of them.
         head_fusion: mean, max or min over the heads (the paper takes the mean).
         discard_ratio: share of an image's matrix, its lowest entries, that is set to 0, in [0, 1);
             the class token's column stays. 0 is the paper.
-        class_token: the first token is one.
-        layer: only this one, in place of all.
+        class_token: whether the first token is a class token.
+        layer: the only layer to use, in place of all.
         reader: see `read_patches`.
 
-    With fused, thinned attention W of layer l: A_l = (W + I) / 2, rows normalised to sum to 1, R_l
-    = A_l R_(l-1).
+    With W the fused and thinned attention of layer l: A_l = (W + I) / 2 with rows normalised to sum
+    to 1, and R_l = A_l R_(l-1).
     Source: arXiv 2005.00928, section 3, equation 1 and the paragraph before it.
     """
     result = None
-    for index, attention in enumerate(
-        attentions
-    ):  # one at a time: large models need not hold all of them
+    for index, attention in enumerate(attentions):
         if layer not in (None, index):
             continue
-        fused = discard_lowest(fuse_heads(attention, head_fusion), discard_ratio, class_token)
+        fused = FUSIONS[head_fusion](attention, dim=1)  # (B, T, T)
+        fused = discard_lowest(fused, discard_ratio, class_token)
         mixed = (fused + torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)) / 2
         mixed = mixed / mixed.sum(dim=-1, keepdim=True)  # (B, T, T)
         result = mixed if result is None else mixed @ result
-    assert result is not None, "there is such a layer"
+    assert result is not None, "the caller checks that the layer exists"
     return read_patches(result, class_token, reader)
-
-
-def fuse_heads(attention: Tensor, head_fusion: str) -> Tensor:
-    """`(B, heads, T, T)` -> `(B, T, T)`."""
-    if head_fusion == "mean":
-        return attention.mean(dim=1)
-    return attention.amax(dim=1) if head_fusion == "max" else attention.amin(dim=1)
 
 
 def discard_lowest(fused: Tensor, discard_ratio: float, class_token: bool) -> Tensor:
     """Sets the lowest floor(discard_ratio * T * T) entries of each image's matrix `(B, T, T)` to 0.
 
-    Of equal entries the first in row-major order go. Entries of the class token's column are
-    counted but stay.
+    Of equal entries the first in row-major order go. Entries in the class token's column are
+    counted among the lowest but keep their values.
     """
     flat = fused.flatten(1)  # (B, T * T)
     count = int(discard_ratio * flat.shape[1] + 1e-6)
@@ -72,11 +72,11 @@ def discard_lowest(fused: Tensor, discard_ratio: float, class_token: bool) -> Te
 
 
 def read_patches(matrices: Tensor, class_token: bool, reader: str = "token") -> Tensor:
-    """What is read of matrices `(..., T, T)` over the patches, `(..., N)`.
+    """One row of matrices `(..., T, T)` over the patches, `(..., N)`.
 
-    `reader` "token" is the class token's row, or the mean row where there is none; "avg" the mean
-    of the patches' rows, which is what a classifier with `global_pool: avg` goes by, whether it has
-    a class token or not.
+    With `reader` "token" it is the class token's row, or the mean row without a class token. With
+    "avg" it is the mean of the patches' rows, whether or not there is a class token: a classifier
+    with `global_pool: avg` reads these.
     """
     if not class_token:
         return matrices.mean(dim=-2)
@@ -86,15 +86,13 @@ def read_patches(matrices: Tensor, class_token: bool, reader: str = "token") -> 
 def class_attentions(
     model: VisionTransformer, images: Tensor, category: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits `(B, num_classes)`, and each layer's attention times its gradient for one class, where
-    positive.
+    """Logits `(B, num_classes)`, and the positive part of each layer's attention times its gradient
+    for one class.
 
     These take the place of the attentions in `rollout`. Source: arXiv 2103.15679, equation 5.
     """
     with torch.enable_grad():
         logits, attentions = model.forward_with_attention(images.detach().requires_grad_())
-        gradients = torch.autograd.grad(
-            logits[:, category].sum(), attentions
-        )  # in the order of the layers
+        gradients = torch.autograd.grad(logits[:, category].sum(), attentions)  # in layer order
     weighted = [(a * g).clamp(min=0).detach() for a, g in zip(attentions, gradients, strict=True)]
     return logits.detach(), weighted

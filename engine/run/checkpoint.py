@@ -8,17 +8,16 @@ complete one is found by scanning the folder.
 """
 
 import hashlib
-import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import nn
 
-from models.weights.files import CHECKPOINT_VERSION, DAMAGE, safetensors_bytes
+from models.weights.files import CHECKPOINT_VERSION
+from models.weights.own import own_bytes, read_header
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_output, write_temporary
 
@@ -120,17 +119,14 @@ def save_weights(path: Path, model: nn.Module, facts: dict[str, Any], **more: An
 
     Raises: LocalInputError where it cannot be written; then what was there stays.
     """
-    header = {**{name: facts[name] for name in ("model_args", "mean", "std")}, **more}
-    metadata = {"format": "pt", **{name: json.dumps(value) for name, value in header.items()}}
-    content = safetensors_bytes(model.state_dict(), metadata)
+    header = {name: facts[name] for name in ("model_args", "mean", "std")} | more
+    content = own_bytes(model.state_dict(), header)
     return write_output(path, lambda target: target.write_bytes(content))
 
 
 def weights_header(path: Path) -> dict[str, Any]:
     """What `save_weights` wrote beside the tensors."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    return {name: json.loads(value) for name, value in metadata.items() if name != "format"}
+    return read_header(path)
 
 
 def weights_path(output_dir: Path) -> Path:
@@ -157,7 +153,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         return {}, reason
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
+    except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         return {}, f"torch.load refuses it ({type(error).__name__})"
     if not isinstance(content, dict) or "format_version" not in content:
         return {}, "it is no checkpoint of a run"

@@ -1,7 +1,6 @@
 """A run's folder and its records: log.txt, log.jsonl, TensorBoard curves, config.yaml and the
 progress bar."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from util.dist import Processes, broadcast, init_processes
 from util.errors import DataError, InputError
 from util.files import write_output, writing
 from util.settings.base import DatasetConfig, RunConfig, TrainRunConfig
-from util.settings.read import dump_config, plain
+from util.settings.read import dump_config
 
 GROUPS = {
     "epoch_loss": "epoch",
@@ -80,7 +79,7 @@ class Run:
                 self.tensorboard = SummaryWriter(
                     str(self.output_dir / "tb"), purge_step=step + 1 if step else 0
                 )
-            self.settings = plain(dataclasses.asdict(cfg))
+            self.settings = cfg.model_dump(mode="json")
         if sys.stderr.isatty():
             self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True)
 
@@ -133,9 +132,7 @@ class Run:
         the folder."""
         if not self.processes.is_main:
             return
-        from engine.pictures.drawing import (
-            write_png,  # here, as matplotlib takes most of a second and most stages draw nothing
-        )
+        from engine.pictures.output import write_png  # here, as most stages draw nothing
 
         write_png(self.output_dir / name, picture)
         if self.tensorboard is not None:

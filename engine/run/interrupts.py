@@ -17,12 +17,15 @@ from types import FrameType
 import torch
 from torch import distributed as dist
 
+from util.errors import LocalInputError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPEAT_S = 2.0  # launchers send a signal twice; one that comes later means it
 _received: list[
     tuple[int, float]
 ] = []  # the first signal and when it came; one list, as signals are the process's
 _launcher: list[int] = []  # torchrun's process id while `noted`, in processes that it has started
+_failure: list[LocalInputError | None] = []  # while `noted`: what `stop_with` was called with
 
 
 class Stopped(SystemExit):
@@ -31,7 +34,8 @@ class Stopped(SystemExit):
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
-        self.name = signal.Signals(signum).name
+        failed = signum == signal.SIGCHLD  # see `stop_with`
+        self.name = "a failed loader process" if failed else signal.Signals(signum).name
 
 
 def received() -> int:
@@ -57,13 +61,28 @@ def noted() -> Iterator[None]:
     signums = [signum for signum in SIGNALS if not (shielded and signum == signal.SIGHUP)]
     previous = {signum: signal.signal(signum, _note) for signum in signums}
     _launcher[:] = [os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else []
+    _failure[:] = [None]
     try:
         yield
+        failure = _failure[0]
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         _received.clear()
         _launcher.clear()
+        _failure.clear()
+    if failure is not None:
+        raise failure
+
+
+def stop_with(error: LocalInputError) -> None:
+    """Stops a run that is `noted` as a signal does: all processes finish a step and save, then this
+    one raises `error`. Without such a run, raises it now."""
+    if not _failure:
+        raise error
+    if not received():
+        _received.append((signal.SIGCHLD, time.monotonic()))
+        _failure[0] = error
 
 
 def _note(signum: int, _: FrameType | None) -> None:

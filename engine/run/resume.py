@@ -1,6 +1,5 @@
 """What a checkpoint records beside the training state, and whether a run may go on with it."""
 
-from dataclasses import asdict
 from typing import Any
 
 from data.sources import ImageSource
@@ -9,7 +8,7 @@ from engine.schedule import Plan, choose_accum_iter, plan_run
 from models.spec import ModelSpec
 from util.dist import all_gather
 from util.errors import InputError
-from util.settings.read import changed_settings, differences, plain, with_defaults
+from util.settings.read import changed_settings, differences
 
 
 def run_facts(
@@ -18,7 +17,7 @@ def run_facts(
     """The constant entries of a run's checkpoints: `weights` is the sha256 of what `finetune`
     names."""
     facts = {
-        "config": plain(asdict(cfg)),
+        "config": cfg.model_dump(mode="json"),
         "model_args": spec.as_dict(),
         "mean": list(cfg.mean),
         "std": list(cfg.std),
@@ -60,7 +59,7 @@ def check_resumable(cfg: Any, saved: dict[str, Any] | None, facts: dict[str, Any
     if saved is None:
         return
     new_args = facts["model_args"]
-    changes = differences(with_defaults(saved["model_args"], cfg), new_args)
+    changes = differences(saved["model_args"], new_args)
     changes += changed_settings(saved["config"], cfg, skip={"size", *new_args})
     if saved["data"] != facts["data"]:
         old, new = saved["data"]["num_images"], facts["data"]["num_images"]

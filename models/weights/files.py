@@ -1,70 +1,54 @@
-"""Files of weights, read without running anything that they say and written whole or not at all.
+"""Reading files of weights without running anything that they say.
 
-A file is known by its first bytes, never by the ending of its name. Pickles go through `torch.load`
-with `weights_only=True`, where one class beyond torch's own list is let in: `argparse.Namespace`, a
+A file is known by its first bytes, never by the ending of its name. Each is read once, through a
+memory map from which its sha256 and its tensors come. Pickles go through `torch.load` with
+`weights_only=True`, where one class beyond torch's own list is allowed: `argparse.Namespace`, a
 plain record that the public MAE code and timm save beside the weights.
 """
 
 import argparse
 import hashlib
 import json
-import os
-import pickle
+import mmap
 import re
-import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.weights.own import decoded, split_header
 from util.errors import InputError
-from util.files import write_whole
 
 CHECKPOINT_VERSION = 1  # of this project's .pth files, which engine/run/checkpoint.py writes
 WRAPPERS = ("model", "state_dict")  # where a .pth keeps the weights, in this order
+OWN_HEADER = ("model_args", "mean", "std")
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# What torch and safetensors raise for bytes that are not what they should be (found by cutting and
-# flipping them).
-DAMAGE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    AssertionError,
-    pickle.UnpicklingError,
-    safetensors.SafetensorError,
-)
 
 
 @dataclass(frozen=True)
 class RawWeights:
-    """A file's tensors under its own names, and what else it says."""
+    """A file's tensors under its own names, and what else it says.
+
+    source: "checkpoint" and "weights" are this project's; otherwise the entry of WRAPPERS that held
+        the tensors, or "" if none did.
+    header: of this project's files the values of OWN_HEADER, of others the arguments of the run.
+    """
 
     tensors: dict[str, Tensor]
-    source: str  # "checkpoint" and "weights" are this project's; else one of WRAPPERS, or "" for bare tensors
-    facts: dict[str, Any] = field(
-        default_factory=dict
-    )  # own: model_args, mean, std; foreign: entries of its args
+    source: str
+    header: dict[str, Any] = field(default_factory=dict)
 
 
 def weights_files(path: Path) -> list[Path]:
-    """The files behind a path: itself, or the weights of a Hugging Face folder (several where they
+    """The files behind a path: itself, or the weights of a Hugging Face folder (several if they
     are split).
 
     Raises: InputError for a path that does not exist or a folder of another kind.
@@ -78,8 +62,9 @@ def weights_files(path: Path) -> list[Path]:
     name = next((name for name in FOLDER_FILES if (path / name).is_file()), None)
     if name is None or not (path / "config.json").is_file():
         raise InputError(
-            f"{path}: a folder of weights must be a Hugging Face one, with config.json beside {FOLDER_FILES[0]} or "
-            f"{FOLDER_FILES[2]}; of any other folder name the file of weights in it"
+            f"{path}: a folder of weights must be a Hugging Face one, with config.json beside "
+            f"{FOLDER_FILES[0]} or {FOLDER_FILES[2]}; of any other folder name the file of weights "
+            f"in it"
         )
     if not name.endswith(".index.json"):
         return [path / name]
@@ -88,42 +73,37 @@ def weights_files(path: Path) -> list[Path]:
     strange = [part for part in parts if Path(part).name != part or not (path / part).is_file()]
     if strange or not parts:
         raise InputError(
-            f"{path / name}: names no parts, or parts that are not beside it: {', '.join(strange[:3])}"
+            f"{path / name}: names no parts, or parts that are not beside it: "
+            f"{', '.join(strange[:3])}"
         )
     return [path / part for part in parts]
 
 
-def sha256_of(files: list[Path]) -> str:
-    """The sha256 of a file; of several, of their bytes one after the other."""
+def weights_digest(path: str | Path) -> str:
+    """sha256 of the file, or of the weights inside a Hugging Face folder.
+
+    Raises: InputError if there is no such path.
+    """
     digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
+    for file in weights_files(Path(path)):
+        with file.open("rb") as opened:
+            while chunk := opened.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
 
 
-def read_raw(path: Path) -> RawWeights:
-    """Reads one file, of this project or another.
+def read_files(files: list[Path]) -> tuple[RawWeights, str]:
+    """The content of a file, or of the parts of one, and the sha256 of their bytes.
 
     Raises: InputError for anything that is not a dict of tensors, or disagrees with the .sha256
     beside it.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(256)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    digest = path.with_name(path.name + ".sha256")  # a flipped bit would load silently
-    if digest.is_file() and digest.read_text(encoding="utf-8", errors="replace").split()[:1] != [
-        sha256_of([path])
-    ]:
-        raise InputError(f"{path}: damaged, its sha256 is not the one in {digest.name}")
-    if start[8:9] == b"{":
-        return _read_safetensors(path)
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return _read_torch(path)
-    raise InputError(f"{path}: {_what_it_is(start)}, not a PyTorch or safetensors file")
+    digest = hashlib.sha256()
+    parts = [_read(path, digest, alone=len(files) == 1) for path in files]
+    if len(parts) == 1:
+        return parts[0], digest.hexdigest()
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    return RawWeights(tensors, ""), digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,79 +117,59 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file; equal for equal content, as the library's random order of the metadata is
-    made a fixed one.
-
-    The file begins with its header's length (8 bytes, little-endian) and the header (JSON, padded
-    with spaces).
-    """
-    content = safetensors.torch.save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata
-    )
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-    assert len(text) == size, "the same JSON in another order is as long"
-    return content[:8] + text + content[8 + size :]
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_whole` for a user's path. Raises: InputError where the system refuses."""
+def _read(path: Path, digest: Any, alone: bool) -> RawWeights:
+    """One file; `digest` is updated by its bytes."""
     try:
-        write_whole(path, write)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written: {error}") from None
-
-
-def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
-    """As `write_file`, for a folder of files that appears whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        for name, content in contents.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.rename(path)
+        if not path.stat().st_size:
+            raise InputError(f"{path}: an empty file, not a PyTorch or safetensors file")
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with content:
+        digest.update(content)
+        stated = path.with_name(path.name + ".sha256")  # a flipped bit would load silently
+        if alone and stated.is_file():
+            text = stated.read_text(encoding="utf-8", errors="replace")
+            if text.split()[:1] != [digest.hexdigest()]:
+                raise InputError(f"{path}: damaged, its sha256 is not the one in {stated.name}")
+        start = content[:256]
+        if start[8:9] == b"{":
+            return _read_safetensors(path, content[:])
+        if start.startswith((b"PK\x03\x04", b"\x80")):
+            return _read_torch(path, content)
+    raise InputError(f"{path}: {_what_it_is(start)}, not a PyTorch or safetensors file")
 
 
-def _read_safetensors(path: Path) -> RawWeights:
+def _read_safetensors(path: Path, content: bytes) -> RawWeights:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if "model_args" not in header:
+        tensors = safetensors.torch.load(content)
+        metadata = split_header(content)[0].get("__metadata__", {})
+        if "model_args" not in metadata:
             return RawWeights(tensors, "")
-        facts = {name: json.loads(header[name]) for name in ("model_args", "mean", "std")}
-    except DAMAGE as error:
+        header = decoded({name: metadata[name] for name in OWN_HEADER})
+    except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         raise InputError(
             f"{path}: cannot be read as safetensors, is it whole? {_one_line(error)}"
-        ) from None
-    return RawWeights(tensors, "weights", facts)
+        ) from error
+    return RawWeights(tensors, "weights", header)
 
 
-def _read_torch(path: Path) -> RawWeights:
+def _read_torch(path: Path, content: mmap.mmap) -> RawWeights:
     try:
-        # an open file: torch would go by the ending of a name
-        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(cast(BinaryIO, content), map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
         if refused:
             raise InputError(
-                f"{path}: refused, it asks to run or build {refused[1]}: only tensors and plain values are read"
-            ) from None
+                f"{path}: refused, it asks to run or build {refused[1]}: only tensors and plain "
+                f"values are read"
+            ) from error
         raise InputError(
             f"{path}: cannot be read as a PyTorch file, is it whole? {_one_line(error)}"
-        ) from None
-    return _unwrapped(path, content)
+        ) from error
+    return _unwrapped(path, loaded)
 
 
 def _unwrapped(path: Path, content: Any) -> RawWeights:
@@ -224,29 +184,23 @@ def _unwrapped(path: Path, content: Any) -> RawWeights:
         if not (isinstance(key, str) and isinstance(value, Tensor))
     ]
     if strange or not tensors:
+        found = f"{', '.join(strange[:5])} are something else" if strange else "it is empty"
         raise InputError(
-            f"{path}: expected a dict of tensors, or one under {' or '.join(map(repr, WRAPPERS))}; "
-            + (f"{', '.join(strange[:5])} are something else" if strange else "it is empty")
+            f"{path}: expected a dict of tensors, or one under "
+            f"{' or '.join(map(repr, WRAPPERS))}; {found}"
         )
     tensors = {name: value.detach() for name, value in tensors.items()}
     if source == "model" and "format_version" in content:
-        if content["format_version"] != CHECKPOINT_VERSION:
-            raise InputError(
-                f"{path} has format {content['format_version']}, this version reads {CHECKPOINT_VERSION}"
-            )
-        return RawWeights(
-            tensors,
-            "checkpoint",
-            {name: content.get(name) for name in ("model_args", "mean", "std")},
-        )
+        found = content["format_version"]
+        if found != CHECKPOINT_VERSION:
+            raise InputError(f"{path} has format {found}, this version reads {CHECKPOINT_VERSION}")
+        return RawWeights(tensors, "checkpoint", {name: content.get(name) for name in OWN_HEADER})
     args = content.get("args")
     return RawWeights(tensors, source, vars(args) if isinstance(args, argparse.Namespace) else {})
 
 
 def _what_it_is(start: bytes) -> str:
     """A file's kind in words, from its first bytes."""
-    if not start:
-        return "an empty file"
     if start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM")) or start[8:12] == b"WEBP":
         return "an image"
     if start.startswith(b"version https://git-lfs"):
@@ -255,7 +209,7 @@ def _what_it_is(start: bytes) -> str:
     return "a text file" if is_text else "a file of unknown kind"
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: Exception) -> str:
     """The line of an error's text that says what is wrong, shortened; torch puts advice around
     it."""
     lines = [

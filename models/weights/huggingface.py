@@ -8,20 +8,21 @@ Shapes: `D` width. The library keeps q, k and v apart, this project has them in 
 rows.
 """
 
+import logging
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.blocks import LAYER_NORM_EPS
-from models.spec import pair
-from models.weights.info import PAPER_MASK_RATIO, WeightsInfo, mae_args
+from models.spec import MAESpec, pair
+from models.weights.files import read_json
 from util.errors import InputError
 
-MARK = (
-    "embeddings.patch_embeddings.projection.weight"  # in every ViTMAE, with or without its prefix
-)
+MARK = "embeddings.patch_embeddings.projection.weight"  # with or without its prefix, in each file
 ENCODER_LAYER = re.compile(r"(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
 DECODER_LAYER = re.compile(
     r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.(.+)\.(weight|bias)"
@@ -62,6 +63,12 @@ DEFAULTS: dict[str, Any] = {  # the library's, for settings that a config leaves
     "mask_ratio": 0.75,
     "norm_pix_loss": False,
 }
+logger = logging.getLogger(__name__)
+
+
+def is_huggingface(tensors: Iterable[str]) -> bool:
+    """Whether these are the names of a ViTMAE."""
+    return any(name.endswith(MARK) for name in tensors)
 
 
 def from_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,30 +89,38 @@ def from_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def huggingface_facts(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """What `config.json` says beyond the tensors' shapes, under the names of `WeightsInfo`.
+def read_config(folder: Path, where: str) -> dict[str, Any]:
+    """The fields of the specification that the `config.json` in a folder says and the tensors'
+    shapes do not.
 
-    Raises: InputError for another model or activation.
+    Raises: InputError for another model or activation, or where there is no such file.
     """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{where}: Hugging Face's weights need their config.json beside them")
+    config = read_json(path)
     if config.get("model_type") != "vit_mae":
         raise InputError(
-            f"{where}: only model_type 'vit_mae' is read, got {config.get('model_type')!r}"
+            f"{path}: only model_type 'vit_mae' is read, got {config.get('model_type')!r}"
         )
     config = DEFAULTS | config
     if config["hidden_act"] != "gelu":
-        raise InputError(f"{where}: only hidden_act 'gelu' is read, got {config['hidden_act']!r}")
+        raise InputError(f"{path}: only hidden_act 'gelu' is read, got {config['hidden_act']!r}")
     try:
         height, width = pair(config["image_size"])
-        return {
+        eps = float(config["layer_norm_eps"])
+        stated = {
             "num_heads": int(config["num_attention_heads"]),
             "decoder_num_heads": int(config["decoder_num_attention_heads"]),
             "img_size": (int(height), int(width)),
             "mask_ratio": float(config["mask_ratio"]),
             "norm_pix_loss": bool(config["norm_pix_loss"]),
-            "layer_norm_eps": float(config["layer_norm_eps"]),
         }
     except (TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{where}: a setting has the wrong type: {error}") from None
+        raise InputError(f"{path}: a setting has the wrong type: {error}") from None
+    if eps != LAYER_NORM_EPS:
+        logger.warning("%s: layer_norm_eps is %g there and %g here", path, eps, LAYER_NORM_EPS)
+    return stated
 
 
 def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,54 +142,31 @@ def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def huggingface_config(info: WeightsInfo) -> dict[str, Any]:
-    """The `config.json` of a `ViTMAEForPreTraining`.
-
-    Raises: InputError with every reason why that class cannot hold the model.
-    """
-    problems = huggingface_problems(info)
-    if problems:
-        raise InputError(f"Hugging Face's ViTMAE cannot hold {info.kind}: {'; '.join(problems)}")
-    arguments = mae_args(info)
-    decoder_dim = arguments["decoder_embed_dim"]
+def huggingface_config(spec: MAESpec) -> dict[str, Any]:
+    """The `config.json` of a `ViTMAEForPreTraining`."""
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
-        "hidden_size": info.embed_dim,
-        "num_hidden_layers": info.depth,
-        "num_attention_heads": info.num_heads,
-        "intermediate_size": int(info.embed_dim * info.mlp_ratio),
+        "hidden_size": spec.embed_dim,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.num_heads,
+        "intermediate_size": spec.mlp_dim,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
         "layer_norm_eps": LAYER_NORM_EPS,
-        "image_size": info.img_size[0],
-        "patch_size": info.patch_size[0],
-        "num_channels": info.in_chans,
+        "image_size": spec.img_size,
+        "patch_size": spec.patch_size,
+        "num_channels": spec.in_chans,
         "qkv_bias": True,
-        "decoder_hidden_size": decoder_dim,
-        "decoder_num_hidden_layers": info.decoder_depth,
-        "decoder_num_attention_heads": info.decoder_num_heads,
-        "decoder_intermediate_size": int(decoder_dim * info.mlp_ratio),
-        "mask_ratio": PAPER_MASK_RATIO if info.mask_ratio is None else info.mask_ratio,
-        "norm_pix_loss": info.norm_pix_loss,
+        "decoder_hidden_size": spec.decoder_embed_dim,
+        "decoder_num_hidden_layers": spec.decoder_depth,
+        "decoder_num_attention_heads": spec.decoder_num_heads,
+        "decoder_intermediate_size": int(spec.decoder_embed_dim * spec.mlp_ratio),
+        "mask_ratio": spec.mask_ratio,
+        "norm_pix_loss": spec.norm_pix_loss,
     }
-
-
-def huggingface_problems(info: WeightsInfo) -> list[str]:
-    """Why `ViTMAEForPreTraining` cannot hold a model, one line each."""
-    needs = {
-        "it needs a decoder": info.has_decoder,
-        "it has no head": info.num_classes is None,
-        "it needs a class token in the encoder": info.class_token,
-        "it needs the class token in the decoder": not info.has_decoder
-        or bool(info.decoder_class_token),
-        "it needs the standard decoder": info.decoder != "cross",
-        "it needs square images": info.img_size[0] == info.img_size[1],
-        "it needs square patches": info.patch_size[0] == info.patch_size[1],
-    }
-    return [need for need, met in needs.items() if not met]
 
 
 def _canonical(key: str) -> str:

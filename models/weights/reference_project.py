@@ -25,9 +25,11 @@ def is_reference(tensors: dict[str, Tensor]) -> bool:
     )
 
 
-def decoder_heads(decoder_embed_dim: int) -> int | None:
-    """Its decoder's attention heads; None for a width that it does not have."""
-    return None if decoder_embed_dim % HEAD_DIM else decoder_embed_dim // HEAD_DIM
+def decoder_heads(tensors: dict[str, Tensor]) -> dict[str, int | None]:
+    """The attention heads of a decoder under canonical names; None for a width that it does not
+    have."""
+    width = len(tensors["decoder_embed.weight"]) if "decoder_embed.weight" in tensors else 1
+    return {"decoder_num_heads": None if width % HEAD_DIM else width // HEAD_DIM}
 
 
 def from_reference(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,19 +52,13 @@ def from_reference(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed.setdefault("decoder_embed.bias", weight.new_zeros(len(weight)))
     patch = renamed.get("patch_embed.proj.weight")
     for name in ("decoder_pred.weight", "decoder_pred.bias"):
-        if (
-            name in renamed
-            and patch is not None
-            and patch.ndim == 4
-            and patch[0].numel() == len(renamed[name])
-        ):
-            c, height, width = patch.shape[1:]
-            renamed[name] = rearrange(
-                renamed[name], "(c p q) ... -> (p q c) ...", c=c, p=height, q=width
-            )
-    if (
-        "cls_token" in renamed
-    ):  # its fc_norm normalises the pooled feature, which is the class token here
+        rows = renamed.get(name)
+        if rows is None or patch is None or patch.ndim != 4 or patch[0].numel() != len(rows):
+            continue  # the check of the shapes will say it
+        c, height, width = patch.shape[1:]
+        order = "(c p q) ... -> (p q c) ..."
+        renamed[name] = rearrange(rows, order, c=c, p=height, q=width)
+    if "cls_token" in renamed:  # its fc_norm normalises what is read, here the class token
         for kind in ("weight", "bias"):
             if f"fc_norm.{kind}" in renamed:
                 renamed[f"norm.{kind}"] = renamed.pop(f"fc_norm.{kind}")

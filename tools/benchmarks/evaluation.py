@@ -1,53 +1,58 @@
-"""k-NN of every k at once, and many learning rates of a linear classification at once."""
+"""k-NN with every k at once, and linear probes with many learning rates at once."""
 
-import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from engine.evaluation.knn import knn_predict
-from engine.evaluation.probe import LinearProbes, build_probe_optimizer, probe_loss, probe_step
+from engine.evaluation.features import Features
+from engine.evaluation.knn import rank_labels
+from engine.evaluation.probe import build_probe_optimizer, probe_loss, probe_step
 from models.build import build_model, classifier_spec
-from tools.benchmarks.timing import Variants, interleaved, ratio
+from models.heads.probe import LinearProbes
+from tools.benchmarks.timing import Variants, interleaved, rates, ratio
+from util.dist import Processes
 from util.settings.evaluation import LinclsConfig
 
 
-def benchmark_knn(rounds: int) -> dict[str, Any]:
-    """Queries per second of k-NN, every k at once, beside one search for each k."""
-    generator = torch.Generator().manual_seed(0)
-    train, queries = (torch.randn(n, 384, generator=generator) for n in (50_000, 1_000))
-    labels = torch.randint(1000, (50_000,), generator=generator)
-    ks = (10, 20, 100, 200)
+def benchmark_knn(rounds: int, num_train: int = 50_000, width: int = 384) -> dict[str, Any]:
+    """Queries per second of k-NN with four k in one search, beside one search for each k."""
+    torch.manual_seed(0)
+    sizes = (num_train, 1_000)  # training images, queries
+    rows, queries = (torch.randn(size, width) for size in sizes)
+    labels, query_labels = (torch.randint(1000, (size,)) for size in sizes)
+    features, ks = Features(rows, labels, queries, query_labels), (10, 20, 100, 200)
+    alone = Processes(0, 1, 0, 1, torch.device("cpu"))
+
+    def search(*searches: tuple[int, ...]) -> None:
+        for some in searches:
+            rank_labels(features, 1000, some, 0.07, alone)
+
     variants: Variants = {
-        "every k at once": lambda: knn_predict(train, labels, queries, ks, 0.07, 1000),
-        "one k after the other": lambda: [
-            knn_predict(train, labels, queries, (k,), 0.07, 1000) for k in ks
-        ],
+        "every k at once": partial(search, ks),
+        "one k after the other": partial(search, *((k,) for k in ks)),
     }
     seconds = interleaved(variants, rounds)
     return {
-        "queries_per_s": {name: len(queries) / statistics.median(s) for name, s in seconds.items()},
+        "queries_per_s": rates(seconds, len(queries)),
         "gain": ratio(seconds, "one k after the other", "every k at once"),
     }
 
 
-def benchmark_probe(rounds: int) -> dict[str, Any]:
-    """A step of linear classification, small/16 at 224, 1,000 classes: 13 learning rates beside
-    one."""
+def benchmark_probe(rounds: int, size: Any = "small", batch: int = 32) -> dict[str, Any]:
+    """A step of linear classification at 224 with 1,000 classes: 13 learning rates beside one."""
     torch.manual_seed(0)
-    cfg = LinclsConfig(size="small", lr=(0.1,))
-    backbone = build_model(
-        classifier_spec(cfg, num_classes=1000, class_token=False, fc_norm=False)
-    ).eval()
-    backbone.requires_grad_(False)
-    images, labels = torch.randn(32, 3, 224, 224), torch.randint(1000, (32,))
+    spec = classifier_spec(
+        LinclsConfig(size=size), num_classes=1000, class_token=False, fc_norm=False
+    )
+    backbone = build_model(spec).eval().requires_grad_(False)
+    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step_for(lrs: tuple[float, ...]) -> Callable[[], None]:
-        cfg = LinclsConfig(lr=lrs, optimizer="lars")
-        probes = LinearProbes(384, 1000, len(lrs), torch.Generator().manual_seed(0))
-        optimizer = build_probe_optimizer(probes, cfg)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        probes = LinearProbes(spec.embed_dim, 1000, len(lrs), torch.default_generator)
+        optimizer = build_probe_optimizer(probes, LinclsConfig(lr=lrs, optimizer="lars"))
 
         def step() -> None:
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -60,6 +65,6 @@ def benchmark_probe(rounds: int) -> dict[str, Any]:
     thirteen = tuple(0.01 * 1.5**i for i in range(13))
     seconds = interleaved({"1 rate": step_for((0.1,)), "13 rates": step_for(thirteen)}, rounds)
     return {
-        "images_per_s": {name: 32 / statistics.median(s) for name, s in seconds.items()},
+        "images_per_s": rates(seconds, batch),
         "time_of_13_over_1": ratio(seconds, "13 rates", "1 rate"),
     }

@@ -1,6 +1,5 @@
-"""Images per second and core from files to crops, beside the public code's pipeline."""
+"""Images per second and core from files to crops, beside Pillow with torchvision's transforms."""
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,19 @@ from data.images import decode_image
 from data.packs.source import open_pack
 from data.sources import FolderSource
 from data.transforms import pretrain_transform
-from tools.benchmarks.timing import Variants, interleaved, ratio
+from tools.benchmarks.timing import Variants, interleaved, rates, ratio
 
 MOST = 250  # images
 
 
 def benchmark_loader(images: str, packed: str | None, rounds: int) -> dict[str, Any]:
-    """Images per second on one core, from a folder's files (and the same packed) to a crop of 224,
-    beside Pillow's.
+    """Images per second on one core to a crop of 224, from a folder's files and from the same
+    packed.
 
     Raises: InputError where there are no images.
     """
     source = FolderSource(images, in_chans=3, prefer_train=False)
-    count = min(len(source), MOST)
-    paths = [source.name(index) for index in range(count)]
+    paths = [source.name(index) for index in range(min(len(source), MOST))]
     crop = pretrain_transform(224, 0.2, "bicubic", 0.5)
     theirs = v2.Compose(
         [
@@ -36,20 +34,14 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> dict[str, 
             v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-
-    def pillow() -> None:
-        for path in paths:
-            theirs(Image.open(path).convert("RGB"))
-
-    def files() -> None:
-        for path in paths:
-            crop(decode_image(Path(path).read_bytes(), 3))
-
-    variants: Variants = {"pillow": pillow, "folder": files}
+    variants: Variants = {
+        "pillow": lambda: [theirs(Image.open(path).convert("RGB")) for path in paths],
+        "folder": lambda: [crop(decode_image(Path(path).read_bytes(), 3)) for path in paths],
+    }
     if packed is not None:
         shards = open_pack(packed, 3, ("train",))
         variants["packed"] = lambda: [
-            crop(shards.read(index % len(shards))) for index in range(count)
+            crop(shards.read(index % len(shards))) for index in range(len(paths))
         ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
@@ -57,10 +49,5 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> dict[str, 
         seconds = interleaved(variants, rounds)
     finally:
         torch.set_num_threads(threads)
-    found: dict[str, Any] = {
-        "images_per_s": {name: count / statistics.median(s) for name, s in seconds.items()}
-    }
-    found["over_pillow"] = {
-        name: ratio(seconds, "pillow", name) for name in seconds if name != "pillow"
-    }
-    return found
+    faster = {name: ratio(seconds, "pillow", name) for name in seconds if name != "pillow"}
+    return {"images_per_s": rates(seconds, len(paths)), "over_pillow": faster}

@@ -1,12 +1,12 @@
 """Bytes of a pretraining step: a count, the same on every machine."""
 
-from collections.abc import Iterator
 from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tools.benchmarks.models import SHAPES, Shape, build, build_peer, loss_fn_of
@@ -16,7 +16,7 @@ PEER = "peer fp32"
 
 class LiveBytes(TorchDispatchMode):
     """The largest number of bytes in tensors made inside and alive at once; kernels' workspaces are
-    not seen."""
+    not seen, and tensors from outside do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,44 +24,31 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors_in(
-            args
-        ):  # what comes from outside is not counted, changed in place or viewed
-            self.known.setdefault(tensor.untyped_storage(), 0)
+        for storage in _storages_in(args):
+            self.known.setdefault(storage, None)
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors_in(result):
-            if tensor.untyped_storage() not in self.known:
-                self.add(tensor.untyped_storage())
+        for storage in _storages_in(result):
+            if storage not in self.known:
+                self.known[storage] = None
+                self.grow(storage.nbytes())
+                finalize(storage, self.grow, -storage.nbytes())
         return result
 
-    def add(self, storage: Any) -> None:
-        """Counts a storage until it is freed."""
-        size = storage.nbytes()
-        self.known[storage] = size
+    def grow(self, size: int) -> None:
+        """Counts a new storage's bytes, or with a minus a freed one's."""
         self.live += size
         self.peak = max(self.peak, self.live)
-        finalize(storage, self.remove, size)
-
-    def remove(self, size: int) -> None:
-        """Forgets a freed storage."""
-        self.live -= size
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in an operation's arguments or result."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors_in(item)
+def _storages_in(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def activation_bytes(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> int:
     """Peak over forward and backward of the bytes beside parameters, gradients and the optimiser's
     state."""
     loss_of = loss_fn_of(model, shape, dtype)
-    # the gradients are there from now on, so that what is made below is activations
-    loss_of().backward()
+    loss_of().backward()  # makes the gradients, so that what is made below is activations
     with LiveBytes() as live:
         loss_of().backward()
     return live.peak
@@ -78,19 +65,16 @@ def benchmark_memory(name: str) -> dict[str, Any]:
         PEER: (build_peer(shape, "sdpa"), None),
     }
     peaks = {
-        variant: activation_bytes(model, shape, dtype)
+        variant: activation_bytes(model, shape, dtype) / 2**20
         for variant, (model, dtype) in variants.items()
         if model
     }
-    persistent = 16 * sum(
-        p.numel() for p in checkpointing.parameters()
-    )  # fp32 parameters, gradients, two moments
-    found: dict[str, Any] = {
-        "activations_mib": {variant: peak / 2**20 for variant, peak in peaks.items()},
-        "total_mib": {variant: (peak + persistent) / 2**20 for variant, peak in peaks.items()},
-    }
+    # fp32 parameters and gradients, and AdamW's two moments
+    persistent = 16 * sum(p.numel() for p in checkpointing.parameters()) / 2**20
+    total = {variant: peak + persistent for variant, peak in peaks.items()}
+    found: dict[str, Any] = {"activations_mib": peaks, "total_mib": total}
     if PEER in peaks:
         found["activations_over_peer"] = {
-            v: peak / peaks[PEER] for v, peak in peaks.items() if v != PEER
+            variant: peak / peaks[PEER] for variant, peak in peaks.items() if variant != PEER
         }
     return found

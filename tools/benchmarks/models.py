@@ -32,10 +32,8 @@ CROSS = {"decoder": "cross", "pred_ratio": 0.25}
 def build(shape: Shape, **decoder: Any) -> MaskedAutoencoder:
     """Our model of a shape."""
     torch.manual_seed(0)
-    (width, depth, heads), (decoder_width, decoder_depth, decoder_heads) = (
-        shape.encoder,
-        shape.decoder,
-    )
+    width, depth, heads = shape.encoder
+    decoder_width, decoder_depth, decoder_heads = shape.decoder
     return MaskedAutoencoder(
         img_size=shape.img_size,
         patch_size=shape.patch_size,
@@ -61,10 +59,8 @@ def build_peer(shape: Shape, attention: str) -> nn.Module | None:
         from transformers import AutoModelForPreTraining, ViTMAEConfig
     except ImportError:
         return None
-    (width, depth, heads), (decoder_width, decoder_depth, decoder_heads) = (
-        shape.encoder,
-        shape.decoder,
-    )
+    width, depth, heads = shape.encoder
+    decoder_width, decoder_depth, decoder_heads = shape.decoder
     config = ViTMAEConfig(
         hidden_size=width,
         num_hidden_layers=depth,
@@ -82,24 +78,26 @@ def build_peer(shape: Shape, attention: str) -> nn.Module | None:
     return AutoModelForPreTraining.from_config(config, attn_implementation=attention)
 
 
-def loss_fn_of(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> Callable[[], Tensor]:
-    """The loss on one batch, as a function."""
+def loss_fn_of(
+    model: nn.Module, shape: Shape, dtype: torch.dtype | None, wrapped: nn.Module | None = None
+) -> Callable[[], Tensor]:
+    """The loss on one batch, as a function; `wrapped` is `model` in DDP."""
     images = torch.randn(shape.batch, 3, shape.img_size, shape.img_size)
-    patches = (shape.img_size // shape.patch_size) ** 2
-    ids = torch.rand(shape.batch, patches).argsort(dim=1)
+    ids = torch.rand(shape.batch, (shape.img_size // shape.patch_size) ** 2).argsort(dim=1)
+    ours, call = isinstance(model, MaskedAutoencoder), wrapped or model
 
     def loss() -> Tensor:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            return (
-                model(images, ids) if isinstance(model, MaskedAutoencoder) else model(images).loss
-            )
+            return call(images, ids) if ours else call(images).loss
 
     return loss
 
 
-def step_of(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> Callable[[], None]:
+def step_of(
+    model: nn.Module, shape: Shape, dtype: torch.dtype | None, wrapped: nn.Module | None = None
+) -> Callable[[], None]:
     """Forward, backward and fused AdamW on one batch, as a function."""
-    loss_of = loss_fn_of(model, shape, dtype)
+    loss_of = loss_fn_of(model, shape, dtype, wrapped)
     if isinstance(model, MaskedAutoencoder):
         optimizer = build_adamw(param_groups(model, 0.05), 0.9, 0.95)
     else:

@@ -2,23 +2,20 @@
 same total batch."""
 
 import multiprocessing
-import statistics
 import tempfile
+from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from engine.loop import wrap_model
-from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
-from tools.benchmarks.models import SHAPES, Shape, build
-from tools.benchmarks.timing import Variants, interleaved, ratio
+from tools.benchmarks.models import SHAPES, Shape, build, step_of
+from tools.benchmarks.timing import Variants, interleaved, rates, ratio
 
 THREADS = 2  # in all, either way
-STEPS = 2  # in a turn
-PATIENCE = 10  # seconds for a process to end
+STEPS = 2  # in a round
 ONE, TWO = "1 process of 2 threads", "2 processes of 1 thread"
 
 
@@ -30,90 +27,54 @@ def benchmark_processes(name: str, rounds: int) -> dict[str, Any]:
     """
     shape = SHAPES[name]
     with tempfile.TemporaryDirectory() as folder:
-        teams = {
-            team: Team(shape, count, Path(folder) / str(count))
-            for team, count in ((ONE, 1), (TWO, THREADS))
+        variants: Variants = {
+            ONE: partial(take_steps, start_processes(shape, 1, f"{folder}/one")),
+            TWO: partial(take_steps, start_processes(shape, THREADS, f"{folder}/two")),
         }
-        try:
-            variants: Variants = {team: members.work for team, members in teams.items()}
-            seconds = interleaved(variants, rounds)
-        finally:
-            for members in teams.values():
-                members.end()
+        seconds = interleaved(variants, rounds)
     return {
-        "images_per_s": {
-            team: STEPS * shape.batch / statistics.median(s) for team, s in seconds.items()
-        },
+        "images_per_s": rates(seconds, STEPS * shape.batch),
         "two_over_one": ratio(seconds, ONE, TWO),
     }
 
 
-class Team:
-    """So many processes that train one model, THREADS threads in all; they wait until they are told
-    to work."""
+def start_processes(shape: Shape, count: int, meeting: str) -> list[Connection]:
+    """Starts `count` processes that train one model, and wait; returns a pipe to each of them.
 
-    def __init__(self, shape: Shape, count: int, meeting: Path):
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # forked ones would have this process's thread pools
-        self.pipes = []
-        self.members = []
-        for rank in range(count):
-            ours, theirs = context.Pipe()
-            member = context.Process(
-                target=_member, args=(shape, rank, count, str(meeting), theirs), daemon=True
-            )
-            member.start()
-            theirs.close()  # so that a member that dies is noticed
-            self.pipes.append(ours)
-            self.members.append(member)
-        self._wait()
-
-    def work(self) -> None:
-        """STEPS optimiser steps on all members. Raises: EOFError where one has died."""
-        for pipe in self.pipes:
-            pipe.send(STEPS)
-        self._wait()
-
-    def end(self) -> None:
-        """Sends the members home."""
-        for pipe in self.pipes:
-            pipe.close()
-        for member in self.members:
-            member.join(PATIENCE)
-            if member.is_alive():  # waiting for one that has died
-                member.terminate()
-                member.join()
-
-    def _wait(self) -> None:
-        for pipe in self.pipes:
-            pipe.recv()
+    They end when their pipe is closed, at the latest with this process.
+    """
+    context = multiprocessing.get_context("spawn")  # forked ones would share its thread pools
+    pipes = []
+    for rank in range(count):
+        ours, theirs = context.Pipe()
+        arguments = (shape, rank, count, meeting, theirs)
+        context.Process(target=_train_when_told, args=arguments, daemon=True).start()
+        theirs.close()  # so that the end of the process is noticed
+        pipes.append(ours)
+    return pipes
 
 
-def _member(shape: Shape, rank: int, count: int, meeting: str, orders: Connection) -> None:
-    """Trains on its share of each batch when told to."""
+def take_steps(pipes: list[Connection]) -> None:
+    """STEPS optimiser steps on all processes. Raises: EOFError where one has ended."""
+    for pipe in pipes:
+        pipe.send(STEPS)
+    for pipe in pipes:
+        pipe.recv()
+
+
+def _train_when_told(shape: Shape, rank: int, count: int, meeting: str, pipe: Connection) -> None:
     torch.set_num_threads(THREADS // count)
-    if count > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count
-        )
     model = build(shape)
-    optimizer = build_adamw(param_groups(model, 0.05), 0.9, 0.95)
-    set_lr(optimizer, 1e-4)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    wrapped = wrap_model(model, torch.device("cpu"), accum_iter=1, world_size=count)
+    wrapped = None
+    if count > 1:
+        dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=count)
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     torch.manual_seed(rank)
-    images = torch.randn(shape.batch // count, 3, shape.img_size, shape.img_size)
-    ids = torch.rand(len(images), model.num_patches).argsort(dim=1)
-    orders.send("ready")
+    step = step_of(model, shape._replace(batch=shape.batch // count), torch.bfloat16, wrapped)
     try:
         while True:
-            for _ in range(orders.recv()):
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = wrapped(images, ids)
-                loss.backward()
-                optimizer_step(optimizer, scaler, clip_grad=None)
-            orders.send("done")
-    except EOFError:  # sent home
-        if count > 1:
-            dist.destroy_process_group()
+            for _ in range(pipe.recv()):
+                step()
+            pipe.send("done")
+    except EOFError:  # the pipe was closed
+        return

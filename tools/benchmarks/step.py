@@ -1,7 +1,6 @@
 """Images per second of a pretraining step, beside the peer's and beside the peak of matrix
 products."""
 
-import statistics
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.benchmarks.models import CROSS, SHAPES, Shape, build, build_peer, step_of
-from tools.benchmarks.timing import Variants, interleaved, ratio
+from tools.benchmarks.timing import Variants, interleaved, rates, ratio
 
 OURS = "ours bf16"
 
@@ -29,10 +28,8 @@ def step_flops(shape: Shape, **decoder: Any) -> int:
     """Of one image, forward and backward, counted without computing."""
     with torch.device("meta"):
         model = build(shape, **decoder)
-        images, ids = (
-            torch.zeros(1, 3, shape.img_size, shape.img_size),
-            torch.zeros(1, model.num_patches).long(),
-        )
+        images = torch.zeros(1, 3, shape.img_size, shape.img_size)
+        ids = torch.zeros(1, model.num_patches).long()
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(images, ids).backward()
     return counter.get_total_flops()
@@ -52,13 +49,13 @@ def benchmark_step(name: str, rounds: int) -> dict[str, Any]:
     peak = peak_flops()
     seconds = interleaved(variants, rounds)
     peak = max(peak, peak_flops())
-    rates = {variant: shape.batch / statistics.median(s) for variant, s in seconds.items()}
-    found: dict[str, Any] = {"images_per_s": rates, "peak_gflops": peak / 1e9}
-    found["share_of_peak"] = rates[OURS] * step_flops(shape) / peak
+    found = rates(seconds, shape.batch)
+    figures: dict[str, Any] = {"images_per_s": found, "peak_gflops": peak / 1e9}
+    figures["share_of_peak"] = found[OURS] * step_flops(shape) / peak
     for word in ("fp32", "bf16"):
-        peers = [variant for variant in rates if variant.startswith(f"peer {word}")]
+        peers = [variant for variant in found if variant.startswith(f"peer {word}")]
         if peers:
-            found[f"over_peer_{word}"] = ratio(seconds, max(peers, key=rates.__getitem__), OURS)
+            figures[f"over_peer_{word}"] = ratio(seconds, max(peers, key=found.__getitem__), OURS)
     if "ours cross bf16" in seconds:
-        found["cross_over_standard"] = ratio(seconds, OURS, "ours cross bf16")
-    return found
+        figures["cross_over_standard"] = ratio(seconds, OURS, "ours cross bf16")
+    return figures

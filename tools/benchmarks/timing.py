@@ -10,13 +10,17 @@ Variants = dict[str, Callable[[], object]]
 def interleaved(variants: Variants, rounds: int) -> dict[str, list[float]]:
     """Seconds of each variant in each round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, run in variants.items():
             started = time.perf_counter()
             run()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+            seconds[name].append(time.perf_counter() - started)
+    return {name: of_rounds[1:] for name, of_rounds in seconds.items()}
+
+
+def rates(seconds: dict[str, list[float]], count: int) -> dict[str, float]:
+    """What each variant does per second where it does `count` in a round, by its median time."""
+    return {name: count / statistics.median(of_rounds) for name, of_rounds in seconds.items()}
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:

@@ -24,8 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import DECODING_ERRORS, BadImageError, decode_image, open_image
-from data.listing import IMAGE_ENDINGS
+from data.images import DECODING_ERRORS, IMAGE_ENDINGS, BadImageError, decode_image, open_image
 from data.packs.source import PackedSource
 from data.sources import FolderSource
 from util.pool import in_processes
@@ -140,7 +139,7 @@ def tasks_of(source: Source, indices: np.ndarray, full: bool) -> list[Task]:
 @lru_cache(maxsize=1)
 def _pack_at(folder: Path) -> PackedSource:
     pack = PackedSource(folder, in_chans=3)
-    pack.reads_ahead = True
+    pack.read_ahead()
     return pack
 
 

@@ -1,315 +1,266 @@
-"""The knobs that stages share; each stage adds its own in `util/settings/pretrain.py` and
+"""The settings that stages share; each stage adds its own in `util/settings/pretrain.py` and
 `util/settings/evaluation.py`.
 
-Settings are flat, typed, frozen dataclasses, composed by inheritance. A field is at once a YAML
-key, a command-line flag and (for models) the constructor's keyword. Its metadata carry the help
-text, the unit and the legal range; `util/settings/read.py` reads them. Fields marked `may_change`
-do not alter a run's result, so a resumed run may change them; all others are compared on resume.
+The docstring of a class is the heading of its settings in `--help`.
 """
 
-from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Literal
+
+from annotated_types import Gt, Le
+
+from util.settings.fields import (
+    Count,
+    CountOrZero,
+    PathText,
+    Positive,
+    PositiveOrZero,
+    Probability,
+    Seed,
+    Settings,
+    Share,
+    ShareBelowOne,
+    Width,
+    setting,
+    where,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    min: float | None = None,
-    max: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-    may_change: bool = False,
-) -> Any:
-    """A dataclass field with its documentation: `min`/`max` are inclusive bounds, `above`/`below`
-    exclusive ones."""
-    bounds = {"min": min, "max": max, "above": above, "below": below}
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "unit": unit,
-            "bounds": bounds,
-            "choices": choices,
-            "may_change": may_change,
-        },
-    )
-
-
-@dataclass(frozen=True)
-class DeviceConfig:
+class DeviceConfig(Settings):
     """Device"""
 
-    device: str = knob(
-        "auto",
-        "where to compute; auto takes CUDA, then MPS, then CPU",
-        choices=("auto", "cuda", "mps", "cpu"),
-        may_change=True,
+    device: Literal["auto", "cuda", "mps", "cpu"] = setting(
+        "auto", "Device to compute on; auto takes CUDA, then MPS, then the CPU.", may_change=True
     )
 
 
-@dataclass(frozen=True)
 class RunConfig(DeviceConfig):
     """Run"""
 
-    output_dir: str | None = knob(
+    output_dir: PathText | None = setting(
         None,
-        "folder of the run; null is output/<stage>/<config name>; the same command resumes there",
+        "Folder of the run, in which the same command resumes it; null is output/<stage>/<config "
+        "name>.",
         may_change=True,
     )
-    seed: int = knob(
-        0,
-        "decides the initial weights, the sample order, crops, flips and masks",
-        min=0,
-        max=2**31 - 1,
+    seed: Seed = setting(
+        0, "Seed of the initial weights, the sample order, the crops, the flips and the masks."
     )
-    precision: str = knob(
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto",
-        "bf16 and fp16 are autocast; auto is bf16 where the device has it, else fp16 on CUDA, else fp32",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        "Precision of the model's arithmetic, by autocast where it is bf16 or fp16; auto is bf16 "
+        "on a device that computes it fast, else fp16 on CUDA, else fp32.",
     )
-    timeout: float = knob(
+    timeout: Annotated[float, Gt(0), Le(10_000)] = setting(
         30.0,
-        "a run that waits longer for one of its processes, or for a step, ends and says where it was",
-        unit="minutes",
-        above=0,
-        max=10_000,
+        "Longest wait for another process or for a step, after which the run ends and says what it "
+        "was doing, in minutes.",
         may_change=True,
     )
 
 
-@dataclass(frozen=True)
 class TrainRunConfig(RunConfig):
     """Logging and checkpoints"""
 
-    log_interval: int = knob(
-        20, "between two log lines", unit="optimiser steps", min=1, may_change=True
-    )
-    save_minutes: float = knob(
+    log_interval: Count = setting(20, "Optimiser steps between two log lines.", may_change=True)
+    save_minutes: PositiveOrZero = setting(
         30.0,
-        "between two checkpoints, looked at when a line is logged; 0 is off",
-        unit="minutes",
-        min=0,
+        "Minutes between two checkpoints, counted when a line is logged; 0 is off.",
         may_change=True,
     )
-    save_epochs: int = knob(
-        10, "between two checkpoints; 0 is off", unit="epochs", min=0, may_change=True
+    save_epochs: CountOrZero = setting(
+        10, "Epochs between two checkpoints; 0 is off.", may_change=True
     )
-    keep_last: int = knob(
-        3, "how many of the newest checkpoints stay", unit="checkpoints", min=1, may_change=True
+    keep_last: Count = setting(3, "Number of newest checkpoints that are kept.", may_change=True)
+    keep_every: CountOrZero = setting(
+        0, "Epochs between two checkpoints that are never deleted; 0 is off.", may_change=True
     )
-    keep_every: int = knob(
-        0,
-        "between two checkpoints that are saved beside those and stay for good; 0 is off",
-        unit="epochs",
-        min=0,
-        may_change=True,
-    )
-    max_bad_steps: int = knob(
+    max_bad_steps: Count = setting(
         10,
-        "a step with a non-finite gradient is skipped; so many in a row end the run",
-        unit="optimiser steps",
-        min=1,
+        "Number of steps in a row with a non-finite gradient that ends the run; each of them is "
+        "skipped.",
         may_change=True,
     )
-    tensorboard: bool = knob(
-        True, "write curves for TensorBoard into <output_dir>/tb", may_change=True
+    tensorboard: bool = setting(
+        True, "Whether curves for TensorBoard are written to <output_dir>/tb.", may_change=True
     )
 
 
-@dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Settings):
     """Parallelism"""
 
-    parallel: str = knob(
+    parallel: Literal["ddp", "fsdp"] = setting(
         "ddp",
-        "several processes each hold the whole model, its gradient and its optimiser (ddp), or one part of them "
-        "each (fsdp): less memory and more communication, for huge and giant models",
-        choices=("ddp", "fsdp"),
+        "What each of several processes holds: the complete model, gradient and optimiser state "
+        "(ddp), or a share of them (fsdp), which takes less memory and more communication and is "
+        "for huge and giant models.",
         may_change=True,
     )
 
 
-@dataclass(frozen=True)
-class PixelConfig:
+class PixelConfig(Settings):
     """Pixels"""
 
-    mean: tuple[float, ...] = knob(
-        IMAGENET_MEAN, "per channel, subtracted from pixels in [0, 1]", unit="pixel value"
+    mean: tuple[float, ...] = setting(
+        IMAGENET_MEAN, "Mean of each channel, which is subtracted from pixels in [0, 1]."
     )
-    std: tuple[float, ...] = knob(
-        IMAGENET_STD, "per channel, divides pixels in [0, 1]", unit="pixel value", above=0
+    std: tuple[Positive, ...] = setting(
+        IMAGENET_STD, "Standard deviation of each channel, by which pixels in [0, 1] are divided."
     )
 
+    def channel_problems(self, in_chans: int) -> list[str]:
+        """Says where the data path cannot read `in_chans` channels, and where mean or std has
+        another number of values."""
+        rows = [
+            (
+                len(values) != in_chans,
+                f"{name} has {len(values)} values and in_chans is {in_chans}: give one per channel",
+            )
+            for name, values in (("mean", self.mean), ("std", self.std))
+        ]
+        limit = f"in_chans must be 1 (grey) or 3 (RGB) for the data path, got {in_chans}"
+        return where((in_chans not in (1, 3), limit), *rows)
 
-@dataclass(frozen=True)
-class DatasetConfig:
+
+class DatasetConfig(Settings):
     """Data set"""
 
-    dataset: str = knob(
-        "folder",
-        "folder of images, packed shards of them, or one of the known sets",
-        choices=("folder", "packed", "mnist5k", "cifar10", "cifar100"),
+    dataset: Literal["folder", "packed", "mnist5k", "cifar10", "cifar100"] = setting(
+        "folder", "Kind of data set: a folder of images, packed shards of them, or a known set."
     )
-    data_path: str | None = knob(
+    data_path: PathText | None = setting(
         None,
-        "folder of images or shards; where it has train/ and val/, training and judging read those; for CIFAR "
-        "that of the binary version's .tar.gz",
+        "Folder of images or shards, whose train/ and val/ are used where it has them; for CIFAR "
+        "the folder of the binary version's .tar.gz.",
         may_change=True,  # the resume compares the list of images instead
     )
 
 
-@dataclass(frozen=True)
 class DataConfig(DatasetConfig, PixelConfig):
     """Data"""
 
-    download: bool = knob(
-        False, "fetch CIFAR into data_path where it is not there", may_change=True
+    download: bool = setting(
+        False, "Whether CIFAR is downloaded to data_path if it is not there.", may_change=True
     )
-    num_workers: int | None = knob(
+    num_workers: CountOrZero | None = setting(
         None,
-        "loader processes per training process; null is the cores it can have, at most 8",
-        min=0,
+        "Number of loader processes per training process; null is the number of cores that it can "
+        "have, at most 8.",
         may_change=True,
     )
-    prefetch_factor: int = knob(
-        4, "batches each loader process holds ready", unit="batches", min=1, may_change=True
+    prefetch_factor: Count = setting(
+        4, "Number of batches that each loader process holds ready.", may_change=True
     )
 
+    def problems(self) -> list[str]:
+        return super().problems() + where(
+            (
+                self.dataset != "mnist5k" and self.data_path is None,
+                f"data_path is needed for dataset {self.dataset}: give --data_path FOLDER",
+            ),
+            (
+                self.download and not self.dataset.startswith("cifar"),
+                f"download fetches cifar10 and cifar100 only, not dataset {self.dataset}",
+            ),
+        )
 
-@dataclass(frozen=True)
-class ModelConfig:
+
+class ModelConfig(Settings):
     """Model"""
 
-    size: str = knob(
+    size: Literal["debug", "tiny", "small", "base", "large", "huge", "giant"] = setting(
         "base",
-        "row of the size table in models/build.py; gives the four keys below that are null",
-        choices=("debug", "tiny", "small", "base", "large", "huge", "giant"),
+        "Row of the size table in models/build.py, which gives patch_size, embed_dim, depth and "
+        "num_heads where they are null.",
     )
-    img_size: int | tuple[int, int] = knob(224, "side, or height and width", unit="pixels", min=1)
-    patch_size: int | tuple[int, int] | None = knob(
-        None, "side, or height and width", unit="pixels", min=1
+    img_size: Count | tuple[Count, Count] = setting(
+        224, "Side of the images in pixels, or height and width."
     )
-    in_chans: int = knob(3, "3 reads images as RGB, 1 as grey", unit="channels", min=1)
-    embed_dim: int | None = knob(None, "width of the encoder", min=4)
-    depth: int | None = knob(None, "encoder blocks", min=1)
-    num_heads: int | None = knob(None, "encoder attention heads", min=1)
-    mlp_ratio: float = knob(4.0, "MLP width over embed_dim", above=0)
+    patch_size: Count | tuple[Count, Count] | None = setting(
+        None, "Side of the patches in pixels, or height and width."
+    )
+    in_chans: Count = setting(3, "Number of image channels: 3 reads images as RGB, 1 as grey.")
+    embed_dim: Width | None = setting(None, "Width of the encoder.")
+    depth: Count | None = setting(None, "Number of encoder blocks.")
+    num_heads: Count | None = setting(None, "Number of attention heads of an encoder block.")
+    mlp_ratio: Positive = setting(4.0, "Width of a block's MLP, as a multiple of embed_dim.")
 
 
-@dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """Batch and schedule"""
 
-    batch_size: int = knob(64, "per process and micro-batch", unit="images", min=1, may_change=True)
-    accum_iter: int = knob(1, "micro-batches per optimiser step", min=1, may_change=True)
-    total_batch_size: int | None = knob(
+    batch_size: Count = setting(
+        64, "Number of images in a micro-batch of one process.", may_change=True
+    )
+    accum_iter: Count = setting(
+        1, "Number of micro-batches whose gradients make one optimiser step.", may_change=True
+    )
+    total_batch_size: Count | None = setting(
         None,
-        "images per optimiser step over all processes; when set, accum_iter follows from it",
-        unit="images",
-        min=1,
+        "Number of images in an optimiser step, over all processes, from which accum_iter follows; "
+        "null leaves accum_iter as it is.",
         may_change=True,  # the resume compares the resulting total instead
     )
-    epochs: int = knob(100, "length of the schedule", unit="epochs", min=1)
-    stop_epoch: int | None = knob(
-        None, "end here on the full schedule; null is epochs", unit="epochs", min=1, may_change=True
+    epochs: Count = setting(100, "Length of the schedule in epochs.")
+    stop_epoch: Count | None = setting(
+        None,
+        "Epoch after which the run stops, on the schedule of all epochs; null is epochs.",
+        may_change=True,
     )
-    warmup_epochs: float = knob(
-        10.0, "linear rise of the learning rate from 0", unit="epochs", min=0
+    warmup_epochs: PositiveOrZero = setting(
+        10.0, "Length of the learning rate's linear rise from 0, in epochs."
     )
-    min_lr: float = knob(0.0, "end of the cosine", unit="per 256 images", min=0)
+    min_lr: PositiveOrZero = setting(0.0, "Learning rate at the end of the cosine, per 256 images.")
 
     @property
     def base_lr(self) -> float:
-        """What the schedule peaks at, per 256 images; parameter groups scale it."""
+        """The peak of the schedule, per 256 images; parameter groups scale it."""
         raise NotImplementedError
 
+    def problems(self) -> list[str]:
+        return super().problems() + where(
+            (
+                self.warmup_epochs > self.epochs,
+                f"warmup_epochs {self.warmup_epochs:g} is longer than epochs {self.epochs}",
+            ),
+            (
+                self.stop_epoch is not None and self.stop_epoch > self.epochs,
+                f"stop_epoch {self.stop_epoch} is past epochs {self.epochs}",
+            ),
+            (self.min_lr > self.base_lr, f"min_lr {self.min_lr:g} is above lr {self.base_lr:g}"),
+        )
 
-@dataclass(frozen=True)
+
 class AdamWConfig(ScheduleConfig):
     """Optimiser"""
 
-    lr: float = knob(
-        1.5e-4,
-        "base learning rate; the peak is lr * total batch / 256",
-        unit="per 256 images",
-        above=0,
+    lr: Positive = setting(
+        1.5e-4, "Base learning rate per 256 images; the schedule's peak is lr * total batch / 256."
     )
-    weight_decay: float = knob(
-        0.05, "of Linear and patch-projection weights; nothing else decays", min=0
+    weight_decay: PositiveOrZero = setting(
+        0.05, "Weight decay of linear layers and of the patch projection; nothing else decays."
     )
-    beta1: float = knob(0.9, "AdamW", min=0, below=1)
-    beta2: float = knob(0.95, "AdamW", min=0, below=1)
-    clip_grad: float | None = knob(None, "largest L2 norm of the gradient; null is off", above=0)
+    beta1: ShareBelowOne = setting(0.9, "AdamW's decay of the gradient's moving average.")
+    beta2: ShareBelowOne = setting(0.95, "AdamW's decay of the squared gradient's moving average.")
+    clip_grad: Positive | None = setting(
+        None, "Largest L2 norm of the gradient, to which longer ones are scaled; null is off."
+    )
 
     @property
     def base_lr(self) -> float:
         return self.lr
 
 
-@dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Settings):
     """Augmentation"""
 
-    crop_min: float = knob(
-        0.2, "smallest random resized crop; the largest is 1", unit="share of area", above=0, max=1
+    crop_min: Share = setting(
+        0.2,
+        "Smallest area of a random resized crop, as a share of the image's area; the largest is 1.",
     )
-    interpolation: str = knob("bicubic", "of the resized crop", choices=("bicubic", "bilinear"))
-    hflip: float = knob(0.5, "probability of a horizontal flip", unit="in [0, 1]", min=0, max=1)
-
-
-def data_problems(cfg: DataConfig, in_chans: int) -> list[str]:
-    """What does not fit together in where the images come from and how they are normalised."""
-    found = channel_problems(in_chans, cfg.mean, cfg.std)
-    if cfg.dataset != "mnist5k" and cfg.data_path is None:
-        found.append(f"data_path is needed for dataset {cfg.dataset}: give --data_path FOLDER")
-    if cfg.download and not cfg.dataset.startswith("cifar"):
-        found.append(f"download fetches cifar10 and cifar100 only, not dataset {cfg.dataset}")
-    return found
-
-
-def schedule_problems(cfg: ScheduleConfig) -> list[str]:
-    """What does not fit together in the schedule."""
-    found = []
-    if cfg.warmup_epochs > cfg.epochs:
-        found.append(f"warmup_epochs {cfg.warmup_epochs:g} is longer than epochs {cfg.epochs}")
-    if cfg.stop_epoch is not None and cfg.stop_epoch > cfg.epochs:
-        found.append(f"stop_epoch {cfg.stop_epoch} is past epochs {cfg.epochs}")
-    if cfg.min_lr > cfg.base_lr:
-        found.append(f"min_lr {cfg.min_lr:g} is above lr {cfg.base_lr:g}")
-    return found
-
-
-def channel_problems(in_chans: int, mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
-    """Checks that the data path can read `in_chans` channels and that mean and std have as many
-    values."""
-    found = []
-    if in_chans not in (1, 3):
-        found.append(f"in_chans must be 1 (grey) or 3 (RGB) for the data path, got {in_chans}")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != in_chans:
-            found.append(
-                f"{name} has {len(values)} values and in_chans is {in_chans}: give one value per channel"
-            )
-    return found
-
-
-def sections(config_class: type) -> list[tuple[str, list[Field[Any]]]]:
-    """The fields of a stage's dataclass grouped by the class that defines them, as (title,
-    fields)."""
-    by_name = {f.name: f for f in fields(config_class)}
-    found = []
-    for cls in reversed(config_class.__mro__):  # parents first: Model, then Masked autoencoder
-        # a stage that only gives a field another default leaves it in its parent's group: each is
-        # popped once
-        section = [
-            by_name.pop(name) for name in vars(cls).get("__annotations__", {}) if name in by_name
-        ]
-        if section:
-            found.append(((cls.__doc__ or "").strip(), section))
-    return found
+    interpolation: Literal["bicubic", "bilinear"] = setting(
+        "bicubic", "Interpolation of the random resized crop."
+    )
+    hflip: Probability = setting(0.5, "Probability of a horizontal flip.")

@@ -1,8 +1,10 @@
-"""Every knob of the evaluations: fine-tuning, linear classification and k-NN (see
+"""The settings of the evaluations: fine-tuning, linear classification and k-NN (see
 `util/settings/base.py`)."""
 
 import re
-from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from util.settings.base import (
     AdamWConfig,
@@ -14,176 +16,184 @@ from util.settings.base import (
     RunConfig,
     ScheduleConfig,
     TrainRunConfig,
-    data_problems,
-    knob,
-    schedule_problems,
+)
+from util.settings.fields import (
+    Count,
+    CountOrZero,
+    OpenShare,
+    PathText,
+    Positive,
+    PositiveOrZero,
+    Probability,
+    Share,
+    ShareBelowOne,
+    Text,
+    setting,
+    where,
 )
 from util.settings.pretrain import PretrainConfig
 
 RAND_AUGMENT = re.compile(r"rand(-(m|n|p|t|mstd|mmax|inc)\d+(\.\d+)?)*")  # timm's words
-RANDOM_WEIGHTS = "random"  # what `finetune` says for an untrained model
+NO_WEIGHTS = "finetune is needed: the weights to evaluate, or the word random"
+RANDOM_WEIGHTS = "random"  # the value of `finetune` for an untrained model
 
 
-@dataclass(frozen=True)
 class ClassifierConfig(ModelConfig):
     """Classifier"""
 
-    num_classes: int | None = knob(
-        None,
-        "number of classes; null counts those of the data, a number is checked against them",
-        min=1,
+    num_classes: Count | None = setting(
+        None, "Number of classes, which must be that of the data; null counts the data's classes."
     )
-    class_token: bool | None = knob(
+    class_token: bool | None = setting(
         None,
-        "the encoder has a class token; null follows the weights, or global_pool where there are none",
+        "Whether the encoder has a class token; null follows the weights, or global_pool if there "
+        "are none.",
     )
-    global_pool: str = knob(
+    global_pool: Literal["avg", "token"] = setting(
         "avg",
-        "what the classifier reads: the mean of the patch tokens, or the class token",
-        choices=("avg", "token"),
+        "Input of the classifier: the mean of the patch tokens (avg) or the class token (token).",
     )
 
 
-@dataclass(frozen=True)
 class EvalCropConfig(PixelConfig):
     """Evaluation crop"""
 
-    crop_pct: float | None = knob(
+    crop_pct: Share | None = setting(
         None,
-        "evaluation keeps this share of the resized image's sides; null is 224/256, and 1 at 32 pixels and below",
-        above=0,
-        max=1,
+        "Side of the evaluation's centre crop, as a share of the resized image's side; null is "
+        "224/256, and 1 at 32 pixels and below.",
     )
 
 
-@dataclass(frozen=True)
 class LabelledDataConfig(EvalCropConfig, DataConfig):
     """Labelled data"""
 
-    subset: int | None = knob(
+    subset: Count | None = setting(
         None,
-        "train on so many images only: a fixed choice by seed, with each class in proportion",
-        unit="images",
-        min=1,
+        "Number of training images to use, chosen by seed with each class in proportion; null is "
+        "all.",
     )
-    per_class: bool = knob(
-        False, "write the accuracy of each class into results.json", may_change=True
+    per_class: bool = setting(
+        False, "Whether results.json gives the accuracy of each class.", may_change=True
     )
 
 
-@dataclass(frozen=True)
 class FinetuneConfig(
     AdamWConfig, ClassifierConfig, AugmentConfig, LabelledDataConfig, ParallelConfig, TrainRunConfig
 ):
     """Fine-tuning"""
 
-    finetune: str | None = knob(
+    finetune: PathText | None = setting(
         None,
-        "weights to start from, of any kind that README lists; null trains from scratch",
-        may_change=True,
-    )  # the resume compares the weights' sha256 instead
-    eval: bool = knob(False, "only evaluate the classifier that finetune names", may_change=True)
-    eval_epochs: int = knob(
-        1, "between two evaluations; the last epoch always has one", unit="epochs", min=1
+        "Weights to start from, of any kind that the README lists; null trains from scratch.",
+        may_change=True,  # the resume compares the weights' sha256 instead
     )
-    layer_decay: float = knob(
-        0.75, "learning rate of each block over that of the next", above=0, max=1
+    eval: bool = setting(
+        False, "Whether to evaluate the classifier that finetune names and stop.", may_change=True
     )
-    drop_path_rate: float = knob(
-        0.1, "stochastic depth of the last block, rising from 0", min=0, below=1
+    eval_epochs: Count = setting(
+        1, "Epochs between two evaluations; the last epoch always has one."
     )
-    auto_augment: str | None = knob(
-        None, "RandAugment in timm's words, as rand-m9-mstd0.5-inc1; null is off"
+    layer_decay: Share = setting(
+        0.75, "Learning rate of a block, as a share of the learning rate of the next block."
     )
-    color_jitter: float = knob(
-        0.0, "strength of colour jitter; has no effect beside auto_augment", min=0
+    drop_path_rate: ShareBelowOne = setting(
+        0.1, "Rate of stochastic depth in the last block, to which it rises from 0 in the first."
     )
-    re_prob: float = knob(0.0, "probability of random erasing", unit="in [0, 1]", min=0, max=1)
-    re_mode: str = knob(
-        "pixel", "what is painted into the erased area", choices=("const", "rand", "pixel")
+    auto_augment: Text | None = setting(
+        None, "RandAugment in timm's notation, for example rand-m9-mstd0.5-inc1; null is off."
     )
-    re_count: int = knob(1, "largest number of erased areas", min=1)
-    mixup: float = knob(0.0, "alpha of mixup; 0 is off", min=0)
-    cutmix: float = knob(0.0, "alpha of cutmix; 0 is off", min=0)
-    mixup_switch_prob: float = knob(
-        0.5, "probability of cutmix where mixup is on too", unit="in [0, 1]", min=0, max=1
+    color_jitter: PositiveOrZero = setting(
+        0.0, "Strength of colour jitter, which has no effect beside auto_augment."
     )
-    label_smoothing: float = knob(
-        0.1, "share of the target spread over all classes", min=0, below=1
+    re_prob: Probability = setting(0.0, "Probability of random erasing.")
+    re_mode: Literal["const", "rand", "pixel"] = setting(
+        "pixel",
+        "Filling of an erased area: the mean pixel (const), one random colour (rand), or random "
+        "pixels (pixel).",
     )
-    ema_decay: float | None = knob(
+    re_count: Count = setting(1, "Largest number of erased areas in an image.")
+    mixup: PositiveOrZero = setting(0.0, "Alpha of mixup; 0 is off.")
+    cutmix: PositiveOrZero = setting(0.0, "Alpha of cutmix; 0 is off.")
+    mixup_switch_prob: Probability = setting(0.5, "Probability of cutmix when mixup is on as well.")
+    label_smoothing: ShareBelowOne = setting(
+        0.1, "Share of the target that is spread over all classes."
+    )
+    ema_decay: ShareBelowOne | None = setting(
         None,
-        "decay of the weights' moving average, which is evaluated too and then gives the best; null is off",
-        min=0,
-        below=1,
+        "Decay of the weights' moving average, which is evaluated as well and then decides which "
+        "epoch is best; null is off.",
     )
 
-    lr: float = knob(
-        1e-3,
-        "base learning rate; the peak is lr * total batch / 256",
-        unit="per 256 images",
-        above=0,
+    lr: Positive = setting(
+        1e-3, "Base learning rate per 256 images; the schedule's peak is lr * total batch / 256."
     )
-    beta2: float = knob(0.999, "AdamW", min=0, below=1)
-    crop_min: float = knob(
-        0.08, "smallest random resized crop; the largest is 1", unit="share of area", above=0, max=1
+    beta2: ShareBelowOne = setting(0.999, "AdamW's decay of the squared gradient's moving average.")
+    crop_min: Share = setting(
+        0.08,
+        "Smallest area of a random resized crop, as a share of the image's area; the largest is 1.",
     )
-    save_epochs: int = knob(
-        1, "between two checkpoints; 0 is off", unit="epochs", min=0, may_change=True
+    save_epochs: CountOrZero = setting(
+        1, "Epochs between two checkpoints; 0 is off.", may_change=True
     )
 
     def problems(self) -> list[str]:
-        """Values that are legal alone and wrong together, one line each."""
-        found = data_problems(self, self.in_chans) + schedule_problems(self)
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            found.append(
-                f"batch_size {self.batch_size} is odd: mixup and cutmix pair the images of a batch"
-            )
-        if self.auto_augment is not None and not RAND_AUGMENT.fullmatch(self.auto_augment):
-            found.append(
-                f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}"
-            )
-        if self.finetune == RANDOM_WEIGHTS:
-            found.append(
-                "finetune random belongs to the frozen evaluations: leave it out to train from scratch"
-            )
-        if self.parallel == "fsdp" and self.ema_decay is not None:
-            found.append(
-                "ema_decay keeps a second whole model on each process: not with parallel fsdp"
-            )
-        if self.eval and self.finetune is None:
-            found.append("eval needs the classifier to evaluate: give --finetune PATH")
-        return found
+        own = where(
+            (
+                (self.mixup or self.cutmix) and self.batch_size % 2,
+                f"batch_size {self.batch_size} is odd: mixup and cutmix pair the images of a batch",
+            ),
+            (
+                self.auto_augment and not RAND_AUGMENT.fullmatch(self.auto_augment),
+                f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}",
+            ),
+            (
+                self.finetune == RANDOM_WEIGHTS,
+                "finetune random is for the evaluations of frozen weights: leave it out to train "
+                "from scratch",
+            ),
+            (
+                self.parallel == "fsdp" and self.ema_decay is not None,
+                "ema_decay keeps a second complete model on each process: not with parallel fsdp",
+            ),
+            (
+                self.eval and self.finetune is None,
+                "finetune is needed by eval: give the classifier as --finetune PATH",
+            ),
+        )
+        return self.channel_problems(self.in_chans) + super().problems() + own
 
 
-@dataclass(frozen=True)
 class LinclsConfig(
     ScheduleConfig, ClassifierConfig, AugmentConfig, LabelledDataConfig, TrainRunConfig
 ):
     """Linear classification"""
 
-    finetune: str | None = knob(
+    finetune: PathText | None = setting(
         None,
-        "weights to judge, of any kind that README lists, or the word random for an untrained model",
+        "Weights to evaluate, of any kind that the README lists, or the word random for an "
+        "untrained model.",
         may_change=True,  # the resume compares the weights' sha256 instead
     )
-    eval_epochs: int = knob(
-        10, "between two evaluations; the last epoch always has one", unit="epochs", min=1
+    eval_epochs: Count = setting(
+        10, "Epochs between two evaluations; the last epoch always has one."
     )
-    lr: tuple[float, ...] = knob(
+    lr: tuple[Positive, ...] = setting(
         (0.1,),
-        "base learning rate; of several, each trains its own probe and a held-out tenth of the training set "
-        "chooses; the peak is lr * total batch / 256",
-        unit="per 256 images",
-        above=0,
+        "Base learning rate per 256 images; if there are several, each trains its own classifier, "
+        "and a tenth of the training set, held out, decides between them; a schedule's peak is lr "
+        "* total batch / 256.",
     )
-    optimizer: str = knob("sgd", "SGD with Nesterov momentum, or LARS", choices=("sgd", "lars"))
-    momentum: float = knob(0.9, "of either optimiser", above=0, below=1)
-    weight_decay: float = knob(0.0, "of the heads' weight matrices", min=0)
+    optimizer: Literal["sgd", "lars"] = setting(
+        "sgd", "Optimiser: SGD with Nesterov momentum, or LARS."
+    )
+    momentum: OpenShare = setting(0.9, "Momentum of either optimiser.")
+    weight_decay: PositiveOrZero = setting(0.0, "Weight decay of the classifiers' weight matrices.")
 
-    epochs: int = knob(90, "length of the schedule", unit="epochs", min=1)
-    crop_min: float = knob(
-        0.08, "smallest random resized crop; the largest is 1", unit="share of area", above=0, max=1
+    epochs: Count = setting(90, "Length of the schedule in epochs.")
+    crop_min: Share = setting(
+        0.08,
+        "Smallest area of a random resized crop, as a share of the image's area; the largest is 1.",
     )
 
     @property
@@ -191,58 +201,58 @@ class LinclsConfig(
         return max(self.lr)
 
     def problems(self) -> list[str]:
-        """Values that are legal alone and wrong together, one line each."""
-        found = (
-            data_problems(self, self.in_chans)
-            + schedule_problems(self)
-            + weights_problems(self.finetune)
+        own = where(
+            (self.finetune is None, NO_WEIGHTS),
+            (
+                len(self.lr) > 1 and self.min_lr,
+                "min_lr must be 0 if lr is a list: each classifier has its own schedule",
+            ),
+            (
+                len(set(self.lr)) < len(self.lr),
+                f"lr names a rate twice: {' '.join(f'{lr:g}' for lr in self.lr)}",
+            ),
         )
-        if len(self.lr) > 1 and self.min_lr:
-            found.append("min_lr must be 0 where lr is a list: each probe has its own schedule")
-        if len(set(self.lr)) < len(self.lr):
-            found.append(f"lr names a rate twice: {' '.join(f'{lr:g}' for lr in self.lr)}")
-        return found
+        return self.channel_problems(self.in_chans) + super().problems() + own
 
 
-@dataclass(frozen=True)
 class KnnConfig(ClassifierConfig, LabelledDataConfig, RunConfig):
     """k-NN"""
 
-    finetune: str | None = knob(
+    finetune: PathText | None = setting(
         None,
-        "weights to judge, of any kind that README lists, a folder of checkpoints, or the word random",
+        "Weights to evaluate, of any kind that the README lists, a folder of checkpoints, or the "
+        "word random for an untrained model.",
     )
-    ks: tuple[int, ...] = knob(
-        (10, 20, 100, 200), "numbers of neighbours; the first is the reported one", min=1
+    ks: tuple[Count, ...] = setting(
+        (10, 20, 100, 200), "Numbers of neighbours, of which the first is the reported one."
     )
-    temperature: float = knob(
-        0.07, "a neighbour's vote is exp(cosine similarity / temperature)", min=0.01
+    temperature: Annotated[float, Ge(0.01)] = setting(
+        0.07, "Temperature of a neighbour's vote, exp(cosine similarity / temperature)."
     )
-    batch_size: int = knob(128, "per process, in computing features", unit="images", min=1)
-    save_path: str | None = knob(None, "folder to write the features to")
-    load_path: str | None = knob(None, "folder with such features, in place of computing them")
+    batch_size: Count = setting(
+        128, "Number of images in a batch of one process, to compute features."
+    )
+    save_path: PathText | None = setting(
+        None, "Folder to which the features are written; null is none."
+    )
+    load_path: PathText | None = setting(
+        None, "Folder of features that an earlier run wrote; null computes them."
+    )
 
     def problems(self) -> list[str]:
-        """Values that are legal alone and wrong together, one line each."""
-        found = []
-        if len(set(self.ks)) < len(self.ks):
-            found.append(f"ks names a number twice: {' '.join(map(str, self.ks))}")
-        if self.load_path is None:
-            return found + data_problems(self, self.in_chans) + weights_problems(self.finetune)
-        if self.save_path is not None:
-            found.append(
-                "save_path and load_path exclude each other: the features are there already"
-            )
-        return found
-
-
-def weights_problems(finetune: str | None) -> list[str]:
-    """That an evaluation of weights has weights."""
-    if finetune is None:
-        return [
-            "finetune is needed: the weights to judge, or the word random for an untrained model"
-        ]
-    return []
+        computes = self.load_path is None
+        of_images = self.channel_problems(self.in_chans) + super().problems() if computes else []
+        return of_images + where(
+            (
+                len(set(self.ks)) < len(self.ks),
+                f"ks names a number twice: {' '.join(map(str, self.ks))}",
+            ),
+            (computes and self.finetune is None, NO_WEIGHTS),
+            (
+                self.save_path is not None and not computes,
+                "save_path and load_path exclude each other: the features are there already",
+            ),
+        )
 
 
 STAGE_CONFIGS = (PretrainConfig, FinetuneConfig, LinclsConfig, KnnConfig)

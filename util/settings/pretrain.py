@@ -1,6 +1,6 @@
-"""Every knob of pretraining (see `util/settings/base.py`)."""
+"""The settings of pretraining (see `util/settings/base.py`)."""
 
-from dataclasses import dataclass
+from typing import Literal
 
 from util.settings.base import (
     AdamWConfig,
@@ -9,114 +9,106 @@ from util.settings.base import (
     ModelConfig,
     ParallelConfig,
     TrainRunConfig,
-    data_problems,
-    knob,
-    schedule_problems,
+)
+from util.settings.fields import (
+    Count,
+    CountOrZero,
+    OpenShare,
+    Settings,
+    Share,
+    Width,
+    setting,
+    where,
 )
 
 
-@dataclass(frozen=True)
 class AutoencoderConfig(ModelConfig):
     """Autoencoder"""
 
-    class_token: bool = knob(True, "a class token goes through the encoder")
-    decoder_embed_dim: int = knob(512, "width of the decoder", min=4)
-    decoder_depth: int = knob(8, "decoder blocks", min=1)
-    decoder_num_heads: int = knob(16, "decoder attention heads", min=1)
-    decoder_class_token: bool = knob(
-        True, "the class token goes on through the decoder; needs class_token"
+    class_token: bool = setting(True, "Whether a class token goes through the encoder.")
+    decoder_embed_dim: Width = setting(512, "Width of the decoder.")
+    decoder_depth: Count = setting(8, "Number of decoder blocks.")
+    decoder_num_heads: Count = setting(16, "Number of attention heads of a decoder block.")
+    decoder_class_token: bool = setting(
+        True, "Whether the class token goes on through the decoder; needs class_token."
     )
-    decoder: str = knob(
+    decoder: Literal["self", "cross"] = setting(
         "self",
-        "the paper's, or the cheaper one whose queries attend to the encoder's output only",
-        choices=("self", "cross"),
+        "Kind of decoder: the paper's, whose tokens attend to one another (self), or a cheaper "
+        "one, whose mask tokens attend only to the encoder's output (cross).",
     )
-    pred_ratio: float | None = knob(
+    pred_ratio: Share | None = setting(
         None,
-        "decoder cross: share of all patches that is predicted, drawn among the removed; null is all of those",
-        unit="in [0, 1]",
-        above=0,
-        max=1,
+        "Share of all patches that decoder cross predicts, drawn among the removed ones; null is "
+        "all removed ones.",
     )
-    norm_pix_loss: bool = knob(
-        True, "the target is each patch's pixels, normalised by their own mean and variance"
+    norm_pix_loss: bool = setting(
+        True, "Whether the target is each patch's pixels normalised by their own mean and variance."
     )
 
 
-@dataclass(frozen=True)
 class MAEConfig(AutoencoderConfig):
     """Masking"""
 
-    mask_ratio: float = knob(
-        0.75, "share of the patches that is removed", unit="in [0, 1]", above=0, below=1
-    )
-    shared_mask: bool = knob(
-        False, "one mask per optimiser step for all images, instead of one per image"
+    mask_ratio: OpenShare = setting(0.75, "Share of the patches that is removed.")
+    shared_mask: bool = setting(
+        False, "Whether all images of an optimiser step have the same mask, not one each."
     )
 
 
-@dataclass(frozen=True)
-class MonitorConfig:
+class MonitorConfig(Settings):
     """Monitoring"""
 
-    monitor_epochs: int = knob(
+    monitor_epochs: CountOrZero = setting(
         10,
-        "between two looks; one comes before the first step and one at the end; 0 is off",
-        unit="epochs",
-        min=0,
+        "Epochs between two monitorings, beside one before the first step and one at the end; 0 is "
+        "off.",
         may_change=True,
     )
-    monitor_images: int = knob(
+    monitor_images: CountOrZero = setting(
         6,
-        "fixed validation images (training images where there are none) whose reconstruction and attention are "
-        "drawn; 0 is off",
-        unit="images",
-        min=0,
+        "Number of validation images, or of training images if there are none, whose "
+        "reconstruction and attention are drawn; 0 is off.",
         may_change=True,
     )
-    monitor_knn: int = knob(
+    monitor_knn: CountOrZero = setting(
         2000,
-        "k-NN among a fixed choice of so many labelled training images, for a quarter as many validation images, "
-        "of one class for every 20 images at most; 0 is off",
-        unit="images",
-        min=0,
+        "Number of labelled training images among which the monitor's k-NN looks for neighbours of "
+        "a quarter as many validation images, with at most one class per 20 images; 0 is off.",
         may_change=True,
     )
-    monitor_probe: bool = knob(
+    monitor_probe: bool = setting(
         False,
-        "also classify with a linear layer fitted to the features of the k-NN's images",
+        "Whether a linear layer, fitted to the features of the k-NN's images, classifies as well.",
         may_change=True,
     )
 
 
-@dataclass(frozen=True)
-class SpeedConfig:
+class SpeedConfig(Settings):
     """Speed and memory"""
 
-    compile: bool = knob(
-        False, "compile the model with torch.compile, for speed on GPUs", may_change=True
+    compile: bool = setting(
+        False, "Whether torch.compile compiles the model, for speed on GPUs.", may_change=True
     )
-    compile_backend: str = knob(
+    compile_backend: Literal["inductor", "aot_eager", "eager"] = setting(
         "inductor",
-        "of compile; aot_eager and eager are for finding faults",
-        choices=("inductor", "aot_eager", "eager"),
+        "Backend of torch.compile; aot_eager and eager are for finding faults.",
         may_change=True,
     )
-    checkpointing: bool = knob(
+    checkpointing: bool = setting(
         False,
-        "compute activations again for the gradient instead of keeping them: less memory, a third more work",
+        "Whether activations are computed again for the gradient, not kept: less memory, a third "
+        "more work.",
         may_change=True,
     )
-    aug_repeats: int = knob(
+    aug_repeats: Count = setting(
         1,
-        "samples (crop, flip, mask) of each decoded image, all in one batch, to decode less (arXiv 1901.09335); "
-        "epochs count samples: as many steps, and each decodes 1/aug_repeats of the images",
-        unit="samples per image",
-        min=1,
+        "Number of samples (crop, flip and mask) of each decoded image, all in one batch, to "
+        "decode less (arXiv 1901.09335); an epoch has as many steps and decodes 1/aug_repeats of "
+        "the images.",
     )
 
 
-@dataclass(frozen=True)
 class PretrainConfig(
     AdamWConfig,
     MAEConfig,
@@ -127,18 +119,19 @@ class PretrainConfig(
     ParallelConfig,
     TrainRunConfig,
 ):
-    """Everything `main_pretrain.py` takes."""
+    """All settings of `main_pretrain.py`."""
 
     def problems(self) -> list[str]:
-        """Values that are legal alone and wrong together, one line each."""
-        found = data_problems(self, self.in_chans) + schedule_problems(self)
-        if self.batch_size % self.aug_repeats:
-            found.append(
-                f"batch_size {self.batch_size} is not a multiple of aug_repeats {self.aug_repeats}: all samples of an "
-                "image are in one batch of one process"
-            )
-        if self.monitor_probe and not self.monitor_knn:
-            found.append(
-                "monitor_probe fits a layer to the features of monitor_knn's images, and monitor_knn is 0"
-            )
-        return found
+        own = where(
+            (
+                self.batch_size % self.aug_repeats,
+                f"batch_size {self.batch_size} is not a multiple of aug_repeats "
+                f"{self.aug_repeats}: all samples of an image are in one batch of one process",
+            ),
+            (
+                self.monitor_probe and not self.monitor_knn,
+                "monitor_probe fits a layer to the features of monitor_knn's images, and "
+                "monitor_knn is 0",
+            ),
+        )
+        return self.channel_problems(self.in_chans) + super().problems() + own

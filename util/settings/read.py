@@ -1,104 +1,97 @@
-"""Reads a stage's settings: dataclass defaults < `base:` file < YAML file < command line.
+"""Reads a stage's settings: defaults < `base:` file < YAML file < command line.
 
-Every problem of every source is collected and reported in one go, before any compute. Names that no
-stage knows are errors with the nearest valid name; names that only another stage knows are skipped
-with one line, so that one YAML can serve k-NN and fine-tuning alike.
+The problems of all sources are reported together, before any compute. A name that no stage has is
+an error that suggests the nearest valid name; a name that only another stage has is skipped with
+one line, so that one YAML can serve k-NN and fine-tuning alike.
 """
 
 import argparse
-import dataclasses
 import difflib
 import logging
 import os
 import sys
-import typing
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from util.errors import InputError, LineParser
-from util.settings.base import sections
-from util.settings.values import check_range, convert, range_text
+from util.files import expand_path
+from util.settings.fields import Settings, expected, is_list, sections
 
-PROGRAMS = {
-    stage: f"main_{stage}.py" for stage in ("pretrain", "finetune", "lincls", "knn")
-}  # all else is a tool
-MAX_BASE_HOPS = 2  # a longer chain cannot be read at a glance
+STAGES = ("pretrain", "finetune", "lincls", "knn")  # all else is a tool
+MAX_BASE_FILES = 2  # a longer chain cannot be read at a glance
+Values = dict[str, Any]  # of a source, by the settings' names
+Problem = tuple[str, str]  # (name of the setting, text)
+SettingsT = TypeVar("SettingsT", bound=Settings)
 logger = logging.getLogger(__name__)
 
 
-class StageConfig(Protocol):
-    """What `load_config` needs of a stage's dataclass."""
-
-    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
-
-    def problems(self) -> list[str]: ...
-
-
-ConfigT = TypeVar("ConfigT", bound=StageConfig)
-
-
 def load_config(
-    config_class: type[ConfigT],
+    config_class: type[SettingsT],
     stage: str,
     argv: Sequence[str] | None = None,
-    checks: Iterable[Callable[[ConfigT], list[str]]] = (),
-    siblings: Iterable[type] = (),
-) -> ConfigT:
-    """Builds the frozen config of one stage, or of a tool, from a command line.
+    checks: Iterable[Callable[[SettingsT], list[str]]] = (),
+    siblings: Iterable[type[Settings]] = (),
+) -> SettingsT:
+    """The settings of one stage, or of a tool, from a command line.
 
-    `checks` return the problems that need knowledge of other packages (model geometry); `siblings`
-    are the config classes of the other stages, whose keys are skipped. `--help` and
-    `--print_config` print and exit with 0.
+    `checks` return the problems that need knowledge of other packages (a model's geometry), as
+    `Settings.problems` does. `siblings` are the classes of the other stages, whose settings are
+    skipped. `--help` and `--print_config` print and exit with 0.
 
-    Raises: InputError with every problem found, one per line.
+    Raises: InputError with every problem, one per line, and the names of the settings.
     """
     parser = _parser(config_class, stage)
     known, extra = parser.parse_known_args(argv)
-    given = {
+    flags = {token.split("=")[0].lstrip("-"): None for token in extra if token.startswith("-")}
+    flags |= vars(known)
+    path, print_config = flags.pop("config"), flags.pop("print_config")
+    problems: list[Problem] = []
+    if extra and not extra[0].startswith("-"):
+        problems = [(extra[0], f"command line: unexpected argument {extra[0]!r}")]
+    sources: dict[str, Values] = {}
+    try:
+        if path is not None:
+            _read_file(Path(expand_path(path)), sources)
+    except ValueError as error:
+        problems.append(("config", str(error)))
+    sources["command line"] = {
         name: value[0] if isinstance(value, list) and len(value) == 1 else value
-        for name, value in vars(known).items()
-        if name not in ("config", "print_config")
+        for name, value in flags.items()
     }
-    problems = _unknown_flags(extra, config_class)
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if known.config is not None:
-        layers, file_problems = _read_layers(Path(known.config))
-        problems += file_problems
-    values: dict[str, Any] = {}
-    if "output_dir" in config_class.__dataclass_fields__:
-        values["output_dir"] = f"output/{stage}/{Path(known.config or 'default').stem}"
-    sibling_names = {f.name for sibling in siblings for f in dataclasses.fields(sibling)}
-    for source, content in [*layers, ("command line", given)]:
-        problems += _merge(values, config_class, source, content, sibling_names)
-    config = None
+    elsewhere = {name for sibling in siblings for name in sibling.model_fields}
+    values: Values = {}
+    for source, content in sources.items():
+        own = _without(source, content, elsewhere - config_class.model_fields.keys())
+        problems += _problems(source, own, config_class)
+        values |= own
     if not problems:
-        config = config_class(**values)
-        problems = config.problems() + [problem for check in checks for problem in check(config)]
-    if config is None or problems:
-        head = f"{len(problems)} problems in the settings:\n  " if len(problems) > 1 else ""
-        raise InputError(head + "\n  ".join(problems))
-    if known.print_config:
+        config = config_class.model_validate(values)
+        if getattr(config, "output_dir", "") is None:
+            folder = f"output/{stage}/{Path(path or 'default').stem}"
+            config = config.model_copy(update={"output_dir": folder})
+        together = [*config.problems(), *(text for check in checks for text in check(config))]
+        problems = [(text.split()[0], text) for text in together]
+    if problems:
+        names, texts = zip(*problems, strict=True)
+        head = f"{len(texts)} problems in the settings:\n  " if len(texts) > 1 else ""
+        raise InputError(head + "\n  ".join(texts), settings=names)
+    if print_config:
         sys.stdout.write(dump_config(config))
         parser.exit(0)
     return config
 
 
-def dump_config(config: StageConfig) -> str:
-    """The resolved settings as YAML, loadable again with `--config`."""
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+def dump_config(config: Settings) -> str:
+    """The resolved settings as YAML, which `--config` reads again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists: plain values, as YAML and checkpoints hold them."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-    }
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: Values, new: Values) -> list[str]:
     """The entries of `new` that differ from `old`, as `name: old -> new`."""
     return [
         f"{name}: {old.get(name)} -> {value}"
@@ -107,172 +100,125 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def changed_settings(old: dict[str, Any], config: StageConfig, skip: set[str]) -> list[str]:
+def may_change(config_class: type[Settings]) -> set[str]:
+    """The names of the settings that a resumed run may change."""
+    extras = {name: field.json_schema_extra for name, field in config_class.model_fields.items()}
+    return {name for name, extra in extras.items() if extra == {"may_change": True}}
+
+
+def changed_settings(old: Values, config: Settings, skip: set[str]) -> list[str]:
     """The settings, less `skip`, that alter a run's result and differ from a checkpoint's, as
     `name: old -> new`."""
-    free = {f.name for f in dataclasses.fields(config) if f.metadata["may_change"]} | skip
-    new = plain(dataclasses.asdict(config))
-    return differences(
-        with_defaults(old, config), {name: value for name, value in new.items() if name not in free}
-    )
+    exclude = may_change(type(config)) | skip
+    return differences(old, config.model_dump(mode="json", exclude=exclude))
 
 
-def with_defaults(old: dict[str, Any], config: StageConfig) -> dict[str, Any]:
-    """An older run's settings, with those that did not exist then at their defaults."""
-    return plain({f.name: f.default for f in dataclasses.fields(config)}) | old
-
-
-def _parser(config_class: type, stage: str) -> LineParser:
+def _parser(config_class: type[Settings], stage: str) -> LineParser:
     parser = LineParser(
-        prog=PROGRAMS.get(stage, f"{stage}.py"),
+        prog=f"main_{stage}.py" if stage in STAGES else f"{stage}.py",
         usage="%(prog)s [--config YAML] [--SETTING VALUE ...]",
-        description="Settings come from defaults, then --config's `base:`, then --config, then these flags.",
+        description="Settings come from defaults, then --config's `base:`, then --config, then "
+        "these flags.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", default=None, metavar="YAML", help="recipe, see cfgs/")
+    parser.add_argument("--config", default=None, metavar="YAML", help="Recipe, see cfgs/.")
     parser.add_argument(
-        "--print_config", action="store_true", default=False, help="print the settings and exit"
+        "--print_config", action="store_true", default=False, help="Print the settings and exit."
     )
-    hints = typing.get_type_hints(config_class)
-    for title, section in sections(config_class):
+    for title, fields in sections(config_class):
         group = parser.add_argument_group(title)
-        for f in section:
-            names = ["-b", "--batch_size"] if f.name == "batch_size" else [f"--{f.name}"]
-            group.add_argument(*names, metavar="VALUE", help=_help(f), **_arity(hints[f.name]))
+        for name, field in fields.items():
+            flags = ["-b", "--batch_size"] if name == "batch_size" else [f"--{name}"]
+            # A boolean flag alone is true; a list takes its values one after the other.
+            nargs = "?" if field.annotation is bool else "+" if is_list(field) else None
+            const = True if field.annotation is bool else None
+            group.add_argument(*flags, nargs=nargs, const=const, metavar="VALUE", help=_help(field))
     return parser
 
 
-def _arity(annotation: Any) -> dict[str, Any]:
-    """A boolean flag alone is true; a list takes its values one after the other: `--mean 0.5 0.5
-    0.5`."""
-    if annotation is bool:
-        return {"nargs": "?", "const": True}
-    members = typing.get_args(annotation) or (annotation,)
-    is_list = typing.get_origin(annotation) is tuple or any(
-        typing.get_origin(member) is tuple for member in members
-    )
-    return {"nargs": "+"} if is_list else {}
+def _help(field: FieldInfo) -> str:
+    values = field.default if isinstance(field.default, tuple) else [field.default]
+    words = {"None": "null", "True": "true", "False": "false"}  # as YAML spells them
+    default = " ".join(words.get(str(value), str(value)) for value in values)
+    return f"{field.description} ({expected(field)}; default {default})".replace("%", "%%")
 
 
-def _help(f: dataclasses.Field[Any]) -> str:
-    meta = f.metadata
-    default = (
-        "null"
-        if f.default is None
-        else str(f.default).lower()
-        if isinstance(f.default, bool)
-        else f.default
-    )
-    if isinstance(default, tuple):
-        default = " ".join(map(str, default))
-    facts = [
-        ", ".join(meta["choices"]),
-        meta["unit"],
-        range_text(meta["bounds"]),
-        f"default {default}",
-    ]
-    return f"{meta['help']} ({'; '.join(fact for fact in facts if fact)})".replace("%", "%%")
+def _read_file(path: Path, sources: dict[str, Values]) -> None:
+    """Adds a YAML file's content to `sources`, after that of its chain of `base:` files.
 
-
-def _unknown_flags(extra: list[str], config_class: type) -> list[str]:
-    problems = []
-    after_flag = False
-    for token in extra:
-        is_flag = token.startswith("-")
-        if is_flag:
-            problems.append(_unknown("command line", token.split("=")[0].lstrip("-"), config_class))
-        elif not after_flag:
-            problems.append(f"command line: unexpected argument {token!r}")
-        after_flag = (is_flag and "=" not in token) or (after_flag and not is_flag)
-    return problems
-
-
-def _unknown(source: str, name: str, config_class: type) -> str:
-    names = [f.name for f in dataclasses.fields(config_class)]
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"{source}: unknown setting {name!r}" + (
-        f", did you mean {near[0]!r}?" if near else "; see --help"
-    )
-
-
-def _read_layers(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-    """The YAML file and its `base:` files, deepest base first, as (file name, content)."""
-    layers: list[tuple[str, dict[str, Any]]] = []
-    seen: list[Path] = []
-    while True:
-        if path.resolve() in seen:
-            return layers, [f"{path}: its chain of base: files comes back to itself"]
-        seen.append(path.resolve())
-        if len(seen) > MAX_BASE_HOPS + 1:
-            return layers, [f"{path}: more than {MAX_BASE_HOPS} base: files in a chain"]
-        content, problem = _read_yaml(path)
-        if problem:
-            return layers, [problem]
-        base = content.pop("base", None)
-        layers.insert(0, (str(path), content))
-        if base is None:
-            return layers, []
-        if not isinstance(base, str) or Path(base).is_absolute():
-            return layers, [f"{path}: base must be a relative path, got {base!r}"]
-        path = path.parent / base
+    Raises: ValueError for a file that cannot be used; those that name it are still added.
+    """
+    chain: dict[str, Values] = {}
+    try:
+        while str(path) not in chain:
+            if len(chain) > MAX_BASE_FILES:
+                raise ValueError(f"{path}: more than {MAX_BASE_FILES} base: files in a chain")
+            content = chain[str(path)] = _read_yaml(path)
+            base = content.pop("base", None)
+            if base is None:
+                return
+            if not isinstance(base, str) or Path(base).is_absolute():
+                raise ValueError(f"{path}: base must be a relative path, got {base!r}")
+            path = path.parent / base
+        raise ValueError(f"{path}: its chain of base: files comes back to itself")
+    finally:
+        sources.update(reversed(chain.items()))
 
 
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                text = f"key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], str]:
+def _read_yaml(path: Path) -> Values:
+    """The content of a flat YAML file. Raises: ValueError."""
     try:
         content = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
-        return {}, f"config {path}: {error.strerror}"
+        raise ValueError(f"config {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ValueError(f"config {path} is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
-        return {}, f"config {path} is not valid YAML: {' '.join(str(error).split())}"
+        text = " ".join(str(error).split())
+        raise ValueError(f"config {path} is not valid YAML: {text}") from error
     if content is None:
-        return {}, ""
+        return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        return {}, f"config {path} must be a flat list of `key: value` lines"
-    return content, ""
+        raise ValueError(f"config {path} must be a flat list of `key: value` lines")
+    return content
 
 
-def _merge(
-    values: dict[str, Any],
-    config_class: type,
-    source: str,
-    content: dict[str, Any],
-    sibling_names: set[str],
-) -> list[str]:
-    """Converts one source's raw values into `values`; returns its problems."""
-    problems = []
-    skipped = []
-    hints = typing.get_type_hints(config_class)
-    by_name = {f.name: f for f in dataclasses.fields(config_class)}
-    for name, raw in content.items():
-        if name not in by_name:
-            if name in sibling_names:
-                skipped.append(name)
-            else:
-                problems.append(_unknown(source, name, config_class))
-            continue
-        try:
-            value = convert(raw, hints[name])
-            check_range(value, by_name[name])
-        except ValueError as error:
-            problems.append(f"{source}: {name}: {error}")
-            continue
-        if name != "output_dir" or value is not None:  # null keeps the default path
-            values[name] = value
+def _without(source: str, content: Values, names: set[str]) -> Values:
+    """The values of a source without those of other stages, which one line names."""
+    skipped = [name for name in content if name in names]
     if skipped and os.environ.get("RANK", "0") == "0":
         logger.warning("%s: skipped settings of other stages: %s", source, ", ".join(skipped))
+    return {name: value for name, value in content.items() if name not in names}
+
+
+def _problems(source: str, content: Values, config_class: type[Settings]) -> list[Problem]:
+    """What is wrong with the names and the single values of a source, in its order."""
+    errors = {}
+    try:
+        config_class.model_validate(content)
+    except ValidationError as error:
+        errors = {str(found["loc"][0]): found for found in error.errors(include_url=False)}
+    problems = []
+    for name in [name for name in content if name in errors]:
+        if field := config_class.model_fields.get(name):
+            own = errors[name].get("ctx", {}).get("error")  # raised by a validator of ours
+            text = f"{name}: {own or f'expected {expected(field)}, got {content[name]!r}'}"
+        else:
+            near = difflib.get_close_matches(name, config_class.model_fields, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else "; see --help"
+            text = f"unknown setting {name!r}{hint}"
+        problems.append((name, f"{source}: {text}"))
     return problems

@@ -1,127 +1,127 @@
-"""Every knob of the picture tools (see `util/settings/base.py`); they read a recipe's YAML like the
+"""The settings of the picture tools (see `util/settings/base.py`); they read a recipe's YAML as the
 stages do."""
 
-from dataclasses import dataclass
+from typing import Literal
 
-from util.settings.base import DatasetConfig, DeviceConfig, PixelConfig, channel_problems, knob
+from util.settings.base import DatasetConfig, DeviceConfig, PixelConfig
 from util.settings.evaluation import ClassifierConfig, EvalCropConfig
+from util.settings.fields import (
+    Count,
+    CountOrZero,
+    OpenShare,
+    PathText,
+    Seed,
+    ShareBelowOne,
+    setting,
+    where,
+)
 from util.settings.pretrain import AutoencoderConfig
 
 
-@dataclass(frozen=True)
 class PictureConfig(DatasetConfig, DeviceConfig):
     """Pictures"""
 
-    num_images: int = knob(
-        16, "of a folder or data set, take so many, evenly spaced", unit="images", min=1
+    num_images: Count = setting(
+        16, "Number of images that are taken, evenly spaced, from a folder or data set."
     )
 
 
-@dataclass(frozen=True)
 class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
     """Reconstruction pictures"""
 
-    model_path: str | None = knob(None, "weights of an autoencoder, of any kind that README lists")
-    img_path: tuple[str, ...] = knob(
-        (), "images, or folders of images; none is the data set's validation images"
+    model_path: PathText | None = setting(
+        None, "Weights of an autoencoder, of any kind that the README lists."
     )
-    save_path: str = knob("output/reconstructions", "folder to write the pictures to")
-    mask: str = knob(
+    img_path: tuple[PathText, ...] = setting(
+        (), "Images, or folders of images; none is the data set's validation images."
+    )
+    save_path: PathText = setting(
+        "output/reconstructions", "Folder to which the pictures are written."
+    )
+    mask: Literal["random", "block", "grid"] = setting(
         "random",
-        "what is removed: patches at random, large blocks, or all but one patch of every 4 (9, 16)",
-        choices=("random", "block", "grid"),
+        "Kind of mask: patches at random (random), large blocks (block), or all but one patch of "
+        "every 4, 9 or 16 (grid).",
     )
-    mask_ratio: tuple[float, ...] = knob(
-        (0.75,),
-        "shares of the patches that are removed, a picture for each",
-        unit="in [0, 1]",
-        above=0,
-        below=1,
+    mask_ratio: tuple[OpenShare, ...] = setting(
+        (0.75,), "Shares of the patches that are removed, with a picture for each."
     )
-    seed: tuple[int, ...] = knob((0,), "of the masks, a picture for each", min=0, max=2**31 - 1)
+    seed: tuple[Seed, ...] = setting((0,), "Seeds of the masks, with a picture for each.")
 
     def problems(self) -> list[str]:
-        """Values that are legal alone and wrong together, one line each."""
-        found = channel_problems(self.in_chans, self.mean, self.std)
-        found += missing("model_path", self.model_path) + no_images("img_path", self.img_path, self)
-        for name, values in (("mask_ratio", self.mask_ratio), ("seed", self.seed)):
-            if len({f"{value:g}" for value in values}) < len(values):  # as in the pictures' names
-                found.append(
-                    f"{name} names a number twice: {' '.join(f'{value:g}' for value in values)}"
-                )
-        return found
-
-
-@dataclass(frozen=True)
-class OverviewConfig(MaeVisConfig):
-    """Overview"""
-
-    save_path: str = knob("output/overview.png", "the picture")
-
-    def problems(self) -> list[str]:
-        """As for reconstructions; and it shows one image under one mask."""
-        found = super().problems()
-        for name in ("img_path", "mask_ratio", "seed"):
-            if len(getattr(self, name)) > 1:
-                found.append(
-                    f"{name} names {len(getattr(self, name))}: the overview shows one image under one mask"
-                )
-        return found
-
-
-@dataclass(frozen=True)
-class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
-    """Attention rollout"""
-
-    finetune: str | None = knob(
-        None,
-        "weights to look into, of any kind that README lists, or the word random for an untrained model",
-    )
-    image_path: tuple[str, ...] = knob(
-        (), "images, or folders of images; none is the data set's validation images"
-    )
-    save_path: str = knob("output/rollout", "folder to write the pictures and maps to")
-    head_fusion: str = knob(
-        "mean", "how the heads of a layer become one matrix", choices=("mean", "max", "min")
-    )
-    discard_ratio: float = knob(
-        0.0,
-        "share of each layer's matrix, its lowest entries, that is left out",
-        unit="in [0, 1]",
-        min=0,
-        below=1,
-    )
-    layer_index: int | None = knob(
-        None, "only this layer, counted from 0; null rolls out over all", min=0
-    )
-    reader: str | None = knob(
-        None,
-        "whose row is read, the class token's or the mean patch's; null is the class token's where there is one, "
-        "and with category_index that of global_pool",
-        choices=("token", "avg"),
-    )
-    category_index: int | None = knob(
-        None,
-        "what speaks for this class, counted from 0, by the gradient; needs a classifier's weights",
-        min=0,
-    )
-    seed: int = knob(0, "of the untrained model", min=0, max=2**31 - 1)
-
-    def problems(self) -> list[str]:
-        """Values that are legal alone and wrong together, one line each."""
-        found = channel_problems(self.in_chans, self.mean, self.std)
-        return (
-            found
-            + missing("finetune", self.finetune)
-            + no_images("image_path", self.image_path, self)
+        has_images = self.img_path or self.data_path or self.dataset == "mnist5k"
+        numbers = {"mask_ratio": self.mask_ratio, "seed": self.seed}
+        shown = {  # as in the pictures' names
+            name: [f"{value:g}" for value in values] for name, values in numbers.items()
+        }
+        return self.channel_problems(self.in_chans) + where(
+            (self.model_path is None, "model_path is needed: give --model_path PATH"),
+            (not has_images, "img_path is needed: give --img_path PATH"),
+            *(
+                (len(set(texts)) < len(texts), f"{name} names a number twice: {' '.join(texts)}")
+                for name, texts in shown.items()
+            ),
         )
 
 
-def missing(name: str, value: object) -> list[str]:
-    """That a setting without a default is given."""
-    return [] if value else [f"{name} is needed: give --{name} PATH"]
+class OverviewConfig(MaeVisConfig):
+    """Overview"""
+
+    save_path: PathText = setting("output/overview.png", "File to which the picture is written.")
+
+    def problems(self) -> list[str]:
+        counts = {
+            "img_path": len(self.img_path),
+            "mask_ratio": len(self.mask_ratio),
+            "seed": len(self.seed),
+        }
+        return super().problems() + where(
+            *(
+                (count > 1, f"{name} has {count} values: the overview shows one image, masked once")
+                for name, count in counts.items()
+            )
+        )
 
 
-def no_images(name: str, paths: tuple[str, ...], cfg: DatasetConfig) -> list[str]:
-    """That there are images, named or of a data set."""
-    return [] if paths or cfg.dataset == "mnist5k" or cfg.data_path else missing(name, None)
+class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
+    """Attention rollout"""
+
+    finetune: PathText | None = setting(
+        None,
+        "Weights to explain, of any kind that the README lists, or the word random for an "
+        "untrained model.",
+    )
+    image_path: tuple[PathText, ...] = setting(
+        (), "Images, or folders of images; none is the data set's validation images."
+    )
+    save_path: PathText = setting(
+        "output/rollout", "Folder to which the pictures and maps are written."
+    )
+    head_fusion: Literal["mean", "max", "min"] = setting(
+        "mean", "Function that makes one attention matrix of those of a layer's heads."
+    )
+    discard_ratio: ShareBelowOne = setting(
+        0.0, "Share of each layer's attention matrix, its lowest entries, that is set to 0."
+    )
+    layer_index: CountOrZero | None = setting(
+        None, "Layer to draw alone, counted from 0; null is the rollout over all layers."
+    )
+    reader: Literal["token", "avg"] | None = setting(
+        None,
+        "Row of the attention that is drawn: the class token's (token) or the mean over the "
+        "patches' (avg); null is the class token's if there is one, and with category_index that "
+        "of global_pool.",
+    )
+    category_index: CountOrZero | None = setting(
+        None,
+        "Class, counted from 0, whose gradient weights the attention; needs a classifier's "
+        "weights; null does not weight it.",
+    )
+    seed: Seed = setting(0, "Seed of the untrained model.")
+
+    def problems(self) -> list[str]:
+        has_images = self.image_path or self.data_path or self.dataset == "mnist5k"
+        return self.channel_problems(self.in_chans) + where(
+            (self.finetune is None, "finetune is needed: give --finetune PATH"),
+            (not has_images, "image_path is needed: give --image_path PATH"),
+        )

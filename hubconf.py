@@ -1,0 +1,127 @@
+"""Pretrained models for `torch.hub.load`, from a file of weights of any kind that `models/` reads.
+
+    model = torch.hub.load("/path/to/this/folder", "encoder", source="local", weights="a.pth")
+    features = model.forward_features((images - model.mean) / model.std)  # images in [0, 1]
+
+Each model is in eval mode. Beside its own attributes it has `mean` and `std`, `(C, 1, 1)` float32
+tensors on the CPU (None if the file does not tell them), and `img_size`, (H, W) in pixels.
+"""
+
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models.build import build_model
+from models.mae import MaskedAutoencoder
+from models.spec import ClassifierSpec, MAESpec, encoder_spec, pair
+from models.vit import VisionTransformer
+from models.weights.adapt import load_into_classifier, load_into_mae
+from models.weights.info import WeightsInfo, complete
+from models.weights.read import read_weights
+from util.errors import InputError
+
+dependencies = ["torch", "numpy", "einops", "timm", "safetensors"]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def encoder(
+    weights: str,
+    *,
+    global_pool: Literal["avg", "token"] | None = None,
+    num_heads: int | None = None,
+    img_size: tuple[int, int] | None = None,
+) -> VisionTransformer:
+    """The encoder, without a decoder or head: images `(B, C, H, W)` -> features `(B, D)`.
+
+    Args:
+        weights: file of weights, or a Hugging Face folder.
+        global_pool: "avg" or "token"; None is the readout of a classifier, and for any other file
+            the class token if there is one.
+        num_heads: attention heads, for a file that does not tell them.
+        img_size: (H, W), for a file of another project whose images were not square.
+
+    Raises: InputError for weights that cannot be read or lack `num_heads`.
+    """
+    tensors, info = _read(weights, img_size, num_heads=num_heads)
+    spec = info.spec
+    if isinstance(spec, MAESpec):
+        spec = encoder_spec(spec, "token" if spec.class_token else "avg")
+    pool = global_pool or spec.global_pool
+    model = build_model(replace(spec, num_classes=0, drop_path_rate=0.0, global_pool=pool))
+    load_into_classifier(model, tensors, info, weights, uses_head=False)
+    return _finished(model, info)
+
+
+def autoencoder(
+    weights: str,
+    *,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    norm_pix_loss: bool | None = None,
+    img_size: tuple[int, int] | None = None,
+) -> MaskedAutoencoder:
+    """The whole masked autoencoder: `reconstruct` predicts patches, `to_pixels` makes images.
+
+    Args:
+        weights: file of weights with a decoder, or a Hugging Face folder.
+        num_heads, decoder_num_heads, norm_pix_loss: for a file that does not tell them.
+        img_size: (H, W), for a file of another project whose images were not square.
+
+    Raises: InputError for weights that cannot be read, have no decoder or lack one of these.
+    """
+    tensors, info = _read(
+        weights,
+        img_size,
+        num_heads=num_heads,
+        decoder_num_heads=decoder_num_heads,
+        norm_pix_loss=norm_pix_loss,
+    )
+    if not isinstance(info.spec, MAESpec):
+        raise InputError(f"{weights} ({info.kind}) holds no decoder: load it as an encoder")
+    model = build_model(info.spec)
+    load_into_mae(model, tensors, info, weights)
+    return _finished(model, info)
+
+
+def classifier(
+    weights: str, *, num_heads: int | None = None, img_size: tuple[int, int] | None = None
+) -> VisionTransformer:
+    """A trained classifier with its head: images `(B, C, H, W)` -> logits `(B, num_classes)`.
+
+    Args: as `encoder`.
+
+    Raises: InputError for weights that cannot be read, have no head or lack `num_heads`.
+    """
+    tensors, info = _read(weights, img_size, num_heads=num_heads)
+    if not info.known("num_classes"):
+        raise InputError(f"{weights} ({info.kind}) holds no head: load it as an encoder")
+    assert isinstance(info.spec, ClassifierSpec)
+    model = build_model(replace(info.spec, drop_path_rate=0.0))
+    load_into_classifier(model, tensors, info, weights)
+    return _finished(model, info)
+
+
+def _read(
+    weights: str, img_size: tuple[int, int] | None, **given: Any
+) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """As `read_weights`, completed by what the caller gives. Raises: InputError if one of these is
+    still unknown."""
+    tensors, info = read_weights(weights, img_size)
+    info = complete(info, **given)
+    if missing := sorted(info.unknown & given.keys()):
+        raise InputError(
+            f"{weights} ({info.kind}) does not say {', '.join(missing)}: give it as an argument, "
+            f"as {missing[0]}=..."
+        )
+    return tensors, info
+
+
+def _finished(model: ModelT, info: WeightsInfo) -> ModelT:
+    added: dict[str, Any] = {"img_size": pair(info.spec.img_size)}
+    for name, values in (("mean", info.mean), ("std", info.std)):
+        added[name] = None if values is None else torch.tensor(values).view(-1, 1, 1)
+    for name, value in added.items():
+        setattr(model, name, value)
+    return model.eval()

@@ -1,0 +1,54 @@
+"""This project's own files of weights: safetensors whose header holds, as JSON, the model's
+specification (`model_args`), `mean` and `std`, and what else a run records.
+
+Files with equal content have equal bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+
+def own_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
+    """The content of a file with these tensors and a header of plain values."""
+    metadata = {name: json.dumps(value) for name, value in header.items()}
+    return safetensors_bytes(tensors, {"format": "pt", **metadata})
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of such a file. Raises: an error of any class for damaged files."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return decoded(file.metadata())
+
+
+def decoded(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The plain values of a header. Raises: ValueError for text that is not JSON."""
+    return {name: json.loads(value) for name, value in metadata.items() if name != "format"}
+
+
+def split_header(content: bytes) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file, and where its tensors begin.
+
+    The file begins with the header's length (8 bytes, little-endian) and the header (JSON, padded
+    with spaces).
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), end
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file, with its metadata in a fixed order (the library's is
+    random)."""
+    content = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata)
+    )
+    header, end = split_header(content)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    assert len(text) == end - 8, "the same JSON in another order has the same length"
+    return content[:8] + text + content[end:]

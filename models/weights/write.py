@@ -1,0 +1,143 @@
+"""Writes weights in the formats of other projects or in this project's own; `read_weights` reads
+each of them back.
+
+A file or folder appears whole or not at all.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from models.mae import DECODER_NAMES
+from models.spec import ClassifierSpec, MAESpec, ModelSpec, encoder_spec
+from models.weights.huggingface import huggingface_config, to_huggingface
+from models.weights.info import WeightsInfo, require_known, spelled
+from models.weights.own import own_bytes, safetensors_bytes
+from util.errors import InputError
+from util.files import write_whole
+
+NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate")  # or visible in the tensors' names
+logger = logging.getLogger(__name__)
+
+
+def write_weights(
+    tensors: dict[str, Tensor], info: WeightsInfo, path: str | Path, form: str
+) -> None:
+    """Writes canonical tensors in one of FORMATS; never over something that is there.
+
+    Raises: InputError before anything is written where the format cannot hold the model, or where
+    it needs a field of the specification that is unknown.
+    """
+    path = Path(path)
+    if form not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} is already there: name another target, or remove it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: its folder {path.parent} is not there")
+    # safetensors refuses tensors that share memory, as the parts of one file may
+    separate = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    try:
+        FORMATS[form](separate, info, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written: {error}") from error
+
+
+def _write_mae(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> None:
+    """The public MAE code's: `{"model": tensors}`."""
+    _require("the public MAE format", info, _unpublished(info.spec))
+    write_whole(path, lambda target: torch.save({"model": tensors}, target))
+
+
+def _write_timm(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> None:
+    """timm's `VisionTransformer`: the encoder, and the head if there is one."""
+    kept = {name: t for name, t in tensors.items() if not name.startswith(DECODER_NAMES)}
+    if dropped := len(tensors) - len(kept):
+        logger.info("timm has no decoder: %d tensors dropped (decoder_*, mask_token)", dropped)
+    content = safetensors_bytes(kept, {"format": "pt"})
+    write_whole(path, lambda target: target.write_bytes(content))
+    spec = info.spec
+    if isinstance(spec, MAESpec):
+        spec = encoder_spec(spec, "token" if spec.class_token else "avg")
+    keywords = [
+        f"{f.name}={'?' if f.name in info.unknown else repr(getattr(spec, f.name))}"
+        for f in fields(ClassifierSpec)
+        if f.name != "drop_path_rate"
+    ]
+    logger.info("for timm: VisionTransformer(%s)", ", ".join(keywords))
+
+
+def _write_huggingface(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> None:
+    """A folder for `ViTMAEForPreTraining.from_pretrained`."""
+    spec, problems = info.spec, _unpublished(info.spec)
+    if not isinstance(spec, MAESpec):
+        problems += ["it needs a decoder"] + ["it has no head"] * bool(spec.num_classes)
+    _require("Hugging Face's ViTMAE", info, problems)
+    require_known(info)
+    assert isinstance(spec, MAESpec)
+    config = json.dumps(huggingface_config(spec), indent=2) + "\n"
+    renamed = {name: tensor.clone() for name, tensor in to_huggingface(tensors).items()}
+    content = safetensors_bytes(renamed, {"format": "pt"})
+    _write_folder(path, {"config.json": config.encode(), "model.safetensors": content})
+
+
+def _write_safetensors(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> None:
+    """This project's own, as a finished run writes it."""
+    require_known(info)
+    header = {"model_args": info.spec.checked().as_dict(), "mean": info.mean, "std": info.std}
+    content = own_bytes(tensors, header)
+    write_whole(path, lambda target: target.write_bytes(content))
+
+
+FORMATS: dict[str, Callable[[dict[str, Tensor], WeightsInfo, Path], None]] = {
+    "mae": _write_mae,
+    "timm": _write_timm,
+    "huggingface": _write_huggingface,
+    "safetensors": _write_safetensors,
+}
+
+
+def _unpublished(spec: ModelSpec) -> list[str]:
+    """What the published MAE models do not have, one line each."""
+    needs = {
+        "it needs a class token in the encoder": spec.class_token,
+        "it needs the class token in the decoder": getattr(spec, "decoder_class_token", True),
+        "it needs square images": isinstance(spec.img_size, int),
+        "it needs square patches": isinstance(spec.patch_size, int),
+    }
+    optional = [
+        f for f in fields(spec) if f.default is not MISSING and f.name not in NOT_IN_WEIGHTS
+    ]
+    needs |= {
+        f"it needs {f.name} {spelled(f.default)}": getattr(spec, f.name) == f.default
+        for f in optional
+    }
+    return [need for need, met in needs.items() if not met]
+
+
+def _require(target: str, info: WeightsInfo, problems: list[str]) -> None:
+    if problems:
+        raise InputError(f"{target} cannot hold {info.kind}: {'; '.join(problems)}")
+
+
+def _write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+    """A folder of files that appears whole or not at all. Raises: OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        for name, content in contents.items():
+            with (temporary / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
