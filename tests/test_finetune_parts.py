@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.ema import build_ema, update_ema
 from safetensors.torch import load_file
 from torch import nn
 from torch.amp import GradScaler
 
-from engine.ema import build_ema, update_ema
 from engine.evaluation.best import Best
 from engine.evaluation.from_weights import Classifier, build_finetuned, build_frozen
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
