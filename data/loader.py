@@ -3,7 +3,7 @@ evaluation.
 
 In training, a sample whose file cannot be decoded is replaced by another one that is a pure
 function of its key, and the file is reported in the batch. The engine decides what follows
-(`engine/run/bad_samples.py`). Evaluation shows every image exactly once, shared by the processes,
+(`engine/run/faults.py`). Evaluation shows every image exactly once, shared by the processes,
 and replaces none.
 
 Shapes: `B` batch, `C` channels, `H` height, `W` width, `N` patches.
@@ -261,8 +261,7 @@ def build_eval_loader(
     """This process's share of `source`, the images rank, rank + world_size, ..., with
     `loader_settings`."""
     share = list(range(rank, len(source), world_size))
-    starts = range(0, len(share), batch_size)
-    batches = [share[start : start + batch_size] for start in starts]
+    batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     dataset = EvalDataset(source, transform)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_eval, **settings)
 

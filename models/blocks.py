@@ -9,6 +9,7 @@ Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width,
 channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,9 +31,8 @@ def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Cuts `(B, C, H, W)` into patches in row-major order: `(B, N, P*P*C)`, each vector in (p, p,
     c) order."""
     height, width = patch_size
-    return rearrange(
-        images, "b c (h p) (w q) -> b (h w) (p q c)", p=height, q=width
-    )  # (B, N, P*P*C)
+    # (B, N, P*P*C)
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=height, q=width)
 
 
 class PatchEmbed(nn.Module):
@@ -55,10 +55,9 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[T
     """`(B, heads, T, d)`, two of `(B, heads, S, d)` -> out `(B, heads, T, d)` and weights `(B,
     heads, T, S)`."""
     shape = (*q.shape[:-1], k.shape[2])
-    # in one product with its scale: a scaled copy of q would be kept for the gradient
-    scores = torch.baddbmm(
-        q.new_zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale
-    )
+    # The scale is part of the product: a scaled copy of q would be kept for the gradient.
+    queries, keys = q.flatten(0, 1), k.flatten(0, 1)
+    scores = torch.baddbmm(q.new_zeros(()), queries, keys.mT, beta=0, alpha=scale)
     attention = scores.softmax(dim=-1).view(shape)
     return attention.to(v.dtype) @ v, attention
 
@@ -112,13 +111,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """`(B, T, D)` queries, `(B, S, D)` memory -> `(B, T, D)`."""
-        q = rearrange(
-            self.q(x), "b t (h d) -> b h t d", h=self.num_heads
-        )  # (B, heads, T, D / heads)
+        # each (B, heads, T or S, D / heads)
+        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads)
         k, v = rearrange(self.kv(memory), "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
-        return self.proj(
-            rearrange(attend(q, k, v, self.scale), "b h t d -> b t (h d)")
-        )  # (B, T, D)
+        out = rearrange(attend(q, k, v, self.scale), "b h t d -> b t (h d)")
+        return self.proj(out)  # (B, T, D)
 
 
 class Mlp(nn.Module):
@@ -197,6 +194,14 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, *memory: Tensor, checkpointing:
     return x
 
 
+def init_linears(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
+    """Draws the weights of all Linear layers in their order; their biases are zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            draw(module.weight)
+            nn.init.zeros_(module.bias)
+
+
 def init_patch_embed(patch_embed: PatchEmbed) -> None:
     """Xavier-uniform on the projection's `(D, C*P*P)` view, zero bias: it acts as a linear
     layer."""
@@ -211,10 +216,7 @@ def init_patch_embed(patch_embed: PatchEmbed) -> None:
 def init_for_pretraining(model: Any) -> None:
     """The initial weights of the public MAE: Linear xavier-uniform, biases zero, tokens normal with
     std 0.02."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+    init_linears(model, nn.init.xavier_uniform_)
     init_patch_embed(model.patch_embed)
     for name in ("mask_token", "cls_token"):
         if getattr(model, name, None) is not None:

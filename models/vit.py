@@ -5,6 +5,7 @@ Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width,
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from models.blocks import (
     Block,
     PatchEmbed,
     encoder_blocks,
+    init_linears,
     init_patch_embed,
     patchify,
 )
@@ -62,10 +64,7 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_linears(self, partial(trunc_normal_, std=0.02))
         init_patch_embed(self.patch_embed)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)

@@ -19,6 +19,7 @@ from PIL import Image
 import main_pretrain
 from data.known_sets import read_mnist5k
 from data.loader import loader_settings
+from engine.run.checkpoint import load_newest_checkpoint
 from util.dist import Processes
 from util.settings.base import DataConfig
 
@@ -78,9 +79,9 @@ def launch(
 
 
 def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
-    """An entry script under `order_driver.py`, and where there are several processes under torch's
+    """An entry script under `fault_driver.py`, and where there are several processes under torch's
     launcher."""
-    driver = [str(ROOT / "tests" / "order_driver.py"), *arguments]
+    driver = [str(ROOT / "tests" / "fault_driver.py"), *arguments]
     if processes == 1:
         return [sys.executable, *driver]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -106,6 +107,19 @@ def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in files
     }
+
+
+def flip_bit(path: Path) -> None:
+    """Damages a file in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def saved_step(output_dir: Path) -> int:
+    """The step of a run's newest checkpoint, 0 without one."""
+    saved = load_newest_checkpoint(output_dir)
+    return 0 if saved is None else saved.step
 
 
 def log_lines(output_dir: Path) -> list[dict[str, Any]]:

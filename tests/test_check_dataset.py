@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from packs import pack
 from PIL import Image
-from runs import digits
+from runs import digits, pictures
 from test_images import (
     CUT_KINDS,
     FUZZED,
@@ -39,8 +39,8 @@ from data.sources import FolderSource
 from engine.run.faults import why_training_stops
 from engine.run.folder import open_run
 from tools import check_dataset
-from tools.check_dataset import judge
-from tools.checking.checks import PART, Looks, joined, look_at, open_file
+from tools.check_dataset import verdicts_of
+from tools.checking.checks import PART, Findings, examine, joined, open_file
 from tools.checking.report import printable
 from util.errors import DataError, InputError, LocalDataError, LocalInputError, run_cli
 from util.settings.evaluation import STAGE_CONFIGS
@@ -86,8 +86,8 @@ def shop(tmp_path) -> Path:
     return tmp_path / "shop"
 
 
-def looks_of(folder: Path, full: bool) -> Looks:
-    return joined(look_at(FolderSource(str(folder), 3), full, 1))
+def findings_of(folder: Path, full: bool) -> Findings:
+    return joined(examine(FolderSource(str(folder), 3), full, 1))
 
 
 def training_says(folder: Path) -> dict[int, str]:
@@ -161,7 +161,7 @@ def test_every_kind_of_good_file_is_named(tmp_path, full):
             / f"a.{kind[:3].replace('jpe', 'jpeg').replace('web', 'webp').replace('tif', 'tiff')}",
             content(),
         )
-        looks = looks_of(folder, full)
+        looks = findings_of(folder, full)
         assert looks.bad == {}, kind
         (named,) = looks.kinds
         assert named in LA_16 if kind == "png 16-bit LA" else named == NAMED[kind], kind
@@ -201,7 +201,7 @@ def test_every_kind_of_bad_file_is_found_with_the_reason_that_training_gives(tmp
     for name, (content, _) in files.items():
         put(tmp_path / name, content)
     (tmp_path / "to nowhere.jpg").symlink_to("nowhere")
-    looks = looks_of(tmp_path, full)
+    looks = findings_of(tmp_path, full)
     assert len(looks.bad) == len(files) + 1
     assert looks.bad == training_says(tmp_path)
     source = FolderSource(str(tmp_path), 3)
@@ -224,7 +224,7 @@ def test_a_file_that_was_cut_off_is_found_without_decoding_all(tmp_path, kind):
     zeros = put(
         tmp_path / "zeros.jpg", content[: len(content) // 2].ljust(len(content), b"\0")
     )  # as a full disk does
-    found = looks_of(tmp_path, full=False).bad
+    found = findings_of(tmp_path, full=False).bad
     assert found == training_says(tmp_path)
     assert len(found) >= len(lengths)
     assert zeros.stat().st_size == len(content)
@@ -239,35 +239,35 @@ def test_whole_files_of_the_common_kinds_are_not_decoded(tmp_path, monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr("tools.checking.checks.decode_image", decode)
-    assert sum(looks_of(tmp_path, full=False).kinds.values()) == 6
+    assert sum(findings_of(tmp_path, full=False).kinds.values()) == 6
     put(tmp_path / "trailing.jpg", encoded(NOISE, "JPEG") + b"more")
     with pytest.raises(AssertionError, match="decoded"):
-        looks_of(tmp_path, full=False)
+        findings_of(tmp_path, full=False)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
 @pytest.mark.parametrize("kind", FUZZED)
-def test_corrupted_files_are_judged_as_training_judges_them(tmp_path, kind, monkeypatch):
+def test_corrupted_files_are_bad_if_training_finds_them_bad(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
     content = FUZZED[kind]()
     for seed in range(150):
         put(tmp_path / f"{seed:03d}.jpg", corrupted(content, seed))
     says = training_says(tmp_path)
     assert 5 < len(says) < 145
-    assert looks_of(tmp_path, full=True).bad == says
-    by_header = looks_of(tmp_path, full=False).bad
+    assert findings_of(tmp_path, full=True).bad == says
+    by_header = findings_of(tmp_path, full=False).bad
     assert {
         index: says[index] for index in by_header
     } == by_header  # none is called bad that training takes
     assert len(by_header) > len(says) / 3
 
 
-def test_damage_inside_is_found_by_the_full_look_only(tmp_path):
+def test_damage_inside_is_found_by_a_full_check_only(tmp_path):
     content = bytearray(encoded(NOISE, "PNG"))
     content[len(content) // 2] ^= 1
     put(tmp_path / "a.png", bytes(content))
-    assert looks_of(tmp_path, full=False).bad == {}
-    assert looks_of(tmp_path, full=True).bad == training_says(tmp_path) != {}
+    assert findings_of(tmp_path, full=False).bad == {}
+    assert findings_of(tmp_path, full=True).bad == training_says(tmp_path) != {}
 
 
 def test_orientations_and_wrong_endings_are_remarks(tmp_path):
@@ -278,7 +278,7 @@ def test_orientations_and_wrong_endings_are_remarks(tmp_path):
     put(tmp_path / "n02105855_2933.JPEG", encoded(RGB, "PNG"))
     put(tmp_path / "b.gif", encoded(RGB, "WEBP"))
     put(tmp_path / "c c.png", KINDS["jpeg of two pictures"][0]())
-    looks = looks_of(tmp_path, full=False)
+    looks = findings_of(tmp_path, full=False)
     assert looks.bad == {}
     expected = {
         "turned upright by EXIF": 21,
@@ -362,9 +362,14 @@ def test_mean_and_std_of_noise(tmp_path):
 # Classes, and which stage could start
 
 
+def could(facts: dict) -> set[str]:
+    """The stages that could start and would not stop."""
+    return {stage for stage, reason in facts["verdicts"].items() if reason is None}
+
+
 def test_a_good_data_set_could_start_everything(shop):
     facts = check(shop)
-    assert facts["verdicts"] == dict.fromkeys(STAGES)
+    assert could(facts) == set(STAGES)
     assert facts["asked"] == ["pretrain", "finetune", "lincls"]
     assert facts["num_classes"] == 2
     train = facts["splits"]["train"]
@@ -411,26 +416,18 @@ def test_a_wrong_layout_stops_the_evaluations_in_their_own_words(shop, how):
     assert exit_code(shop, "--for", "pretrain") == 0
 
 
-def test_pretraining_needs_no_classes(shop, capsys):
-    assert exit_code(shop / "train/cat") == 0
-    out = capsys.readouterr().out
-    assert (
-        "pretraining: could start\nfine-tuning, linear classification, k-NN: could not: data_path "
-        in out
-    )
+def test_pretraining_needs_no_classes(shop):
+    assert could(check(shop / "train/cat")) == {"pretrain"}
     assert exit_code(shop / "train/cat", "--for", "finetune") == 1
     assert exit_code(shop / "train") == 0  # classes, and nothing to validate on
     facts = check(shop / "train")
     assert (facts["asked"], list(facts["splits"])) == (["pretrain"], ["all"])
 
 
-def test_a_folder_without_images_could_not_start(tmp_path, capsys):
+def test_a_folder_without_images_could_not_start(tmp_path):
     (tmp_path / "train/cat").mkdir(parents=True)
     assert exit_code(tmp_path) == 1
-    assert (
-        f"pretraining: could not: no images under {tmp_path}/train: none of its files"
-        in capsys.readouterr().out
-    )
+    assert str(tmp_path / "train") in check(tmp_path)["verdicts"]["pretrain"]
 
 
 def add_bad(folder: Path, count: int) -> None:
@@ -441,57 +438,39 @@ def add_bad(folder: Path, count: int) -> None:
 @pytest.mark.parametrize("full", [(), ("--full",)])
 def test_bad_files_stop_training_from_the_limit_on(shop, full):
     add_bad(shop / "train/cat", 10)
-    verdicts = check(shop, *full)["verdicts"]
-    in_train = "10 bad in train, and evaluation leaves none out"
-    assert verdicts == {"pretrain": None, "finetune": None, "lincls": None, "knn": in_train}
+    facts = check(shop, *full)
+    assert could(facts) == {"pretrain", "finetune", "lincls"}
+    assert facts["verdicts"]["knn"].startswith("10 bad in train")
     assert exit_code(shop, *full) == 0
     assert exit_code(shop, *full, "--for", "pretrain", "knn") == 1
     add_bad(shop / "train/dog", 1)
-    stopped = "11 bad files, more than the 10 that are tolerated"
-    assert check(shop, *full)["verdicts"] == {
-        "pretrain": stopped,
-        "finetune": stopped,
-        "lincls": stopped,
-        "knn": in_train.replace("10", "11"),
-    }
+    facts = check(shop, *full)
+    assert could(facts) == set()
+    assert all("11 bad" in reason for reason in facts["verdicts"].values())
     assert exit_code(shop, *full, "--for", "pretrain") == 1
 
 
 def test_one_bad_file_in_val_stops_the_evaluations(shop):
     add_bad(shop / "val/dog", 1)
-    in_val = "1 bad in val, and evaluation leaves none out"
-    assert check(shop)["verdicts"] == {
-        "pretrain": None,
-        "finetune": in_val,
-        "lincls": in_val,
-        "knn": in_val,
-    }
+    facts = check(shop)
+    assert could(facts) == {"pretrain"}
+    assert all("1 bad in val" in facts["verdicts"][stage] for stage in set(STAGES) - could(facts))
     assert exit_code(shop) == 1
 
 
 def test_bad_files_outside_of_the_classes_concern_pretraining_only(shop):
     add_bad(shop / "train", 11)
     add_bad(shop / "val", 1)
-    verdicts = check(shop)["verdicts"]
-    assert verdicts["pretrain"] == "11 bad files, more than the 10 that are tolerated"
-    assert [verdicts[stage] for stage in ("finetune", "lincls", "knn")] == [None] * 3
+    assert could(check(shop)) == {"finetune", "lincls", "knn"}
 
 
 def test_the_limit_is_a_thousandth_of_many_images():
-    assert why_training_stops(11, 11_000) is None
-    assert why_training_stops(11, 10_999) == "11 bad files, more than the 10 that are tolerated"
-    assert (
-        why_training_stops(1282, 1_281_167)
-        == "1,282 bad files, more than the 1,281 that are tolerated"
-    )
-    assert why_training_stops(0, 1) is None
-    assert why_training_stops(3, 3) == "none of the 3 images can be read"
-    assert judge({}, {"pretrain": "a", "labelled": "b"}) == {
-        "pretrain": "a",
-        "finetune": "b",
-        "lincls": "b",
-        "knn": "b",
-    }
+    assert why_training_stops(11, 11_000) is why_training_stops(0, 1) is None
+    assert "11 bad" in why_training_stops(11, 10_999)
+    assert "1,281" in why_training_stops(1282, 1_281_167)
+    assert "3 images" in why_training_stops(3, 3)
+    expected = {"pretrain": "a", "finetune": "b", "lincls": "b", "knn": "b"}
+    assert verdicts_of({}, {"pretrain": "a", "labelled": "b"}) == expected
 
 
 # Equal images
@@ -549,7 +528,7 @@ def test_only_files_of_equal_size_and_end_are_read_again(tmp_path, monkeypatch):
     assert len(read) == 2
 
 
-def test_the_full_look_compares_pixels(shop):
+def test_a_full_check_compares_pixels(shop):
     one, other = bmp_pair()
     put(shop / "train/cat/x.bmp", one)
     put(shop / "train/dog/x.png", encoded(Image.open(put(shop / "train/cat/y.bmp", other)), "PNG"))
@@ -566,7 +545,7 @@ def test_a_link_is_an_equal_image(shop):
 # Packed shards
 
 
-def test_packed_shards_are_judged_as_their_folder(shop, tmp_path):
+def test_packed_shards_have_the_facts_of_their_folder(shop, tmp_path):
     put(shop / "val/cat/0b.png", flat(0))
     put(shop / "train/dog/9.jpg", encoded(NOISE, "JPEG"))
     packed = pack(shop, tmp_path / "packed", "--side", 0)
@@ -594,14 +573,15 @@ def test_a_damaged_image_in_a_shard_is_found_by_its_checksum(shop, tmp_path):
     shard.write_bytes(content)
     facts = check(packed)
     assert facts["splits"]["val"]["bad_by_reason"] == {"is damaged": 1}
-    assert facts["verdicts"]["finetune"] == "1 bad in val, and evaluation leaves none out"
+    assert could(facts) == {"pretrain"}
     shard.write_bytes(content[:-2000])
-    assert "is older than its shards" in check(packed)["verdicts"]["knn"]
-    assert check(packed)["verdicts"]["pretrain"] is None
+    facts = check(packed)
+    assert could(facts) == {"pretrain"}
+    assert shard.name in facts["verdicts"]["knn"]
     (packed / "train/index.npy").unlink()
-    assert "has no index.npy" in check(packed)["verdicts"]["pretrain"]
+    assert "index.npy" in check(packed)["verdicts"]["pretrain"]
     assert exit_code(packed) == 1
-    assert "has no index.json" in check(shop, "--dataset", "packed")["verdicts"]["pretrain"]
+    assert "index.json" in check(shop, "--dataset", "packed")["verdicts"]["pretrain"]
 
 
 def test_shards_that_were_packed_again_are_looked_at_again(shop, tmp_path):
@@ -667,59 +647,22 @@ def test_bad_files_and_facts_are_written(shop, tmp_path, capsys):
     assert printable("é x") == "é x"
 
 
-REPORT = """{path}: a folder of images, 16 images looked at in 0 s
-
-                                     train     val
-images                                  12       4
-  PNG L                                  9       3
-  PNG RGB                                0       1
-PNG named .jpg                           0       1
-bad files                                3       0
-  the file is empty                      3       0
-other files                              0       1
-  .txt                                   0       1
-short side, min / median / max           5       5
-long side                        6 / 6 / 9       6
-short side < 6                           9       4
-class folders                            2       2
-  images in each, min / median / max   4 / 6 / 8       2
-
-equal bytes: 2 images, groups: 1
-  images of val that are in train, too: 1
-  groups in more than one class: 1
-  train/cat/3.png = val/dog/3.png
-
-bad files:
-  train/cat/bad 00.jpg: the file is empty
-  train/cat/bad 01.jpg: the file is empty
-  train/cat/bad 02.jpg: the file is empty
-
-pretraining, fine-tuning: could start, and replaces bad files
-linear classification: could start, and replaces bad files (with several lr it evaluates some training images, and \
-stops at a bad one)
-k-NN: could not: 3 bad in train, and evaluation leaves none out
-
-Only headers and the ends of files were looked at: --full decodes every image.
-"""
-
-
-def test_the_report_as_a_person_sees_it(shop, capsys, monkeypatch):
-    monkeypatch.setattr("time.monotonic", lambda: 0)
+def test_the_report_has_a_column_for_each_split(shop, capsys):
     add_bad(shop / "train/cat", 3)
     put(shop / "train/cat/8.png", flat(77, (9, 5)))
-    put(shop / "val/dog/2.png", encoded(Image.new("RGB", (6, 5)), "PNG")).rename(
-        shop / "val/dog/2.jpg"
-    )
-    put(shop / "val/dog/3.png", flat(3))
+    put(shop / "val/dog/2.jpg", encoded(Image.new("RGB", (6, 5)), "PNG"))
     put(shop / "val/dog/notes.txt", b"")
     check(shop, "--img_size", 6)
     captured = capsys.readouterr()
-    assert [line.split() for line in captured.out.splitlines()] == [
-        line.split() for line in REPORT.format(path=shop).splitlines()
-    ]
     table = captured.out.split("\n\n")[1].splitlines()
     assert len({len(line) for line in table}) == 1  # aligned to the right
-    assert captured.err == ""  # no bar where there is no terminal
+    rows = {" ".join(line.split()[:-2]): line.split()[-2:] for line in table}
+    assert rows[""] == ["train", "val"]
+    assert rows["images"] == ["12", "5"]
+    assert rows["bad files"] == ["3", "0"]
+    assert rows["PNG named .jpg"] == ["0", "1"]
+    assert rows[".txt"] == ["0", "1"]
+    assert captured.err == ""  # no bar if there is no terminal
 
 
 def test_no_more_than_five_bad_files_and_groups_are_shown(tmp_path, capsys):
@@ -734,24 +677,29 @@ def test_no_more_than_five_bad_files_and_groups_are_shown(tmp_path, capsys):
     assert "  ... and 2 more: --json FILE writes all\n" in out
 
 
-WRONG = {
-    "nowhere": (["/nowhere"], "data_path /nowhere does not exist"),
-    "a file": ([ROOT / "README.md"], "is not a folder"),
-    "no path": ([], "the following arguments are required: PATH"),
-    "stage": ([ROOT, "--for", "knnn"], "argument --for: invalid choice: 'knnn'"),
-    "unknown flag": ([ROOT, "--fulll"], "unrecognized arguments: --fulll"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_commands_are_one_line_and_exit_code_2(case, capsys):
-    arguments, message = WRONG[case]
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["/nowhere"], "/nowhere"),
+        ([ROOT / "README.md"], "README.md"),
+        ([], "PATH"),
+        ([ROOT, "--for", "knnn"], "knnn"),
+        ([ROOT, "--fulll"], "--fulll"),
+    ],
+)
+def test_wrong_commands_are_one_line_and_exit_code_2(arguments, named, capsys):
     assert exit_code(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
-    assert message in captured.err
+    assert named in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_the_home_folder_is_expanded(shop, monkeypatch):
+    monkeypatch.setenv("HOME", str(shop))
+    assert check("~/train", "--json", "~/facts.json")["path"] == str(shop / "train")
+    assert (shop / "facts.json").exists()
 
 
 def test_a_file_that_cannot_be_written_is_an_error_of_the_command(shop):
@@ -761,38 +709,15 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_command(shop):
 
 # What training says, and its hint
 
-SMALL = ("--dataset", "folder", "--batch_size", 4, "--total_batch_size", 4)
-RANDOM = (
-    "--class_token",
-    "true",
-    "--num_workers",
-    0,
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--img_size",
-    28,
-    "--in_chans",
-    1,
-    "--mean",
-    0.1,
-    "--std",
-    0.3,
-    "--size",
-    "debug",
-    "--patch_size",
-    4,
-)
-
 
 def hints(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
 def pretrain_on(folder: Path, output_dir: Path) -> DataError:
+    small = ("--dataset", "folder", "--batch_size", 4, "--total_batch_size", 4)
     with pytest.raises(DataError) as error:
-        main_pretrain.main(digits(output_dir, *SMALL, "--data_path", folder, "--log_interval", 1))
+        main_pretrain.main(digits(output_dir, *small, "--data_path", folder, "--log_interval", 1))
     return error.value
 
 
@@ -801,20 +726,16 @@ def test_pretraining_stops_where_the_verdict_says_so(shop, tmp_path):
     for number in range(60):
         put(shop / f"train/dog/more {number}.png", flat(number + 30))
     error = pretrain_on(shop, tmp_path / "run")
-    stopped = check(shop)["verdicts"]["pretrain"]
-    assert stopped == "11 bad files, more than the 10 that are tolerated"
-    assert str(error).startswith(stopped)
-    assert hints(error) == [f"look at the data with: python tools/check_dataset.py {shop}"]
+    assert str(error).startswith(check(shop)["verdicts"]["pretrain"])
+    assert f"check_dataset.py {shop}" in hints(error)[0]
 
 
-def test_a_whole_bad_batch_comes_with_the_hint(tmp_path):
+def test_a_batch_of_bad_files_comes_with_the_hint(tmp_path):
     add_bad(tmp_path / "a b", 8)
     error = pretrain_on(tmp_path / "a b", tmp_path / "run")
     assert isinstance(error, LocalDataError)  # only the process that met it says it
     assert isinstance(error, LocalInputError)
-    assert hints(error) == [
-        f"look at the data with: python tools/check_dataset.py '{tmp_path}/a b'"
-    ]
+    assert f"check_dataset.py '{tmp_path}/a b'" in hints(error)[0]
 
 
 STAGES = {
@@ -829,58 +750,28 @@ STAGES = {
 def test_every_stage_gives_the_hint_for_a_folder_without_images(shop, tmp_path, stage):
     for path in (shop / "train").rglob("*.png"):
         path.unlink()
-    more = () if stage == "pretrain" else ("--finetune", "random")
-    more = ("--class_token", "true") if stage == "finetune" else more
-    arguments = [
-        "--dataset",
-        "folder",
-        "--data_path",
-        shop,
-        "--output_dir",
-        tmp_path / "run",
-        *RANDOM[2:],
-        *more,
-    ]
+    more = () if stage in ("pretrain", "finetune") else ("--finetune", "random")
+    more = more if stage == "pretrain" else (*more, "--class_token", "true")
+    training = stage != "knn"
     with pytest.raises(DataError) as error:
-        STAGES[stage](
-            ["--config", str(ROOT / f"cfgs/quickstart/{stage}.yaml"), *map(str, arguments)]
-        )
-    assert str(error.value).startswith(f"no images under {shop}/train")
-    assert hints(error.value) == [f"look at the data with: python tools/check_dataset.py {shop}"]
+        STAGES[stage](pictures(shop, tmp_path / "run", *more, training=training))
+    assert f"{shop}/train" in str(error.value)
+    assert f"check_dataset.py {shop}" in hints(error.value)[0]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_knn_stops_where_the_verdict_says_so(shop, tmp_path, split):
     add_bad(shop / split / "cat", 1)
-    assert check(shop)["verdicts"]["knn"] == f"1 bad in {split}, and evaluation leaves none out"
-    with pytest.raises(DataError, match="evaluation leaves no image out") as error:
-        arguments = [
-            "--dataset",
-            "folder",
-            "--data_path",
-            shop,
-            "--output_dir",
-            tmp_path / "run",
-            *RANDOM,
-        ]
-        main_knn.main(
-            [
-                "--config",
-                str(ROOT / "cfgs/quickstart/knn.yaml"),
-                *map(str, arguments),
-                "--finetune",
-                "random",
-            ]
-        )
-    assert hints(error.value) == [f"look at the data with: python tools/check_dataset.py {shop}"]
+    assert "knn" not in could(check(shop))
+    arguments = ("--finetune", "random", "--class_token", "true")
+    with pytest.raises(DataError, match="bad 00.jpg") as error:
+        main_knn.main(pictures(shop, tmp_path / "run", *arguments, training=False))
+    assert f"check_dataset.py {shop}" in hints(error.value)[0]
 
 
 def test_the_hint_ends_the_line_and_is_for_folders_and_shards_only(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for dataset, hint in (
-        ("packed", "; look at the data with: python tools/check_dataset.py some"),
-        ("cifar10", ""),
-    ):
+    for dataset, has_hint in (("packed", True), ("cifar10", False)):
         arguments = digits(tmp_path, "--dataset", dataset, "--data_path", "some")
         cfg = load_config(PretrainConfig, "pretrain", arguments, checks=[], siblings=STAGE_CONFIGS)
 
@@ -891,7 +782,9 @@ def test_the_hint_ends_the_line_and_is_for_folders_and_shards_only(tmp_path, cap
         with pytest.raises(SystemExit) as stop:
             run_cli(main)
         assert stop.value.code == 2
-        assert capsys.readouterr().err == f"error: it is torn{hint}\n"
+        said = capsys.readouterr().err
+        assert said.startswith("error: it is torn") and said.count("\n") == 1
+        assert said.endswith("check_dataset.py some\n") == has_hint
 
 
 # Real images

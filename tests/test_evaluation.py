@@ -349,7 +349,7 @@ def features_of(
     """Features of this process's share by `tiny_vit`, or by another `backbone`."""
     backbone = more.pop("backbone", None) or tiny_vit()
     pixels = {"mean": (0.5,), "std": (0.25,), "img_size": 4, "num_workers": 0}
-    cfg = KnnConfig(**{"batch_size": batch_size, "output_dir": "none", **pixels, **more})
+    cfg = KnnConfig(**{"batch_size": batch_size, "output_dir": "nowhere", **pixels, **more})
     run = Run(cfg, Processes(rank, world_size, rank, world_size, CPU))
     return compute_features(cfg, run, backbone, source, 1.0)
 
@@ -368,7 +368,7 @@ def test_features_are_those_that_the_head_sees():
 class Pixels(torch.nn.Module):
     """A backbone whose features are the pixels."""
 
-    head = torch.nn.Linear(16, 2)
+    spec = SimpleNamespace(embed_dim=16)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1)

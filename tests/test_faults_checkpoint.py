@@ -1,44 +1,48 @@
-"""Faults of saving and loading: rows R7 to R9 and R17 to R22, on real files, with real ends of
-processes."""
+"""Faults of saving and loading, on real files, with real ends of processes."""
 
 import errno
+import fcntl
+import io
+import itertools
+import logging
 import os
 import resource
+import stat
 import subprocess
-import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_same, assert_same_checkpoint, assert_same_run, checkpoint
 from runs import (
-    assert_same,
     command,
     environment,
+    flip_bit,
     log_lines,
     make_pictures,
+    pictures,
     pretraining,
+    results_of,
     run,
-    step_losses,
+    saved_step,
 )
 
 import engine.loop
 import main_finetune
+import main_knn
 import main_pretrain
 from engine.run import saving
-from engine.run.checkpoint import kept_steps, load_newest_checkpoint, save_checkpoint, tidy
-from engine.run.folder import open_run
+from engine.run.checkpoint import Checkpoint, kept_steps, load_newest_checkpoint, save_checkpoint
+from engine.run.folder import open_run, take_over_folder
 from engine.run.lock import locked
 from models.mae import MaskedAutoencoder
 from util.errors import InputError
 from util.settings.base import TrainRunConfig
+from util.settings.pretrain import PretrainConfig
 
 STEPS = 10  # of an epoch of `pretraining`
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -50,29 +54,48 @@ def every_step(tmp_path_factory, data):
     return folder
 
 
-def content(step: int, size: int = 100) -> dict:
-    return {"model": {"w": torch.full((size,), float(step))}, "note": [step, "x", None]}
+def content(step: int, size: int = 100) -> Checkpoint:
+    return checkpoint(step, model={"w": torch.full((size,), float(step))})
+
+
+def tidy(folder: Path, step: int) -> None:
+    """What the next run does before it goes on."""
+    take_over_folder(folder, PretrainConfig(output_dir=str(folder)), step, set())
+    (folder / "config.yaml").unlink()
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
-    assert step_losses(one) == step_losses(other)
-    ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
-    for name in ("step", "model", "optimizer", "scaler", "epoch_losses", "samples_seen"):
-        assert_same(getattr(ours, name), getattr(theirs, name), name)
+# --- system calls that end the process, or fail
+
+CALLS = ((io, "open"), (os, "open"), (os, "fsync"), (os, "replace"), (os, "unlink"))
 
 
-# --- R7: the process ends at any point of a save
-# ----------------------------------------------------------------------
+def disturb(number: int, effect: Callable[[], object]) -> list[str]:
+    """Lets system calls on files have `effect` in place of the call of this number, counted from 0;
+    returns the list of calls so far."""
+    calls: list[str] = []
 
-WATCHED = ("engine/run/checkpoint.py", "util/files.py", "torch/serialization.py")
+    def disturbed(name, original):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return effect() if len(calls) == number + 1 else original(*args, **kwargs)
+
+        return call
+
+    for module, name in CALLS:
+        setattr(module, name, disturbed(name, getattr(module, name)))
+    return calls
+
+
+def no_room() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def in_child(action) -> int:
-    """Exit status of `action` in a forked process: 0 where it returns."""
+    """Exit status of `action` in a forked process: 0 if it returns, 3 if it raises."""
     child = os.fork()
     if child == 0:
         try:
@@ -83,87 +106,68 @@ def in_child(action) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def dying_at(line: int, action) -> int:
-    """Exit status of `action` in a process that ends before it executes so many lines of the save
-    protocol: 7."""
+def save_disturbed(folder: Path, number: int, effect: Callable[[], object], keep_last: int) -> int:
+    """Exit status of a process that saves step 5."""
 
-    def end_at_line():
-        left = line
+    def save():
+        disturb(number, effect)
+        save_checkpoint(folder, content(5), keep_last)
 
-        def trace(frame, event, _):
-            nonlocal left
-            if not frame.f_code.co_filename.endswith(WATCHED):
-                return None
-            if event == "line":
-                left -= 1
-                if left < 0:
-                    os._exit(7)
-            return trace
+    return in_child(save)
 
-        sys.settrace(trace)
-        action()
 
-    return in_child(end_at_line)
+def assert_only(folder: Path, *steps: int) -> None:
+    """The folder holds these checkpoints, which load, and nothing else."""
+    names = {f"checkpoint-{step:08d}.pth{end}" for step in steps for end in ("", ".sha256")}
+    assert set(files(folder)) == names
+    assert saved_step(folder) == max(steps, default=0)
+
+
+# --- R7: the process ends at any point of a save
 
 
 @pytest.mark.fault("R7")
-@pytest.mark.long
-@pytest.mark.parametrize(("complete", "keep_last"), [((), 1), ((1,), 1), ((1, 2), 2)])
-def test_a_process_that_ends_at_any_line_of_a_save_loses_no_complete_checkpoint(
-    tmp_path, record_property, complete, keep_last
-):
-    lines, found = 0, []
-    while True:
-        folder = tmp_path / str(lines)
+@pytest.mark.parametrize("complete", [(), (1,), (1, 2)])
+def test_a_process_that_ends_at_any_call_of_a_save_loses_no_complete_checkpoint(tmp_path, complete):
+    found = []
+    for number in itertools.count():
+        folder = tmp_path / str(number)
         folder.mkdir()
         for step in complete:
-            save_checkpoint(folder, step, content(step), keep_last=9)
-        before = set(files(folder))
-        status = dying_at(
-            lines, lambda folder=folder: save_checkpoint(folder, 5, content(5), keep_last)
-        )
-        after = set(files(folder))
-        loaded = load_newest_checkpoint(folder)
-        found.append(0 if loaded is None else loaded["step"])
-        if loaded is not None:
-            assert_same({name: loaded[name] for name in ("model", "note")}, content(loaded["step"]))
+            save_checkpoint(folder, content(step), keep_last=9)
+        before = files(folder)
+        status = save_disturbed(folder, number, lambda: os._exit(7), max(1, len(complete)))
+        found.append(saved_step(folder))
+        if found[-1]:
+            assert_same_checkpoint(load_newest_checkpoint(folder), content(found[-1]))
         if found[-1] != 5:
-            assert (
-                found[-1] == max(complete, default=0) and before <= after
-            )  # none that was complete is gone
+            assert before.items() <= files(folder).items()
         tidy(folder, found[-1])
-        left = set(files(folder))
-        assert all(
-            name.startswith("checkpoint-") and name.endswith((".pth", ".pth.sha256"))
-            for name in left
-        )
-        save_checkpoint(
-            folder, 6, content(6), keep_last=1
-        )  # the next run's save clears what is left
-        assert load_newest_checkpoint(folder).step == 6
-        assert set(files(folder)) == {"checkpoint-00000006.pth", "checkpoint-00000006.pth.sha256"}
+        assert not list(folder.glob("*.tmp"))
+        save_checkpoint(folder, content(6), keep_last=1)  # clears what is left
+        assert_only(folder, 6)
         if status == 0:
             break
         assert status == 7
-        lines += (
-            1 if lines < 20 or found[-1] == 5 or len(after - before) > 1 else 7
-        )  # writing takes hundreds of lines
-    assert found[-1] == 5 and lines > 100
-    assert set(found) == {
-        5,
-        max(complete, default=0),
-    }  # before and after the moment from which it counts
-    record_property("tries", len(found))
+    # before and after the moment from which the new one counts
+    assert set(found) == {5, max(complete, default=0)} and len(found) > 9
+
+
+@pytest.mark.fault("R7")
+def test_a_process_that_ends_while_it_writes_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    def half(state, target):
+        target.write_bytes(b"half of it")
+        os._exit(7)
+
+    save_checkpoint(tmp_path, content(1), keep_last=1)
+    monkeypatch.setattr(torch, "save", half)
+    assert in_child(lambda: save_checkpoint(tmp_path, content(5), keep_last=1)) == 7
+    assert saved_step(tmp_path) == 1
+    tidy(tmp_path, 1)
+    assert_only(tmp_path, 1)
 
 
 # --- R8: damaged checkpoints (each kind of damage: tests/test_engine.py)
-# ----------------------------------------------
-
-
-def flip_bit(path: Path) -> None:
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.write_bytes(bytes(damaged))
 
 
 @pytest.mark.fault("R8")
@@ -175,7 +179,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_sets_that_as
     for step in (9, 10):
         flip_bit(tmp_path / f"checkpoint-{step:08d}.pth")
     main_pretrain.main(arguments)
-    assert_equal_runs(every_step, tmp_path)
+    assert_same_run(every_step, tmp_path)
     assert (
         f"passing over the damaged checkpoint {tmp_path / 'checkpoint-00000010.pth'}: its sha256"
         in caplog.text
@@ -211,34 +215,36 @@ def test_where_all_are_damaged_nothing_is_touched(tmp_path, data, damage, reason
 
 
 # --- R9, R19: a save that fails
-# ---------------------------------------------------------------------------------------
-
-
-def save_on_a_full_disk(folder: Path) -> None:
-    """/dev/full answers as a full disk does."""
-    (folder / "checkpoint-00000002.pth.tmp").symlink_to("/dev/full")
-    with pytest.raises((OSError, RuntimeError)):
-        save_checkpoint(folder, 2, content(2, 100_000), keep_last=1)
-
-
-def save_past_a_limit(folder: Path) -> None:
-    """A file may have 50,000 bytes and needs 400,000."""
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        save_checkpoint(folder, 2, content(2, 100_000), keep_last=1)
-
-    assert in_child(limited) == 3
 
 
 @pytest.mark.fault("R9")
-@pytest.mark.parametrize("save", [save_on_a_full_disk, save_past_a_limit])
-def test_a_save_that_finds_no_room_fails_and_changes_nothing(tmp_path, save):
-    save_checkpoint(tmp_path, 1, content(1), keep_last=1)
+def test_a_save_that_finds_no_room_at_any_call_fails_and_changes_nothing(tmp_path):
+    save_checkpoint(tmp_path, content(1), keep_last=1)
     before = files(tmp_path)
-    save(tmp_path)
-    assert files(tmp_path) == before
-    assert load_newest_checkpoint(tmp_path).step == 1
+    for number in itertools.count():
+        status = save_disturbed(tmp_path, number, no_room, keep_last=1)
+        if saved_step(tmp_path) == 5:  # what comes after the last rename is no loss
+            break
+        assert status == 3 and saved_step(tmp_path) == 1
+        assert before.items() <= files(tmp_path).items()
+        assert not list(tmp_path.glob("*.tmp"))
+        tidy(tmp_path, 1)
+        assert files(tmp_path) == before
+    assert number > 5
+
+
+@pytest.mark.fault("R9")
+def test_a_save_past_a_limit_of_the_system_fails_and_changes_nothing(tmp_path):
+    """A file may have 50,000 bytes and needs 400,000; torch writes it by calls of its own."""
+    save_checkpoint(tmp_path, content(1), keep_last=1)
+    before = files(tmp_path)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        save_checkpoint(tmp_path, content(2, 100_000), keep_last=1)
+
+    assert in_child(limited) == 3
+    assert files(tmp_path) == before and saved_step(tmp_path) == 1
 
 
 @pytest.mark.fault("R9")
@@ -279,18 +285,15 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_save_or_st
 ):
     original = saving.save_checkpoint
 
-    def failing(output_dir, of_step, *rest):
-        if of_step == step:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(output_dir, of_step, *rest)
+    def failing(output_dir, saved, *rest):
+        return no_room() if saved.step == step else original(output_dir, saved, *rest)
 
     monkeypatch.setattr(saving, "save_checkpoint", failing)
     with pytest.raises(
         InputError, match=f"the checkpoint of step {step} cannot be saved in .*: .*No space left"
     ):
         main_pretrain.main(pretraining(data, tmp_path, "--save_minutes", save_minutes))
-    saved = load_newest_checkpoint(tmp_path)
-    assert (0 if saved is None else saved.step) == {3: 2, 10: 0, 20: 10}[step]
+    assert saved_step(tmp_path) == {3: 2, 10: 0, 20: 10}[step]
     assert (
         step <= log_lines(tmp_path)[-1]["step"] <= (step + 1 if save_minutes else min(step + 5, 20))
     )
@@ -298,7 +301,6 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_save_or_st
 
 
 # --- R18: a save in the background
-# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("R18")
@@ -309,11 +311,11 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
     original = saving.save_checkpoint
     stepped = threading.Event()
 
-    def late(output_dir, step, *rest):
-        if step < 2 * STEPS:
+    def late(output_dir, saved, *rest):
+        if saved.step < 2 * STEPS:
             stepped.clear()
             assert stepped.wait(60)
-        return original(output_dir, step, *rest)
+        return original(output_dir, saved, *rest)
 
     def optimizer_step(*args, original=engine.loop.optimizer_step, **kwargs):
         found = original(*args, **kwargs)
@@ -337,7 +339,6 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
 
 
 # --- R17: the scaler of fp16
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("R17")
@@ -357,7 +358,7 @@ def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, 
     main_pretrain.main(pretraining(data, tmp_path / "stopped", *more, "--stop_epoch", 1))
     middle = load_newest_checkpoint(tmp_path / "stopped").scaler
     main_pretrain.main(pretraining(data, tmp_path / "stopped", *more))
-    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     end = load_newest_checkpoint(tmp_path / "whole").scaler
     assert (middle["scale"], middle["_growth_tracker"]) == (
         2.0**15,
@@ -367,7 +368,6 @@ def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, 
 
 
 # --- R20: retention
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("R20")
@@ -385,7 +385,7 @@ def test_which_checkpoints_stay(tmp_path, keep_last, keep_every, expected):
     steps = [10, 20, 30, 40, 50, 60]
     assert kept_steps(steps, keep_last, keep_every) == expected
     for step in steps:
-        save_checkpoint(tmp_path, step, {"model": {}}, keep_last, keep_every)
+        save_checkpoint(tmp_path, content(step), keep_last, keep_every)
     assert {int(name[11:19]) for name in files(tmp_path)} == expected
     assert len(files(tmp_path)) == 2 * len(expected)
 
@@ -413,15 +413,79 @@ def test_every_second_epoch_stays_beside_the_newest(tmp_path, data):
 @pytest.mark.fault("R20")
 def test_an_old_checkpoint_that_cannot_be_removed_is_only_a_warning(tmp_path, caplog):
     (tmp_path / "checkpoint-00000001.pth").mkdir()  # a folder cannot be unlinked, not even by root
-    save_checkpoint(tmp_path, 2, {"model": {}}, keep_last=1)
+    save_checkpoint(tmp_path, content(2), keep_last=1)
     assert (
         f"cannot remove the old checkpoint {tmp_path / 'checkpoint-00000001.pth'}: " in caplog.text
     )
-    assert load_newest_checkpoint(tmp_path).step == 2
+    assert saved_step(tmp_path) == 2
+
+
+# --- R32, R33: file systems that cannot do all, and folders that cannot be used
+
+
+@pytest.mark.fault("R32")
+def test_a_file_system_without_locks_or_flushed_folders_works_with_one_warning(
+    tmp_path, data, monkeypatch, caplog
+):
+    def refused(*_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def fsync(descriptor, original=os.fsync):
+        return refused() if stat.S_ISDIR(os.fstat(descriptor).st_mode) else original(descriptor)
+
+    monkeypatch.setattr(fcntl, "lockf", refused)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main_pretrain.main(pretraining(data, tmp_path))["step"] == 2 * STEPS
+    warnings = [record.name for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sorted(warnings) == ["engine.run.lock", "util.files"]
+    assert saved_step(tmp_path) == 2 * STEPS
+
+
+UNUSABLE = {
+    "long": "n" * 300,
+    "below a file": "file/below",
+    "lock of another user": "locked",
+    "log of another user": "logged",
+}
+
+
+@pytest.mark.fault("R33")
+@pytest.mark.parametrize("name", UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_an_output_folder_that_cannot_be_used_is_one_error_before_any_compute(tmp_path, data, name):
+    (tmp_path / "file").touch()
+    for path in ("locked/.lock", "logged/log.txt"):
+        (tmp_path / path).mkdir(parents=True)  # not even root can write that
+    folder = tmp_path / name
+    arguments = ["--output_dir", str(folder), "--data_path", str(data), "--device", "cpu"]
+    commands = [(main_pretrain, []), (main_finetune, []), (main_knn, ["--finetune", "random"])]
+    for script, more in commands[: 2 if name == "locked" else 3]:  # k-NN needs no lock
+        with pytest.raises(InputError) as error:
+            script.main([*arguments, *more])
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- R29: names that are no UTF-8
+
+
+@pytest.mark.fault("R29")
+def test_names_that_are_no_utf_8_are_written_everywhere(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    names = ("nought" + odd, "one", "seven")
+    data = make_pictures(tmp_path / odd, train=6, val=4, names=names)
+    more = ["--batch_size", 6, "--epochs", 1, "--warmup_epochs", 0, "--tensorboard", "true"]
+    folder = tmp_path / ("run" + odd)
+    looks = ["--monitor_epochs", 1, "--monitor_knn", 18]
+    for script, arguments in (
+        ("main_pretrain.py", pretraining(data, folder, *more, *looks)),
+        ("main_finetune.py", pictures(data, tmp_path / odd / "f", *more, "--per_class")),
+    ):
+        result = run(command(*arguments, script=script))
+        assert result.returncode == 0 and result.stderr == ""
+    assert set(results_of(tmp_path / odd / "f")["per_class"]) == set(names)
+    assert log_lines(folder)[-1]["step"] == 3 and list((folder / "tb").iterdir())
 
 
 # --- R21: two jobs on one output folder
-# -------------------------------------------------------------------------------
 
 
 def hold(folder: Path) -> tuple[int, int]:

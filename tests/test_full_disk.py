@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import identity
-from runs import command, environment, log_lines, make_pictures, pictures, pretraining
+from runs import command, environment, log_lines, pictures, pretraining
 from torch import nn
 
 import main_pretrain
@@ -23,11 +23,6 @@ from util.errors import InputError, LocalInputError
 from util.files import write_output
 
 FULL = "cannot be written: No space left on device"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def fill(path: Path) -> None:
@@ -103,13 +98,6 @@ def test_curves_find_no_room(tmp_path, data):
     assert len(log_lines(tmp_path)) >= 1
 
 
-@pytest.mark.fault("R9")
-def test_results_find_no_room(tmp_path):
-    fill(tmp_path / "results.json.tmp")
-    with pytest.raises(LocalInputError, match=rf"^{tmp_path}/results.json {FULL}$"):
-        write_results(tmp_path / "results.json", {"acc1": 50.0})
-
-
 def best_in(folder: Path, resumed: bool) -> Best:
     return Best(folder, identity(), is_main=True, resumed=resumed)
 
@@ -153,15 +141,6 @@ def test_a_damaged_best_is_one_clear_line_and_stays(tmp_path, damage):
 
 
 @pytest.mark.fault("R9")
-def test_bad_files_that_find_no_room_are_one_clear_line(tmp_path):
-    bad_samples = BadSamples(tmp_path / "bad_samples.jsonl", 1000, is_main=True)
-    bad_samples.new = [BadSample("a.png", "is damaged")]
-    fill(bad_samples.path)
-    with pytest.raises(LocalInputError, match=rf"^{bad_samples.path} {FULL}$"):
-        bad_samples.exchange()
-
-
-@pytest.mark.fault("R9")
 def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     """They are why the run ends: that their file cannot be written must not hide it."""
     path = tmp_path / "bad_steps.jsonl"
@@ -191,11 +170,27 @@ def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     assert entry == {"step": 7, "lr": 0.5, "loss": None, "images": images, "process": 0}
 
 
+def append_bad_samples(path: Path) -> None:
+    bad_samples = BadSamples(path, 1000, is_main=True)
+    bad_samples.new = [BadSample("a.png", "is damaged")]
+    bad_samples.exchange()
+
+
 @pytest.mark.fault("R9")
-def test_an_output_that_finds_no_room_leaves_what_was_there(tmp_path):
-    path = tmp_path / "config.yaml"
-    write_output(path, lambda target: target.write_text("old"))
-    fill(tmp_path / "config.yaml.tmp")
+@pytest.mark.parametrize(
+    ("name", "filled", "write"),
+    [
+        ("results.json", "results.json.tmp", lambda path: write_results(path, {"acc1": 50.0})),
+        ("x", "x.tmp", lambda path: write_output(path, lambda target: target.write_text("new"))),
+        ("bad_samples.jsonl", "bad_samples.jsonl", append_bad_samples),
+    ],
+)
+def test_an_output_that_finds_no_room_leaves_what_was_there(tmp_path, name, filled, write):
+    path = tmp_path / name
+    if filled != name:
+        path.write_text("old")
+    fill(tmp_path / filled)
     with pytest.raises(LocalInputError, match=rf"^{path} {FULL}$"):
-        write_output(path, lambda target: target.write_text("new"))
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.yaml": "old"}
+        write(path)
+    if filled != name:
+        assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: "old"}

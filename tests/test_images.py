@@ -51,25 +51,25 @@ def animated(kind: str, **options) -> bytes:
     return encoded(RGB, kind, save_all=True, append_images=[ImageOps.invert(RGB)], **options)
 
 
-def png(width: int, height: int, depth: int, colour_type: int, rows: bytes) -> bytes:
+def chunk(name: bytes, content: bytes) -> bytes:
+    """Of a PNG."""
+    check = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+
+def png(
+    width: int, height: int, depth: int, colour_type: int, rows: bytes, extra: bytes = b""
+) -> bytes:
     """A PNG by hand: Pillow writes neither 16-bit colours nor headers that lie. Each row starts
-    with a filter byte."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + name
-            + content
-            + struct.pack(">I", zlib.crc32(name + content))
-        )
-
+    with a filter byte; `extra` are chunks before the pixels."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    parts = [
+        chunk(b"IHDR", header),
+        extra,
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def png16(pixels: np.ndarray, colour_type: int) -> bytes:
@@ -330,6 +330,45 @@ def test_an_orientation_that_does_not_exist_is_ignored(kind):
     for orientation in (0, 9):
         decoded = decode_image(oriented(kind, orientation, COLOURS), 3)
         assert largest_difference(decoded, shown(RGB, 3)) <= JPEG_ERROR
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_phone_s_exif_with_a_resolution_in_words_is_no_obstacle(kind):
+    """Pillow fails to write such an entry again, as it does when it turns an image upright."""
+    text = b"300 dpi\0"
+    orientation = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
+    resolution = struct.pack("<HHII", 282, 2, len(text), 8 + 2 + 24 + 4)
+    entries = struct.pack("<H", 2) + orientation + resolution + struct.pack("<I", 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + text
+    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[6]))
+    several = {"save_all": True, "append_images": [stored]} if kind == "MPO" else {}
+    content = encoded(stored, kind, exif=exif, quality=98, **several)
+    assert largest_difference(decode_image(content, 3), shown(RGB, 3)) <= JPEG_ERROR
+
+
+PACKED_TEXT = zlib.compress(b"<history/>" * 200_000)  # 2 MB of text in 6 kB
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        chunk(b"zTXt", b"prompt\0\0" + PACKED_TEXT),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\x01\0\0\0" + PACKED_TEXT),
+        chunk(b"iCCP", b"profile\0\0" + PACKED_TEXT),
+        chunk(b"tEXt", b"workflow\0" + b"x" * 3_000_000),
+    ],
+    ids=["zTXt", "XMP", "profile", "tEXt"],
+)
+def test_megabytes_of_metadata_are_read_over(metadata):
+    rows = b"".join(b"\0" + row.tobytes() for row in COLOURS)
+    content = png(WIDTH, HEIGHT, 8, 2, rows, metadata)
+    assert largest_difference(decode_image(content, 3), shown(RGB, 3)) == 0
+
+
+def test_metadata_without_bound_is_refused():
+    bomb = zlib.compress(bytes(200 << 20))
+    rows = b"".join(b"\0" + row.tobytes() for row in COLOURS)
+    assert refusal(png(WIDTH, HEIGHT, 8, 2, rows, chunk(b"zTXt", b"x\0\0" + bomb)))
 
 
 def test_the_content_decides_and_not_the_ending(tmp_path):

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import command, digits, environment, log_lines, run
+from conftest import ROOT
+from runs import command, digits, environment, launch, log_lines, run
 from test_nodes import DRIVEN, children, start, wait_for_step
 
 from engine.run.checkpoint import load_newest_checkpoint
 
-pytestmark = pytest.mark.long
+long = pytest.mark.long
 
 
 def launched(out: Path, *before: str, pause: str = "0.1", **env: str) -> subprocess.Popen[bytes]:
@@ -30,6 +31,7 @@ def launched(out: Path, *before: str, pause: str = "0.1", **env: str) -> subproc
     )
 
 
+@long
 def test_nothing_listens_beyond_this_machine(tmp_path):
     launcher = launched(tmp_path / "out")
     wait_for_step(tmp_path / "out", 3, [launcher])
@@ -53,6 +55,7 @@ def test_nothing_listens_beyond_this_machine(tmp_path):
     assert all(re.match(r"0100007F:|0{24}01000000:", address) for address in listening), listening
 
 
+@long
 @pytest.mark.fault("R10")
 def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
     """Else they would go on, hold the folder, and nobody could stop them."""
@@ -72,6 +75,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
     assert f"at step {saved['step']}" in (tmp_path / "out.txt").read_text()
 
 
+@long
 @pytest.mark.fault("R10")
 def test_a_save_at_the_end_may_take_longer_than_half_a_minute(tmp_path):
     """As that of a huge model on a shared disk; torchrun alone would kill it."""
@@ -86,6 +90,7 @@ def test_a_save_at_the_end_may_take_longer_than_half_a_minute(tmp_path):
     assert saved is not None and saved.step == log_lines(tmp_path / "out")[-1]["step"]
 
 
+@long
 @pytest.mark.parametrize("shield", [(), ("nohup",)])
 def test_the_end_of_a_session_stops_a_job_unless_nohup_shields_it(tmp_path, shield):
     launcher = launched(tmp_path / "out", *shield, pause="0.02")
@@ -99,6 +104,7 @@ def test_the_end_of_a_session_stops_a_job_unless_nohup_shields_it(tmp_path, shie
     assert ("stopped by SIGHUP" in (tmp_path / "out.txt").read_text()) == (not shield)
 
 
+@long
 def test_a_run_whose_terminal_is_closed_saves(tmp_path):
     """A real terminal: what is written to it fails from then on."""
     out = tmp_path / "out"
@@ -130,6 +136,7 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path):
     assert b"steps per epoch" in shown
 
 
+@long
 def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(tmp_path):
     """While images are listed and the model is built there is nothing to save."""
     out = tmp_path / "out"
@@ -144,3 +151,51 @@ def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(tmp_path):
     assert process.wait(timeout=60) in (-signal.SIGTERM, 128 + signal.SIGTERM)
     assert run(arguments).returncode == 0
     assert log_lines(out)[-1]["step"] == 62
+
+
+def test_a_users_mistake_under_the_launcher_is_its_line_alone():
+    result = launch(["--lr", "fast"], 2)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "lr" in line
+
+
+def test_a_failure_that_is_no_mistake_keeps_its_traceback_and_torchruns_summary(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text("1 / 0\n")
+    line = f". {ROOT}/util/launch.sh; launch {ROOT} {os.path.relpath(script, ROOT)}"
+    result = run(["sh", "-c", line], NGPU="1", MAX_RESTARTS="1")
+    assert result.returncode == 1
+    assert result.stderr.count("ZeroDivisionError") == 2  # once for each start
+    assert "exitcode" in result.stderr and "ChildFailedError" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"PYTHON": "mine"}, "mine"),
+        ({"VIRTUAL_ENV": "/env"}, "python3"),
+        ({"CONDA_PREFIX": "/env"}, "python3"),
+        ({"PYTHON": "mine", "CONDA_PREFIX": "/env"}, "mine"),
+        ({}, ".venv/bin/python"),
+    ],
+)
+def test_the_active_environment_wins_over_venv(tmp_path, given, expected):
+    own = tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.symlink_to("/bin/sh")
+    line = f". {ROOT}/util/launch.sh; choose_python {tmp_path}; echo $PYTHON"
+    result = subprocess.run(
+        ["sh", "-c", line],
+        env={"PATH": os.environ["PATH"], **given},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.strip().removeprefix(f"{tmp_path}/") == expected
+
+
+def test_shell_scripts_keep_their_line_ends_everywhere():
+    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("util/*.sh"), *ROOT.glob("tools/**/*.s[hb]*")]
+    result = run(["git", "check-attr", "eol", "--", *map(str, scripts)])
+    assert len(scripts) >= 7 and result.stdout.count("eol: lf") == len(scripts)
+    assert not [script for script in scripts if b"\r" in script.read_bytes()]

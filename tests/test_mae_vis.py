@@ -13,9 +13,9 @@ from conftest import ROOT
 from PIL import Image
 from runs import command, run
 from safetensors.torch import load_file
-from test_images import KINDS, STORED_AS, oriented, shown
+from test_images import shown
 
-from data.sources import read_mnist5k
+from data.known_sets import read_mnist5k
 from data.transforms import EvalTransform
 from engine.pictures.drawing import CELL, enlarged
 from engine.pictures.reconstruction import COLUMNS
@@ -190,34 +190,6 @@ def test_only_the_tools_own_files_are_replaced(weights, tmp_path):
 # The images that it takes
 
 
-def test_images_of_one_name_are_told_apart(weights, tmp_path):
-    files = [noise(tmp_path / f"{seed}" / "same.png", seed) for seed in range(2)]
-    found = draw(weights, tmp_path / "out", "--img_path", *files)
-    assert list(found["psnr"]) == ["0_same", "1_same"]
-    for place, file in enumerate(files):
-        original = read(tmp_path / "out" / f"{place}_same_original.png")
-        assert np.array_equal(original, fitted_file(file))
-
-
-def test_a_folder_gives_evenly_spaced_images(weights, tmp_path):
-    for index in range(9):
-        noise(tmp_path / "images" / f"class{index % 3}" / f"{index}.png", index)
-    every = draw(weights, tmp_path / "out", "--img_path", tmp_path / "images")
-    assert list(every["psnr"]) == [str(index) for index in (0, 3, 6, 1, 4, 7, 2, 5, 8)]  # by class
-    few = draw(weights, tmp_path / "out", "--img_path", tmp_path / "images", "--num_images", 3)
-    assert list(few["psnr"]) == ["0", "4", "8"]
-
-
-def test_without_img_path_validation_images_of_the_folder_are_taken(weights, tmp_path):
-    for split in ("train", "val"):
-        for index in range(3):
-            noise(tmp_path / "data" / split / "cat" / f"{index}.png", index + 10 * (split == "val"))
-    found = draw(weights, tmp_path / "out", "--data_path", tmp_path / "data", "--num_images", 2)
-    assert list(found["psnr"]) == ["val_00000", "val_00002"]
-    expected = fitted_file(tmp_path / "data" / "val" / "cat" / "2.png")
-    assert np.array_equal(read(tmp_path / "out" / "val_00002_original.png"), expected)
-
-
 def test_the_quickstarts_recipe_draws_validation_digits(tmp_path):
     cfg = load_config(PretrainConfig, "pretrain", QUICKSTART)
     path = save_untrained(tmp_path / "a.safetensors", cfg)
@@ -227,13 +199,6 @@ def test_the_quickstarts_recipe_draws_validation_digits(tmp_path):
     digit = read_mnist5k(train=False)[0][999, 0]
     original = read(tmp_path / "val_00999_original.png")
     assert np.array_equal(original, np.repeat(digit[:, :, None], 3, axis=2))
-
-
-def test_a_turned_photograph_is_shown_upright(weights, tmp_path):
-    (tmp_path / "turned.jpg").write_bytes(oriented("JPEG", 6, STORED_AS[6]))
-    draw(weights, tmp_path, "--img_path", tmp_path / "turned.jpg")
-    difference = read(tmp_path / "turned_original.png") - fitted(shown(KINDS["png RGBA"][1], 3))
-    assert np.abs(difference).max() <= KINDS["jpeg"][2]
 
 
 def test_the_whole_of_a_square_image_is_seen(weights, tmp_path):
@@ -260,8 +225,9 @@ def test_an_image_and_patches_that_are_not_square(tmp_path):
 
 
 def test_a_file_name_that_is_no_text(weights, tmp_path):
-    file = noise(tmp_path / "a.png", 0).rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
-    draw(weights, tmp_path / "out", "--img_path", file)
+    folder = tmp_path / "images"
+    file = noise(folder / "a.png", 0).rename(folder / os.fsdecode(b"caf\xe9.png"))
+    draw(weights, tmp_path / "out", "--img_path", folder)
     assert np.array_equal(read(tmp_path / "out" / "caf?_original.png"), fitted_file(file))
 
 

@@ -235,6 +235,11 @@ def test_state_dict_keys_are_those_of_the_published_weights():
     assert {name for name, _ in mae.named_buffers()} == {"pos_embed", "decoder_pos_embed"}
     without = MaskedAutoencoder(**MAE | {"decoder_class_token": False})
     assert (without.pos_embed.shape, without.decoder_pos_embed.shape) == ((1, 17, 48), (1, 16, 24))
+    cross = MaskedAutoencoder(**MAE | {"decoder": "cross"})
+    parts = ("norm1", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    keys = layer_keys(*(f"decoder_blocks.{i}.{part}" for i in range(2) for part in parts))
+    found = [name for name in cross.state_dict() if name.startswith("decoder_blocks.")]
+    assert sorted(found) == sorted(keys)
 
     token = VisionTransformer(**VIT)
     assert sorted(token.state_dict()) == sorted(

@@ -153,9 +153,7 @@ def test_machines_with_different_images_are_refused(tmp_path):
 
 
 @pytest.mark.fault("R12")
-def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(
-    tmp_path, record_property
-):
+def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(tmp_path):
     """NNODES=1:2 with two processes each: four, then two, then four again, at the same total
     batch."""
     alone, out = tmp_path / "alone", tmp_path / "out"
@@ -200,5 +198,3 @@ def test_a_job_goes_on_without_a_lost_machine_and_with_it_when_it_is_back(
     assert "stopped by SIGTERM" in log  # to make room for the one that is back nothing is lost
     lost = before - int(re.findall(r"resuming .* at step (\d+)", log)[0])
     assert lost <= 2
-    record_property("tries", 2)
-    record_property("lost_steps", lost)

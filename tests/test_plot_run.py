@@ -1,41 +1,52 @@
 """`tools/plot_run.py`: curves of several runs, and a page about each; and the overview picture of
 the README."""
 
-import base64
 import json
 import re
 import shutil
-from io import BytesIO
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 from runs import command, digits, log_lines, make_pictures, pictures, pretrain_pictures, run
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
 
 import main_knn
 import main_pretrain
 from tools import draw_overview, plot_run
 from util.errors import InputError
 
+ONE = {"step": 1, "epoch": 1.0, "loss": 0.5, "kind": "train"}
+TWO = {"step": 2, "epoch": 2.0, "loss": 0.4, "kind": "train"}
 
-def log(folder: Path, *lines: dict) -> Path:
+
+def log(folder: Path, *records: dict[str, Any]) -> Path:
     """A run's folder with nothing but a log."""
     folder.mkdir(parents=True)
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
-def embedded(page: str) -> list[np.ndarray]:
-    """The pictures in a page, decoded."""
-    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    return [np.asarray(Image.open(BytesIO(base64.b64decode(content)))) for content in found]
+def page_of(*folders: Path) -> str:
+    """The page of the first run."""
+    return plot_run.main([str(folder) for folder in folders])["reports"][0].read_text()
+
+
+def note_of(page: str) -> str:
+    """How far a page says that its run is."""
+    return re.search(r'<div class="note">(.*)', page)[1]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A folder with a pretraining run that looked at itself, and a k-NN of its weights."""
+    """A folder with a monitored run, and k-NN evaluations of its weights and of untrained ones."""
     folder = tmp_path_factory.mktemp("runs")
     data = make_pictures(tmp_path_factory.mktemp("digits"))
     pretrain_pictures(data, folder / "pretrain", "--monitor_epochs", 1, "--monitor_images", 2)
@@ -45,200 +56,162 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_page_tells_what_the_run_did(finished, capsys):
+@contextmanager
+def browser() -> Iterator[webdriver.Chrome]:
+    """Headless Chromium with its driver, as Debian packages them; skips without."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("no browser: the packages chromium and chromium-driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options, Service(driver))
+    try:
+        yield window
+    finally:
+        window.quit()
+
+
+def test_a_browser_shows_the_page_from_disk(finished):
+    """Figures, decoded pictures and tables are there, and the console has no errors."""
     made = plot_run.main([str(finished / "pretrain")])
-    assert made == {
-        "curves": finished / "pretrain" / "curves.png",
-        "reports": [finished / "pretrain" / "report.html"],
-    }
-    page = made["reports"][0].read_text()
-    assert str(made["reports"][0]) in capsys.readouterr().out
-    curves, looks = embedded(page)
-    assert (looks == np.asarray(Image.open(finished / "pretrain" / "monitor.png"))).all()
-    assert curves.shape[0] > 900 and curves.std() > 10
-    assert (
-        not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
-    )  # nothing from elsewhere
-    lines = log_lines(finished / "pretrain")
-    look = [line for line in lines if "monitor_s" in line][-1]
-    assert f"<b>{look['knn_acc1']:.4g}</b>10-NN, top-1 %" in page
-    assert (
-        f"{[line['epoch_loss'] for line in lines if 'epoch_loss' in line][-1]:.4g}</b>mean training loss"
-        in page
-    )
-    assert page.count('<tr><td class="number">') == 3  # looks at epochs 0, 1 and 2
+    assert made["curves"] == finished / "pretrain" / "curves.png"
+    (page,) = made["reports"]
+    records = log_lines(finished / "pretrain")
+    observed = [record for record in records if record.get("kind") == "monitor"]
+    losses = [record["epoch_loss"] for record in records if "epoch_loss" in record]
     results = json.loads((finished / "knn" / "results.json").read_text())
-    (row,) = re.findall(
-        r"<tr><td>(\w+)</td><td>k-NN, cosine.*</td><td class=\"number\">([\d.]+)</td>", page
-    )
-    assert row == (
-        "knn",
-        f"{results['acc1']:.2f}",
-    )  # of these weights; the untrained model's is not among them
-    assert (
-        "mask_ratio: 0.75" in page
-        and "patch_size: 4" in page
-        and ">step 20, epoch 2, finished</div>" in page
-    )
-
-
-def test_the_same_command_writes_the_same(finished):
-    first = {path: path.read_bytes() for path in plot_run.main([str(finished)])["reports"]}
-    assert {path: path.read_bytes() for path in plot_run.main([str(finished)])["reports"]} == first
+    sizes = "return [...document.images].map(image => [image.naturalWidth, image.naturalHeight])"
+    with browser() as window:
+        window.get(page.as_uri())
+        curves, looks = window.execute_script(sizes)
+        assert min(curves) > 500 and tuple(looks) == Image.open(page.parent / "monitor.png").size
+        figures = window.find_element(By.CLASS_NAME, "figures").text
+        for value in (losses[-1], observed[-1]["knn_acc1"], observed[-1]["psnr"]):
+            assert f"{value:.4g}" in figures.splitlines()
+        rows = window.find_elements(By.CSS_SELECTOR, "#monitor tr")
+        assert [row.text.split()[0] for row in rows[1:]] == ["0", "1", "2"]
+        (row,) = window.find_elements(By.CSS_SELECTOR, "#evaluations tr")[1:]  # of these weights
+        assert row.text.startswith("knn ") and f"{results['acc1']:.2f} 120 / 60" in row.text
+        assert "mask_ratio: 0.75" in window.find_element(By.ID, "settings").text
+        assert window.get_log("browser") == []
+    text = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", text) and "http" not in text
+    assert note_of(text) == "step 20, epoch 2, finished</div>"
 
 
 def test_curves_are_those_of_the_logs(tmp_path):
     one = log(tmp_path / "one", *({"step": i, "epoch": i / 2, "loss": 1 / i} for i in range(1, 5)))
     read = plot_run.RunLog(one, "one", plot_run.read_log(one / "log.jsonl"))
     assert read.series("loss") == ([0.5, 1.0, 1.5, 2.0], [1.0, 0.5, 1 / 3, 0.25])
-    assert (
-        read.series("acc1") == ([], []) and read.last("loss") == 0.25 and read.last("acc1") is None
-    )
+    assert read.series("acc1") == ([], [])
 
 
 def test_several_runs_share_a_picture(tmp_path):
-    one = log(
-        tmp_path / "a" / "one",
-        {"step": 1, "epoch": 1.0, "loss": 0.5},
-        {"step": 2, "epoch": 2.0, "loss": 0.4},
-    )
-    two = log(
-        tmp_path / "b" / "two",
-        {"step": 1, "epoch": 1.0, "val_loss": 0.5, "acc1": 20.0, "ema_acc1": None},
-    )
+    one = log(tmp_path / "a" / "one", ONE, TWO)
+    two = log(tmp_path / "b" / "two", {"step": 1, "epoch": 1.0, "val_loss": 0.5, "acc1": 20.0})
     made = plot_run.main([str(one), str(two)])
     assert made["curves"] == tmp_path / "curves.png"
     assert made["reports"] == [one / "report.html", two / "report.html"]
-    both = np.asarray(Image.open(made["curves"]))
-    alone = np.asarray(
-        Image.open(plot_run.main([str(one), "--save_path", str(tmp_path / "alone.png")])["curves"])
-    )
+    alone = plot_run.main([str(one), "--save_path", str(tmp_path / "alone.png")])["curves"]
+    both, alone = (np.asarray(Image.open(path)) for path in (made["curves"], alone))
     assert both.shape == alone.shape and (both != alone).any()
-    assert plot_run.main([str(tmp_path / "a"), str(one)])["reports"] == [
-        one / "report.html"
-    ]  # a folder of runs; once
+    again = plot_run.main([str(tmp_path / "a"), str(one)])["reports"]
+    assert again == [one / "report.html"]  # a folder of runs, and each run once
 
 
-def test_a_run_that_goes_on_can_be_looked_at(tmp_path):
-    folder = log(
-        tmp_path / "run",
-        {"step": 1, "epoch": 0.5, "loss": None},
-        {"step": 2, "epoch": 1.0, "loss": 0.5},
-    )
+def test_a_run_that_has_not_ended_has_a_page(tmp_path):
+    folder = log(tmp_path / "run", ONE | {"loss": None}, TWO)
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"step": 3, "epo')
-    page = plot_run.main([str(folder)])["reports"][0].read_text()
-    assert ">step 2, epoch 1, not finished</div>" in page and len(embedded(page)) == 1
+    assert note_of(page_of(folder)).startswith("step 2, epoch 2, not finished")
+    (folder / "config.yaml").write_text("epochs: 3\n")
+    (folder / "model.safetensors").write_bytes(b"")  # as a run writes that stops on its schedule
+    assert "stopped, of 3 epochs" in note_of(page_of(folder))
+    observed = {"step": 0, "epoch": 0.0, "psnr": 11.0, "monitor_s": 0.5, "kind": "monitor"}
+    assert "11.00" in page_of(log(tmp_path / "new", observed))
 
 
-def test_a_run_that_has_only_looked_has_a_page(tmp_path):
-    folder = log(tmp_path / "run", {"step": 0, "epoch": 0.0, "psnr": 11.0, "monitor_s": 0.5})
-    assert len(embedded(plot_run.main([str(folder)])["reports"][0].read_text())) == 1
-
-
-def test_a_run_that_stopped_on_its_schedule_is_not_finished(tmp_path):
-    folder = log(tmp_path / "run", {"step": 1, "epoch": 1.0, "loss": 0.5})
-    (folder / "config.yaml").write_text("epochs: 2\n")
-    (folder / "model.safetensors").write_bytes(b"")
-    page = plot_run.main([str(folder)])["reports"][0].read_text()
-    assert ">step 1, epoch 1, stopped, of 2 epochs</div>" in page
-
-
-def test_evaluations_are_found_in_the_default_folders_and_strange_files_passed_over(
-    finished, tmp_path
-):
+def test_strange_results_beside_a_run_are_skipped_with_a_line(finished, tmp_path, capsys):
     run = tmp_path / "output" / "pretrain" / "one"
     shutil.copytree(finished / "pretrain", run)
     shutil.copytree(finished / "knn", tmp_path / "output" / "knn" / "two")
-    (tmp_path / "output" / "knn" / "broken").mkdir()
-    (tmp_path / "output" / "knn" / "broken" / "results.json").write_bytes(b"\xff{")
-    made = plot_run.main([str(tmp_path / "output")])  # a folder above
-    assert made["reports"] == [run / "report.html"]
-    assert "<tr><td>../knn/two</td><td>k-NN, cosine" in made["reports"][0].read_text()
+    results = json.loads((finished / "knn" / "results.json").read_text())
+    strange = [b"\xff{", b"[]", b"3", b"{}", json.dumps(results | {"acc1": "high"}).encode()]
+    paths = [tmp_path / "output" / "x" / f"{i}" / "results.json" for i in range(6)]
+    for path, content in zip(paths, strange, strict=False):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    paths[-1].mkdir(parents=True)  # a folder
+    page = page_of(tmp_path / "output")
+    assert page.count("<td>../knn/two</td>") == 1 and "<td>../x" not in page
+    printed = capsys.readouterr().out
+    assert all(f"skipped {path}" in printed for path in paths)
+
+
+def test_only_its_own_files_are_replaced(tmp_path):
+    folder = log(tmp_path / "run", ONE)
+    for _ in range(2):
+        plot_run.main([str(folder)])
+    for name in ("curves.png", "report.html"):
+        ours = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"<html>the user's own</html>")
+        with pytest.raises(InputError, match=name):
+            plot_run.main([str(folder)])
+        assert (folder / name).read_bytes() == b"<html>the user's own</html>"
+        (folder / name).write_bytes(ours)
 
 
 def test_names_and_settings_cannot_break_the_page(tmp_path):
-    folder = log(tmp_path / "<b>$x_1^", {"step": 1, "epoch": 1.0, "loss": 0.5})
-    (folder / "config.yaml").write_text(
-        "output_dir: <script>alert(1)</script>\nclip_grad: null\nmean: [0.5, 0.4]\n"
-    )
-    page = plot_run.main([str(folder)])["reports"][0].read_text()
+    folder = log(tmp_path / "<b>$x_1^", ONE)
+    (folder / "config.yaml").write_text("output_dir: <script>alert(1)</script>\nclip_grad: null\n")
+    page = page_of(folder)
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;$x_1^" in page
-    assert "clip_grad: null" in page and "mean: [0.5, 0.4]" in page
+    assert "clip_grad: null" in page
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("", "is empty"),
-        ('{"step": 1, "epoch"\n{"step": 2, "epoch": 1.0}\n', "line 1 is no line of a run's log"),
-        ('{"loss": 1}\n{"step": 2, "epoch": 1.0}\n', "line 1 is no line of a run's log"),
-        ('[]\n{"step": 2, "epoch": 1.0}\n', "line 1 is no line of a run's log"),
-    ],
-)
-def test_a_log_that_is_none_is_one_clear_line(tmp_path, content, words):
-    (tmp_path / "log.jsonl").write_text(content)
-    with pytest.raises(InputError, match=re.escape(words)):
+@pytest.mark.parametrize("first", ["", '{"step": 1, "epoch"\n', '{"loss": 1}\n', "[]\n"])
+def test_a_log_that_is_none_is_one_clear_line(tmp_path, first):
+    (tmp_path / "log.jsonl").write_text(first and first + '{"step": 2, "epoch": 1.0}\n')
+    with pytest.raises(InputError, match="log.jsonl"):
         plot_run.main([str(tmp_path)])
     assert not list(tmp_path.glob("*.png"))
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
-    with pytest.raises(InputError, match="is no run's folder and holds none"):
-        plot_run.main([str(tmp_path)])
-    with pytest.raises(InputError, match="OUTPUT"):
-        plot_run.main([])
-    folder = log(tmp_path / "run", {"step": 1, "epoch": 1.0, "loss": 0.5})
-    with pytest.raises(InputError, match="cannot be written"):
-        plot_run.main([str(folder), "--save_path", str(folder / "log.jsonl" / "curves.png")])
+    folder = log(tmp_path / "run", ONE)
+    target = folder / "log.jsonl" / "curves.png"
+    for arguments, named in (([], "OUTPUT"), ([str(folder), "--save_path", str(target)], "curves")):
+        with pytest.raises(InputError, match=named):
+            plot_run.main(arguments)
     result = run(command(str(tmp_path / "nothing"), script="tools/plot_run.py"))
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and result.stderr.startswith(
-        "error: "
-    )
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("error: ") and str(tmp_path / "nothing") in result.stderr
 
 
 def test_the_overview_is_drawn(tmp_path):
-    main_pretrain.main(digits(tmp_path / "run", "--epochs", 1, "--monitor_epochs", 0))
-    flags = [
-        "--dataset",
-        "mnist5k",
-        "--img_size",
-        "28",
-        "--in_chans",
-        "1",
-        "--mean",
-        "0.1307",
-        "--std",
-        "0.3081",
-    ]
-    flags += [
-        "--size",
-        "debug",
-        "--patch_size",
-        "4",
-        "--decoder_embed_dim",
-        "16",
-        "--decoder_depth",
-        "1",
-    ]
-    flags += [
-        "--decoder_num_heads",
-        "2",
-        "--model_path",
-        str(tmp_path / "run" / "model.safetensors"),
-    ]
-    path = draw_overview.main([*flags, "--save_path", str(tmp_path / "new" / "overview.png")])
+    main_pretrain.main(digits(tmp_path / "run", "--epochs", 1))
+    flags = "--dataset mnist5k --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --size debug"
+    flags += " --patch_size 4 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2"
+    words = [*flags.split(), "--model_path", str(tmp_path / "run" / "model.safetensors")]
+    path = draw_overview.main([*words, "--save_path", str(tmp_path / "new" / "overview.png")])
     picture = np.asarray(Image.open(path))
     assert picture.shape == (360, 1210, 3)
     assert (picture == (0x3B, 0x6E, 0xA5)).all(-1).sum() > 10_000  # the encoder
-    with pytest.raises(InputError, match="norm_pix_loss"):
-        draw_overview.main(
-            [*flags, "--norm_pix_loss", "false", "--save_path", str(tmp_path / "x.png")]
-        )
+    Image.new("RGB", (9, 9)).save(tmp_path / "theirs.png")
+    for more, named in (
+        (["--norm_pix_loss", "false"], "norm_pix_loss"),
+        (["--save_path", str(tmp_path / "theirs.png")], "theirs.png"),
+    ):
+        with pytest.raises(InputError, match=named):
+            draw_overview.main([*words, *more])
 
 
-def test_the_pictures_of_the_readme_are_there_and_small():
+def test_the_figures_of_the_readmes_are_used_and_small():
     files = list((ROOT / "figures").iterdir())
-    named = set(re.findall(r"\(figures/([\w.]+)\)", (ROOT / "README.md").read_text()))
+    texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
+    named = set(re.findall(r"figures/([\w.]+)\)", "".join(texts)))
     assert named == {file.name for file in files} and len(named) >= 5
     assert sum(file.stat().st_size for file in files) < 1_000_000

@@ -170,9 +170,7 @@ STOPS = {
 @pytest.mark.fault("R1", "R5")
 @pytest.mark.long
 @pytest.mark.parametrize("workers", STOPS)
-def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(
-    finished, tmp_path, record_property, workers
-):
+def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(finished, tmp_path, workers):
     """By signals that it answers, and killed where that step's checkpoint is complete; each start
     is a new process."""
     folder, digests = tmp_path / "run", tmp_path / "digests"
@@ -210,7 +208,6 @@ def test_a_run_stopped_after_an_exact_step_goes_on_bit_for_bit(
             and states[step]["optimizer"] != states[step + 1]["optimizer"]
         )
         assert states[step]["model"] != states[step + 1]["model"]
-    record_property("tries", len(STOPS[workers]))
 
 
 @pytest.mark.fault("R25")
@@ -345,9 +342,6 @@ REFUSED = {
     "no path": (["--dataset", "folder"], "data_path"),
     "no images": (empty_folder, "images"),
     "too few images": (few_images, "batch_size"),
-    "unknown flag": (["--mask_ration", 0.5], "mask_ratio"),
-    "wrong type": (["--epochs", "many"], "epochs"),
-    "out of range": (["--mask_ratio", 1.5], "mask_ratio"),
     "patch": (["--patch_size", 5], "patch_size"),
     "removes no patch": (["--mask_ratio", 1e-8], "mask_ratio"),
     "keeps no patch": (["--mask_ratio", 0.999], "mask_ratio"),

@@ -11,19 +11,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from runs import environment, results_of
+from runs import environment, results_of, run
 from test_datasets import archive_of, cifar_members, publish, server  # noqa: F401  (a fixture)
 from test_distributed import free_port
 
-import main_finetune
 import main_pretrain
-from tools import pack_dataset
+from tools import benchmark, pack_dataset
 
 READMES = sorted(path for path in ROOT.glob("**/README.md") if ".venv" not in path.parts)
 RECIPES = sorted(path for path in ROOT.glob("cfgs/**/*.yaml") if "quickstart" not in path.parts)
@@ -35,14 +36,20 @@ ONE_STEP = shlex.split("--epochs 1 --warmup_epochs 0 --total_batch_size 8 --tens
 DECODER = shlex.split("--decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2")
 SMALL_PICTURES = shlex.split("--size debug --device cpu")
 
-# The tests that run these commands at a size that a test can have.
-ELSEWHERE = {
-    "make quickstart": "test_quickstart.py",
-    "sbatch ": "test_slurm.py",
-    "python tools/benchmark.py ": "test_benchmark.py",
-    "sh tools/cifar10.sh ": "test_real_images.py",
-    "python tests/soak.py ": "test_soak.py",
+# How a command is run: as the first kind whose pattern is found in it.
+KINDS = {
+    "elsewhere": r"make quickstart|sbatch |tools/cifar10\.sh|tests/soak\.py",
+    "benchmark": r"tools/benchmark\.py",
+    "two machines": r"NNODES=2 ",
+    "download": r"--download",
+    "installation": r"-m (venv|pip) ",
+    "make": r"^make ",
+    "package": r"^tensorboard |-m pytest ",
+    "eight GPUs": r"NGPU=8 ",
+    "one process": r"",
 }
+# Tests of their own, which make these commands small in other ways.
+ELSEWHERE = ("quickstart", "slurm", "real_images", "soak")
 
 
 def fenced(readme: Path, language: str = "") -> list[str]:
@@ -51,43 +58,24 @@ def fenced(readme: Path, language: str = "") -> list[str]:
     return [block for written_in, block in blocks if written_in == language]
 
 
-def is_command(line: str) -> bool:
+def commands_of(readme: Path) -> list[str]:
     programs = r"(make|sh|sbatch|tensorboard|(\.venv/bin/)?python3?)"
-    return re.match(rf"(\w+=\S+ )*{programs} \S", line) is not None
+    lines = [line for block in fenced(readme) for line in block.splitlines()]
+    return [line for line in lines if re.match(rf"(\w+=\S+ )*{programs} \S", line)]
 
 
-COMMANDS = [
-    (f"{readme.parent.name if readme.parent != ROOT else 'top'}-{number}", line)
-    for readme in READMES
-    for number, line in enumerate(
-        line for block in fenced(readme) for line in block.splitlines() if is_command(line)
-    )
-]
+def commands(kind: str) -> list[Any]:
+    """The commands of a kind as parameters of a test, named by their README."""
+    return [
+        pytest.param(line, id=f"{readme.parent.name if readme.parent != ROOT else 'top'}-{number}")
+        for readme in READMES
+        for number, line in enumerate(commands_of(readme))
+        if kind == next(name for name, pattern in KINDS.items() if re.search(pattern, line))
+    ]
 
 
-def variables_and_words(line: str) -> tuple[dict[str, str], list[str]]:
-    """The variables set before a command, and its words."""
-    words = shlex.split(line)
-    variables = {}
-    while "=" in words[0]:
-        name, value = words.pop(0).split("=", 1)
-        variables[name] = value
-    return variables, words
-
-
-def runs_here(line: str) -> bool:
-    """Whether one process of Python runs a command, which this one can be."""
-    variables, words = variables_and_words(line)
-    script = re.fullmatch(r"(run_\w+\.sh|(main_|tools/|tests/)\w+\.py)", words[1])
-    return script is not None and variables.get("NGPU", "1") == "1"
-
-
-def is_elsewhere(line: str) -> bool:
-    return line.startswith(tuple(ELSEWHERE)) or "NNODES" in line or "--download" in line
-
-
-def parametrised(commands: list[tuple[str, str]]):
-    return pytest.mark.parametrize("line", [pytest.param(line, id=name) for name, line in commands])
+def lines_of(kind: str) -> list[str]:
+    return [command.values[0] for command in commands(kind)]
 
 
 @pytest.fixture(scope="module")
@@ -119,51 +107,47 @@ def clone(images, tmp_path, monkeypatch) -> Path:
 
 
 def given(line: str, images: Path, clone: Path) -> list[str]:
-    """Puts the files that a command reads where it looks for them; returns its words with the
-    places of those that a reader has to fill in."""
-    words = shlex.split(line.replace("/path/to/", f"{clone}/path/"))
+    """Puts the files that a command reads where it looks for them; returns its words, without the
+    variables before it, and with places for those that a reader has to fill in."""
+    command = re.sub(r"^([A-Z_]+=\S+ )*", "", line)
+    words = shlex.split(command.replace("/path/to", f"{clone}/path"))
     recipe = words[words.index("--config") + 1] if "--config" in words else None
     for word in words:
-        if word.endswith(("path/pretrain/model", "pretrain/model.safetensors")):
-            put(pretrained(recipe, images, clone) / "model.safetensors", clone / word)
-        elif word.endswith(("best.safetensors", "finetune/model.safetensors")):
-            put(fine_tuned(recipe, images, clone) / "model.safetensors", clone / word)
-    if "path/runs" in line.replace("/path/to", "path"):
-        put(pretrained(None, images, clone), clone / "path" / "runs" / "one")
-    if "/path/to/packed" in line and "pack_dataset" not in line or "/path/to/shards" in line:
-        pack_dataset.main([str(images), str(clone / "packed"), "--workers", "1"])
-        put(clone / "packed", clone / "path" / ("packed" if "packed " in line else "shards"))
+        if re.search(r"pretrain/model(\.safetensors)?$", word):
+            put(trained("pretrain", recipe, images, clone) / "model.safetensors", clone / word)
+        elif re.search(r"(best|finetune/model)\.safetensors$", word):
+            put(trained("finetune", recipe, images, clone) / "model.safetensors", clone / word)
+        elif word.endswith("path/runs"):
+            put(trained("pretrain", None, images, clone), Path(word) / "one")
+        elif word.endswith(("/packed", "/train/*.tar")) and "--side" not in words:
+            folder = Path(word) if word.endswith("packed") else Path(word).parent.parent
+            pack_dataset.main([str(images), str(folder), "--workers", "1"])
     return [name for word in words for name in (expanded(word) if "*" in word else [word])]
 
 
 def put(source: Path, target: Path) -> None:
-    if source != target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
 
 
 def expanded(pattern: str) -> list[str]:
-    """What a shell makes of a word."""
+    """What a shell makes of a pattern."""
     path = Path(pattern)
     return sorted(map(str, path.parent.glob(path.name)))
 
 
-def pretrained(recipe: str | None, images: Path, clone: Path) -> Path:
-    """The folder of one step of pretraining with the geometry of a recipe, of whatever stage."""
+def trained(stage: str, recipe: str | None, images: Path, clone: Path) -> Path:
+    """The folder of one step of training with the geometry of a recipe, of whatever stage."""
+    same_name = Path("cfgs/pretrain") / Path(recipe or "none").name
+    if stage == "pretrain" and same_name.exists():
+        recipe = str(same_name)
     config = [] if recipe is None else ["--config", recipe]
-    places = ["--data_path", str(images), "--dataset", "folder", "--download", "false"]
-    folder = clone / "pretrained"
-    main_pretrain.main([*config, *places, *SMALL, *DECODER, *ONE_STEP, "--output_dir", str(folder)])
-    return folder
-
-
-def fine_tuned(recipe: str, images: Path, clone: Path) -> Path:
-    """The folder of one step of a fine-tuning recipe, from scratch."""
-    places = ["--data_path", str(images), "--dataset", "folder", "--download", "false"]
-    folder = clone / "fine_tuned"
-    arguments = ["--config", recipe, *places, *SMALL, *ONE_STEP]
-    main_finetune.main([*arguments, "--output_dir", str(folder)])
-    return folder
+    data = ["--data_path", str(images), "--dataset", "folder", "--download", "false"]
+    output = ["--output_dir", str(clone / "trained")]
+    decoder = DECODER if stage == "pretrain" else []
+    main = importlib.import_module(f"main_{stage}").main
+    main([*config, *data, *SMALL, *decoder, *ONE_STEP, *output])
+    return clone / "trained"
 
 
 def small(words: list[str]) -> list[str]:
@@ -208,114 +192,96 @@ def assert_done(line: str, clone: Path, printed: str) -> None:
         assert list(clone.glob("output/**/*.png"))
 
 
-@parametrised(
-    [(name, line) for name, line in COMMANDS if runs_here(line) and not is_elsewhere(line)]
-)
 @pytest.mark.long
+@pytest.mark.parametrize("line", commands("one process"))
 def test_commands_for_one_process(line, images, clone, capsys):
-    words = given(line, images, clone)
-    while "=" in words[0]:
-        words.pop(0)
-    run_here(words)
+    run_here(given(line, images, clone))
     assert_done(line, clone, capsys.readouterr().out)
 
 
-@parametrised([(name, line) for name, line in COMMANDS if "NGPU=8 sh" in line])
+def test_commands_of_the_benchmark(monkeypatch):
+    """They name every part; `test_benchmark.py` runs the parts themselves."""
+    called = []
+    for part in benchmark.PARTS:
+        figures = {part: {"found": 1.0}}
+        record = partial(lambda figures, _: called.append(*figures) or figures, figures)
+        monkeypatch.setitem(benchmark.PARTS, part, record)
+    for line in lines_of("benchmark"):
+        assert benchmark.main(line.split()[2:])
+    assert called == list(benchmark.PARTS)
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("line", commands("eight GPUs"))
 def test_commands_for_eight_gpus(line, images, clone):
-    words = given(line, images, clone)[1:]
-    result = subprocess.run(
-        [*words, *small(words)],
-        env=environment(NGPU="2"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = given(line, images, clone)
+    result = run([*words, *small(words)], cwd=clone, NGPU="2")
     assert result.returncode == 0, result.stderr
     assert_done(line, clone, result.stdout)
 
 
 @pytest.mark.long
 def test_commands_for_two_machines(images, clone):
-    lines = [line for _, line in COMMANDS if "NNODES=2" in line]
-    ranks = [variables_and_words(line)[0]["NODE_RANK"] for line in lines]
-    assert ranks == ["0", "1"]
     place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     nodes = []
-    for rank, line in zip(ranks, lines, strict=True):
-        words = [word for word in given(line, images, clone) if not re.match(r"[A-Z_]+=", word)]
-        env = environment(**place, NODE_RANK=rank, NGPU="2")
+    for rank, line in enumerate(lines_of("two machines")):
+        assert f"NODE_RANK={rank} MASTER_ADDR=node0 MASTER_PORT=" in line
+        words = given(line, images, clone)
+        env = environment(**place, NODE_RANK=str(rank), NGPU="2")
         command = [*words, *small(words)]
         nodes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     for node in nodes:
         _, stderr = node.communicate(timeout=300)
         assert node.returncode == 0, stderr
-    assert_done(lines[0], clone, "")
+    assert len(nodes) == 2
+    assert_done(line, clone, "")
 
 
-def test_the_command_that_downloads(tmp_path, monkeypatch, server):  # noqa: F811
+def test_the_command_that_downloads(images, clone, monkeypatch, server):  # noqa: F811
     """The archive comes from a server on localhost."""
-    (line,) = [line for _, line in COMMANDS if "--download" in line]
+    (line,) = lines_of("download")
     content = archive_of(cifar_members("cifar10"))  # 20 images
     name = publish(monkeypatch, "cifar10", f"{server}/cifar-10-binary.tar.gz", content)
-    (tmp_path / "served" / name).write_bytes(content)
-    monkeypatch.chdir(ROOT)
-    _, words = variables_and_words(line.replace("/path/to/cifar10", str(tmp_path / "cifar")))
-    output = ["--output_dir", str(tmp_path / "run")]
-    assert main_pretrain.main([*words[2:], *small(words), *output])["step"] == 2
+    (clone / "served" / name).write_bytes(content)
+    line = line.replace("/path/to/cifar10", "fetched")
+    assert run_here(given(line, images, clone))["step"] == 2
 
 
-def test_commands_that_install(tmp_path):
-    lines = [line for _, line in COMMANDS if "-m venv" in line or "-m pip" in line]
+def test_commands_that_install():
     make = ["make", "--dry-run", "--always-make", ".venv/.run"]
-    printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert len(lines) == 2 and all(line in printed for line in lines)
+    printed = run(make, PYTHON="python3").stdout.splitlines()
+    assert len(lines_of("installation")) == 2 and set(lines_of("installation")) <= set(printed)
 
 
-@parametrised([(name, line) for name, line in COMMANDS if line.startswith("make ")])
+@pytest.mark.parametrize("line", commands("make"))
 def test_targets_of_make(line):
-    """`.ci/run` calls them."""
-    result = subprocess.run(
-        [*line.split(), "--dry-run"], cwd=ROOT, capture_output=True, check=False
-    )
-    assert result.returncode == 0
-    assert line == "make quickstart" or line.replace("-all", "") in (ROOT / ".ci/run").read_text()
+    """Continuous integration makes them."""
+    assert line.replace("-all", "") in (ROOT / ".ci/run").read_text().splitlines()
+    assert run([*line.split(), "--dry-run"]).returncode == 0
 
 
 @pytest.mark.long
-@parametrised(
-    [(name, line) for name, line in COMMANDS if re.match("tensorboard|.* -m pytest", line)]
-)
+@pytest.mark.parametrize("line", commands("package"))
 def test_commands_of_packages(line, images, clone):
     words = line.replace("python", sys.executable).split()
     if words[0] == "tensorboard":
-        put(pretrained(None, images, clone), clone / "output" / "run")
+        put(trained("pretrain", None, images, clone), clone / "output" / "run")
         words = [sys.executable, "-m", "tensorboard.main", *words[1:], "--inspect"]
-    cwd = ROOT if "pytest" in line else clone
-    assert subprocess.run(words, cwd=cwd, env=environment(), check=False).returncode == 0
+    result = run(words, cwd=clone if "tensorboard" in line else ROOT)
+    assert result.returncode == 0, result.stderr
 
 
-def test_every_command_is_run():
-    names = (
-        [name for name, line in COMMANDS if runs_here(line) or is_elsewhere(line)]
-        + [name for name, line in COMMANDS if "NGPU=8 sh" in line or "-m venv" in line]
-        + [name for name, line in COMMANDS if "-m pip" in line or line.startswith("make ")]
-        + [name for name, line in COMMANDS if re.match("tensorboard|.* -m pytest", line)]
-    )
-    assert {name for name, _ in COMMANDS} == set(names)
-    assert len(COMMANDS) >= 40
-    assert all((ROOT / "tests" / name).exists() for name in ELSEWHERE.values())
+def test_no_command_is_forgotten():
+    assert sum(len(commands(kind)) for kind in KINDS) >= 40 and len(lines_of("elsewhere")) >= 4
+    assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in ELSEWHERE)
 
 
 @pytest.mark.long
 def test_the_lines_of_python(images, clone, monkeypatch):
     (block,) = [block for readme in READMES for block in fenced(readme, "python")]
     (weights,) = re.findall(r'weights="([^"]+)"', block)
-    put(
-        pretrained("cfgs/quickstart/pretrain.yaml", images, clone) / "model.safetensors",
-        clone / weights,
-    )
-    monkeypatch.syspath_prepend(str(clone))
+    folder = trained("pretrain", "cfgs/quickstart/pretrain.yaml", images, clone)
+    put(folder / "model.safetensors", clone / weights)
     found: dict[str, torch.Tensor] = {}
     exec(compile(block, "README.md", "exec"), found)  # noqa: S102
     assert found["features"].shape == (8, 128)

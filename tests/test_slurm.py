@@ -72,7 +72,8 @@ def test_a_job_whose_time_is_up_saves_is_requeued_and_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "pattern"), [(SBATCH, r"^#   (sbatch .*)$"), (ROOT / "README.md", r"^(sbatch .*)$")]
+    ("file", "pattern"),
+    [(SBATCH, r"^#   (sbatch .*)$"), (ROOT / "engine" / "README.md", r"^(sbatch .*)$")],
 )
 def test_the_commands_name_what_there_is(file, pattern):
     words = re.search(pattern, file.read_text(), re.M)[1].split()

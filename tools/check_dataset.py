@@ -1,4 +1,4 @@
-"""Looks through a data set before training does: kinds, sizes, bad files, classes, equal images in
+"""Checks a data set before training reads it: kinds, sizes, bad files, classes, equal images in
 train and val.
 
     python tools/check_dataset.py PATH
@@ -6,9 +6,9 @@ train and val.
 
 PATH is what --data_path takes: a folder of images, with train/ and val/ or without, or the shards
 of pack_dataset.py. Headers and the ends of files are read, which finds what is no image or was cut
-off; --full decodes every image. Images are listed and judged by the code that training uses. Exit
-code: 0 where the stages in question could start and would not stop for bad files, 1 where one would
-not, 2 for a wrong command.
+off; --full decodes every image. Images are listed and read by the code that training uses. Exit
+code: 0 if the stages in question could start and would not stop for bad files, 1 if one would not,
+2 for a wrong command.
 """
 
 import argparse
@@ -31,47 +31,41 @@ from data.packs.index import INDEX
 from data.packs.source import PackedSource, open_pack
 from data.sources import FolderSource, build_pretrain_source, check_folder
 from engine.run.faults import why_training_stops
-from tools.checking.checks import Looks, Source, joined, look_at, passed_over
+from tools.checking.checks import Findings, Source, examine, joined, other_files
 from tools.checking.duplicates import equal_images
 from tools.checking.report import STAGES, report, spread_of
 from util.errors import InputError, LineParser, run_cli
-from util.files import write_output
+from util.files import expand_path, write_output
 from util.pool import available_cores
 
 
 @dataclass
 class Split:
-    """One split and what was found in it. labels `(n,)` int64, -1 where an image has none; None
-    without any."""
+    """One split and what was found in it. labels `(n,)` int64, -1 for an image without one; no
+    class_names if no image has a label."""
 
     source: Source
-    looks: Looks
-    labels: np.ndarray | None
+    findings: Findings
+    labels: np.ndarray
     class_names: list[str]
 
     def num_labelled(self) -> int:
-        """Images that an evaluation takes."""
-        return 0 if self.labels is None else int((self.labels >= 0).sum())
+        """Number of images that an evaluation takes."""
+        return int((self.labels >= 0).sum())
 
     def num_bad_labelled(self) -> int:
-        """Bad ones among them."""
-        return 0 if self.labels is None else int((self.labels[list(self.looks.bad)] >= 0).sum())
-
-    def class_of(self, index: int) -> str | None:
-        """The name of an image's class."""
-        return (
-            None
-            if self.labels is None or self.labels[index] < 0
-            else self.class_names[self.labels[index]]
-        )
+        """Number of bad ones among them."""
+        return int((self.labels[list(self.findings.bad)] >= 0).sum())
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Looks and reports; returns the facts that --json writes. Raises: InputError for a wrong
-    command."""
+    """Checks and reports; returns the facts that --json writes.
+
+    Raises: InputError for a wrong command.
+    """
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "path", metavar="PATH", type=Path, help="folder of images, or of packed shards"
+        "path", metavar="PATH", type=path, help="folder of images, or of packed shards"
     )
     parser.add_argument("--full", action="store_true", help="decode every image")
     parser.add_argument(
@@ -80,217 +74,202 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         nargs="+",
         choices=STAGES,
         metavar="STAGE",
-        help=f"{', '.join(STAGES)}: which must be able to start for exit code 0 (default: pretrain; with class folders "
-        "in train/ and a val/ also finetune and lincls)",
+        help=f"{', '.join(STAGES)}: stages that must be able to start for exit code 0 (default: "
+        "pretrain; with class folders in train/ and a val/ also finetune and lincls)",
     )
     parser.add_argument(
         "--dataset",
         choices=("folder", "packed"),
-        help="default: packed where there is an index.json",
+        help="kind of data set (default: packed if there is an index.json)",
     )
     parser.add_argument(
         "--img_size",
         type=int,
         default=224,
-        help="crop to compare sizes with, in pixels (default 224)",
+        help="side of the crop to compare sizes with, in pixels (default 224)",
     )
     parser.add_argument(
         "--problems",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="write path and reason of every bad file, as JSONL",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all facts")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write all facts as JSON")
     parser.add_argument(
         "--workers", type=int, default=available_cores(), help="processes (default: the cores)"
     )
     args = parser.parse_args(argv)
     check_folder(args.path)
-    facts, splits = check(args)
-    bad = bad_files(splits)
+    facts, bad = check(args)
     sys.stdout.write("\n".join(report(facts, bad, args.img_size)) + "\n")
     if args.problems:  # as a run's bad_samples.jsonl
-        lines = "".join(json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in bad)
-        write_output(args.problems, lambda target: target.write_text(lines, encoding="utf-8"))
+        lines = [json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in bad]
+        write_text(args.problems, "".join(lines))
     if args.json:
-        text = json.dumps(facts, indent=1) + "\n"
-        write_output(args.json, lambda target: target.write_text(text, encoding="utf-8"))
+        write_text(args.json, json.dumps(facts, indent=1) + "\n")
     return facts
 
 
-def check(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Split]]:
-    """Looks at all images; returns the facts, in plain values, and the splits by name."""
-    path, started = args.path, time.monotonic()
-    is_packed = any(
-        (folder / INDEX).exists() for folder in (path, *(path / split for split in SPLITS))
-    )
+def path(text: str) -> Path:
+    """A path with `~` and variables replaced."""
+    return Path(expand_path(text))
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes a complete file or none. Raises: InputError."""
+    write_output(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Examines all images; returns the facts, in plain values, and path and reason of each bad
+    file."""
+    root, started = args.path, time.monotonic()
+    is_packed = any((folder / INDEX).exists() for folder in (root, root / "train", root / "val"))
     dataset = args.dataset or ("packed" if is_packed else "folder")
+    sources: dict[str, Source] = {}
     errors = {}
+    num_classes = 0
     try:
-        sources: dict[str, Source] = open_splits(dataset, path)
+        sources = open_splits(dataset, root)
     except InputError as error:
-        sources, errors["pretrain"] = {}, str(error)
+        errors["pretrain"] = str(error)
     try:
-        num_classes = len(build_labelled_data(dataset, str(path), 3, False, None).class_names)
+        num_classes = len(build_labelled_data(dataset, str(root), 3, False, None).class_names)
     except InputError as error:
-        num_classes, errors["labelled"] = 0, str(error)
+        errors["labelled"] = str(error)
     total = sum(map(len, sources.values()))
-    with tqdm(
-        total=total, unit="image", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty()
-    ) as bar:
-        splits = {name: look_at_split(source, args, bar) for name, source in sources.items()}
-        groups = equal_images(
-            list(sources.values()),
-            [split.looks.keys for split in splits.values()],
-            args.full,
-            args.workers,
-        )
-    verdicts = judge(splits, errors)
-    has_classes = (
-        "train" in splits and splits["train"].labels is not None and (path / "val").is_dir()
-    )
+    is_quiet = not sys.stderr.isatty()
+    with tqdm(total=total, unit="image", dynamic_ncols=True, leave=False, disable=is_quiet) as bar:
+        splits = {name: check_split(source, args, bar) for name, source in sources.items()}
+        keys = [split.findings.keys for split in splits.values()]
+        groups = equal_images(list(sources.values()), keys, args.full, args.workers)
+    verdicts = verdicts_of(splits, errors)
+    has_classes = "train" in splits and splits["train"].class_names and (root / "val").is_dir()
     asked = args.stages or ["pretrain", *(["finetune", "lincls"] if has_classes else [])]
     facts = {
-        "path": str(path),
+        "path": str(root),
         "dataset": dataset,
         "full": args.full,
         "seconds": round(time.monotonic() - started, 1),
         "num_classes": num_classes,
-        "splits": {name: describe(split, args) for name, split in splits.items()},
-        "duplicates": describe_groups(groups, splits, path),
+        "splits": {name: split_facts(split, args) for name, split in splits.items()},
+        "duplicates": duplicate_facts(groups, list(splits.values()), root),
         "verdicts": verdicts,
         "asked": asked,
         "could_start": all(verdicts[stage] is None for stage in asked),
     }
-    return facts, splits
+    bad = [
+        (split.source.name(index), reason)
+        for split in splits.values()
+        for index, reason in split.findings.bad.items()
+    ]
+    return facts, bad
 
 
-def open_splits(dataset: str, path: Path) -> dict[str, Source]:
-    """The images that pretraining takes, first, and beside a train/ those of val/, where it has
+def open_splits(dataset: str, root: Path) -> dict[str, Source]:
+    """The images that pretraining takes, first, and those of a val/ beside train/, if it has
     any."""
-    first = build_pretrain_source(dataset, str(path), 3, False)
+    first = build_pretrain_source(dataset, str(root), 3, False)
     assert isinstance(first, FolderSource | PackedSource)
-    if not (path / "train").is_dir():
+    if not (root / "train").is_dir():
         return {"all": first}
     sources: dict[str, Source] = {"train": first}
-    val = path / "val"
-    with suppress(InputError):  # where this matters, the evaluations' verdict says it
-        if val.is_dir():
+    if (root / "val").is_dir():
+        with suppress(InputError):  # the evaluations' verdict reports it
             sources["val"] = (
-                open_pack(str(path), 3, ("val",))
+                open_pack(str(root), 3, ("val",))
                 if dataset == "packed"
-                else FolderSource(str(val), 3, False)
+                else FolderSource(str(root / "val"), 3, prefer_train=False)
             )
     return sources
 
 
-def look_at_split(source: Source, args: argparse.Namespace, bar: Any) -> Split:
-    """Looks at the images of one split, and moves the progress bar."""
+def check_split(source: Source, args: argparse.Namespace, bar: Any) -> Split:
+    """Examines the images of one split, and moves the progress bar."""
 
-    def parts() -> Iterator[Looks]:
-        for part in look_at(source, args.full, args.workers):
+    def parts() -> Iterator[Findings]:
+        for part in examine(source, args.full, args.workers):
             bar.update(len(part.keys))
             yield part
 
-    looks = joined(parts())
     if isinstance(source, PackedSource):
-        labels: np.ndarray | None = source.index.entries["label"].astype(np.int64)
-        class_names = source.index.class_names
+        labels = source.index.entries["label"].astype(np.int64)
+        class_names = source.index.class_names or [str(label) for label in range(labels.max() + 1)]
     else:
-        class_names = class_folders(source.root) or None
-        labels = folder_labels(source.names, class_names) if class_names else None
-    if labels is None or (labels < 0).all():
-        return Split(source, looks, None, [])
-    return Split(
-        source, looks, labels, class_names or [str(label) for label in range(labels.max() + 1)]
-    )
+        class_names = class_folders(source.root)
+        labels = folder_labels(source.names, class_names)
+    return Split(source, joined(parts()), labels, class_names if (labels >= 0).any() else [])
 
 
-def judge(splits: dict[str, Split], errors: dict[str, str]) -> dict[str, str | None]:
-    """By stage why it could not start, or would stop; None where it could."""
+def verdicts_of(splits: dict[str, Split], errors: dict[str, str]) -> dict[str, str | None]:
+    """By stage the reason why it could not start or would stop, None if it could train."""
     verdicts: dict[str, str | None] = dict.fromkeys(STAGES, errors.get("labelled"))
     verdicts["pretrain"] = errors.get("pretrain")
     if splits:
         first = next(iter(splits.values()))
-        verdicts["pretrain"] = why_training_stops(len(first.looks.bad), len(first.source))
+        verdicts["pretrain"] = why_training_stops(len(first.findings.bad), len(first.source))
     if "labelled" not in errors:
-        train, val = splits["train"], splits["val"]
-        num_train, num_val = train.num_bad_labelled(), val.num_bad_labelled()
-        leaves_none = "and evaluation leaves none out"
-        in_val = f"{num_val:,} bad in val, {leaves_none}" if num_val else None
-        trained = why_training_stops(num_train, train.num_labelled()) or in_val
-        in_train = f"{num_train:,} bad in train, {leaves_none}" if num_train else None
+        bad = {split: splits[split].num_bad_labelled() for split in SPLITS}
+        in_train, in_val = (
+            f"{count:,} bad in {split}, and evaluation leaves none out" if count else None
+            for split, count in bad.items()
+        )
+        trained = why_training_stops(bad["train"], splits["train"].num_labelled()) or in_val
         verdicts |= {"finetune": trained, "lincls": trained, "knn": in_train or in_val}
     return verdicts
 
 
-def describe(split: Split, args: argparse.Namespace) -> dict[str, Any]:
+def split_facts(split: Split, args: argparse.Namespace) -> dict[str, Any]:
     """The facts about one split."""
-    looks = split.looks
-    good = looks.sides[looks.sides[:, 0] > 0]
+    found, source = split.findings, split.source
+    good = found.sides[found.sides[:, 0] > 0]
+    reasons = Counter(reason.partition(":")[0] for reason in found.bad.values())
+    others = other_files(source.root) if isinstance(source, FolderSource) else Counter[str]()
     facts: dict[str, Any] = {
-        "images": len(split.source),
-        "kinds": dict(looks.kinds.most_common()),
-        "bad": len(looks.bad),
-        "bad_by_reason": dict(
-            Counter(reason.partition(":")[0] for reason in looks.bad.values()).most_common()
-        ),
-        "notes": dict(looks.notes.most_common()),
-        "other_files": {}
-        if isinstance(split.source, PackedSource)
-        else dict(passed_over(split.source.root).most_common()),
-        "bytes": looks.num_bytes,
+        "images": len(source),
+        "kinds": dict(found.kinds.most_common()),
+        "bad": len(found.bad),
+        "bad_by_reason": dict(reasons.most_common()),
+        "notes": dict(found.notes.most_common()),
+        "other_files": dict(others.most_common()),
+        "bytes": found.num_bytes,
         "short_side": spread_of(good[:, 0]),
         "long_side": spread_of(good[:, 1]),
         "smaller_than_crop": int((good[:, 0] < args.img_size).sum()),
     }
-    if split.labels is not None:
+    if split.class_names:
         counts = np.bincount(split.labels[split.labels >= 0], minlength=len(split.class_names))
         facts["images_per_class"] = dict(zip(split.class_names, counts.tolist(), strict=False))
-        facts["without_class"] = int((split.labels < 0).sum())
+        facts["without_class"] = len(source) - split.num_labelled()
     if args.full and len(good):
-        mean, square = looks.sums / len(good)
+        mean, square = found.sums / len(good)
         facts["mean"] = mean.round(4).tolist()
         facts["std"] = np.sqrt(np.maximum(square - mean**2, 0)).round(4).tolist()
     return facts
 
 
-def describe_groups(
-    groups: list[list[int]], splits: dict[str, Split], path: Path
+def duplicate_facts(
+    groups: list[list[tuple[int, int]]], splits: list[Split], root: Path
 ) -> dict[str, Any]:
-    """The facts about equal images, whose indices go through all splits."""
-    in_order = list(splits.values())
-    starts = np.cumsum([0, *(len(split.source) for split in in_order)])
-    leaks: list[list[str]] = []
-    others: list[list[str]] = []
-    num_val, classes_differ = 0, 0
-    for group in groups:
-        numbers = (np.searchsorted(starts, group, side="right") - 1).tolist()  # of the splits
-        members = [
-            (in_order[n], index - int(starts[n])) for n, index in zip(numbers, group, strict=True)
-        ]
-        names = [os.path.relpath(split.source.name(index), path) for split, index in members]
-        is_leak = len(set(numbers)) > 1
-        (leaks if is_leak else others).append(names)
-        num_val += sum(numbers) if is_leak else 0
-        classes_differ += len({split.class_of(index) for split, index in members} - {None}) > 1
+    """The facts about groups of equal images, each by the number of its split and its index."""
+
+    def num_classes(group: list[tuple[int, int]]) -> int:
+        labels = [(splits[number], splits[number].labels[index]) for number, index in group]
+        return len({split.class_names[label] for split, label in labels if label >= 0})
+
+    leaks = [group for group in groups if len({number for number, _ in group}) > 1]
+    others = [group for group in groups if len({number for number, _ in group}) == 1]
     return {
         "groups": len(groups),
         "images": sum(map(len, groups)),
         "groups_in_train_and_val": len(leaks),
-        "val_images_in_train": num_val,
-        "groups_in_several_classes": classes_differ,
-        "files": leaks + others,
+        "val_images_in_train": sum(number for group in leaks for number, _ in group),
+        "groups_in_several_classes": sum(num_classes(group) > 1 for group in groups),
+        "files": [
+            [os.path.relpath(splits[number].source.name(index), root) for number, index in group]
+            for group in leaks + others
+        ],
     }
-
-
-def bad_files(splits: dict[str, Split]) -> list[tuple[str, str]]:
-    """Path and reason of each."""
-    return [
-        (split.source.name(index), reason)
-        for split in splits.values()
-        for index, reason in split.looks.bad.items()
-    ]
 
 
 if __name__ == "__main__":

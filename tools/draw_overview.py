@@ -95,9 +95,9 @@ def draw(model: MaskedAutoencoder, mask: Mask, found: Reconstruction) -> np.ndar
         axes.annotate("", (end, MIDDLE), (start, MIDDLE), arrowprops=style)
     reading = "asks for each" if model.decoder == "cross" else "sees all"
     notes = (
-        (57, ENCODER, "sees the kept patches only;\nstays after pretraining"),
+        (57, ENCODER, "sees the kept patches only;\nis kept after pretraining"),
         (75, INK, "mask tokens\nin the gaps"),
-        (89.5, DECODER, f"{reading};\ngoes after pretraining"),
+        (89.5, DECODER, f"{reading};\nis dropped after pretraining"),
         (109, INK, "loss: squared error of\nthe removed patches"),
     )
     for x, color, words in notes:

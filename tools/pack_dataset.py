@@ -35,7 +35,7 @@ from tools.packing.packing import (
     shard_starts,
 )
 from util.errors import InputError, LineParser, run_cli
-from util.files import TEMPORARY, write_whole
+from util.files import TEMPORARY, expand_path, write_whole
 from util.pool import available_cores, in_processes
 from util.settings.read import differences
 
@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
 
 
 def path(text: str) -> Path:
-    """A path in which `~` is the home folder."""
-    return Path(text).expanduser()
+    """A path with `~` and variables replaced."""
+    return Path(expand_path(text))
 
 
 def positive(text: str) -> float:

@@ -138,7 +138,8 @@ def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
     }
     present = present or {"loss": LOSS}  # an empty panel, as there is no curve yet
     rows = -(-len(present) // COLUMNS)
-    figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 3.4 * rows))
+    figure.set_layout_engine("constrained", h_pad=0.1)
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
     for panel, (title, keys) in zip(axes, present.items(), strict=False):
         for number, run in enumerate(runs):
@@ -201,7 +202,7 @@ def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
     digest = weights_digest(weights)
     found: list[tuple[str, ...]] = []
     near = [*folder.parent.glob("*/results.json"), *folder.parent.parent.glob("*/*/results.json")]
-    for path in sorted(set(near)):
+    for path in sorted({path.resolve() for path in near}):
         try:
             results = read_results(path)
             if results["sha256"] == digest:

@@ -18,6 +18,9 @@ from torch import distributed as dist
 from util.errors import InputError, LocalInputError
 from util.watchdog import watched
 
+# torch's own limit counts by the clock, also while the job is suspended; `watched` does not
+UNLIMITED = timedelta(days=365)
+_timeout = [30.0]  # minutes that a message may take, of `init_processes`
 GATHER_BYTES = 2**26  # received at a time in `gather_rows`
 Message = TypeVar("Message")
 
@@ -61,8 +64,9 @@ def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
         with watched(timeout):  # gloo waits for a peer that never comes as long as it likes
             store = _store_of_one_machine(world_size, limit)
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world_size, timeout=limit
+                backend, store=store, rank=rank, world_size=world_size, timeout=UNLIMITED
             )
+        _timeout[:] = [timeout]
     try:
         yield Processes(rank, world_size, local_rank, local_world_size, chosen)
     except RuntimeError as error:
@@ -164,7 +168,8 @@ def all_gather(message: Message) -> list[Message]:
     if not dist.is_initialized():
         return [message]
     messages = [message] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
+    with watched(_timeout[0]):
+        dist.all_gather_object(messages, message)
     return messages
 
 
@@ -173,7 +178,8 @@ def broadcast(message: Message) -> Message:
     if not dist.is_initialized():
         return message
     messages = [message]
-    dist.broadcast_object_list(messages, src=0)
+    with watched(_timeout[0]):
+        dist.broadcast_object_list(messages, src=0)
     return messages[0]
 
 

@@ -58,8 +58,10 @@ def run_cli(main: Callable[[], object]) -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, where a reader that has left can still be told apart
     except InputError as error:
         others_say_it = "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
         if isinstance(error, LocalInputError) or not others_say_it:

@@ -1,14 +1,18 @@
 """Paths as users write them; files that appear complete or not at all, because they are written
 under a temporary name, flushed to disk and renamed."""
 
+import errno
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from util.errors import LocalInputError
 
+logger = logging.getLogger(__name__)
 TEMPORARY = ".tmp"  # ending of a file that is still being written
 
 
@@ -70,5 +74,17 @@ def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        _warn_of_unflushed(folder)
     finally:
         os.close(descriptor)
+
+
+@cache
+def _warn_of_unflushed(folder: Path) -> None:
+    logger.warning(
+        "the file system of %s cannot flush folders: a power cut may lose what was written last",
+        folder,
+    )

@@ -109,7 +109,7 @@ def _save_array(array: np.ndarray, path: Path) -> None:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises: InputError if a file that an index would replace is not of an index, whole or
+    """Raises: InputError if a file that an index would replace is not of an index, complete or
     interrupted."""
     there = [folder / name for name in (INDEX, ENTRIES, NAMES) if (folder / name).exists()]
     try:

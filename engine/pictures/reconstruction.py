@@ -20,7 +20,7 @@ NORMALISED_TARGET = (
     "The model predicts normalised pixels; each patch's mean and variance are the original's."
 )
 RAW_TARGET = "The model predicts pixels as they are."
-NO_LOSS = "Only removed patches are trained on, and the PSNR is of these."
+LOSS = "Loss and PSNR count removed patches only; the predictions of visible ones are untrained."
 
 
 class Reconstruction(NamedTuple):
@@ -62,4 +62,4 @@ def reconstruct(
 
 def target_caption(model: MaskedAutoencoder) -> str:
     """What a reader has to know about pictures of this model's predictions."""
-    return f"{NORMALISED_TARGET if model.norm_pix_loss else RAW_TARGET} {NO_LOSS}"
+    return f"{NORMALISED_TARGET if model.norm_pix_loss else RAW_TARGET} {LOSS}"

@@ -25,7 +25,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     # Mode a+ keeps the holder's name until the lock is ours. Nothing else in this process may open
     # the file, as closing it would release the lock.
-    with (folder / NAME).open("a+", encoding="utf-8") as file:
+    try:
+        opened = (folder / NAME).open("a+", encoding="utf-8")
+    except OSError as error:  # another user's, say
+        raise InputError(f"{folder / NAME} cannot be written: {error.strerror}") from error
+    with opened as file:
         try:
             # Not flock, which loader processes would go on holding.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -143,7 +143,8 @@ def logging_to(path: Path | None) -> Iterator[None]:
     root.setLevel(logging.ERROR if path is None else logging.INFO)
     handlers: list[logging.Handler] = [TerminalHandler()]
     if path is not None:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+        with writing(path):
+            handlers.append(logging.FileHandler(path, encoding="utf-8"))
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f"[process {rank}] "
     for handler in handlers:

@@ -142,7 +142,7 @@ def _read(path: Path, digest: Any, alone: bool) -> RawWeights:
 
 def _read_safetensors(path: Path, content: bytes) -> RawWeights:
     try:
-        tensors = safetensors.torch.load(content)
+        tensors = dict(sorted(safetensors.torch.load(content).items()))
         metadata = split_header(content)[0].get("__metadata__", {})
         if "model_args" not in metadata:
             return RawWeights(tensors, "")

@@ -1,0 +1,251 @@
+"""Settings that are refused, each before any compute, with the names of the settings concerned."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import run
+
+import main_finetune
+import main_knn
+import main_lincls
+import main_pretrain
+from tools import draw_overview, run_mae_vis, vit_explain
+from util.dist import init_processes
+from util.errors import InputError, LocalInputError, run_cli
+
+MAINS = {
+    "pretrain": main_pretrain.main,
+    "finetune": main_finetune.main,
+    "lincls": main_lincls.main,
+    "knn": main_knn.main,
+    "mae_vis": run_mae_vis.main,
+    "overview": draw_overview.main,
+    "explain": vit_explain.main,
+}
+NEEDED = {  # what makes each command legal
+    "lincls": "--finetune random",
+    "knn": "--finetune random",
+    "mae_vis": "--model_path w",
+    "overview": "--model_path w",
+    "explain": "--finetune random",
+}
+HUGE = "1" + "0" * 400
+MATRIX = [
+    # of the wrong type
+    ("pretrain", "--lr fast", "lr"),
+    ("pretrain", "--lr true", "lr"),
+    ("pretrain", "--lr null", "lr"),
+    ("pretrain", "--clip_grad x", "clip_grad"),
+    ("pretrain", "--epochs 15.5", "epochs"),
+    ("pretrain", "--epochs 1e2", "epochs"),
+    ("pretrain", "--epochs true", "epochs"),
+    ("pretrain", "--depth x", "depth"),
+    ("pretrain", "--tensorboard 1", "tensorboard"),
+    ("pretrain", "--tensorboard maybe", "tensorboard"),
+    ("pretrain", "--data_path=", "data_path"),
+    ("pretrain", "--img_size 16 16 16", "img_size"),
+    ("pretrain", "--patch_size 3.5", "patch_size"),
+    ("pretrain", "--mean a b c", "mean"),
+    ("finetune", "--auto_augment=", "auto_augment"),
+    ("knn", "--ks 10 x", "ks"),
+    # not finite, or too large
+    ("pretrain", "--lr nan", "lr"),
+    ("pretrain", "--lr=-inf", "lr"),
+    ("pretrain", "--lr 1e999", "lr"),
+    ("pretrain", f"--lr {HUGE}", "lr"),
+    ("pretrain", f"--epochs {HUGE}", "epochs"),
+    ("pretrain", "--std 1 1 inf", "std"),
+    # outside the range: inclusive and exclusive bounds, and each item of a list
+    ("pretrain", "--lr 0", "lr"),
+    ("pretrain", "--min_lr=-1e-9", "min_lr"),
+    ("pretrain", "--mask_ratio 0", "mask_ratio"),
+    ("pretrain", "--mask_ratio 1", "mask_ratio"),
+    ("pretrain", "--beta2 1", "beta2"),
+    ("pretrain", "--hflip 1.01", "hflip"),
+    ("pretrain", "--crop_min 0", "crop_min"),
+    ("pretrain", "--epochs 0", "epochs"),
+    ("pretrain", "--num_workers -1", "num_workers"),
+    ("pretrain", "--patch_size 16 0", "patch_size"),
+    ("pretrain", "--std 1 0 1", "std"),
+    ("pretrain", "--seed 2147483648", "seed"),
+    ("pretrain", "--embed_dim 3", "embed_dim"),
+    ("pretrain", "--timeout 10001", "timeout"),
+    ("lincls", "--momentum 1", "momentum"),
+    ("lincls", "--lr 0.1 0", "lr"),
+    ("knn", "--temperature 0.001", "temperature"),
+    ("knn", "--ks 10 0", "ks"),
+    ("mae_vis", "--mask_ratio 0.5 1", "mask_ratio"),
+    # none of the choices
+    ("pretrain", "--size smal", "size"),
+    ("pretrain", "--precision int3", "precision"),
+    ("finetune", "--global_pool cls", "global_pool"),
+    ("lincls", "--optimizer adam", "optimizer"),
+    ("explain", "--reader cls", "reader"),
+    # legal alone and wrong together
+    ("pretrain", "--dataset folder", "data_path"),
+    ("pretrain", "--dataset cifar10", "data_path"),
+    ("pretrain", "--dataset folder --data_path x --download", "download"),
+    ("pretrain", "--download", "download"),
+    ("pretrain", "--epochs 9", "warmup_epochs"),
+    ("pretrain", "--stop_epoch 101", "stop_epoch"),
+    ("pretrain", "--min_lr 2e-4", "min_lr"),
+    ("pretrain", "--mean 0.5", "mean"),
+    ("pretrain", "--std 1 1", "std"),
+    ("pretrain", "--in_chans 2 --mean 0 0 --std 1 1", "in_chans"),
+    ("pretrain", "--img_size 224 230", "patch_size"),
+    ("pretrain", "--num_heads 5", "embed_dim"),
+    ("pretrain", "--class_token false", "decoder_class_token"),
+    ("pretrain", "--decoder_num_heads 7", "decoder_embed_dim"),
+    ("pretrain", "--mask_ratio 0.999", "mask_ratio"),
+    ("pretrain", "--batch_size 64 --aug_repeats 3", "batch_size"),
+    ("pretrain", "--monitor_probe --monitor_knn 0", "monitor_probe"),
+    ("finetune", "--mixup 0.8 --batch_size 7", "batch_size"),
+    ("finetune", "--auto_augment rand-x9", "auto_augment"),
+    ("finetune", "--finetune random", "finetune"),
+    ("finetune", "--ema_decay 0.9 --parallel fsdp", "ema_decay"),
+    ("finetune", "--eval", "finetune"),
+    ("finetune", "--global_pool token --class_token false", "global_pool"),
+    ("lincls", "--finetune null", "finetune"),
+    ("lincls", "--lr 0.1 1 --min_lr 0.01", "min_lr"),
+    ("lincls", "--lr 0.1 0.1", "lr"),
+    ("knn", "--finetune null", "finetune"),
+    ("knn", "--ks 10 10", "ks"),
+    ("knn", "--save_path a --load_path b", "save_path"),
+    ("mae_vis", "--model_path null", "model_path"),
+    ("mae_vis", "--dataset folder", "img_path"),
+    ("mae_vis", "--seed 1 1", "seed"),
+    ("mae_vis", "--mask_ratio 0.5 0.50", "mask_ratio"),
+    ("overview", "--seed 1 2", "seed"),
+    ("overview", "--img_path a b", "img_path"),
+    ("explain", "--finetune null", "finetune"),
+    ("explain", "--dataset folder", "image_path"),
+    # several at once, in the order of the command line and then of the settings
+    ("lincls", "--lr -1 --epochs 0 --device q", "lr epochs device"),
+    (
+        "pretrain",
+        "--in_chans 2 --epochs 9 --num_heads 5",
+        "in_chans mean std warmup_epochs embed_dim",
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "arguments", "names"), MATRIX)
+def test_a_refusal_names_its_settings_and_touches_nothing(
+    tmp_path, monkeypatch, stage, arguments, names
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--dataset", "mnist5k", *NEEDED.get(stage, "").split(), *arguments.split()]
+    with pytest.raises(InputError) as error:
+        MAINS[stage](argv)
+    assert error.value.settings == tuple(names.split())
+    lines = str(error.value).splitlines()
+    assert len(lines) == (1 if len(error.value.settings) == 1 else len(error.value.settings) + 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What a user sees of a mistake
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "said"),
+    [
+        (InputError("no such folder"), {}, "error: no such folder\n"),
+        (InputError("no such folder"), {"RANK": "1", "LOCAL_RANK": "1"}, ""),  # process 0 says it
+        (LocalInputError("my disk"), {"RANK": "1", "LOCAL_RANK": "1"}, "error: my disk\n"),
+        (InputError("no such folder"), {"LOCAL_RANK": "1"}, "error: no such folder\n"),  # left over
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, error, rank, said):
+    def main() -> None:
+        raise error
+
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    assert (stop.value.code, capsys.readouterr().err) == (2, said)
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_cli(lambda: 1 / 0)
+
+
+def test_ctrl_c_before_training_is_one_line(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    assert stop.value.code == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a shell line in which "$@" reads pretraining's settings, as the entry scripts do."""
+    code = """if True:
+        from util.errors import run_cli
+        from util.settings.pretrain import PretrainConfig
+        from util.settings.read import load_config
+
+        run_cli(lambda: load_config(PretrainConfig, "pretrain"))
+    """
+    command = ["bash", sys.executable, "-c", code, *arguments]
+    return run(["bash", "-c", f"set -o pipefail; {line}", *command])
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_do_not_change_the_exit_code(closed):
+    good = shell(f'"$@" {closed}', "--data_path", "x", "--print_config")
+    bad = shell(f'"$@" {closed}', "--lr", "fast")
+    assert (good.returncode, bad.returncode) == (0, 2)
+    assert "Traceback" not in good.stderr + bad.stderr
+    assert ("fast" in bad.stderr) == ("2>&-" not in closed)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ends_early_ends_the_command_quietly(monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    done = shell('"$@" | true', "--data_path", "x", "--print_config")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# What the launcher's variables say
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"WORLD_SIZE": ""},
+        {"LOCAL_RANK": "0"},  # left over
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ""},
+        {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "-1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "1", "LOCAL_RANK": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},  # and where is the other one
+    ],
+)
+def test_variables_of_a_launcher_that_do_not_fit_together_are_refused(monkeypatch, given):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LocalInputError) as error, init_processes("cpu"):
+        pass
+    assert all(f"{name}={value!r}" in str(error.value) for name, value in given.items())
+
+
+def test_a_single_process_needs_no_variables(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with init_processes("cpu") as processes:
+        assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
+        assert processes.device == torch.device("cpu")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with init_processes("cpu") as processes:
+        assert (processes.rank, processes.local_world_size) == (0, 1)
