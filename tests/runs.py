@@ -132,8 +132,7 @@ def step_losses(output_dir: Path) -> dict[int, str]:
     return {line["step"]: line["loss"].hex() for line in log_lines(output_dir) if "loss" in line}
 
 
-# --- the evaluations, on 120 + 60 real digits of 3 classes in PNG files: a run takes about a second
-# -------------------
+# the evaluations, on 120 + 60 real digits of 3 classes in PNG files: a run takes about a second
 
 PICTURES = shlex.split("""
 --dataset folder --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --size debug --patch_size 4
