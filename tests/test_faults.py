@@ -230,33 +230,25 @@ def test_a_launcher_that_is_terminated_stops_its_processes_which_save(tmp_path, 
 def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypatch):
     """In pretraining, after the first epoch and after the last: no look is lost and none is there
     twice."""
-    more = [
-        "--monitor_epochs",
-        1,
-        "--monitor_knn",
-        120,
-        "--monitor_images",
-        0,
-        "--monitor_probe",
-        "false",
-    ]
+    more = ["--monitor_epochs", 1, "--monitor_knn", 120, "--monitor_images", 0]
+    more += ["--monitor_probe", "false"]
     main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
     arguments = pretraining(data, tmp_path / "cut", *more)
-    until_bad = features.until_bad
+    complete_batches = features.complete_batches
     for stop in (10, 20):
         late = []
 
-        def terminated(batches, bad, stop=stop, late=late):
+        def terminated(batches, stop=stop, late=late):
             log = tmp_path / "cut" / "log.jsonl"  # not there yet at the look before the first step
             due = log.exists() and log.read_text().count("epoch_loss") == stop // 10
-            for batch in until_bad(batches, bad):
+            for batch in complete_batches(batches):
                 if due:
                     os.kill(os.getpid(), signal.SIGTERM)
                     late.append(batch)
                 yield batch
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-            patch.setattr(features, "until_bad", terminated)
+            patch.setattr(features, "complete_batches", terminated)
             main_pretrain.main(arguments)
         assert end.value.code == 128 + signal.SIGTERM and len(late) == 1  # of ten batches
         saved = load_newest_checkpoint(tmp_path / "cut")
