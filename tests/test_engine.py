@@ -259,7 +259,7 @@ def test_a_meter_goes_on_with_its_row_after_a_resume():
 
 
 def bad_steps(path: Path, first: int, *bad: int) -> BadSteps:
-    """Limit 3, after steps from `first` on; step s took the images 2 s and 2 s + 1 at lr s / 100."""
+    """Limit 3, after steps from `first` on; step s took images 2 s and 2 s + 1 at lr s / 100."""
     sampler = SimpleNamespace(images=lambda step: [2 * step, 2 * step + 1])
     steps = BadSteps(path, limit=3, window=20, is_main=True, sampler=sampler)
     for step, is_bad in enumerate(bad, start=first):
