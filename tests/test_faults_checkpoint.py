@@ -227,7 +227,6 @@ def test_a_save_that_finds_no_room_at_any_call_fails_and_changes_nothing(tmp_pat
             break
         assert status == 3 and saved_step(tmp_path) == 1
         assert before.items() <= files(tmp_path).items()
-        assert not list(tmp_path.glob("*.tmp"))
         tidy(tmp_path, 1)
         assert files(tmp_path) == before
     assert number > 5
@@ -437,7 +436,8 @@ def test_a_file_system_without_locks_or_flushed_folders_works_with_one_warning(
     monkeypatch.setattr(os, "fsync", fsync)
     assert main_pretrain.main(pretraining(data, tmp_path))["step"] == 2 * STEPS
     warnings = [record.name for record in caplog.records if record.levelno >= logging.WARNING]
-    assert sorted(warnings) == ["engine.run.lock", "util.files"]
+    assert sorted({*warnings} - {"engine.loop"}) == ["engine.run.lock", "util.files"]
+    assert warnings.count("util.files") == 1
     assert saved_step(tmp_path) == 2 * STEPS
 
 
