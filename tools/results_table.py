@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     )
     folder = parser.parse_args(argv).folder
     runs = {stage: (read(folder / stage), read(folder / f"{stage}_untrained")) for stage in ROWS}
-    print(f"{'top-1 %':<26}{COLUMNS[0]:>12}{COLUMNS[1]:>12}  train / val images")
+    print(f"{'top-1 %':<26}  {COLUMNS[0]:>10}  {COLUMNS[1]:>9}  train / val images")
     for stage, (pretrained, untrained) in runs.items():
-        accuracies = f"{pretrained['acc1']:>12.2f}{untrained['acc1']:>12.2f}"
+        accuracies = f"{pretrained['acc1']:>10.2f}  {untrained['acc1']:>9.2f}"
         images = f"{pretrained['num_train']:,} / {pretrained['num_samples']:,}"
-        print(f"{ROWS[stage].format(**pretrained):<26}{accuracies}{images:>20}")
+        print(f"{ROWS[stage].format(**pretrained):<26}  {accuracies}  {images:>18}")
     return {
         stage: {column: run["acc1"] for column, run in zip(COLUMNS, both, strict=True)}
         for stage, both in runs.items()
