@@ -8,17 +8,17 @@ weighted votes.
 `--save_path` keeps the features, and `--load_path` takes them in place of computing them.
 """
 
-import dataclasses
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.labels import LabelledData, LabelledSource, take_subset
+from data.labels import LabelledData, take_subset
 from engine.evaluation.classification import open_labelled_data, percent_by_class
 from engine.evaluation.features import (
     Features,
@@ -72,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             folders = [Path(cfg.save_path) / name for name in names]
             check_folders(run, folders)
         data = open_labelled_data(cfg, run)
-        train = take_subset(data.train, cfg.subset, cfg.seed)
+        data = replace(data, train=take_subset(data.train, cfg.subset, cfg.seed))
         for checkpoint in checkpoints[1:]:
             read_weights(checkpoint)  # finds a broken file before the others are evaluated
         table = [
-            evaluate_checkpoint(cfg, run, checkpoint, data, train, folder)
+            evaluate_checkpoint(cfg, run, checkpoint, data, folder)
             for checkpoint, folder in zip_longest(checkpoints, folders)
         ]
         if len(table) == 1:
@@ -86,23 +86,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def evaluate_checkpoint(
-    cfg: KnnConfig,
-    run: Run,
-    checkpoint: str,
-    data: LabelledData,
-    train: LabelledSource,
-    folder: Path | None,
+    cfg: KnnConfig, run: Run, checkpoint: str, data: LabelledData, folder: Path | None
 ) -> dict[str, Any]:
     """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
     None."""
     classifier = build_frozen(cfg, checkpoint, len(data.class_names))
     train_rows, val_rows = (
         compute_features(cfg, run, classifier.model.to(run.device), source, cfg.crop_pct)
-        for source in (train, data.val)
+        for source in (data.train, data.val)
     )
     features = Features(
         train_rows,
-        torch.from_numpy(train.labels),
+        torch.from_numpy(data.train.labels),
         gather_rows(val_rows, len(data.val)),
         torch.from_numpy(data.val.labels),
     )
@@ -115,7 +110,7 @@ def evaluate_checkpoint(
         class_names=data.class_names,
     )
     if folder is not None:
-        train_rows = gather_rows(train_rows, len(train), everywhere=False)  # all on rank 0
+        train_rows = gather_rows(train_rows, len(data.train), everywhere=False)  # all on rank 0
         if run.processes.is_main:
             save_features(folder, features._replace(train=train_rows), origin)
     return classify(cfg, run, features, origin)
@@ -129,7 +124,7 @@ def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> di
     acc1 = {str(k): 100 * int((of_k == 0).sum()) / len(labels) for k, of_k in ranks.items()}
     results: dict[str, Any] = {
         "protocol": f"k-NN, cosine, temperature {cfg.temperature:g}",
-        **dataclasses.asdict(origin),
+        **asdict(origin),
         "num_train": num_train,
         "num_samples": len(labels),
         "k": cfg.ks[0],
