@@ -112,7 +112,8 @@ def evaluate_checkpoint(
     if folder is not None:
         train_rows = gather_rows(train_rows, len(data.train), everywhere=False)  # all on rank 0
         if run.processes.is_main:
-            save_features(folder, features._replace(train=train_rows), origin)
+            path = save_features(folder, features._replace(train=train_rows), origin)
+            logger.info("wrote %s", path)
     return classify(cfg, run, features, origin)
 
 
