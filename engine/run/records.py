@@ -112,7 +112,9 @@ class Records:
         if self.tensorboard is None or not self.settings:
             return
         settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
+            name: value
+            if isinstance(value, bool | int | float)
+            else str(value).encode(errors="replace").decode()
             for name, value in self.settings.items()
         }
         with writing(self.folder / "tb"):
@@ -157,7 +159,7 @@ def logging_to(path: Path | None) -> Iterator[None]:
     handlers: list[logging.Handler] = [TerminalHandler()]
     if path is not None:
         with writing(path):
-            handlers.append(logging.FileHandler(path, encoding="utf-8"))
+            handlers.append(logging.FileHandler(path, encoding="utf-8", errors="surrogateescape"))
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f"[process {rank}] "
     for handler in handlers:
