@@ -15,6 +15,7 @@ from util.errors import InputError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+_function: Callable[[Any], Any]  # of this process, if it is one of a pool
 
 
 def in_processes(
@@ -46,7 +47,7 @@ def in_processes(
 
 
 def _start(function: Callable[[Any], Any]) -> None:
-    global _function  # of this process
+    global _function
     _function = function
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
