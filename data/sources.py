@@ -9,7 +9,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -127,14 +127,6 @@ def build_pretrain_source(
     return open_pack(data_path, in_chans, ("train",))
 
 
-class _FolderEntries(NamedTuple):
-    """A folder's device and inode, and the paths below the root of its images and subfolders."""
-
-    identity: tuple[int, int]
-    images: list[str]
-    subfolders: list[str]
-
-
 def image_names(root: Path) -> list[str]:
     """Paths of the images below `root`, sorted. Hidden files and folders are left out, and links
     are followed, each folder once: under the name with the fewest parts, of these the first.
@@ -146,32 +138,33 @@ def image_names(root: Path) -> list[str]:
     level = [""]  # folders of one depth
     with ThreadPoolExecutor(WALK_THREADS) as pool:
         while level:
-            subfolders = []
-            for entries in pool.map(partial(_list_folder, root), level):
-                if entries.identity not in seen:
-                    seen.add(entries.identity)
-                    names += entries.images
-                    subfolders += entries.subfolders
+            subfolders: list[str] = []
+            for identity, images, folders in pool.map(partial(_list_folder, root), level):
+                if identity not in seen:
+                    seen.add(identity)
+                    names += images
+                    subfolders += folders
             level = sorted(subfolders)
     return sorted(names)
 
 
-def _list_folder(root: Path, path: str) -> _FolderEntries:
+def _list_folder(root: Path, path: str) -> tuple[tuple[int, int], list[str], list[str]]:
+    """A folder's device and inode, and the paths below the root of its images and subfolders."""
+    images, subfolders = [], []
     try:
         status = (root / path).stat()
-        entries = _FolderEntries((status.st_dev, status.st_ino), [], [])
         with os.scandir(root / path) as found:
             for entry in found:
                 below_root = f"{path}/{entry.name}" if path else entry.name
                 if entry.name.startswith("."):
                     continue
                 if _is_folder(entry):
-                    entries.subfolders.append(below_root)
+                    subfolders.append(below_root)
                 elif entry.name.lower().endswith(IMAGE_ENDINGS):
-                    entries.images.append(below_root)
+                    images.append(below_root)
     except OSError as error:
         raise InputError(f"cannot list {error.filename}: {error.strerror}") from error
-    return entries
+    return (status.st_dev, status.st_ino), images, subfolders
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

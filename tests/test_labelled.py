@@ -40,7 +40,8 @@ def read(root: Path, num_classes: int | None = None) -> LabelledData:
 
 def listed(source) -> list[tuple[str, int]]:
     """(path below the split, label) of every image."""
-    names = [source.name(index).removeprefix(f"{source.root}/") for index in range(len(source))]
+    root = (source.source if isinstance(source, Subset) else source).root
+    names = [source.name(index).removeprefix(f"{root}/") for index in range(len(source))]
     return list(zip(names, source.labels.tolist(), strict=True))
 
 

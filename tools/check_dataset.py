@@ -172,7 +172,7 @@ def check_split(source: Source, args: argparse.Namespace) -> Split:
         disable=not sys.stderr.isatty(),
     )
     if isinstance(source, PackedSource):
-        labels = source.index.entries["label"].astype(np.int64)
+        labels = source.labels
         class_names = source.index.class_names or [str(label) for label in range(labels.max() + 1)]
     else:
         class_names = class_folders(source.root)
