@@ -27,7 +27,7 @@ from data.labels import (
     stratified_choice,
     take_subset,
 )
-from data.loader import LabelledBatch, LabelledDataset, build_train_loader, collate_labelled
+from data.loader import LabelledDataset, TrainBatch, build_train_loader, collate
 from data.sampler import SampleKey, StepSampler
 from data.transforms import pretrain_transform
 from util.errors import InputError
@@ -380,10 +380,10 @@ def test_a_replaced_image_brings_its_own_label():
 
 def test_a_batch_of_bad_files_has_no_images():
     dataset = LabelledDataset(Broken(set(range(40))), lambda image: image, seed=0)
-    batch = collate_labelled([dataset[key(0)], dataset[key(1)]])
-    assert (batch.failed, len(batch.images), len(batch.labels)) == (True, 0, 2)
+    batch = collate([dataset[key(0)], dataset[key(1)]])
+    assert (batch.failed, len(batch.images), len(batch.targets)) == (True, 0, 2)
     half = LabelledDataset(Broken({0}), lambda image: image, seed=0)
-    batch = collate_labelled([half[key(0)], half[key(1)]])
+    batch = collate([half[key(0)], half[key(1)]])
     assert (batch.failed, batch.images.shape, [bad.path for bad in batch.bad]) == (
         False,
         (2, 3, 6, 6),
@@ -418,7 +418,7 @@ def test_an_image_is_a_function_of_seed_epoch_and_position():
     )  # another total batch size gives the same crop
 
 
-def loaded(num_workers: int, start_step: int = 0) -> list[LabelledBatch]:
+def loaded(num_workers: int, start_step: int = 0) -> list[TrainBatch]:
     dataset = LabelledDataset(Broken({3, 8}), drawing, seed=5)
     steps = StepSampler(num_images=40, batch_size=4, seed=5, start_step=start_step, stop_step=15)
     return list(build_train_loader(dataset, steps, loading(num_workers)))
@@ -430,10 +430,10 @@ def test_loader_processes_and_restarts_change_nothing():
     for other in (loaded(2), [*expected[:6], *loaded(1, start_step=6)]):
         for left, right in zip(expected, other, strict=True):
             assert torch.equal(left.images, right.images)
-            assert torch.equal(left.labels, right.labels)
+            assert torch.equal(left.targets, right.targets)
             assert (left.keys, left.bad, left.failed) == (right.keys, right.bad, right.failed)
-    assert (expected[0].labels.dtype, expected[0].labels.shape) == (torch.int64, (4,))
-    labels = [label for batch in expected[:10] for label in batch.labels.tolist()]
+    assert (expected[0].targets.dtype, expected[0].targets.shape) == (torch.int64, (4,))
+    labels = [label for batch in expected[:10] for label in batch.targets.tolist()]
     assert len(set(labels)) >= 38  # an epoch: all but the two that were replaced
     assert len({bad.path for batch in expected[:10] for bad in batch.bad}) == 2
 
@@ -449,7 +449,7 @@ def test_the_usual_transform_keeps_labels_and_images_together(tmp_path):
     shutil.copy(tmp_path / "val/class 0/0.png", tmp_path / "train/stray.png")
     data = read(tmp_path)
     dataset = LabelledDataset(data.train, pretrain_transform(8, 0.2, "bicubic", 0.5), seed=0)
-    steps = StepSampler(num_images=len(dataset), batch_size=4, seed=0, stop_step=3)
+    steps = StepSampler(num_images=len(dataset.source), batch_size=4, seed=0, stop_step=3)
     for batch in build_train_loader(dataset, steps, loading(0)):
         assert batch.images.shape == (4, 3, 8, 8)
-        assert (batch.images[:, 0, 0, 0] // 60).tolist() == batch.labels.tolist()
+        assert (batch.images[:, 0, 0, 0] // 60).tolist() == batch.targets.tolist()
