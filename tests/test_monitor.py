@@ -247,7 +247,7 @@ def test_a_run_that_died_after_an_observation_keeps_one_record_of_it(
     save = saving.save_checkpoint
 
     def dying(*arguments: Any) -> Any:
-        if arguments[1] > last_saved:
+        if arguments[1].step > last_saved:
             raise KeyboardInterrupt
         return save(*arguments)
 

@@ -285,7 +285,7 @@ def test_fp16_is_refused_in_one_line(data, tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1
     assert (
-        "error: parallel fsdp goes with precision bf16 or fp32, not fp16: use another, or parallel ddp"
-        in result.stderr
+        "error: parallel fsdp goes with precision bf16 or fp32, not fp16: use another, "
+        "or parallel ddp" in result.stderr
     )
     assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -53,9 +53,6 @@ class Batches:
         assert isinstance(self.loader.batch_sampler, StepSampler)
         return self.loader.batch_sampler
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
     def __iter__(self) -> Iterator[Any]:
         num_done = 0
         with nullcontext() if self.timeout is None else watched(self.timeout):
