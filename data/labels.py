@@ -50,14 +50,6 @@ class ClassFolder(FolderSource):
         self.labels = folder_labels(self.names, class_names)
 
 
-class LabelledArray(ArraySource):
-    """Images held in memory, with their labels."""
-
-    def __init__(self, label: str, images: np.ndarray, labels: np.ndarray, in_chans: int):
-        super().__init__(label, images, in_chans)
-        self.labels = labels
-
-
 class Subset(LabelledSource):
     """Some images of a labelled source, in the order of `indices`."""
 
@@ -96,23 +88,27 @@ def build_labelled_data(
         assert data_path is not None, "the settings' checks ask for data_path"
         data = _read_splits(Path(data_path), dataset == "packed", in_chans)
     else:
-        splits = []
-        for split in SPLITS:
-            images, labels = read_known_set(dataset, data_path, split == "train", download)
-            splits.append(LabelledArray(f"{dataset} {split}", images, labels, in_chans))
+        train, val = (
+            ArraySource(
+                f"{dataset} {split}",
+                *read_known_set(dataset, data_path, split == "train", download),
+                in_chans,
+            )
+            for split in SPLITS
+        )
         count = 100 if dataset == "cifar100" else 10
-        data = LabelledData(splits[0], splits[1], [str(label) for label in range(count)])
+        data = LabelledData(train, val, [str(label) for label in range(count)])
     found = len(data.class_names)
     if num_classes not in (None, found):
         raise InputError(
             f"num_classes is {num_classes} and the data has {found} classes: leave num_classes out"
         )
     for split, source in (("train", data.train), ("val", data.val)):
-        outside = (source.labels < 0) | (source.labels >= found)
-        if outside.any():
-            bad = int(source.labels[outside][0])
+        outside = source.labels[(source.labels < 0) | (source.labels >= found)]
+        if len(outside):
             raise DataError(
-                f"the {split} split of {dataset} has the label {bad}, outside its {found} classes"
+                f"the {split} split of {dataset} has the label {outside[0]}, outside its {found} "
+                "classes"
             )
     return data
 

@@ -52,10 +52,9 @@ class ImageSource(Protocol):
 
 def check_folder(data_path: Path) -> None:
     """Raises: InputError if `data_path` is no folder."""
-    if not data_path.exists():
-        raise InputError(f"data_path {data_path} does not exist")
     if not data_path.is_dir():
-        raise InputError(f"data_path {data_path} is not a folder")
+        problem = "is not a folder" if data_path.exists() else "does not exist"
+        raise InputError(f"data_path {data_path} {problem}")
 
 
 class FolderSource(ImageSource):
@@ -94,11 +93,12 @@ class FolderSource(ImageSource):
 
 
 class ArraySource(ImageSource):
-    """Images held in memory as one uint8 array `(n, C, H, W)`."""
+    """Images held in memory as one uint8 array `(n, C, H, W)`, with their labels `(n,)` int64."""
 
-    def __init__(self, label: str, images: np.ndarray, in_chans: int):
-        self.label = label
+    def __init__(self, title: str, images: np.ndarray, labels: np.ndarray, in_chans: int):
+        self.title = title
         self.images = torch.from_numpy(images)
+        self.labels = labels
         self.in_chans = in_chans
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class ArraySource(ImageSource):
         return to_channels(self.images[index], self.in_chans)
 
     def name(self, index: int) -> str:
-        return f"{self.label}[{index}]"
+        return f"{self.title}[{index}]"
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
@@ -119,8 +119,8 @@ def build_pretrain_source(
 ) -> ImageSource:
     """The training images of a data set. Raises: InputError if they are not there."""
     if dataset not in ("folder", "packed"):
-        images, _ = read_known_set(dataset, data_path, train=True, download=download)
-        return ArraySource(dataset, images, in_chans)
+        images, labels = read_known_set(dataset, data_path, train=True, download=download)
+        return ArraySource(dataset, images, labels, in_chans)
     assert data_path is not None, "the settings' checks ask for data_path"
     if dataset == "folder":
         return FolderSource(data_path, in_chans)

@@ -162,7 +162,7 @@ def test_mnist5k_in_grey_and_in_colour(digits):
     assert torch.equal(colour.read(123), expected.repeat(3, 1, 1))
     assert colour.name(123) == "mnist5k[123]"
     assert grey.fingerprint() == colour.fingerprint()
-    assert grey.fingerprint() != ArraySource("mnist5k", digits[False][0], 1).fingerprint()
+    assert grey.fingerprint() != ArraySource("mnist5k", *digits[False], 1).fingerprint()
 
 
 def records(seed: int, count: int, label_bytes: int) -> np.ndarray:

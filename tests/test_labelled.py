@@ -19,16 +19,10 @@ from test_sampler import global_states
 
 from data.images import BadImageError
 from data.known_sets import CIFAR_ARCHIVES
-from data.labels import (
-    LabelledArray,
-    LabelledData,
-    Subset,
-    build_labelled_data,
-    stratified_choice,
-    take_subset,
-)
+from data.labels import LabelledData, Subset, build_labelled_data, stratified_choice, take_subset
 from data.loader import LabelledDataset, TrainBatch, build_train_loader, collate
 from data.sampler import SampleKey, StepSampler
+from data.sources import ArraySource
 from data.transforms import pretrain_transform
 from util.errors import InputError
 from util.rng import seed_libraries
@@ -304,12 +298,12 @@ def test_the_choice_leaves_the_global_random_states_alone():
     assert global_states() == before
 
 
-def source_of(labels: np.ndarray) -> LabelledArray:
+def source_of(labels: np.ndarray) -> ArraySource:
     """Image i is filled with i."""
     images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones(
         (1, 3, 6, 6), dtype=np.uint8
     )
-    return LabelledArray("shades", images, labels, 3)
+    return ArraySource("shades", images, labels, 3)
 
 
 def test_a_subset_keeps_images_with_their_labels():
@@ -336,7 +330,7 @@ def test_subsets_of_impossible_size_are_refused_with_the_numbers():
             take_subset(source, count, 0)
 
 
-class Broken(LabelledArray):
+class Broken(ArraySource):
     """Some of its images cannot be read; image i is filled with i and has the label 2 i."""
 
     def __init__(self, broken: set[int], count: int = 40):

@@ -200,7 +200,7 @@ def test_seeds_are_63_bits_and_use_them():
 COUNT = 40
 PICTURES = np.random.default_rng(0).integers(0, 256, (COUNT, 3, 20, 24), dtype=np.uint8)
 DATASET = PretrainDataset(
-    source=ArraySource("noise", PICTURES, 3),
+    source=ArraySource("noise", PICTURES, np.arange(COUNT), 3),
     transform=pretrain_transform(8, 0.2, "bicubic", 0.5),
     draw_order=partial(training_order, 16),
     shared_mask=False,

@@ -12,6 +12,10 @@ STAGES = {
     "lincls": "linear classification",
     "knn": "k-NN",
 }
+KINDS = {  # of data sets: what they are, and what a check without --full reads but headers
+    "folder": ("a folder of images", "the ends of files"),
+    "packed": ("packed shards", "checksums"),
+}
 SHOWN = 5  # bad files, groups of equal images
 ALWAYS = ("images", "bad files")  # rows that are shown even if they are zero
 
@@ -24,8 +28,7 @@ def spread_of(values: np.ndarray) -> list[int]:
 def report(facts: dict[str, Any], bad: list[tuple[str, str]], img_size: int) -> Iterator[str]:
     """All lines. facts: as the tool returns them. bad: path and reason of each bad file."""
     path, splits, is_full = facts["path"], facts["splits"], facts["full"]
-    is_packed = facts["dataset"] == "packed"
-    what = "packed shards" if is_packed else "a folder of images"
+    what, read = KINDS[facts["dataset"]]
     total = sum(split["images"] for split in splits.values())
     how = "decoded" if is_full else "looked at"
     yield printable(f"{path}: {what}, {total:,} images {how} in {facts['seconds']} s")
@@ -40,7 +43,6 @@ def report(facts: dict[str, Any], bad: list[tuple[str, str]], img_size: int) -> 
     yield ""
     yield from _verdicts(facts["verdicts"], first.get("bad", 0) > 0)
     if not is_full:
-        read = "checksums" if is_packed else "the ends of files"
         yield f"\nOnly headers and {read} were looked at: --full decodes every image."
 
 
