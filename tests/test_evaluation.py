@@ -32,6 +32,7 @@ from engine.evaluation.features import (
     save_features,
 )
 from engine.run.folder import Run
+from engine.run.records import Records
 from engine.run.results import read_results, write_results
 from models.vit import VisionTransformer
 from tools import results_table
@@ -350,7 +351,8 @@ def features_of(
     backbone = more.pop("backbone", None) or tiny_vit()
     pixels = {"mean": (0.5,), "std": (0.25,), "img_size": 4, "num_workers": 0}
     cfg = KnnConfig(**{"batch_size": batch_size, "output_dir": "nowhere", **pixels, **more})
-    run = Run(cfg, Processes(rank, world_size, rank, world_size, CPU))
+    processes = Processes(rank, world_size, rank, world_size, CPU)
+    run = Run(Path("nowhere"), processes, Records(Path("nowhere"), is_main=False))
     return compute_features(cfg, run, backbone, source, 1.0)
 
 

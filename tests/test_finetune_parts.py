@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.ema import build_ema, update_ema
 from safetensors.torch import load_file
 from torch import nn
 from torch.amp import GradScaler
 
 from engine.evaluation.best import Best
 from engine.evaluation.from_weights import Classifier, build_finetuned, build_frozen
-from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
-from engine.run.checkpoint import best_path, save_weights, weights_header
+from engine.optim import build_adamw, build_ema, optimizer_step, param_groups, set_lr, update_ema
+from engine.run.checkpoint import best_path, save_weights
 from engine.run.folder import Run
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.files import weights_digest
+from models.weights.own import read_header
 from util.dist import Processes
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig, KnnConfig
@@ -427,7 +427,7 @@ FACTS = {"model_args": {"depth": 3}, **STATS, "data": {"num_images": 9}}
 
 def kept(folder: Path) -> tuple[float, dict]:
     """The weight that was kept, and what the header says."""
-    return load_file(best_path(folder))["weight"][0, 0].item(), weights_header(best_path(folder))
+    return load_file(best_path(folder))["weight"][0, 0].item(), read_header(best_path(folder))
 
 
 def test_the_best_evaluation_is_kept_and_of_equals_the_first(tmp_path):
