@@ -229,7 +229,7 @@ def build_eval_loader(
     rank: int,
     world_size: int,
     settings: dict[str, Any],
-) -> DataLoader[Any]:
+) -> DataLoader[tuple[Tensor | BadSample, int]]:
     """This process's share of `source`, the images rank, rank + world_size, ..., with
     `loader_settings`."""
     share = list(range(rank, len(source), world_size))

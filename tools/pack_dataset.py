@@ -25,7 +25,6 @@ import numpy as np
 from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
 from data.packs.shards import index_shard
-from data.sources import check_folder
 from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
 from util.errors import InputError, LineParser, run_cli
 from util.files import TEMPORARY, path, write_text, writing
@@ -71,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
 
 
 def pack(args: argparse.Namespace) -> dict[str, int]:
-    """Packs train/ and val/ of a folder, or all of a folder that has no train/."""
-    check_folder(args.source)
+    """Packs train/ and val/ of a folder, or all of a folder that has no train/.
+
+    Raises: InputError.
+    """
     if args.target.resolve() == args.source.resolve():
         raise InputError(f"{args.target} is the folder of images: give another one to pack into")
     has_splits = (args.source / "train").is_dir()
@@ -122,13 +123,18 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
             lines = [json.dumps(entry._asdict()) + "\n" for entry in bad]
             write_text(folder / BAD_SAMPLES, "".join(lines))
         num_images = write_index(folder, shards, listing.class_names, args.side, len(bad))
-    size = sum(content.size for _, content in shards) / 2**20
-    logger.info("%s: %d images in %d shards, %.1f MiB", folder, num_images, len(shards), size)
-    num_unlabelled = int((listing.images["label"] < 0).sum())
+    logger.info(
+        "%s: %d images in %d shards, %.1f MiB",
+        folder,
+        num_images,
+        len(shards),
+        sum(content.size for _, content in shards) / 2**20,
+    )
+    outside = listing.images["label"] < 0
     if listing.class_names is None:
         logger.info("%s has no labels: they come from class folders in train/ and val/", folder)
-    elif num_unlabelled:
-        logger.warning("%d images lie in no class folder and have no label", num_unlabelled)
+    elif outside.any():
+        logger.warning("%d images lie in no class folder and have no label", outside.sum())
     if bad:
         logger.warning(
             "%d images were left out, see %s; first %s %s", len(bad), folder / BAD_SAMPLES, *bad[0]

@@ -10,7 +10,6 @@ from collections import OrderedDict, deque
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -41,7 +40,7 @@ class PackedSource:
         self.reads_ahead = False
         self.announced: deque[int] = deque(maxlen=RECENT)  # blocks
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # a process that is spawned opens its own files
         return type(self), (self.folder, self.in_chans), {"reads_ahead": self.reads_ahead}
 
