@@ -78,9 +78,7 @@ def write_index(
     names = [name for _, shard in shards for name in shard.names]
     entries["name"] = np.cumsum([0, *map(len, names)])[:-1]
     text = b"".join(names)
-    digest = hashlib.sha256(text)
-    for column in ("name", "length", "crc32", "label"):
-        digest.update(entries[column].tobytes())
+    columns = [entries[column].tobytes() for column in ("name", "length", "crc32", "label")]
     content = {
         "version": VERSION,
         "num_images": len(entries),
@@ -88,7 +86,7 @@ def write_index(
         "num_left_out": num_left_out,
         "side": side,
         "class_names": class_names,
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": hashlib.sha256(b"".join([text, *columns])).hexdigest(),
         "shards": [asdict(record) for record in records],
     }
     _check_replaceable(folder)

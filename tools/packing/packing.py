@@ -53,10 +53,9 @@ class Listing:
 
     def digest(self) -> str:
         """Equal for equal lists of unchanged files."""
-        digest = hashlib.sha256(b"\0".join(self.images["name"].tolist()))
-        for column in ("size", "mtime_ns", "label"):
-            digest.update(self.images[column].tobytes())
-        return digest.hexdigest()
+        columns = [self.images[column].tobytes() for column in ("size", "mtime_ns", "label")]
+        names = b"\0".join(self.images["name"].tolist())
+        return hashlib.sha256(b"".join([names, *columns])).hexdigest()
 
 
 def list_images(root: Path, has_classes: bool) -> Listing:
