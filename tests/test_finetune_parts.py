@@ -305,7 +305,7 @@ def test_the_class_token_follows_the_weights(tmp_path, build, has_token):
         {"class_token": not has_token},
         *([{"global_pool": "token"}] * (not has_token)),
     ):
-        with pytest.raises(InputError, match=f"class token.*{path}|{path} has none"):
+        with pytest.raises(InputError, match=f"class_token is .*{path}|{path} has none"):
             build(path, **changes)
 
 
