@@ -67,6 +67,7 @@ def run(arguments: list[str], cwd: Path = ROOT, **env: str) -> subprocess.Comple
         env=environment(**env),
         capture_output=True,
         text=True,
+        errors="surrogateescape",  # as a name on a line need not be UTF-8
         timeout=3000,
         check=False,
     )

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from data.images import BadImageError
-from data.labels import LabelledArray
 from data.loader import build_eval_loader
+from data.sources import ArraySource
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.classification import Scores, evaluate
 from engine.evaluation.features import (
@@ -147,7 +147,7 @@ def test_autocast_and_no_gradient():
     assert seen == [(torch.bfloat16, False), (torch.float32, False)]
 
 
-class Photographs(LabelledArray):
+class Photographs(ArraySource):
     """Noise of four classes, of which the images `broken` cannot be decoded."""
 
     def __init__(self, count: int, broken: tuple[int, ...] = ()):
@@ -345,7 +345,7 @@ def tiny_vit(num_classes: int = 3) -> VisionTransformer:
 
 
 def features_of(
-    source: LabelledArray, batch_size: int = 3, rank: int = 0, world_size: int = 1, **more
+    source: ArraySource, batch_size: int = 3, rank: int = 0, world_size: int = 1, **more
 ) -> torch.Tensor:
     """Features of this process's share by `tiny_vit`, or by another `backbone`."""
     backbone = more.pop("backbone", None) or tiny_vit()

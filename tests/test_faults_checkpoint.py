@@ -331,8 +331,8 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
         ours, theirs = (
             torch.load(folder / name, weights_only=True) for folder in (tmp_path, every_step)
         )
-        assert_same(ours.model, theirs.model, name)
-        assert_same(ours.optimizer, theirs.optimizer, name)
+        assert_same(ours["model"], theirs["model"], name)
+        assert_same(ours["optimizer"], theirs["optimizer"], name)
 
 
 # --- R17: the scaler of fp16

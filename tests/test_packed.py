@@ -39,7 +39,7 @@ from data.loader import build_train_loader
 from data.packs import index as pack_index
 from data.packs import source as packed
 from data.packs.shards import index_shard
-from data.packs.source import LabelledPack, PackedSource
+from data.packs.source import PackedSource
 from data.sampler import StepSampler
 from data.sources import FolderSource, build_pretrain_source
 from engine.pictures.choose import validation_source
@@ -231,12 +231,12 @@ def test_processes_that_are_forked_or_spawned_read_the_same(packs, context):
 
 
 def test_a_pickled_source_holds_no_data_and_opens_its_own_files(packs):
-    source = LabelledPack(packs / "train", 1)
+    source = PackedSource(packs / "train", 1)
     source.read_ahead()
     source.read(3)
     copy = pickle.loads(pickle.dumps(source))
     assert len(pickle.dumps(source)) < 500
-    assert (type(copy), copy.reads_ahead, len(copy.files)) == (LabelledPack, True, 0)
+    assert (type(copy), copy.reads_ahead, len(copy.files)) == (PackedSource, True, 0)
     assert torch.equal(copy.read(100), source.read(100))
     assert copy.labels.tolist() == source.labels.tolist()
 

@@ -261,10 +261,7 @@ def test_fine_tuning_too(data, tmp_path):
 
 
 def test_a_moving_average_is_refused(data, tmp_path):
-    with pytest.raises(
-        InputError,
-        match="ema_decay keeps a second whole model on each process: not with parallel fsd",
-    ):
+    with pytest.raises(InputError, match="ema_decay .*parallel fsdp"):
         main_finetune.main(pictures(data, tmp_path, *FSDP, "--ema_decay", 0.99))
 
 

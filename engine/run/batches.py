@@ -100,7 +100,7 @@ def train_batches(
     `plan.accum_iter` per step."""
     dataset.source.read_ahead()
     sampler = StepSampler(
-        num_images=len(dataset),
+        num_images=len(dataset.source),
         batch_size=cfg.batch_size,
         accum_iter=plan.accum_iter,
         rank=run.processes.rank,
