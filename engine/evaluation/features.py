@@ -132,7 +132,7 @@ def load_features(path: Path) -> tuple[Features, Origin]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             origin = Origin(**json.loads((file.metadata() or {})["facts"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Features(**tensors), origin
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
