@@ -126,9 +126,12 @@ def evaluate_epoch(job: Job, epoch: int, evaluator: Evaluator, best: Best) -> di
         values["ema_acc1"] = scores.acc1
         results["ema"] = scores.as_dict(evaluator.class_names)
         line += f"  moving average top-1 {scores.acc1:.2f} %"
-    best.offer(model, epoch, scores.acc1)
-    line += f"  best {best.acc1:.2f} % after epoch {best.epoch}"
+    is_best = scores.acc1 > best.acc1
+    acc1, at_epoch = (scores.acc1, epoch) if is_best else (best.acc1, best.epoch)
+    line += f"  best {acc1:.2f} % after epoch {at_epoch}"
+    # First the record: best.safetensors without one would be taken for somebody else's.
     job.run.records.write("val", state.step, values, line)
+    best.offer(model, epoch, scores.acc1)
     return results
 
 

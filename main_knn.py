@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if cfg.save_path is not None:  # several checkpoints have a folder each
             names = [Path(path).name for path in checkpoints] if len(checkpoints) > 1 else [""]
             folders = [Path(cfg.save_path) / name for name in names]
-            check_folders(run, folders)
+            check_folders(run, cfg, [partial(digest_of, path) for path in checkpoints], folders)
         data = open_labelled_data(cfg, run)
         data = replace(data, train=take_subset(data.train, cfg.subset, cfg.seed))
         for checkpoint in checkpoints[1:]:
@@ -176,12 +177,17 @@ def list_weights(finetune: str) -> list[str]:
     return [str(path) for path in files]
 
 
+def digest_of(weights: str) -> str | None:
+    """sha256 of the weights, None for an untrained model."""
+    return None if weights == RANDOM_WEIGHTS else weights_digest(weights)
+
+
 def check_origin(cfg: KnnConfig, origin: Origin) -> None:
     """Raises: InputError where saved features are of other weights than the settings name, or of
     another readout."""
     if cfg.finetune is None:
         return
-    sha256 = None if cfg.finetune == RANDOM_WEIGHTS else weights_digest(cfg.finetune)
+    sha256 = digest_of(cfg.finetune)
     if sha256 != origin.sha256:
         raise InputError(
             f"load_path {cfg.load_path} holds features of {origin.checkpoint} "

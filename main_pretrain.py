@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         model = job.state.model
         assert isinstance(model, MaskedAutoencoder)
         monitor = Monitor.begin(cfg, run, job.plan, model, source)
-        if job.state.step == 0:
-            monitor.observe(job.state)
         with Saver(job) as saver:
+            if job.state.step == 0:
+                monitor.observe(job.state)
             for _ in train(job, batches, loss_fn, saver):
                 monitor.observe(job.state)
         return finish(job, monitor.figures)

@@ -252,7 +252,8 @@ def start_worker(_: int) -> None:
         os._exit(1)
 
     ForkingPickler.dumps(torch.zeros(1))
-    Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+    assert hasattr(Queue, "_on_queue_feeder_error"), "Python calls this hook by another name"
+    Queue._on_queue_feeder_error = staticmethod(end)
 
 
 def loader_settings(cfg: DataConfig, processes: Processes) -> dict[str, Any]:

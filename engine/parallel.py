@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.build import build_model
 from models.mae import MaskedAutoencoder
-from util.dist import Processes, autocast_dtype
+from util.dist import Processes, autocast_dtype, waiting
 from util.errors import InputError
 from util.settings.base import ParallelConfig, RunConfig
 from util.settings.pretrain import SpeedConfig
@@ -165,7 +165,8 @@ def unsharded_model(model: ModelT, device: torch.device, keep: bool = True) -> M
         copy: Any = build_model(model.spec)  # type: ignore[call-overload]
     tensors = {}
     for name, shard in model.state_dict().items():
-        tensor = full_tensor(shard)
+        with waiting():
+            tensor = full_tensor(shard)
         if keep:
             tensors[name] = tensor.to(device)
     if keep:

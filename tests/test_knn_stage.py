@@ -170,6 +170,9 @@ def test_features_that_are_there_are_never_overwritten(tmp_path, data, weights, 
     assert files_of(save) == before
     (save / FEATURES).rename(save / "theirs.safetensors")
     knn(data, tmp_path / "run", "--finetune", weights, "--save_path", save)
+    knn(data, tmp_path / "run", "--finetune", weights, "--save_path", save)  # the same again
+    with pytest.raises(InputError, match=f"save_path.*{FEATURES}"):
+        knn(data, tmp_path / "run", "--finetune", "random", "--save_path", save)
     assert (save / "theirs.safetensors").read_text() == "somebody's"
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -163,12 +163,19 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Ends this process if its block waits for the others longer than `timeout` minutes."""
+    with watched(_timeout[0]) if _timeout else nullcontext():
+        yield
+
+
 def all_gather(message: Message) -> list[Message]:
     """Every process's message (plain values), in the order of the ranks."""
     if not dist.is_initialized():
         return [message]
     messages = [message] * dist.get_world_size()
-    with watched(_timeout[0]):
+    with waiting():
         dist.all_gather_object(messages, message)
     return messages
 
@@ -178,7 +185,7 @@ def broadcast(message: Message) -> Message:
     if not dist.is_initialized():
         return message
     messages = [message]
-    with watched(_timeout[0]):
+    with waiting():
         dist.broadcast_object_list(messages, src=0)
     return messages[0]
 
@@ -188,12 +195,14 @@ def first_process_first(processes: Processes) -> Iterator[None]:
     """Runs its body on the first process of each machine, then on the others: a download happens
     once."""
     if dist.is_initialized() and processes.local_rank > 0:
-        dist.barrier()
+        with waiting():
+            dist.barrier()
     try:
         yield
     finally:
         if dist.is_initialized() and processes.local_rank == 0:
-            dist.barrier()
+            with waiting():
+                dist.barrier()
 
 
 def gather_rows(rows: Tensor, total: int, everywhere: bool = True) -> Tensor:
@@ -213,10 +222,11 @@ def gather_rows(rows: Tensor, total: int, everywhere: bool = True) -> Tensor:
         part = rows[start : start + at_once]
         padded[: len(part)] = part.cpu()
         shares = [torch.empty_like(padded) for _ in range(world_size)]
-        if everywhere:
-            dist.all_gather(shares, padded)
-        else:
-            dist.gather(padded, shares if is_main else None)
+        with waiting():
+            if everywhere:
+                dist.all_gather(shares, padded)
+            else:
+                dist.gather(padded, shares if is_main else None)
         target = whole[start * world_size : (start + at_once) * world_size]
         target.copy_(torch.stack(shares, dim=1).flatten(0, 1)[: len(target)])
     return whole

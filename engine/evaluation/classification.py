@@ -23,7 +23,7 @@ from engine.evaluation.batches import complete_batches
 from engine.run.batches import eval_batches
 from engine.run.folder import Run
 from engine.run.results import without_nan
-from util.dist import autocast_dtype, first_process_first
+from util.dist import autocast_dtype, first_process_first, waiting
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 
 
@@ -152,8 +152,9 @@ def evaluate(
         for head, of_head in enumerate(logits):
             losses[head] += F.cross_entropy(of_head, labels, reduction="sum")
     if dist.is_initialized():
-        dist.all_reduce(counts)
-        dist.all_reduce(losses)
+        with waiting():
+            dist.all_reduce(counts)
+            dist.all_reduce(losses)
     return [
         Scores(sum(total), sum(first), sum(among_five), loss / sum(total), first, total)
         for (first, among_five, total), loss in zip(counts.tolist(), losses.tolist(), strict=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -86,24 +87,42 @@ def compute_features(
     return features
 
 
-def check_folders(run: Run, folders: list[Path]) -> None:
-    """Makes the folders for features before any compute.
+def check_folders(
+    run: Run, cfg: KnnConfig, digests: Iterable[Callable[[], str | None]], folders: list[Path]
+) -> None:
+    """Makes the folder for the features of each checkpoint, before any compute.
 
-    Raises: InputError on all processes where one cannot be written or holds features already.
+    Features of the same weights, read alike, are computed anew: the same command goes on.
+
+    Args:
+        digests: for each folder, what gives the sha256 of its checkpoint.
+
+    Raises: InputError on all processes if one cannot be written or holds other features.
     """
     problem = ""
     try:
-        for folder in folders if run.processes.is_main else []:
-            if (folder / FEATURES_FILE).exists():
+        pairs = zip(digests, folders, strict=True) if run.processes.is_main else ()
+        for digest, folder in pairs:
+            if (folder / FEATURES_FILE).exists() and not _is_repeated(folder, cfg, digest):
                 raise InputError(
-                    f"save_path: {folder / FEATURES_FILE} is there already: remove it, or name "
-                    f"another folder"
+                    f"save_path: {folder / FEATURES_FILE} holds something else: remove it, or "
+                    f"name another folder"
                 )
             check_writable("save_path", folder)
     except InputError as error:
         problem = str(error)
     if problem := broadcast(problem):
         raise InputError(problem)
+
+
+def _is_repeated(folder: Path, cfg: KnnConfig, digest: Callable[[], str | None]) -> bool:
+    """Whether a folder holds features of these weights, computed with the same settings."""
+    try:
+        origin = load_features(folder)[1]
+    except InputError:
+        return False
+    found = (origin.sha256, origin.dataset, origin.readout)
+    return found == (digest(), cfg.dataset, cfg.global_pool)
 
 
 def save_features(folder: Path, features: Features, origin: Origin) -> Path:

@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from engine.evaluation.features import Features
-from util.dist import Processes
+from util.dist import Processes, waiting
 
 BUDGET = 2**28  # bytes of the tensors that a search makes at a time
 MOST_QUERIES = 256  # compared at a time: more leave fewer training rows within the budget
@@ -89,7 +89,8 @@ def merge_over_processes(keys: Tensor) -> Tensor:
     world_size = dist.get_world_size()
     for best in keys.split(max(1, BUDGET // (8 * keys.shape[1] * (2 * world_size + 2)))):
         shares = [torch.empty_like(best) for _ in range(world_size)]
-        dist.all_gather(shares, best.contiguous())
+        with waiting():
+            dist.all_gather(shares, best.contiguous())
         best.copy_(torch.cat(shares, dim=1).topk(keys.shape[1], dim=1).values)
     return keys
 

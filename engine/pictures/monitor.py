@@ -33,7 +33,7 @@ from models.mae import MaskedAutoencoder
 from models.masks import draw_mask
 from models.vit import VisionTransformer
 from util.dist import gather_rows
-from util.errors import InputError
+from util.errors import InputError, LocalInputError
 from util.rng import MONITOR, generator
 from util.settings.pretrain import PretrainConfig
 
@@ -140,6 +140,8 @@ class Monitor:
         encoder, processes = encoder_of(model), self.run.processes
         try:  # each process computes a share of the rows
             train, val = (self.features(encoder, source) for source in (self.train, self.val))
+        except LocalInputError:  # the other processes do not know of it
+            raise
         except InputError as error:
             logger.warning("k-NN is off from here on: %s", error)
             self.train = self.val = None

@@ -33,9 +33,16 @@ from util.settings.read import dump_config
 
 TrainConfig = PretrainConfig | FinetuneConfig | LinclsConfig
 OF_THE_END = ("model.safetensors", "best.safetensors", "results.json")
-OF_THE_WAY = ("config.yaml", "log.jsonl", "tb", "bad_samples.jsonl", "bad_steps.jsonl")
+OF_THE_WAY = (
+    "config.yaml",
+    "log.jsonl",
+    "tb",
+    "bad_samples.jsonl",
+    "bad_steps.jsonl",
+    "monitor.png",
+)
 OWN_NAME = re.compile(
-    r"checkpoint-\d{8,}\.pth(\.sha256)?|monitor\.png|eval\.json|"
+    r"checkpoint-\d{8,}\.pth(\.sha256)?|eval\.json|"
     + "|".join(map(re.escape, OF_THE_END + OF_THE_WAY))
 )
 logger = logging.getLogger(__name__)

@@ -21,20 +21,19 @@ from util.errors import LocalInputError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPEAT_S = 2.0  # launchers send a signal twice; one that comes later means it
-_received: list[
-    tuple[int, float]
-] = []  # the first signal and when it came; one list, as signals are the process's
+# The first signal and when it came; one list, as signals are the process's.
+_received: list[tuple[int, float]] = []
 _launcher: list[int] = []  # torchrun's process id while `noted`, in processes that it has started
 _failure: list[LocalInputError | None] = []  # while `noted`: what `stop_with` was called with
 
 
 class Stopped(SystemExit):
     """Ends a process with the exit code that a shell gives to one that a signal has ended: 128 +
-    its number."""
+    its number; with 2, as for every mistake that is one line, if a loader process has failed."""
 
     def __init__(self, signum: int):
-        super().__init__(128 + signum)
         failed = signum == signal.SIGCHLD  # see `stop_with`
+        super().__init__(2 if failed else 128 + signum)
         self.name = "a failed loader process" if failed else signal.Signals(signum).name
 
 
@@ -52,9 +51,8 @@ def received() -> int:
 @contextmanager
 def noted() -> Iterator[None]:
     """Takes note of a first signal in place of ending at once, which a second one still does."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python handles signals there only
+    # Python handles signals in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     shielded = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -64,15 +62,17 @@ def noted() -> Iterator[None]:
     _failure[:] = [None]
     try:
         yield
-        failure = _failure[0]
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
         _received.clear()
         _launcher.clear()
         _failure.clear()
-    if failure is not None:
-        raise failure
+
+
+def failure() -> LocalInputError | None:
+    """What `stop_with` was called with in this process, if it was."""
+    return _failure[0] if _failure else None
 
 
 def stop_with(error: LocalInputError) -> None:
@@ -87,8 +87,8 @@ def stop_with(error: LocalInputError) -> None:
 
 def _note(signum: int, _: FrameType | None) -> None:
     now = time.monotonic()
-    if not _received:
-        _received.append((signum, now))
+    if not _received or _received[0][0] == signal.SIGCHLD:  # see `stop_with`
+        _received[:] = [(signum, now)]
     elif now - _received[0][1] > REPEAT_S:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)

@@ -21,6 +21,7 @@ from engine.run.state import TrainState
 from engine.schedule import Plan, choose_accum_iter, plan_run
 from models.spec import ModelSpec
 from util.dist import autocast_dtype, broadcast
+from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,12 @@ def begin(
     world_size = run.processes.world_size
     accum_iter = choose_accum_iter(cfg, world_size, saved)
     plan = plan_run(cfg, len(source), world_size, accum_iter)
+
+    if saved is not None and saved.step > plan.stop_step and not broadcast(result.exists()):
+        raise InputError(
+            f"stop_epoch: the run is at step {saved.step} already, past step {plan.stop_step}",
+            settings=("stop_epoch",),
+        )
 
     model = build()
     place_model(model, cfg, run.processes)

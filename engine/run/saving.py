@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from engine.run.checkpoint import Checkpoint, save_checkpoint
-from engine.run.interrupts import Stopped, StopVote, noted, received
+from engine.run.interrupts import Stopped, StopVote, failure, noted, received
 from engine.run.job import Job
 from engine.run.state import check_finite, on_host
 from util.dist import all_gather, broadcast
@@ -49,8 +49,8 @@ class Saver:
             if error is not None and not isinstance(error, Stopped):
                 try:
                     self.wait()
-                except InputError as failure:
-                    logger.error("%s", failure)  # what ends the run is another error
+                except InputError as problem:
+                    logger.error("%s", problem)  # what ends the run is another error
                 return
             self.vote.answer()
             if error is not None:
@@ -65,6 +65,8 @@ class Saver:
             step = self.job.state.step
             again = f"goes on after step {step}" if step else "begins anew"
             logger.warning("stopped by %s; the same command %s", stopped.name, again)
+            if (cause := failure()) is not None:
+                raise cause
             if error is None:
                 raise stopped
 
