@@ -8,17 +8,17 @@ weighted votes.
 `--save_path` keeps the features, and `--load_path` takes them in place of computing them.
 """
 
-import dataclasses
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.labels import LabelledData, LabelledSource, take_subset
+from data.labels import LabelledData, take_subset
 from engine.evaluation.classification import open_labelled_data, percent_by_class
 from engine.evaluation.features import (
     Features,
@@ -40,6 +40,7 @@ from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
 from util.settings.read import load_config
 
 WEIGHTS_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
+DIGITS = re.compile(r"(\d+)")
 logger = logging.getLogger(__name__)
 
 
@@ -49,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     For a folder of checkpoints these are the results of the last one, with those of all of them
     as a list under `checkpoints`.
     """
-    checks = [classifier_config_problems]
-    cfg = load_config(KnnConfig, "knn", argv, checks=checks, siblings=STAGE_CONFIGS)
+    cfg = load_config(
+        KnnConfig, "knn", argv, checks=[classifier_config_problems], siblings=STAGE_CONFIGS
+    )
     with open_run(cfg) as run:
         if (run.output_dir / "config.yaml").exists():  # training runs write it, this stage does not
             raise InputError(
@@ -70,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             folders = [Path(cfg.save_path) / name for name in names]
             check_folders(run, folders)
         data = open_labelled_data(cfg, run)
-        train = take_subset(data.train, cfg.subset, cfg.seed)
+        data = replace(data, train=take_subset(data.train, cfg.subset, cfg.seed))
         for checkpoint in checkpoints[1:]:
             read_weights(checkpoint)  # finds a broken file before the others are evaluated
         table = [
-            evaluate_checkpoint(cfg, run, checkpoint, data, train, folder)
+            evaluate_checkpoint(cfg, run, checkpoint, data, folder)
             for checkpoint, folder in zip_longest(checkpoints, folders)
         ]
         if len(table) == 1:
@@ -84,23 +86,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def evaluate_checkpoint(
-    cfg: KnnConfig,
-    run: Run,
-    checkpoint: str,
-    data: LabelledData,
-    train: LabelledSource,
-    folder: Path | None,
+    cfg: KnnConfig, run: Run, checkpoint: str, data: LabelledData, folder: Path | None
 ) -> dict[str, Any]:
     """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
     None."""
     classifier = build_frozen(cfg, checkpoint, len(data.class_names))
-    backbone = classifier.model.to(run.device)
     train_rows, val_rows = (
-        compute_features(cfg, run, backbone, source, cfg.crop_pct) for source in (train, data.val)
+        compute_features(cfg, run, classifier.model.to(run.device), source, cfg.crop_pct)
+        for source in (data.train, data.val)
     )
     features = Features(
         train_rows,
-        torch.from_numpy(train.labels),
+        torch.from_numpy(data.train.labels),
         gather_rows(val_rows, len(data.val)),
         torch.from_numpy(data.val.labels),
     )
@@ -113,7 +110,7 @@ def evaluate_checkpoint(
         class_names=data.class_names,
     )
     if folder is not None:
-        train_rows = gather_rows(train_rows, len(train), everywhere=False)  # all on rank 0
+        train_rows = gather_rows(train_rows, len(data.train), everywhere=False)  # all on rank 0
         if run.processes.is_main:
             path = save_features(folder, features._replace(train=train_rows), origin)
             logger.info("wrote %s", path)
@@ -124,29 +121,33 @@ def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> di
     """Results of a search among the training features of all processes."""
     num_classes, num_train = len(origin.class_names), len(features.train_labels)
     ranks = rank_labels(features, num_classes, cfg.ks, cfg.temperature, run.processes)
-    acc1 = {k: 100 * int((of_k == 0).sum()) / len(of_k) for k, of_k in ranks.items()}
     labels, reported = features.val_labels, ranks[cfg.ks[0]]
+    acc1 = {str(k): 100 * int((of_k == 0).sum()) / len(labels) for k, of_k in ranks.items()}
     results: dict[str, Any] = {
         "protocol": f"k-NN, cosine, temperature {cfg.temperature:g}",
-        **dataclasses.asdict(origin),
+        **asdict(origin),
         "num_train": num_train,
         "num_samples": len(labels),
         "k": cfg.ks[0],
         "correct1": int((reported == 0).sum()),
-        "acc1": acc1[cfg.ks[0]],
+        "acc1": acc1[str(cfg.ks[0])],
         "acc5": 100 * int((reported < 5).sum()) / len(labels),
-        "acc1_by_k": {str(k): value for k, value in acc1.items()},
+        "acc1_by_k": acc1,
     }
-    class_names = results.pop("class_names")
+    del results["class_names"]
     if cfg.per_class:
         correct, total = (
-            some.bincount(minlength=num_classes).tolist()
-            for some in (labels[reported == 0], labels)
+            of_images.bincount(minlength=num_classes).tolist()
+            for of_images in (labels[reported == 0], labels)
         )
-        results["per_class"] = percent_by_class(class_names, correct, total)
-    line = "  ".join(f"{k}-NN {value:.2f} %" for k, value in acc1.items())
-    name = origin.checkpoint
-    logger.info("%s: %d training and %d validation images  %s", name, num_train, len(labels), line)
+        results["per_class"] = percent_by_class(origin.class_names, correct, total)
+    logger.info(
+        "%s: %d training and %d validation images  %s",
+        origin.checkpoint,
+        num_train,
+        len(labels),
+        "  ".join(f"{k}-NN {value:.2f} %" for k, value in acc1.items()),
+    )
     if max(cfg.ks) > num_train:
         logger.warning(
             "k %d is more than the %d training images: it takes all of them", max(cfg.ks), num_train
@@ -171,11 +172,8 @@ def list_weights(finetune: str) -> list[str]:
             f"finetune {finetune} is a folder without weights: none ends in "
             f"{' '.join(WEIGHTS_ENDINGS)}"
         )
-    by_number = sorted(
-        files,
-        key=lambda path: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name)],
-    )
-    return [str(path) for path in by_number]
+    files.sort(key=lambda path: [int(t) if t.isdigit() else t for t in DIGITS.split(path.name)])
+    return [str(path) for path in files]
 
 
 def check_origin(cfg: KnnConfig, origin: Origin) -> None:

@@ -118,8 +118,8 @@ def open_image(file: BinaryIO) -> Iterator[Image.Image]:
     except DECODING_ERRORS as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         # torchcodec's texts begin with a place in its C++ source
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", text)
-        raise BadImageError(f"cannot be decoded: {reason}") from error
+        text = re.sub(r"^.*\.cpp:\d+, ", "", text)
+        raise BadImageError(f"cannot be decoded: {text}") from error
 
 
 def kind_of(image: Image.Image) -> str:
@@ -134,8 +134,8 @@ def uses_torchcodec(image: Image.Image) -> bool:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    widened = image.mode == "I" and image.format == "PPM"  # by Pillow
-    return image.mode.startswith("I;16") or widened
+    # Pillow widens those of a PPM to mode "I"
+    return image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
 
 
 def _decode_with_pillow(image: Image.Image, in_chans: int) -> Tensor:
@@ -148,9 +148,8 @@ def _decode_with_pillow(image: Image.Image, in_chans: int) -> Tensor:
     if is_16_bit:
         upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
     pixels = np.asarray(upright.convert("RGB" if in_chans == 3 else "L"))
-    if in_chans == 1:
-        pixels = pixels[:, :, None]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)  # (C, H, W)
+    pixels = pixels.copy().reshape(*pixels.shape[:2], in_chans)  # (H, W, C)
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (C, H, W)
 
 
 def to_channels(image: Tensor, in_chans: int) -> Tensor:

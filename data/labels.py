@@ -6,6 +6,7 @@ have the same classes, none of them empty: a wrong layout would only show as a b
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.known_sets import read_known_set
-from data.packs.source import LabelledPack
+from data.packs.source import PackedSource
 from data.sources import ArraySource, FolderSource, ImageSource, check_folder
 from util.errors import DataError, InputError
 from util.rng import SUBSET, generator
@@ -41,26 +42,12 @@ class LabelledData:
 
 
 class ClassFolder(FolderSource):
-    """The images of one split, `<split>/<class>/...`, at any depth below the class."""
+    """The images of one split, `<split>/<class>/...`, at any depth below the class; the label is -1
+    for those in no class folder."""
 
     def __init__(self, split: Path, class_names: list[str], in_chans: int):
         super().__init__(str(split), in_chans, prefer_train=False)
-        labels = folder_labels(self.names, class_names)
-        inside = labels >= 0
-        if not inside.all():
-            logger.warning(
-                "%s: %d images lie in no class folder and are left out", split, (~inside).sum()
-            )
-        self.names = self.names[inside]
-        self.labels = labels[inside]
-
-
-class LabelledArray(ArraySource):
-    """Images held in memory, with their labels."""
-
-    def __init__(self, label: str, images: np.ndarray, labels: np.ndarray, in_chans: int):
-        super().__init__(label, images, in_chans)
-        self.labels = labels
+        self.labels = folder_labels(self.names, class_names)
 
 
 class Subset(LabelledSource):
@@ -99,26 +86,29 @@ def build_labelled_data(
     """
     if dataset in ("folder", "packed"):
         assert data_path is not None, "the settings' checks ask for data_path"
-        read_splits = _read_class_folders if dataset == "folder" else _read_packs
-        data = read_splits(Path(data_path), in_chans)
+        data = _read_splits(Path(data_path), dataset == "packed", in_chans)
     else:
-        splits = []
-        for split in SPLITS:
-            images, labels = read_known_set(dataset, data_path, split == "train", download)
-            splits.append(LabelledArray(f"{dataset} {split}", images, labels, in_chans))
+        train, val = (
+            ArraySource(
+                f"{dataset} {split}",
+                *read_known_set(dataset, data_path, split == "train", download),
+                in_chans,
+            )
+            for split in SPLITS
+        )
         count = 100 if dataset == "cifar100" else 10
-        data = LabelledData(splits[0], splits[1], [str(label) for label in range(count)])
+        data = LabelledData(train, val, [str(label) for label in range(count)])
     found = len(data.class_names)
     if num_classes not in (None, found):
         raise InputError(
             f"num_classes is {num_classes} and the data has {found} classes: leave num_classes out"
         )
     for split, source in (("train", data.train), ("val", data.val)):
-        outside = (source.labels < 0) | (source.labels >= found)
-        if outside.any():
-            bad = int(source.labels[outside][0])
+        outside = source.labels[(source.labels < 0) | (source.labels >= found)]
+        if len(outside):
             raise DataError(
-                f"the {split} split of {dataset} has the label {bad}, outside its {found} classes"
+                f"the {split} split of {dataset} has the label {outside[0]}, outside its {found} "
+                "classes"
             )
     return data
 
@@ -190,73 +180,83 @@ def check_same_classes(
             )
 
 
-def _split_folders(root: Path, content: str) -> dict[str, Path]:
-    """The folders of both splits."""
+def _read_splits(root: Path, is_packed: bool, in_chans: int) -> LabelledData:
+    """Both splits of a folder. Raises: InputError, as `build_labelled_data`."""
     check_folder(root)
     folders = {split: root / split for split in SPLITS}
+    content = "each with shards" if is_packed else "with a folder per class"
     for split, folder in folders.items():
         if not folder.is_dir():
             raise DataError(
                 f"data_path {root} has no {split}/: it must hold train/ and val/, {content}"
             )
-    return folders
+    open_splits = _open_packs if is_packed else _open_class_folders
+    sources, class_names = open_splits(root, folders, in_chans)
+    noun = "classes" if is_packed else "class folders"
+    train, val = (
+        _labelled_part(folders[split], source, class_names, noun)
+        for split, source in sources.items()
+    )
+    return LabelledData(train, val, class_names)
 
 
-def _read_class_folders(root: Path, in_chans: int) -> LabelledData:
-    folders = _split_folders(root, "with a folder per class")
+def _open_class_folders(
+    root: Path, folders: dict[str, Path], in_chans: int
+) -> tuple[Mapping[str, LabelledSource], list[str]]:
     names = {split: class_folders(folder) for split, folder in folders.items()}
     for split, folder in folders.items():
         if not names[split]:
             raise DataError(f"{folder} has no class folders: it must hold a folder per class")
     check_same_classes(root, names)
-    splits: list[LabelledSource] = []
-    for split, folder in folders.items():
-        source = ClassFolder(folder, names[split], in_chans)
-        _check_filled(folder, source.labels, names[split], "class folders")
-        splits.append(source)
-    return LabelledData(splits[0], splits[1], names["train"])
-
-
-def _read_packs(root: Path, in_chans: int) -> LabelledData:
-    """Both splits of a folder of packs. Classes without a name in either index are called by their
-    labels."""
-    folders = _split_folders(root, "each with shards")
-    packs = {split: LabelledPack(folder, in_chans) for split, folder in folders.items()}
-    named = {
-        split: pack.index.class_names
-        for split, pack in packs.items()
-        if pack.index.class_names is not None
+    sources = {
+        split: ClassFolder(folder, names[split], in_chans) for split, folder in folders.items()
     }
-    if len(named) == len(SPLITS):
-        check_same_classes(root, named, "classes")
+    return sources, names["train"]
+
+
+def _open_packs(
+    root: Path, folders: dict[str, Path], in_chans: int
+) -> tuple[Mapping[str, LabelledSource], list[str]]:
+    """Classes without a name in either index are called by their labels."""
+    packs = {split: PackedSource(folder, in_chans) for split, folder in folders.items()}
+    for pack in packs.values():
+        if (pack.labels < 0).all():
+            raise DataError(
+                f"the images in {pack.folder} have no labels, which evaluation needs: pack a "
+                "folder with class folders"
+            )
+    named = {split: pack.index.class_names for split, pack in packs.items()}
+    names = {split: class_names for split, class_names in named.items() if class_names is not None}
+    if len(names) == len(SPLITS):
+        check_same_classes(root, names, "classes")
+    if names:
+        return packs, next(iter(names.values()))
     highest = max(int(pack.labels.max()) for pack in packs.values())
-    if named:
-        class_names = next(iter(named.values()))
-    elif highest < len(packs["train"]):
-        class_names = [str(label) for label in range(highest + 1)]
-    else:
+    if highest >= len(packs["train"]):
         raise DataError(
             f"the labels in {root} go up to {highest}, with {len(packs['train'])} training images"
         )
-    splits: list[LabelledSource] = []
-    for split, pack in packs.items():
-        _check_filled(folders[split], pack.labels, class_names, "classes")
-        labelled = np.flatnonzero(pack.labels >= 0)
-        num_left_out = len(pack) - len(labelled)
-        if num_left_out:
-            logger.warning(
-                "%s: %d images have no label and are left out", folders[split], num_left_out
-            )
-        splits.append(Subset(pack, labelled) if num_left_out else pack)
-    return LabelledData(splits[0], splits[1], class_names)
+    return packs, [str(label) for label in range(highest + 1)]
 
 
-def _check_filled(split: Path, labels: np.ndarray, class_names: list[str], noun: str) -> None:
-    """Raises: DataError if a class has no image."""
-    filled = set(np.unique(labels).tolist())
+def _labelled_part(
+    split: Path, source: LabelledSource, class_names: list[str], noun: str
+) -> LabelledSource:
+    """The images with a label. Raises: DataError if a class has no image."""
+    filled = set(np.unique(source.labels).tolist())
     empty = [name for label, name in enumerate(class_names) if label not in filled]
     if empty:
         raise DataError(f"{len(empty)} {noun} in {split} hold no image: {_some(empty)}")
+    labelled = np.flatnonzero(source.labels >= 0)
+    if len(labelled) == len(source):
+        return source
+    num_left_out = len(source) - len(labelled)
+    logger.warning(
+        "%s: %d images have no label or lie in no class folder, and are left out",
+        split,
+        num_left_out,
+    )
+    return Subset(source, labelled)
 
 
 def _some(names: list[str]) -> str:

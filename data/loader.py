@@ -54,26 +54,17 @@ class Sample(NamedTuple):
     bad: list[BadSample]
 
 
-class PretrainBatch(NamedTuple):
-    """A micro-batch of pretraining.
+class TrainBatch(NamedTuple):
+    """A micro-batch of training.
 
-    images `(B, C, H, W)` uint8; ids_shuffle `(B, N)` int64, the patches, those that are kept first;
-    keys and bad as in Sample. `failed`: every sample's own file was bad, or one found no readable
-    replacement; there are no images then.
+    images `(B, C, H, W)` uint8. targets int64: in pretraining the patches in shuffled order
+    `(B, N)`, those that are kept first; in classification the labels `(B,)`. keys and bad as in
+    Sample. `failed`: every sample's own file was bad, or one found no readable replacement; there
+    are no images then.
     """
 
     images: Tensor
-    ids_shuffle: Tensor
-    keys: list[SampleKey]
-    bad: list[BadSample]
-    failed: bool
-
-
-class LabelledBatch(NamedTuple):
-    """A micro-batch of classification: labels `(B,)` int64, and the rest as in PretrainBatch."""
-
-    images: Tensor
-    labels: Tensor
+    targets: Tensor
     keys: list[SampleKey]
     bad: list[BadSample]
     failed: bool
@@ -109,9 +100,6 @@ class PretrainDataset(Dataset[Sample]):
     shared_mask: bool
     seed: int
     aug_repeats: int = 1
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         return self.__getitems__([key])[0]
@@ -150,9 +138,6 @@ class LabelledDataset(Dataset[Sample]):
     seed: int
     aug_repeats = 1
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, key: SampleKey) -> Sample:
         image, index, bad = read_or_replace(self.source, key, self.seed)
         with seeded(derive_seed(self.seed, CROP, key.epoch, key.position), libraries=True):
@@ -178,24 +163,15 @@ def read_or_replace(
     return torch.zeros(1, 1, 1, dtype=torch.uint8), index, bad
 
 
-def collate(samples: list[Sample]) -> PretrainBatch:
+def collate(samples: list[Sample]) -> TrainBatch:
     """Stacks samples into a batch, or marks it as failed."""
-    return PretrainBatch(*_stack(samples))
-
-
-def collate_labelled(samples: list[Sample]) -> LabelledBatch:
-    """As `collate`, for classification."""
-    return LabelledBatch(*_stack(samples))
-
-
-def _stack(samples: list[Sample]) -> tuple[Tensor, Tensor, list[SampleKey], list[BadSample], bool]:
     bad = [entry for sample in samples for entry in sample.bad]
     exhausted = any(len(sample.bad) > MAX_REPLACEMENTS for sample in samples)
     several = len({sample.key.image for sample in samples}) > 1
     failed = exhausted or (several and all(sample.bad for sample in samples))
     images = _stack_images([] if failed else [sample.image for sample in samples])
     targets = torch.stack([sample.target for sample in samples])  # (B, N) or (B,)
-    return images, targets, [sample.key for sample in samples], bad, failed
+    return TrainBatch(images, targets, [sample.key for sample in samples], bad, failed)
 
 
 def _stack_images(images: list[Tensor]) -> Tensor:
@@ -221,9 +197,6 @@ class EvalDataset(Dataset[tuple[Tensor | BadSample, int]]):
     source: LabelledSource
     transform: Callable[[Tensor], Tensor]
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> tuple[Tensor | BadSample, int]:
         label = int(self.source.labels[index])
         try:
@@ -246,8 +219,7 @@ def build_train_loader(
 ) -> DataLoader[Sample]:
     """One loader for the rest of the run, with `loader_settings`: prefetching does not stop at an
     epoch's end."""
-    collate_fn = collate if isinstance(dataset, PretrainDataset) else collate_labelled
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **settings)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **settings)
 
 
 def build_eval_loader(
@@ -257,18 +229,14 @@ def build_eval_loader(
     rank: int,
     world_size: int,
     settings: dict[str, Any],
-) -> DataLoader[Any]:
+) -> DataLoader[tuple[Tensor | BadSample, int]]:
     """This process's share of `source`, the images rank, rank + world_size, ..., with
     `loader_settings`."""
     share = list(range(rank, len(source), world_size))
     batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-    dataset = EvalDataset(source, transform)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_eval, **settings)
-
-
-def default_num_workers(processes_here: int) -> int:
-    """The cores that each of this machine's training processes can use for loading, at most 8."""
-    return min(8, available_cores() // processes_here)
+    return DataLoader(
+        EvalDataset(source, transform), batch_sampler=batches, collate_fn=collate_eval, **settings
+    )
 
 
 def start_worker(_: int) -> None:
@@ -288,10 +256,14 @@ def start_worker(_: int) -> None:
 
 
 def loader_settings(cfg: DataConfig, processes: Processes) -> dict[str, Any]:
-    """What every DataLoader of a run has in common."""
+    """What every DataLoader of a run has in common.
+
+    The default of `num_workers` is this machine's cores, shared by its training processes, and at
+    most 8.
+    """
     workers = cfg.num_workers
     if workers is None:
-        workers = default_num_workers(processes.local_world_size)
+        workers = min(8, available_cores() // processes.local_world_size)
     return {
         "num_workers": workers,
         "prefetch_factor": cfg.prefetch_factor if workers else None,

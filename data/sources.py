@@ -9,7 +9,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,10 +52,9 @@ class ImageSource(Protocol):
 
 def check_folder(data_path: Path) -> None:
     """Raises: InputError if `data_path` is no folder."""
-    if not data_path.exists():
-        raise InputError(f"data_path {data_path} does not exist")
     if not data_path.is_dir():
-        raise InputError(f"data_path {data_path} is not a folder")
+        problem = "is not a folder" if data_path.exists() else "does not exist"
+        raise InputError(f"data_path {data_path} {problem}")
 
 
 class FolderSource(ImageSource):
@@ -94,11 +93,12 @@ class FolderSource(ImageSource):
 
 
 class ArraySource(ImageSource):
-    """Images held in memory as one uint8 array `(n, C, H, W)`."""
+    """Images held in memory as one uint8 array `(n, C, H, W)`, with their labels `(n,)` int64."""
 
-    def __init__(self, label: str, images: np.ndarray, in_chans: int):
-        self.label = label
+    def __init__(self, title: str, images: np.ndarray, labels: np.ndarray, in_chans: int):
+        self.title = title
         self.images = torch.from_numpy(images)
+        self.labels = labels
         self.in_chans = in_chans
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class ArraySource(ImageSource):
         return to_channels(self.images[index], self.in_chans)
 
     def name(self, index: int) -> str:
-        return f"{self.label}[{index}]"
+        return f"{self.title}[{index}]"
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
@@ -119,20 +119,12 @@ def build_pretrain_source(
 ) -> ImageSource:
     """The training images of a data set. Raises: InputError if they are not there."""
     if dataset not in ("folder", "packed"):
-        images, _ = read_known_set(dataset, data_path, train=True, download=download)
-        return ArraySource(dataset, images, in_chans)
+        images, labels = read_known_set(dataset, data_path, train=True, download=download)
+        return ArraySource(dataset, images, labels, in_chans)
     assert data_path is not None, "the settings' checks ask for data_path"
     if dataset == "folder":
         return FolderSource(data_path, in_chans)
     return open_pack(data_path, in_chans, ("train",))
-
-
-class _FolderEntries(NamedTuple):
-    """A folder's device and inode, and the paths below the root of its images and subfolders."""
-
-    identity: tuple[int, int]
-    images: list[str]
-    subfolders: list[str]
 
 
 def image_names(root: Path) -> list[str]:
@@ -146,32 +138,33 @@ def image_names(root: Path) -> list[str]:
     level = [""]  # folders of one depth
     with ThreadPoolExecutor(WALK_THREADS) as pool:
         while level:
-            subfolders = []
-            for entries in pool.map(partial(_list_folder, root), level):
-                if entries.identity not in seen:
-                    seen.add(entries.identity)
-                    names += entries.images
-                    subfolders += entries.subfolders
+            subfolders: list[str] = []
+            for identity, images, folders in pool.map(partial(_list_folder, root), level):
+                if identity not in seen:
+                    seen.add(identity)
+                    names += images
+                    subfolders += folders
             level = sorted(subfolders)
     return sorted(names)
 
 
-def _list_folder(root: Path, path: str) -> _FolderEntries:
+def _list_folder(root: Path, path: str) -> tuple[tuple[int, int], list[str], list[str]]:
+    """A folder's device and inode, and the paths below the root of its images and subfolders."""
+    images, subfolders = [], []
     try:
         status = (root / path).stat()
-        entries = _FolderEntries((status.st_dev, status.st_ino), [], [])
         with os.scandir(root / path) as found:
             for entry in found:
                 below_root = f"{path}/{entry.name}" if path else entry.name
                 if entry.name.startswith("."):
                     continue
                 if _is_folder(entry):
-                    entries.subfolders.append(below_root)
+                    subfolders.append(below_root)
                 elif entry.name.lower().endswith(IMAGE_ENDINGS):
-                    entries.images.append(below_root)
+                    images.append(below_root)
     except OSError as error:
         raise InputError(f"cannot list {error.filename}: {error.strerror}") from error
-    return entries
+    return (status.st_dev, status.st_ino), images, subfolders
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

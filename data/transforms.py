@@ -148,8 +148,9 @@ class PixelNormalizer:
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
         self.device = device
-        mean_255 = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
-        std_255 = torch.tensor(std, device=device).view(-1, 1, 1) * 255
+        mean_255, std_255 = (
+            torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (mean, std)
+        )  # (C, 1, 1)
         self.scale = 1 / std_255
         self.shift = -mean_255 / std_255
 

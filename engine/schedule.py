@@ -58,7 +58,8 @@ def plan_run(cfg: ScheduleConfig, num_images: int, world_size: int, accum_iter: 
         raise InputError(
             f"the data set has {num_images} images and one optimiser step takes {total} "
             f"(batch_size {cfg.batch_size} x {world_size} processes x accum_iter {accum_iter}): "
-            f"use a smaller batch or more images"
+            f"use a smaller batch or more images",
+            settings=("batch_size",),
         )
     steps_per_epoch = num_images // total
     stop_epoch = cfg.epochs if cfg.stop_epoch is None else cfg.stop_epoch
@@ -93,16 +94,19 @@ def choose_accum_iter(cfg: ScheduleConfig, world_size: int, saved: Checkpoint | 
         total, name = saved.total_batch, "the run's total batch so far,"
         if cfg.total_batch_size not in (None, total):
             raise InputError(
-                f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}"
+                f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}",
+                settings=("total_batch_size",),
             )
         derived = cfg.accum_iter in (1, saved.config["accum_iter"])
     if total % per_pass:
         raise InputError(
-            f"{name} {total} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole"
+            f"{name} {total} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole",
+            settings=("total_batch_size", "batch_size"),
         )
     if not derived and cfg.accum_iter != total // per_pass:
         raise InputError(
             f"{asked} x accum_iter {cfg.accum_iter} is {per_pass * cfg.accum_iter} images per step "
-            f"and {name} {total}: leave accum_iter out, it follows as {total // per_pass}"
+            f"and {name} {total}: leave accum_iter out, it follows as {total // per_pass}",
+            settings=("accum_iter",),
         )
     return total // per_pass

@@ -26,9 +26,10 @@ from util.settings.base import DataConfig
 # 4,000 real digits, 49 patches, about 40,000 parameters; fp32 so that numbers do not depend on the
 # processor's bf16
 DIGITS = shlex.split("""
---dataset mnist5k --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --hflip 0 --size debug --patch_size 4
---decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --precision fp32 --device cpu --num_workers 0
---batch_size 64 --total_batch_size 64 --epochs 2 --warmup_epochs 0.5 --lr 1e-3 --tensorboard false --monitor_epochs 0
+--dataset mnist5k --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --hflip 0 --size debug
+--patch_size 4 --decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2 --precision fp32
+--device cpu --num_workers 0 --batch_size 64 --total_batch_size 64 --epochs 2
+--warmup_epochs 0.5 --lr 1e-3 --tensorboard false --monitor_epochs 0
 """)
 STEPS_PER_EPOCH = 62  # 4000 // 64
 
@@ -66,6 +67,7 @@ def run(arguments: list[str], cwd: Path = ROOT, **env: str) -> subprocess.Comple
         env=environment(**env),
         capture_output=True,
         text=True,
+        errors="surrogateescape",  # as a name on a line need not be UTF-8
         timeout=3000,
         check=False,
     )
@@ -132,15 +134,15 @@ def step_losses(output_dir: Path) -> dict[int, str]:
     return {line["step"]: line["loss"].hex() for line in log_lines(output_dir) if "loss" in line}
 
 
-# --- the evaluations, on 120 + 60 real digits of 3 classes in PNG files: a run takes about a second
-# -------------------
+# the evaluations, on 120 + 60 real digits of 3 classes in PNG files: a run takes about a second
 
 PICTURES = shlex.split("""
 --dataset folder --img_size 28 --in_chans 1 --mean 0.1307 --std 0.3081 --size debug --patch_size 4
 --precision fp32 --device cpu --num_workers 0
 """)
 TRAINING = shlex.split("""
---batch_size 12 --epochs 3 --warmup_epochs 0.5 --hflip 0 --crop_min 0.5 --log_interval 1 --tensorboard false
+--batch_size 12 --epochs 3 --warmup_epochs 0.5 --hflip 0 --crop_min 0.5 --log_interval 1
+--tensorboard false
 """)
 CLASSES = ("nought", "one", "seven")
 PICTURE_STEPS = 10  # per epoch: 120 // 12

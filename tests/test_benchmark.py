@@ -9,12 +9,13 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from models.build import build_model
 from tools import benchmark, pack_dataset
-from tools.benchmarks import evaluation, memory, models, processes, step, timing
-from tools.benchmarks.models import SHAPES, Shape
+from tools.benchmarks import evaluation, memory, models, step, timing
+from tools.benchmarks.models import SHAPES, shape_of
 from util.errors import InputError
 
-TINY = Shape(4, 32, 8, (32, 2, 2), (16, 1, 2))
+TINY = shape_of(4, 32, 8, (32, 2, 2), (16, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ TINY = Shape(4, 32, 8, (32, 2, 2), (16, 1, 2))
 )
 def test_flops_of_the_three_steps(name, gflops):
     """Forward and backward of one image, as counted by hand."""
-    assert abs(step.step_flops(SHAPES[name]) / 1e9 / gflops - 1) < 0.03
+    assert abs(step.step_flops(SHAPES[name].spec) / 1e9 / gflops - 1) < 0.03
 
 
 def test_live_bytes_are_those_of_tensors_alive_at_once():
@@ -42,7 +43,7 @@ def test_live_bytes_are_those_of_tensors_alive_at_once():
 
 
 def test_activations_fall_with_checkpointing_and_are_the_same_every_time(monkeypatch):
-    monkeypatch.setitem(SHAPES, "base/16", Shape(4, 32, 4, (64, 4, 2), (64, 4, 2)))
+    monkeypatch.setitem(SHAPES, "base/16", shape_of(4, 32, 4, (64, 4, 2), (64, 4, 2)))
     found = benchmark.main(["memory"])["base/16"]
     peaks = found["activations_mib"]
     assert set(peaks) == {"ours bf16", "ours bf16 checkpointing", "peer fp32"}
@@ -61,7 +62,7 @@ def test_variants_take_turns_and_the_first_round_does_not_count():
 
 
 def test_the_peer_is_the_same_model():
-    ours, theirs = models.build(TINY), models.build_peer(TINY, "eager")
+    ours, theirs = build_model(TINY.spec), models.build_peer(TINY.spec, "eager")
     count = [
         sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)
     ]
@@ -78,7 +79,7 @@ def test_step_gives_rates_ratios_and_the_share_of_the_peak(monkeypatch, tmp_path
     rates = found["base/16"]["images_per_s"]
     peers = {f"peer {word} {path}" for word in ("fp32", "bf16") for path in ("sdpa", "eager")}
     assert set(rates) == {"ours bf16", "ours cross bf16"} | peers
-    share = rates["ours bf16"] * step.step_flops(TINY) / 1e9
+    share = rates["ours bf16"] * step.step_flops(TINY.spec) / 1e9
     assert found["base/16"]["share_of_peak"] == pytest.approx(share)
     fastest = max(rates["peer fp32 sdpa"], rates["peer fp32 eager"])
     ratio = rates["ours bf16"] / fastest  # of one round
@@ -109,7 +110,7 @@ def test_loader_compares_the_same_images(tmp_path):
 def test_two_processes_are_timed_beside_one(monkeypatch):
     monkeypatch.setitem(SHAPES, "small/16", TINY)
     found = benchmark.main(["processes", "--rounds", "1"])["small/16"]
-    one, two = (found["images_per_s"][team] for team in (processes.ONE, processes.TWO))
+    one, two = (found["images_per_s"][team] for team in (step.ONE, step.TWO))
     assert found["two_over_one"] == pytest.approx(two / one)  # of one round
 
 

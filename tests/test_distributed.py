@@ -5,11 +5,9 @@ import json
 import re
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from runs import (
     STEPS_PER_EPOCH,
@@ -17,7 +15,6 @@ from runs import (
     command,
     digits,
     driven,
-    environment,
     files_of,
     launch,
     log_lines,
@@ -25,7 +22,6 @@ from runs import (
     step_losses,
     stop_at,
 )
-from safetensors.torch import load_file
 
 from engine.run.checkpoint import load_newest_checkpoint
 
@@ -149,48 +145,10 @@ def test_another_total_is_refused_with_the_numbers(tmp_path):
     assert result.stderr.count("error: ") == 1
 
 
-@pytest.mark.fault("R3")
-def test_two_processes_resume_bit_for_bit(tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    common = ["--log_interval", 1, "--save_epochs", 1, "--batch_size", 32]
-    assert launch(digits(whole, *common), 2).returncode == 0
-    assert launch(digits(stopped, *common, "--stop_epoch", 1), 2).returncode == 0
-    assert launch(digits(stopped, *common), 2).returncode == 0
-    assert step_losses(whole) == step_losses(stopped)
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    epochs = [
-        [line["epoch_loss"] for line in log_lines(f) if "epoch_loss" in line]
-        for f in (whole, stopped)
-    ]
-    assert epochs[0] == epochs[1]
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def test_two_nodes_are_two_launchers(alone, tmp_path):
-    arguments = digits(tmp_path, "--log_interval", 1, "--clip_grad", 0.5, "--batch_size", 32)
-    port = str(free_port())
-    nodes = [
-        subprocess.Popen(
-            ["sh", str(ROOT / "run_pretrain.sh"), *arguments],
-            env=environment(
-                NGPU="1", NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for node in nodes:
-        _, stderr = node.communicate(timeout=300)
-        assert node.returncode == 0, stderr
-    assert_steps_agree(alone, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import json
 import math
 import pickle
 import re
-import stat
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import assert_same_checkpoint, checkpoint, identity
+from compare import assert_same, assert_same_checkpoint, checkpoint, identity
 from runs import make_pictures, pretraining
+from safetensors.torch import load_file
 from test_models import MAE, VIT
 from torch import nn
 from torch.amp import GradScaler
@@ -93,39 +93,20 @@ def test_accumulation_follows_from_the_total_batch():
 
 
 @pytest.mark.parametrize(
-    ("cfg", "world_size", "saved", "message"),
+    ("cfg", "world_size", "saved", "setting"),
     [
-        (
-            {"batch_size": 60, "total_batch_size": 4096},
-            1,
-            None,
-            "total_batch_size 4096 is not a multiple of batch_size 60",
-        ),
-        ({"batch_size": 64, "total_batch_size": 128, "accum_iter": 3}, 1, None, "it follows as 2"),
-        (
-            {"batch_size": 128},
-            1,
-            saved_run(64),
-            "total batch so far, 64 is not a multiple of batch_size 128",
-        ),
-        (
-            {"batch_size": 16},
-            3,
-            saved_run(64),
-            "64 is not a multiple of batch_size 16 x 3 processes = 48",
-        ),
-        ({"batch_size": 64, "accum_iter": 2}, 1, saved_run(64), "is 128 images per step"),
-        (
-            {"batch_size": 64, "total_batch_size": 128},
-            1,
-            saved_run(64),
-            "is now 128 and the run so far has 64",
-        ),
+        ({"batch_size": 60, "total_batch_size": 4096}, 1, None, "total_batch_size"),
+        ({"batch_size": 64, "total_batch_size": 128, "accum_iter": 3}, 1, None, "accum_iter"),
+        ({"batch_size": 128}, 1, saved_run(64), "batch_size"),
+        ({"batch_size": 16}, 3, saved_run(64), "batch_size"),
+        ({"batch_size": 64, "accum_iter": 2}, 1, saved_run(64), "accum_iter"),
+        ({"batch_size": 64, "total_batch_size": 128}, 1, saved_run(64), "total_batch_size"),
     ],
 )
-def test_totals_that_do_not_fit_are_refused(cfg, world_size, saved, message):
-    with pytest.raises(InputError, match=message):
+def test_totals_that_do_not_fit_are_refused(cfg, world_size, saved, setting):
+    with pytest.raises(InputError) as error:
         choose_accum_iter(AdamWConfig(**cfg), world_size, saved)
+    assert setting in error.value.settings
 
 
 def test_only_matrices_decay():
@@ -274,12 +255,11 @@ def test_a_meter_goes_on_with_its_row_after_a_resume():
     assert feed(resumed, 0).read()["most_bad_in_a_row"] == 3.0
 
 
-# --- the end of a run after too many bad steps in a row
-# ---------------------------------------------------------------
+# the end of a run after too many bad steps in a row
 
 
 def bad_steps(path: Path, first: int, *bad: int) -> BadSteps:
-    """Limit 3, after steps from `first` on; step s took the images 2 s and 2 s + 1 at lr s / 100."""
+    """Limit 3, after steps from `first` on; step s took images 2 s and 2 s + 1 at lr s / 100."""
     sampler = SimpleNamespace(images=lambda step: [2 * step, 2 * step + 1])
     steps = BadSteps(path, limit=3, window=20, is_main=True, sampler=sampler)
     for step, is_bad in enumerate(bad, start=first):
@@ -357,8 +337,7 @@ def test_a_row_across_a_resume_ends_the_run(tmp_path, monkeypatch):
         main_pretrain.main(arguments)
 
 
-# --- checkpoint files
-# -------------------------------------------------------------------------------------------------
+# checkpoint files
 
 
 @pytest.mark.fault("R20")
@@ -530,29 +509,13 @@ def test_a_failed_save_leaves_the_older_checkpoint_and_nothing_half_written(tmp_
     ]
 
 
-def test_weights_file_carries_its_facts(tmp_path):
-    from safetensors import safe_open
-
-    model = nn.Module()
-    model.register_parameter("w", nn.Parameter(torch.arange(3.0)))
+def test_weights_carry_what_the_model_is(tmp_path):
+    model = nn.Linear(3, 1)
     of_run = identity(model_args={"depth": 2}, mean=[0.5], std=[0.25], data={"num_images": 1})
     path = save_weights(tmp_path / "best.safetensors", model, of_run, epoch=3)
-    with safe_open(path, "pt") as file:
-        assert file.get_tensor("w").tolist() == [0.0, 1.0, 2.0]
-        assert file.metadata() == {
-            "format": "pt",
-            "model_args": '{"depth": 2}',
-            "mean": "[0.5]",
-            "std": "[0.25]",
-            "epoch": "3",
-        }
-    assert read_header(path) == {
-        "model_args": {"depth": 2},
-        "mean": [0.5],
-        "std": [0.25],
-        "epoch": 3,
-    }
-    assert path.stat().st_mode & stat.S_IRUSR
+    assert_same(load_file(path), dict(model.state_dict()))
+    header = {"model_args": {"depth": 2}, "mean": [0.5], "std": [0.25], "epoch": 3}
+    assert read_header(path) == header
 
 
 def test_a_disk_that_is_full_when_a_line_is_logged_is_one_clear_line(tmp_path):

@@ -146,7 +146,8 @@ evaluate_epoch = main_lincls.evaluate_epoch
 def keep(job, *more):
     scores = evaluate_epoch(job, *more)
     counts = [s.correct1 for split in scores.values() for s in split]
-    torch.save({"model": job.state.model.state_dict(), "counts": counts}, f"{sys.argv[1]}/state{os.environ['RANK']}.pt")
+    state = {"model": job.state.model.state_dict(), "counts": counts}
+    torch.save(state, f"{sys.argv[1]}/state{os.environ['RANK']}.pt")
     return scores
 main_lincls.evaluate_epoch = keep
 main_lincls.main(sys.argv[2:])
@@ -215,7 +216,8 @@ def test_a_total_that_does_not_divide_is_one_error(tmp_path, data, weights, laun
     assert result.returncode != 0
     errors = re.findall("^error: .*", result.stderr, re.MULTILINE)
     assert errors == [
-        "error: total_batch_size 24 is not a multiple of batch_size 8 x 2 processes = 16, so accum_iter is not whole"
+        "error: total_batch_size 24 is not a multiple of batch_size 8 x 2 processes = 16, "
+        "so accum_iter is not whole"
     ]
 
 

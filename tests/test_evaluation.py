@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from data.images import BadImageError
-from data.labels import LabelledArray
 from data.loader import build_eval_loader
+from data.sources import ArraySource
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.classification import Scores, evaluate
 from engine.evaluation.features import (
@@ -32,6 +32,7 @@ from engine.evaluation.features import (
     save_features,
 )
 from engine.run.folder import Run
+from engine.run.records import Records
 from engine.run.results import read_results, write_results
 from models.vit import VisionTransformer
 from tools import results_table
@@ -146,7 +147,7 @@ def test_autocast_and_no_gradient():
     assert seen == [(torch.bfloat16, False), (torch.float32, False)]
 
 
-class Photographs(LabelledArray):
+class Photographs(ArraySource):
     """Noise of four classes, of which the images `broken` cannot be decoded."""
 
     def __init__(self, count: int, broken: tuple[int, ...] = ()):
@@ -344,13 +345,14 @@ def tiny_vit(num_classes: int = 3) -> VisionTransformer:
 
 
 def features_of(
-    source: LabelledArray, batch_size: int = 3, rank: int = 0, world_size: int = 1, **more
+    source: ArraySource, batch_size: int = 3, rank: int = 0, world_size: int = 1, **more
 ) -> torch.Tensor:
     """Features of this process's share by `tiny_vit`, or by another `backbone`."""
     backbone = more.pop("backbone", None) or tiny_vit()
     pixels = {"mean": (0.5,), "std": (0.25,), "img_size": 4, "num_workers": 0}
     cfg = KnnConfig(**{"batch_size": batch_size, "output_dir": "nowhere", **pixels, **more})
-    run = Run(cfg, Processes(rank, world_size, rank, world_size, CPU))
+    processes = Processes(rank, world_size, rank, world_size, CPU)
+    run = Run(Path("nowhere"), processes, Records(Path("nowhere"), is_main=False))
     return compute_features(cfg, run, backbone, source, 1.0)
 
 

@@ -230,16 +230,8 @@ def test_a_launcher_that_is_terminated_stops_its_processes_which_save(tmp_path, 
 def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypatch):
     """In pretraining, after the first epoch and after the last: no look is lost and none is there
     twice."""
-    more = [
-        "--monitor_epochs",
-        1,
-        "--monitor_knn",
-        120,
-        "--monitor_images",
-        0,
-        "--monitor_probe",
-        "false",
-    ]
+    more = ["--monitor_epochs", 1, "--monitor_knn", 120, "--monitor_images", 0]
+    more += ["--monitor_probe", "false"]
     main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
     arguments = pretraining(data, tmp_path / "cut", *more)
     complete_batches = features.complete_batches

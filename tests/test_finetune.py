@@ -46,7 +46,7 @@ ALL_ON = shlex.split("""--lr 0.03 --mixup 0.8 --cutmix 1.0 --re_prob 0.5 --drop_
 --hflip 0.5 --auto_augment rand-m9-mstd0.5-inc1 --ema_decay 0.8 --clip_grad 1""")
 RUN_FILES = {"log.txt", ".lock"}  # each start writes to them
 # the module whose `optimizer_step` takes the steps
-STEPPER = main_finetune if hasattr(main_finetune, "optimizer_step") else engine.loop
+STEPPER = engine.loop
 
 STAGES = {"finetune": main_finetune.main, "lincls": main_lincls.main, "knn": main_knn.main}
 

@@ -7,20 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.ema import build_ema, update_ema
+from compare import identity
 from safetensors.torch import load_file
 from torch import nn
 from torch.amp import GradScaler
 
 from engine.evaluation.best import Best
 from engine.evaluation.from_weights import Classifier, build_finetuned, build_frozen
-from engine.optim import build_adamw, optimizer_step, param_groups, set_lr
-from engine.run.checkpoint import best_path, save_weights, weights_header
-from engine.run.folder import Run
+from engine.optim import build_adamw, build_ema, optimizer_step, param_groups, set_lr, update_ema
+from engine.run.checkpoint import best_path, save_weights
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.files import weights_digest
-from util.dist import Processes
+from models.weights.own import read_header
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig, KnnConfig
 
@@ -185,7 +184,7 @@ def save(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return str(save_weights(folder / name, model, {"model_args": kwargs, **STATS, **stats}))
+    return str(save_weights(folder / name, model, identity(model_args=kwargs, **(STATS | stats))))
 
 
 def pretrained(folder: Path, **changes) -> str:
@@ -306,7 +305,7 @@ def test_the_class_token_follows_the_weights(tmp_path, build, has_token):
         {"class_token": not has_token},
         *([{"global_pool": "token"}] * (not has_token)),
     ):
-        with pytest.raises(InputError, match=f"class token .*{path}|{path} has none"):
+        with pytest.raises(InputError, match=f"class_token is .*{path}|{path} has none"):
             build(path, **changes)
 
 
@@ -411,8 +410,9 @@ def test_evaluation_refuses_another_readout_than_the_head_was_trained_with(
         build_finetuned(finetuning(finetune=path, eval=True, global_pool=of_settings), 5)
 
 
-def run_in(folder: Path, rank: int = 0) -> Run:
-    return Run(FinetuneConfig(output_dir=str(folder)), Processes(rank, 2, rank, 2, CPU))
+def best_in(folder: Path, is_main: bool = True, resumed: bool = False) -> Best:
+    folder.mkdir(exist_ok=True)
+    return Best(folder, identity(model_args={"depth": 3}, **STATS), is_main, resumed)
 
 
 def filled(value: float) -> nn.Module:
@@ -422,16 +422,13 @@ def filled(value: float) -> nn.Module:
     return model
 
 
-FACTS = {"model_args": {"depth": 3}, **STATS, "data": {"num_images": 9}}
-
-
 def kept(folder: Path) -> tuple[float, dict]:
     """The weight that was kept, and what the header says."""
-    return load_file(best_path(folder))["weight"][0, 0].item(), weights_header(best_path(folder))
+    return load_file(best_path(folder))["weight"][0, 0].item(), read_header(best_path(folder))
 
 
 def test_the_best_evaluation_is_kept_and_of_equals_the_first(tmp_path):
-    best = Best(run_in(tmp_path), FACTS, resumed=False)
+    best = best_in(tmp_path)
     assert (best.acc1, best.epoch) == (-1.0, 0)
     for epoch, acc1, winner in (
         (1, 0.0, 1),
@@ -451,8 +448,8 @@ def test_the_best_evaluation_is_kept_and_of_equals_the_first(tmp_path):
 
 def test_the_best_is_found_again_by_its_header(tmp_path):
     third = 100 / 3
-    Best(run_in(tmp_path), FACTS, resumed=False).offer(filled(1), 4, third)
-    best = Best(run_in(tmp_path), FACTS, resumed=True)
+    best_in(tmp_path).offer(filled(1), 4, third)
+    best = best_in(tmp_path, resumed=True)
     assert (best.acc1, best.epoch) == (third, 4)  # every bit of the number
     best.offer(filled(2), 5, third)
     assert kept(tmp_path)[0] == 1.0
@@ -462,22 +459,19 @@ def test_the_best_is_found_again_by_its_header(tmp_path):
 
 
 def test_a_fresh_start_takes_no_best_from_an_earlier_run(tmp_path):
-    Best(run_in(tmp_path), FACTS, resumed=False).offer(filled(1), 4, 90.0)
-    best = Best(run_in(tmp_path), FACTS, resumed=False)
-    assert not best_path(tmp_path).exists()
+    best_in(tmp_path).offer(filled(1), 4, 90.0)
+    best = best_in(tmp_path)
     best.offer(filled(2), 1, 10.0)
     assert kept(tmp_path)[0] == 2.0
-    empty = Best(
-        run_in(tmp_path / "elsewhere"), FACTS, resumed=True
-    )  # stopped before its first evaluation
+    empty = best_in(tmp_path / "elsewhere", resumed=True)  # stopped before its first evaluation
     assert (empty.acc1, empty.epoch) == (-1.0, 0)
 
 
 def test_only_the_main_process_touches_the_best(tmp_path):
-    Best(run_in(tmp_path), FACTS, resumed=False).offer(filled(1), 1, 20.0)
-    other = Best(run_in(tmp_path, rank=1), FACTS, resumed=False)
+    best_in(tmp_path).offer(filled(1), 1, 20.0)
+    other = best_in(tmp_path, is_main=False)
     assert best_path(tmp_path).exists()
     other.offer(filled(2), 2, 80.0)
     assert kept(tmp_path)[0] == 1.0
     assert (other.acc1, other.epoch) == (80.0, 2)
-    assert Best(run_in(tmp_path, rank=1), FACTS, resumed=True).acc1 == 20.0
+    assert best_in(tmp_path, is_main=False, resumed=True).acc1 == 20.0

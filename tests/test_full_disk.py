@@ -171,7 +171,8 @@ def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
 
 
 def append_bad_samples(path: Path) -> None:
-    bad_samples = BadSamples(path, 1000, is_main=True)
+    bad_samples = BadSamples(path.with_name("absent"), 1000, is_main=True)
+    bad_samples.path = path  # not earlier, as the full device could be read without end
     bad_samples.new = [BadSample("a.png", "is damaged")]
     bad_samples.exchange()
 

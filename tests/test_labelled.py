@@ -19,16 +19,10 @@ from test_sampler import global_states
 
 from data.images import BadImageError
 from data.known_sets import CIFAR_ARCHIVES
-from data.labels import (
-    LabelledArray,
-    LabelledData,
-    Subset,
-    build_labelled_data,
-    stratified_choice,
-    take_subset,
-)
-from data.loader import LabelledBatch, LabelledDataset, build_train_loader, collate_labelled
+from data.labels import LabelledData, Subset, build_labelled_data, stratified_choice, take_subset
+from data.loader import LabelledDataset, TrainBatch, build_train_loader, collate
 from data.sampler import SampleKey, StepSampler
+from data.sources import ArraySource
 from data.transforms import pretrain_transform
 from util.errors import InputError
 from util.rng import seed_libraries
@@ -40,7 +34,8 @@ def read(root: Path, num_classes: int | None = None) -> LabelledData:
 
 def listed(source) -> list[tuple[str, int]]:
     """(path below the split, label) of every image."""
-    names = [source.name(index).removeprefix(f"{source.root}/") for index in range(len(source))]
+    root = (source.source if isinstance(source, Subset) else source).root
+    names = [source.name(index).removeprefix(f"{root}/") for index in range(len(source))]
     return list(zip(names, source.labels.tolist(), strict=True))
 
 
@@ -303,12 +298,12 @@ def test_the_choice_leaves_the_global_random_states_alone():
     assert global_states() == before
 
 
-def source_of(labels: np.ndarray) -> LabelledArray:
+def source_of(labels: np.ndarray) -> ArraySource:
     """Image i is filled with i."""
     images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones(
         (1, 3, 6, 6), dtype=np.uint8
     )
-    return LabelledArray("shades", images, labels, 3)
+    return ArraySource("shades", images, labels, 3)
 
 
 def test_a_subset_keeps_images_with_their_labels():
@@ -335,7 +330,7 @@ def test_subsets_of_impossible_size_are_refused_with_the_numbers():
             take_subset(source, count, 0)
 
 
-class Broken(LabelledArray):
+class Broken(ArraySource):
     """Some of its images cannot be read; image i is filled with i and has the label 2 i."""
 
     def __init__(self, broken: set[int], count: int = 40):
@@ -379,10 +374,10 @@ def test_a_replaced_image_brings_its_own_label():
 
 def test_a_batch_of_bad_files_has_no_images():
     dataset = LabelledDataset(Broken(set(range(40))), lambda image: image, seed=0)
-    batch = collate_labelled([dataset[key(0)], dataset[key(1)]])
-    assert (batch.failed, len(batch.images), len(batch.labels)) == (True, 0, 2)
+    batch = collate([dataset[key(0)], dataset[key(1)]])
+    assert (batch.failed, len(batch.images), len(batch.targets)) == (True, 0, 2)
     half = LabelledDataset(Broken({0}), lambda image: image, seed=0)
-    batch = collate_labelled([half[key(0)], half[key(1)]])
+    batch = collate([half[key(0)], half[key(1)]])
     assert (batch.failed, batch.images.shape, [bad.path for bad in batch.bad]) == (
         False,
         (2, 3, 6, 6),
@@ -417,7 +412,7 @@ def test_an_image_is_a_function_of_seed_epoch_and_position():
     )  # another total batch size gives the same crop
 
 
-def loaded(num_workers: int, start_step: int = 0) -> list[LabelledBatch]:
+def loaded(num_workers: int, start_step: int = 0) -> list[TrainBatch]:
     dataset = LabelledDataset(Broken({3, 8}), drawing, seed=5)
     steps = StepSampler(num_images=40, batch_size=4, seed=5, start_step=start_step, stop_step=15)
     return list(build_train_loader(dataset, steps, loading(num_workers)))
@@ -429,10 +424,10 @@ def test_loader_processes_and_restarts_change_nothing():
     for other in (loaded(2), [*expected[:6], *loaded(1, start_step=6)]):
         for left, right in zip(expected, other, strict=True):
             assert torch.equal(left.images, right.images)
-            assert torch.equal(left.labels, right.labels)
+            assert torch.equal(left.targets, right.targets)
             assert (left.keys, left.bad, left.failed) == (right.keys, right.bad, right.failed)
-    assert (expected[0].labels.dtype, expected[0].labels.shape) == (torch.int64, (4,))
-    labels = [label for batch in expected[:10] for label in batch.labels.tolist()]
+    assert (expected[0].targets.dtype, expected[0].targets.shape) == (torch.int64, (4,))
+    labels = [label for batch in expected[:10] for label in batch.targets.tolist()]
     assert len(set(labels)) >= 38  # an epoch: all but the two that were replaced
     assert len({bad.path for batch in expected[:10] for bad in batch.bad}) == 2
 
@@ -448,7 +443,7 @@ def test_the_usual_transform_keeps_labels_and_images_together(tmp_path):
     shutil.copy(tmp_path / "val/class 0/0.png", tmp_path / "train/stray.png")
     data = read(tmp_path)
     dataset = LabelledDataset(data.train, pretrain_transform(8, 0.2, "bicubic", 0.5), seed=0)
-    steps = StepSampler(num_images=len(dataset), batch_size=4, seed=0, stop_step=3)
+    steps = StepSampler(num_images=len(dataset.source), batch_size=4, seed=0, stop_step=3)
     for batch in build_train_loader(dataset, steps, loading(0)):
         assert batch.images.shape == (4, 3, 8, 8)
-        assert (batch.images[:, 0, 0, 0] // 60).tolist() == batch.labels.tolist()
+        assert (batch.images[:, 0, 0, 0] // 60).tolist() == batch.targets.tolist()

@@ -7,7 +7,7 @@ import torch
 from test_sampler import batches, dataset
 from torchvision.transforms import v2
 
-from data.loader import Sample, collate, collate_labelled
+from data.loader import Sample, collate
 from data.sampler import SampleKey
 from data.transforms import PixelNormalizer, pretrain_transform
 from models.mae import MaskedAutoencoder
@@ -75,9 +75,8 @@ def samples(images: list[torch.Tensor]) -> list[Sample]:
     ]
 
 
-@pytest.mark.parametrize("gather", [collate, collate_labelled])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_batch_has_the_memory_layout_of_its_images(gather, channels):
+def test_a_batch_has_the_memory_layout_of_its_images(channels):
     chance = np.random.default_rng(2)
     planes = [
         torch.from_numpy(chance.integers(0, 256, (channels, 8, 6), dtype=np.uint8))
@@ -85,11 +84,11 @@ def test_a_batch_has_the_memory_layout_of_its_images(gather, channels):
     ]
     last = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in planes]
     for images in (planes, last, [*planes[:2], *last[2:]]):
-        batch = gather(samples(images)).images
+        batch = collate(samples(images)).images
         assert torch.equal(batch, torch.stack(planes))
         assert batch.shape == (5, channels, 8, 6)
-    assert gather(samples(planes)).images.is_contiguous()
-    assert gather(samples(last)).images.permute(0, 2, 3, 1).is_contiguous()
+    assert collate(samples(planes)).images.is_contiguous()
+    assert collate(samples(last)).images.permute(0, 2, 3, 1).is_contiguous()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -35,7 +35,8 @@ from torch import nn
 import main_knn
 import main_pretrain
 from data.images import decode_image
-from data.labels import LabelledArray, LabelledData
+from data.labels import LabelledData
+from data.sources import ArraySource
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.logistic import DECAY, fit_linear
 from engine.pictures import monitor as module
@@ -247,7 +248,7 @@ def test_a_run_that_died_after_an_observation_keeps_one_record_of_it(
     save = saving.save_checkpoint
 
     def dying(*arguments: Any) -> Any:
-        if arguments[1] > last_saved:
+        if arguments[1].step > last_saved:
             raise KeyboardInterrupt
         return save(*arguments)
 
@@ -295,7 +296,7 @@ def test_its_features_equal_those_of_the_evaluation(tmp_path, data, more):
 def test_the_knns_images_are_a_fixed_choice_of_some_classes():
     """One class for every 20 images, the same ones in training and validation."""
     labels = np.repeat(np.arange(100), 30)
-    source = LabelledArray("many", np.zeros((3000, 1, 1, 1), np.uint8), labels, 1)
+    source = ArraySource("many", np.zeros((3000, 1, 1, 1), np.uint8), labels, 1)
     data = LabelledData(source, source, [str(label) for label in range(100)])
     choices = []
     for seed in (0, 0, 1):

@@ -39,7 +39,7 @@ from data.loader import build_train_loader
 from data.packs import index as pack_index
 from data.packs import source as packed
 from data.packs.shards import index_shard
-from data.packs.source import LabelledPack, PackedSource
+from data.packs.source import PackedSource
 from data.sampler import StepSampler
 from data.sources import FolderSource, build_pretrain_source
 from engine.pictures.choose import validation_source
@@ -231,12 +231,12 @@ def test_processes_that_are_forked_or_spawned_read_the_same(packs, context):
 
 
 def test_a_pickled_source_holds_no_data_and_opens_its_own_files(packs):
-    source = LabelledPack(packs / "train", 1)
+    source = PackedSource(packs / "train", 1)
     source.read_ahead()
     source.read(3)
     copy = pickle.loads(pickle.dumps(source))
     assert len(pickle.dumps(source)) < 500
-    assert (type(copy), copy.reads_ahead, len(copy.files)) == (LabelledPack, True, 0)
+    assert (type(copy), copy.reads_ahead, len(copy.files)) == (PackedSource, True, 0)
     assert torch.equal(copy.read(100), source.read(100))
     assert copy.labels.tolist() == source.labels.tolist()
 
@@ -491,11 +491,11 @@ def weights(tmp_path_factory, packs) -> Path:
 
 
 def test_the_evaluations_take_a_pack(tmp_path, data, packs, weights):
-    """k-NN sees the same images as in the folder; the others learn from them."""
+    """k-NN sees the same images as in the folder, in another order, which decides ties."""
     arguments = ["--finetune", weights, "--ks", 1, 5]
     by_folder = main_knn.main(pictures(data, tmp_path / "folder", *arguments, training=False))
     results = main_knn.main(pictures(packs, tmp_path / "knn", *PACKED, *arguments, training=False))
-    assert results["acc1_by_k"] == by_folder["acc1_by_k"]
+    assert results["acc1_by_k"] == pytest.approx(by_folder["acc1_by_k"], abs=100 / 60 + 1e-6)
     assert results["acc1"] > 65  # 33.3 is chance
     assert (results["dataset"], results["num_train"], results["num_samples"]) == ("packed", 120, 60)
     learn = ["--crop_min", 0.8, "--epochs", 8, "--warmup_epochs", 1, "--finetune", weights]

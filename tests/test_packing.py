@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from data.images import decode_image
 from data.packs.shards import ENTRY
-from data.packs.source import LabelledPack, PackedSource
+from data.packs.source import PackedSource
 from tools.packing import packing
 from tools.packing.packing import pack_image, shard_starts
 from util.errors import InputError
@@ -306,7 +306,7 @@ def test_photographs_come_to_about_the_size_that_was_asked_for(photographs, tmp_
 
 def test_neighbours_are_of_mixed_classes(packs):
     """Sorted, a block would be of one class; 0 of 119 neighbours differ but at two borders."""
-    labels = LabelledPack(packs / "train", 1).labels
+    labels = PackedSource(packs / "train", 1).labels
     assert 60 < (labels[1:] != labels[:-1]).sum() < 100  # 80 by chance
     names = [re.sub(r"^\d+-", "", name) for name, _, _ in samples(packs / "train")]
     assert sorted(names) != names

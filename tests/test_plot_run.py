@@ -47,7 +47,7 @@ def note_of(page: str) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A folder with a monitored run, and k-NN evaluations of its weights and of untrained ones."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs") / "output"  # the page shows evaluations nearby
     data = make_pictures(tmp_path_factory.mktemp("digits"))
     pretrain_pictures(data, folder / "pretrain", "--monitor_epochs", 1, "--monitor_images", 2)
     weights = folder / "pretrain" / "model.safetensors"

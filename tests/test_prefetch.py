@@ -9,22 +9,22 @@ from runs import log_lines, make_pictures, pretraining
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import main_pretrain
-from data.loader import BadSample, LabelledBatch, PretrainBatch
+from data.loader import BadSample, TrainBatch
 from data.sampler import SampleKey
 from data.sources import FolderSource
 from engine.parallel import on_device
 
 
-def batch(number: int) -> PretrainBatch:
+def batch(number: int) -> TrainBatch:
     images, ids = torch.full((2, 3, 4, 4), number, dtype=torch.uint8), torch.full((2, 5), number)
-    return PretrainBatch(
+    return TrainBatch(
         images, ids, [SampleKey(number, 0, number, 0)], [BadSample(f"{number}.png", "torn")], False
     )
 
 
 def taken(
-    batches: list[PretrainBatch], log: list[str], error_at: int | None = None
-) -> Iterator[PretrainBatch]:
+    batches: list[TrainBatch], log: list[str], error_at: int | None = None
+) -> Iterator[TrainBatch]:
     for number, each in enumerate(batches):
         if number == error_at:
             raise RuntimeError(f"batch {number} is lost")
@@ -114,7 +114,7 @@ def streams(monkeypatch) -> list[str]:
 
 def test_on_cuda_a_batch_is_copied_beside_the_computation_which_waits_for_it_alone(streams):
     with FakeTensorMode():
-        batches = [batch(0), LabelledBatch(*batch(1)), batch(2)]
+        batches = [batch(0), batch(1), batch(2)]
         iterator = on_device(taken(batches, streams), torch.device("cuda"))
         for number in range(3):
             streams.clear()

@@ -272,7 +272,7 @@ def test_commands_of_packages(line, images, clone):
 
 
 def test_no_command_is_forgotten():
-    assert sum(len(commands(kind)) for kind in KINDS) >= 40 and len(lines_of("elsewhere")) == 3
+    assert sum(len(commands(kind)) for kind in KINDS) >= 40 and len(lines_of("elsewhere")) >= 3
     assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in ELSEWHERE)
 
 

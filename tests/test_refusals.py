@@ -137,6 +137,7 @@ def test_a_refusal_names_its_settings_and_touches_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     argv = ["--dataset", "mnist5k", *NEEDED.get(stage, "").split(), *arguments.split()]
+    argv.append("--print_config")  # ends the command here if nothing is refused
     with pytest.raises(InputError) as error:
         MAINS[stage](argv)
     assert error.value.settings == tuple(names.split())

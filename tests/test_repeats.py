@@ -35,7 +35,8 @@ class CountingSource(ArraySource):
 
     def __init__(self, bad: tuple[int, ...] = (), flat: bool = False):
         shades = np.arange(len(PICTURES), dtype=np.uint8)[:, None, None, None]
-        super().__init__("noise", shades + 0 * PICTURES if flat else PICTURES, 3)
+        images = shades + 0 * PICTURES if flat else PICTURES
+        super().__init__("noise", images, np.arange(len(images)), 3)
         self.bad = bad
         self.decoded: list[int] = []
 

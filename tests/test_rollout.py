@@ -552,7 +552,7 @@ def test_only_the_tools_own_files_are_replaced(weights, photo, tmp_path):
         ("pretrained", "--layer_index 2", "layer_index"),
         ("pretrained", "--head_fusion maen", "head_fusion"),
         ("pretrained", "--size tiny", "embed_dim"),
-        ("pretrained", "--class_token false", "class token"),
+        ("pretrained", "--class_token false", "class_token"),
         ("pretrained", "--img_size 32 44", "patch_size"),
         ("pretrained", "--mean 0.5", "mean"),
         ("pretrained", "--image_path nowhere.png", "nowhere.png"),

@@ -56,6 +56,7 @@ def test_a_run_does_not_begin_beside_files_of_others(tmp_path, name):
         with pytest.raises(InputError) as error, open_run(config(stage, tmp_path)):
             pass
         assert name in str(error.value) and "\n" not in str(error.value)
+        assert error.value.settings == ("output_dir",)
     assert files_of(tmp_path) == before
 
 

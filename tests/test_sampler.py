@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runs import loading
 from torchvision.transforms import v2
 
-from data.loader import PretrainBatch, PretrainDataset, build_train_loader
+from data.loader import PretrainDataset, TrainBatch, build_train_loader
 from data.sampler import SampleKey, StepSampler, epoch_order
 from data.sources import ArraySource
 from data.transforms import PixelNormalizer, pretrain_transform
@@ -200,7 +200,7 @@ def test_seeds_are_63_bits_and_use_them():
 COUNT = 40
 PICTURES = np.random.default_rng(0).integers(0, 256, (COUNT, 3, 20, 24), dtype=np.uint8)
 DATASET = PretrainDataset(
-    source=ArraySource("noise", PICTURES, 3),
+    source=ArraySource("noise", PICTURES, np.arange(COUNT), 3),
     transform=pretrain_transform(8, 0.2, "bicubic", 0.5),
     draw_order=partial(training_order, 16),
     shared_mask=False,
@@ -215,10 +215,10 @@ def dataset(**changes) -> PretrainDataset:
 
 def batches(
     made: PretrainDataset, num_workers: int = 0, start_step: int = 0, prefetch_factor: int = 2
-) -> list[PretrainBatch]:
+) -> list[TrainBatch]:
     """Three epochs of three steps of 12 samples."""
     steps = StepSampler(
-        num_images=len(made),
+        num_images=len(made.source),
         batch_size=12,
         seed=0,
         start_step=start_step,
@@ -228,10 +228,10 @@ def batches(
     return list(build_train_loader(made, steps, loading(num_workers, prefetch_factor)))
 
 
-def assert_same_batches(left: list[PretrainBatch], right: list[PretrainBatch]) -> None:
+def assert_same_batches(left: list[TrainBatch], right: list[TrainBatch]) -> None:
     for one, other in zip(left, right, strict=True):
         assert torch.equal(one.images, other.images)
-        assert torch.equal(one.ids_shuffle, other.ids_shuffle)
+        assert torch.equal(one.targets, other.targets)
         assert (one.keys, one.bad, one.failed) == (other.keys, other.bad, other.failed)
 
 
@@ -256,7 +256,7 @@ def test_workers_and_prefetching_change_nothing(shared_mask):
     assert global_states() == before
     assert [batch.keys[0].step for batch in expected] == list(range(9))
     assert (expected[0].images.shape, expected[0].images.dtype) == ((12, 3, 8, 8), torch.uint8)
-    assert (expected[0].ids_shuffle.shape, expected[0].ids_shuffle.dtype) == ((12, 16), torch.int64)
+    assert (expected[0].targets.shape, expected[0].targets.dtype) == ((12, 16), torch.int64)
 
 
 @pytest.mark.parametrize("shared_mask", [False, True])
@@ -266,13 +266,13 @@ def test_a_sample_is_a_function_of_its_key_alone(repeats, shared_mask):
     alone = dataset(shared_mask=shared_mask)
     for batch in reversed(batches(dataset(shared_mask=shared_mask, aug_repeats=repeats))):
         assert len({image.numpy().tobytes() for image in batch.images}) == 12
-        masks = {mask.numpy().tobytes() for mask in batch.ids_shuffle}
+        masks = {mask.numpy().tobytes() for mask in batch.targets}
         assert len(masks) == (1 if shared_mask else 12)
         before = global_states()
         for number in reversed(range(12)):
             sample = alone[batch.keys[number]]
             assert torch.equal(sample.image, batch.images[number])
-            assert torch.equal(sample.target, batch.ids_shuffle[number])
+            assert torch.equal(sample.target, batch.targets[number])
             assert sample.key == batch.keys[number]
         assert global_states() == before
 
@@ -301,11 +301,11 @@ def test_seeded_restores_the_state_even_after_an_error():
 
 def test_a_shared_mask_is_one_for_each_step():
     shared = batches(dataset(shared_mask=True))
-    masks = [{tuple(mask.tolist()) for mask in batch.ids_shuffle} for batch in shared]
+    masks = [{tuple(mask.tolist()) for mask in batch.targets} for batch in shared]
     assert [len(of_step) for of_step in masks] == [1] * 9
     assert len(set.union(*masks)) == 9
     other_seed = dataset(shared_mask=True, seed=1)[shared[0].keys[0]]
-    assert not torch.equal(other_seed.target, shared[0].ids_shuffle[0])
+    assert not torch.equal(other_seed.target, shared[0].targets[0])
     for one, other in zip(shared, batches(dataset()), strict=True):
         assert torch.equal(one.images, other.images)  # sharing the mask moves no crop
 

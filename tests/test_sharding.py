@@ -261,10 +261,7 @@ def test_fine_tuning_too(data, tmp_path):
 
 
 def test_a_moving_average_is_refused(data, tmp_path):
-    with pytest.raises(
-        InputError,
-        match="ema_decay keeps a second whole model on each process: not with parallel fsd",
-    ):
+    with pytest.raises(InputError, match="ema_decay .*parallel fsdp"):
         main_finetune.main(pictures(data, tmp_path, *FSDP, "--ema_decay", 0.99))
 
 
@@ -285,7 +282,7 @@ def test_fp16_is_refused_in_one_line(data, tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1
     assert (
-        "error: parallel fsdp goes with precision bf16 or fp32, not fp16: use another, or parallel ddp"
-        in result.stderr
+        "error: parallel fsdp goes with precision bf16 or fp32, not fp16: use another, "
+        "or parallel ddp" in result.stderr
     )
     assert not list((tmp_path / "run").glob("checkpoint-*"))

@@ -18,7 +18,7 @@ from runs import CLASSES, make_pictures, run
 
 from data.images import IMAGE_ENDINGS, decode_image
 from data.packs.shards import index_shard
-from data.packs.source import LabelledPack, PackedSource
+from data.packs.source import PackedSource
 from tools import pack_dataset
 from util.errors import InputError
 
@@ -114,7 +114,7 @@ def test_tar_files_of_the_system_s_own_tar(tmp_path, format):
     ]
     assert run(list(map(str, command))).returncode == 0
     index_tars(tmp_path / "a.tar")
-    source = LabelledPack(tmp_path, 1)
+    source = PackedSource(tmp_path, 1)
     assert len(source) == 10
     for index in range(10):
         name = source.name(index).removeprefix(f"{tmp_path}/a.tar/")

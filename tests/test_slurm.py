@@ -29,7 +29,8 @@ done
 exit $worst
 """
 SCONTROL = """#!/bin/sh
-if [ "$1 $2" = "show hostnames" ]; then printf '127.0.0.1\\n127.0.0.2\\n'; else echo "$*" >> "$SCONTROL_LOG"; fi
+if [ "$1 $2" = "show hostnames" ]; then printf '127.0.0.1\\n127.0.0.2\\n'
+else echo "$*" >> "$SCONTROL_LOG"; fi
 """
 
 

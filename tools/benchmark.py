@@ -15,38 +15,37 @@ Pillow with torchvision's transforms. --json writes the figures as one JSON obje
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
-import torchvision
 
 from tools.benchmarks.evaluation import benchmark_knn, benchmark_probe
 from tools.benchmarks.loader import benchmark_loader
 from tools.benchmarks.memory import benchmark_memory
 from tools.benchmarks.models import SHAPES
-from tools.benchmarks.processes import benchmark_processes
-from tools.benchmarks.step import benchmark_step
+from tools.benchmarks.step import benchmark_processes, benchmark_step
+from tools.benchmarks.timing import Figures
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 
-PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+LIBRARIES = ("torch", "torchvision", "timm")
+PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "step": lambda args: {name: benchmark_step(name, args.rounds) for name in args.shapes},
-    "processes": lambda args: {"small/16": benchmark_processes("small/16", args.rounds)},
-    "memory": lambda args: {"base/16": benchmark_memory("base/16")},
+    "processes": lambda args: {"small/16": benchmark_processes(SHAPES["small/16"], args.rounds)},
+    "memory": lambda args: {"base/16": benchmark_memory(SHAPES["base/16"])},
     "loader": lambda args: {"one core": benchmark_loader(args.images, args.packed, args.rounds)},
     "knn": lambda args: {"50,000 x 384, k = 10, 20, 100, 200": benchmark_knn(args.rounds)},
     "probe": lambda args: {"small/16 at 224, 1,000 classes, LARS": benchmark_probe(args.rounds)},
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> Figures:
     """Runs one part, prints its figures and returns them. Raises: InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("part", choices=PARTS)
@@ -68,30 +67,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise InputError(f"rounds must be 1 or more, got {args.rounds}")
     if args.part == "loader" and args.images is None:
         raise InputError("loader needs photographs: give --images FOLDER")
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, timm {timm.__version__}"
-    )
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {', '.join(versions)}")
     if args.part in ("step", "memory") and importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: its columns are left out")
     figures = PARTS[args.part](args)
-    for title, found in figures.items():
-        print(f"\n{args.part}, {title}")
-        show(found, "  ")
+    show({f"{args.part}, {title}": found for title, found in figures.items()})
     if args.json is not None:
         text = json.dumps(figures, indent=2) + "\n"
         write_output(args.json, lambda target: target.write_text(text, encoding="utf-8"))
     return figures
 
 
-def show(found: dict[str, Any], indent: str) -> None:
-    """Figures, one a line."""
-    for name, value in found.items():
-        if isinstance(value, dict):
+def show(figures: Figures, indent: str = "") -> None:
+    """Prints the figures, one a line, below the titles of their groups."""
+    for name, value in figures.items():
+        if isinstance(value, float):
+            print(f"{indent}{name:<{34 - len(indent)}}{value:>10.4g}")
+        else:
             print(f"{indent}{name}")
             show(value, indent + "  ")
-        else:
-            print(f"{indent}{name:<{34 - len(indent)}}{value:>10.4g}")
 
 
 if __name__ == "__main__":

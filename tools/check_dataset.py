@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,11 @@ from data.packs.index import INDEX
 from data.packs.source import PackedSource, open_pack
 from data.sources import FolderSource, build_pretrain_source, check_folder
 from engine.run.faults import why_training_stops
-from tools.checking.checks import Findings, Source, examine, joined, other_files
+from tools.checking.checks import PART, Findings, Source, examine, joined, other_files
 from tools.checking.duplicates import equal_images
 from tools.checking.report import STAGES, report, spread_of
 from util.errors import InputError, LineParser, run_cli
-from util.files import expand_path, write_output
+from util.files import path, write_text
 from util.pool import available_cores
 
 
@@ -48,14 +48,6 @@ class Split:
     findings: Findings
     labels: np.ndarray
     class_names: list[str]
-
-    def num_labelled(self) -> int:
-        """Number of images that an evaluation takes."""
-        return int((self.labels >= 0).sum())
-
-    def num_bad_labelled(self) -> int:
-        """Number of bad ones among them."""
-        return int((self.labels[list(self.findings.bad)] >= 0).sum())
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -110,16 +102,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return facts
 
 
-def path(text: str) -> Path:
-    """A path with `~` and variables replaced."""
-    return Path(expand_path(text))
-
-
-def write_text(target: Path, text: str) -> None:
-    """Writes a complete file or none. Raises: InputError."""
-    write_output(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Examines all images; returns the facts, in plain values, and path and reason of each bad
     file."""
@@ -127,8 +109,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str
     is_packed = any((folder / INDEX).exists() for folder in (root, root / "train", root / "val"))
     dataset = args.dataset or ("packed" if is_packed else "folder")
     sources: dict[str, Source] = {}
-    errors = {}
-    num_classes = 0
+    errors, num_classes = {}, 0
     try:
         sources = open_splits(dataset, root)
     except InputError as error:
@@ -137,12 +118,9 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str
         num_classes = len(build_labelled_data(dataset, str(root), 3, False, None).class_names)
     except InputError as error:
         errors["labelled"] = str(error)
-    total = sum(map(len, sources.values()))
-    is_quiet = not sys.stderr.isatty()
-    with tqdm(total=total, unit="image", dynamic_ncols=True, leave=False, disable=is_quiet) as bar:
-        splits = {name: check_split(source, args, bar) for name, source in sources.items()}
-        keys = [split.findings.keys for split in splits.values()]
-        groups = equal_images(list(sources.values()), keys, args.full, args.workers)
+    splits = {name: check_split(source, args) for name, source in sources.items()}
+    keys = [split.findings.keys for split in splits.values()]
+    groups = equal_images(list(sources.values()), keys, args.full, args.workers)
     verdicts = verdicts_of(splits, errors)
     has_classes = "train" in splits and splits["train"].class_names and (root / "val").is_dir()
     asked = args.stages or ["pretrain", *(["finetune", "lincls"] if has_classes else [])]
@@ -171,10 +149,9 @@ def open_splits(dataset: str, root: Path) -> dict[str, Source]:
     any."""
     first = build_pretrain_source(dataset, str(root), 3, False)
     assert isinstance(first, FolderSource | PackedSource)
-    if not (root / "train").is_dir():
-        return {"all": first}
-    sources: dict[str, Source] = {"train": first}
-    if (root / "val").is_dir():
+    has_train = (root / "train").is_dir()
+    sources: dict[str, Source] = {"train" if has_train else "all": first}
+    if has_train and (root / "val").is_dir():
         with suppress(InputError):  # the evaluations' verdict reports it
             sources["val"] = (
                 open_pack(str(root), 3, ("val",))
@@ -184,21 +161,23 @@ def open_splits(dataset: str, root: Path) -> dict[str, Source]:
     return sources
 
 
-def check_split(source: Source, args: argparse.Namespace, bar: Any) -> Split:
-    """Examines the images of one split, and moves the progress bar."""
-
-    def parts() -> Iterator[Findings]:
-        for part in examine(source, args.full, args.workers):
-            bar.update(len(part.keys))
-            yield part
-
+def check_split(source: Source, args: argparse.Namespace) -> Split:
+    """Examines the images of one split, with a progress bar on a terminal."""
+    parts = tqdm(
+        examine(source, args.full, args.workers),
+        total=-(-len(source) // PART),
+        unit=f" x {PART} images",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
     if isinstance(source, PackedSource):
-        labels = source.index.entries["label"].astype(np.int64)
+        labels = source.labels
         class_names = source.index.class_names or [str(label) for label in range(labels.max() + 1)]
     else:
         class_names = class_folders(source.root)
         labels = folder_labels(source.names, class_names)
-    return Split(source, joined(parts()), labels, class_names if (labels >= 0).any() else [])
+    return Split(source, joined(parts), labels, class_names if (labels >= 0).any() else [])
 
 
 def verdicts_of(splits: dict[str, Split], errors: dict[str, str]) -> dict[str, str | None]:
@@ -209,14 +188,19 @@ def verdicts_of(splits: dict[str, Split], errors: dict[str, str]) -> dict[str, s
         first = next(iter(splits.values()))
         verdicts["pretrain"] = why_training_stops(len(first.findings.bad), len(first.source))
     if "labelled" not in errors:
-        bad = {split: splits[split].num_bad_labelled() for split in SPLITS}
+        bad = {name: num_labelled(splits[name], [*splits[name].findings.bad]) for name in SPLITS}
         in_train, in_val = (
             f"{count:,} bad in {split}, and evaluation leaves none out" if count else None
             for split, count in bad.items()
         )
-        trained = why_training_stops(bad["train"], splits["train"].num_labelled()) or in_val
+        trained = why_training_stops(bad["train"], num_labelled(splits["train"])) or in_val
         verdicts |= {"finetune": trained, "lincls": trained, "knn": in_train or in_val}
     return verdicts
+
+
+def num_labelled(split: Split, indices: list[int] | slice = slice(None)) -> int:
+    """Number of images that an evaluation takes, of all or of those at `indices`."""
+    return int((split.labels[indices] >= 0).sum())
 
 
 def split_facts(split: Split, args: argparse.Namespace) -> dict[str, Any]:
@@ -240,7 +224,7 @@ def split_facts(split: Split, args: argparse.Namespace) -> dict[str, Any]:
     if split.class_names:
         counts = np.bincount(split.labels[split.labels >= 0], minlength=len(split.class_names))
         facts["images_per_class"] = dict(zip(split.class_names, counts.tolist(), strict=False))
-        facts["without_class"] = len(source) - split.num_labelled()
+        facts["without_class"] = len(source) - num_labelled(split)
     if args.full and len(good):
         mean, square = found.sums / len(good)
         facts["mean"] = mean.round(4).tolist()
@@ -252,19 +236,22 @@ def duplicate_facts(
     groups: list[list[tuple[int, int]]], splits: list[Split], root: Path
 ) -> dict[str, Any]:
     """The facts about groups of equal images, each by the number of its split and its index."""
-
-    def num_classes(group: list[tuple[int, int]]) -> int:
-        labels = [(splits[number], splits[number].labels[index]) for number, index in group]
-        return len({split.class_names[label] for split, label in labels if label >= 0})
-
     leaks = [group for group in groups if len({number for number, _ in group}) > 1]
     others = [group for group in groups if len({number for number, _ in group}) == 1]
+    class_names = [
+        {
+            splits[number].class_names[splits[number].labels[index]]
+            for number, index in group
+            if splits[number].labels[index] >= 0
+        }
+        for group in groups
+    ]
     return {
         "groups": len(groups),
         "images": sum(map(len, groups)),
         "groups_in_train_and_val": len(leaks),
         "val_images_in_train": sum(number for group in leaks for number, _ in group),
-        "groups_in_several_classes": sum(num_classes(group) > 1 for group in groups),
+        "groups_in_several_classes": sum(len(names) > 1 for names in class_names),
         "files": [
             [os.path.relpath(splits[number].source.name(index), root) for number, index in group]
             for group in leaks + others

@@ -74,33 +74,32 @@ def draw(model: MaskedAutoencoder, mask: Mask, found: Reconstruction) -> np.ndar
     original, masked, pasted = (
         to_picture(picture[0]) for picture in (found.original, found.masked, found.pasted)
     )
-    kept, total = mask.kept, model.num_patches
-    (rows, columns), (height, width) = model.grid_size, model.patch_size
-    cut = original.reshape(rows, height, columns, width, 3).swapaxes(
-        1, 2
-    )  # (rows, columns, P, P, 3)
+    total, (rows, columns), (height, width) = model.num_patches, model.grid_size, model.patch_size
+    cut = original.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
     patches = cut.reshape(total, height, width, 3)
-    removed = mask.ids_shuffle[kept:].numpy()
+    removed = mask.ids_shuffle[mask.kept :].numpy()
     filled = patches.copy()
     filled[removed] = MASK_TOKEN
-    show(axes, original, 11, SIDE, "image", f"{total} patches")
-    show(axes, masked, 34, SIDE, "masked", f"{total - kept} removed, {kept} kept")
-    show(axes, token_block(np.delete(patches, removed, axis=0)), 48, TOKENS_HEIGHT)
+    reading = "asks for each" if model.decoder == "cross" else "sees all"
+    for picture, center, longest, title, words in (
+        (original, 11, SIDE, "image", f"{total} patches"),
+        (masked, 34, SIDE, "masked", f"{len(removed)} removed, {mask.kept} kept"),
+        (token_block(np.delete(patches, removed, axis=0)), 48, TOKENS_HEIGHT, "", ""),
+        (token_block(filled), 75, TOKENS_HEIGHT, "", ""),
+        (pasted, 109, SIDE, "reconstruction", "kept patches pasted in"),
+    ):
+        show(axes, picture, center, longest, title, words)
     trapezoid(axes, 53, 66, 22, 17, ENCODER, f"encoder\ndepth {len(model.blocks)}")
-    show(axes, token_block(filled), 75, TOKENS_HEIGHT)
     trapezoid(axes, 84, 95, 13, 18, DECODER, f"decoder\ndepth {len(model.decoder_blocks)}")
-    show(axes, pasted, 109, SIDE, "reconstruction", "kept patches pasted in")
     style = {"arrowstyle": "-|>", "mutation_scale": 11, "color": INK, "shrinkA": 0, "shrinkB": 0}
     for start, end in ARROWS:
         axes.annotate("", (end, MIDDLE), (start, MIDDLE), arrowprops=style)
-    reading = "asks for each" if model.decoder == "cross" else "sees all"
-    notes = (
+    for x, color, words in (
         (57, ENCODER, "sees the kept patches only;\nis kept after pretraining"),
         (75, INK, "mask tokens\nin the gaps"),
         (89.5, DECODER, f"{reading};\nis dropped after pretraining"),
         (109, INK, "loss: squared error of\nthe removed patches"),
-    )
-    for x, color, words in notes:
+    ):
         axes.text(x, 1.5, words, ha="center", fontsize=9, color=color)
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT), aspect="auto")
     axes.set_axis_off()
@@ -108,7 +107,7 @@ def draw(model: MaskedAutoencoder, mask: Mask, found: Reconstruction) -> np.ndar
 
 
 def show(
-    axes: Axes, picture: np.ndarray, center: float, longest: float, title: str = "", words: str = ""
+    axes: Axes, picture: np.ndarray, center: float, longest: float, title: str, words: str
 ) -> None:
     """A picture in its own aspect around (`center`, MIDDLE), a title above it and words below."""
     height, width = (longest * side / max(picture.shape[:2]) for side in picture.shape[:2])
@@ -119,15 +118,12 @@ def show(
 
 
 def token_block(patches: np.ndarray) -> np.ndarray:
-    """Patches `(n, P, P, 3)` in order, row by row with gaps between them, as one picture."""
-    columns = -(-len(patches) // TOKENS_ROWS)
-    missing = columns * TOKENS_ROWS - len(patches)
-    gap = max(1, patches.shape[1] // 6)
-    padding = ((0, 0), (0, gap), (0, gap), (0, 0))
-    tokens = np.pad(patches, padding, constant_values=WHITE)  # (n, P + gap, P + gap, 3)
-    blank = np.full((missing, *tokens.shape[1:]), WHITE, np.uint8)
-    grid = np.concatenate([tokens, blank]).reshape(TOKENS_ROWS, columns, *tokens.shape[1:])
-    return np.concatenate(np.concatenate(list(grid), axis=1), axis=1)
+    """Patches `(n, P, Q, 3)` in order, row by row with gaps between them, as one picture."""
+    (count, height, width, _), columns = patches.shape, -(-len(patches) // TOKENS_ROWS)
+    gap = max(1, height // 6)
+    tokens = np.full((TOKENS_ROWS, columns, height + gap, width + gap, 3), WHITE, np.uint8)
+    tokens.reshape(-1, *tokens.shape[2:])[:count, :height, :width] = patches
+    return np.concatenate(np.concatenate(list(tokens), axis=1), axis=1)
 
 
 def trapezoid(
@@ -136,8 +132,8 @@ def trapezoid(
     """A network, `first` high on its left and `last` high on its right."""
     corners = [(left, -first / 2), (left, first / 2), (right, last / 2), (right, -last / 2)]
     axes.add_patch(Polygon([(x, MIDDLE + y) for x, y in corners], color=color))
-    middle = (left + right) / 2
-    axes.text(middle, MIDDLE, words, ha="center", va="center", fontsize=11, color="white")
+    place = ((left + right) / 2, MIDDLE)
+    axes.text(*place, words, ha="center", va="center", fontsize=11, color="white")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +25,9 @@ import numpy as np
 from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
 from data.packs.shards import index_shard
-from data.sources import check_folder
-from tools.packing.packing import (
-    UNCHANGED,
-    Listing,
-    MadeShard,
-    ShardTask,
-    list_images,
-    make_shard,
-    shard_starts,
-)
+from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
 from util.errors import InputError, LineParser, run_cli
-from util.files import TEMPORARY, expand_path, write_whole
+from util.files import TEMPORARY, path, write_text, writing
 from util.pool import available_cores, in_processes
 from util.settings.read import differences
 
@@ -58,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         "(default 256)",
     )
     parser.add_argument(
-        "--shard_mb", type=positive, default=256.0, help="size of a shard in MiB (default 256)"
+        "--shard_mb", type=float, default=256.0, help="size of a shard in MiB (default 256)"
     )
     parser.add_argument(
         "--workers", type=int, default=available_cores(), help="processes (default: the cores)"
@@ -69,28 +61,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     args = parser.parse_args(argv)
     if bool(args.index) == (args.target is not None) or (args.index and args.source):
         raise InputError("give either SRC and DST, or --index with tar files")
+    if not 0 < args.shard_mb < float("inf"):
+        raise InputError(f"--shard_mb must be above 0, got {args.shard_mb}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if args.index:
         return {str(args.index[0].parent): index_shards(args.index, args.workers)}
     return pack(args)
 
 
-def path(text: str) -> Path:
-    """A path with `~` and variables replaced."""
-    return Path(expand_path(text))
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
 def pack(args: argparse.Namespace) -> dict[str, int]:
-    """Packs train/ and val/ of a folder, or all of a folder that has no train/."""
-    check_folder(args.source)
+    """Packs train/ and val/ of a folder, or all of a folder that has no train/.
+
+    Raises: InputError.
+    """
     if args.target.resolve() == args.source.resolve():
         raise InputError(f"{args.target} is the folder of images: give another one to pack into")
     has_splits = (args.source / "train").is_dir()
@@ -109,34 +92,49 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
     """Packs one split, or the rest of it that an earlier process left; returns the number of
     images."""
     starts = shard_starts(listing.images["size"], args.side, args.shard_mb).tolist()
-    tasks = [
-        ShardTask(folder / f"shard-{number:06d}.tar", listing.part(start, end), args.side)
-        for number, (start, end) in enumerate(
-            zip(starts, [*starts[1:], len(listing.images)], strict=True)
-        )
-    ]
+    ranges = map(range, starts, [*starts[1:], len(listing.images)])
+    tasks = [(folder / f"shard-{n:06d}.tar", numbers) for n, numbers in enumerate(ranges)]
+    started = time.monotonic()
     with claimed(folder, listing, args):
-        if (folder / INDEX).exists() and all(task.path.exists() for task in tasks):
+        if (folder / INDEX).exists() and all(path.exists() for path, _ in tasks):
             num_images = len(open_index(folder).entries)
             logger.info("%s is packed already: %d images", folder, num_images)
             return num_images
-        made = list(reported(in_processes(make_shard, tasks, args.workers), tasks))
+        made = in_processes(partial(make_shard, listing, args.side), tasks, args.workers)
+        shards, bad = [], []
+        for (path, numbers), (content, left_out, was_there) in zip(tasks, made, strict=True):
+            shards.append((path.name, content))
+            bad += left_out
+            how = "there already" if was_there else f"after {time.monotonic() - started:.0f} s"
+            logger.info(
+                "%s: %d of %d, %d images, %d left out, %s",
+                path,
+                len(shards),
+                len(tasks),
+                len(numbers),
+                len(left_out),
+                how,
+            )
         if list_images(listing.root, listing.class_names is not None).digest() != listing.digest():
             raise InputError(
                 f"the images in {listing.root} changed while they were packed: {UNCHANGED}"
             )
-        bad = [entry for shard in made for entry in shard.bad]
         if bad:
-            write_text(folder / BAD_SAMPLES, [json.dumps(entry._asdict()) for entry in bad])
-        shards = [(task.path.name, shard.content) for task, shard in zip(tasks, made, strict=True)]
+            lines = [json.dumps(entry._asdict()) + "\n" for entry in bad]
+            write_text(folder / BAD_SAMPLES, "".join(lines))
         num_images = write_index(folder, shards, listing.class_names, args.side, len(bad))
-    size = sum(shard.content.size for shard in made) / 2**20
-    logger.info("%s: %d images in %d shards, %.1f MiB", folder, num_images, len(made), size)
-    num_unlabelled = int((listing.images["label"] < 0).sum())
+    logger.info(
+        "%s: %d images in %d shards, %.1f MiB",
+        folder,
+        num_images,
+        len(shards),
+        sum(content.size for _, content in shards) / 2**20,
+    )
+    outside = listing.images["label"] < 0
     if listing.class_names is None:
         logger.info("%s has no labels: they come from class folders in train/ and val/", folder)
-    elif num_unlabelled:
-        logger.warning("%d images lie in no class folder and have no label", num_unlabelled)
+    elif outside.any():
+        logger.warning("%d images lie in no class folder and have no label", outside.sum())
     if bad:
         logger.warning(
             "%d images were left out, see %s; first %s %s", len(bad), folder / BAD_SAMPLES, *bad[0]
@@ -158,51 +156,30 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
         "images": listing.digest(),
     }
     plan_path = folder / PLAN
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not plan_path.exists():
             if any(entry.name != PLAN + TEMPORARY for entry in folder.iterdir()):
                 raise InputError(
                     f"{folder} is not empty, and no pack was begun there: give a new folder"
                 )
-            write_text(plan_path, [json.dumps(plan, indent=1)])
+            write_text(plan_path, json.dumps(plan, indent=1) + "\n")
         with plan_path.open("r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                changes = differences(json.load(file), plan)
             except BlockingIOError as error:
                 raise InputError(f"another process packs into {folder}") from error
-            changes = differences(json.load(file), plan)
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{plan_path} is damaged ({error}): give another folder"
+                ) from error
             if changes:
                 raise InputError(
                     f"{folder} holds a pack of other images or settings (old -> new): "
                     f"{'; '.join(changes)}: give another folder"
                 )
             yield
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{plan_path} is damaged ({error}): give another folder") from error
-
-
-def write_text(target: Path, lines: list[str]) -> None:
-    """Writes a complete file or none."""
-    text = "".join(f"{line}\n" for line in lines)
-    write_whole(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def reported(shards: Iterator[MadeShard], tasks: list[ShardTask]) -> Iterator[MadeShard]:
-    """The shards, with a log line for each."""
-    started, num_new = time.monotonic(), 0
-    for number, (shard, task) in enumerate(zip(shards, tasks, strict=True), start=1):
-        count = len(task.source.images)
-        num_new += 0 if shard.was_there else count
-        rate = num_new / (time.monotonic() - started)
-        how = "there already" if shard.was_there else f"{rate:.0f} images/s"
-        left_out = f", {len(shard.bad)} left out" if shard.bad else ""
-        logger.info(
-            "%s: %d of %d, %d images%s, %s", task.path, number, len(tasks), count, left_out, how
-        )
-        yield shard
 
 
 def index_shards(paths: list[Path], workers: int) -> int:
@@ -224,9 +201,13 @@ def index_shards(paths: list[Path], workers: int) -> int:
         class_names = None
     shards = [(path.name, index) for path, index in zip(paths, indices, strict=True)]
     num_images = write_index(folder, shards, class_names)
-    num_labelled = int((labels >= 0).sum())
-    text = "%s: %d images in %d shards, %d with a label"
-    logger.info(text, folder, num_images, len(paths), num_labelled)
+    logger.info(
+        "%s: %d images in %d shards, %d with a label",
+        folder,
+        num_images,
+        len(paths),
+        (labels >= 0).sum(),
+    )
     return num_images
 
 

@@ -2,6 +2,7 @@
 code 2."""
 
 import argparse
+import io
 import os
 import select
 import sys
@@ -57,6 +58,9 @@ def run_cli(main: Callable[[], object]) -> None:
     for name, mode in STREAMS.items():  # in the order of their descriptors, which they get back
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
     try:
         try:
             main()

@@ -31,6 +31,11 @@ def expand_path(path: str) -> str:
     return expanded
 
 
+def path(text: str) -> Path:
+    """A path of a command line, as `expand_path` reads it."""
+    return Path(expand_path(text))
+
+
 def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:
     """Lets `write` fill a file with a temporary name beside `path` and flushes it; removes it where
     that fails."""
@@ -57,6 +62,11 @@ def write_output(path: Path, write: Callable[[Path], object]) -> Path:
     with writing(path):
         write_whole(path, write)
     return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_output` of a text in UTF-8."""
+    write_output(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

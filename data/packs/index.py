@@ -18,7 +18,7 @@ import numpy as np
 
 from data.packs.shards import ENTRY, ShardIndex, shard_fingerprint
 from util.errors import DataError, InputError
-from util.files import write_whole
+from util.files import write_text, write_whole, writing
 
 VERSION = 1
 INDEX, ENTRIES, NAMES = "index.json", "index.npy", "names.npy"
@@ -78,9 +78,7 @@ def write_index(
     names = [name for _, shard in shards for name in shard.names]
     entries["name"] = np.cumsum([0, *map(len, names)])[:-1]
     text = b"".join(names)
-    digest = hashlib.sha256(text)
-    for column in ("name", "length", "crc32", "label"):
-        digest.update(entries[column].tobytes())
+    columns = [entries[column].tobytes() for column in ("name", "length", "crc32", "label")]
     content = {
         "version": VERSION,
         "num_images": len(entries),
@@ -88,18 +86,15 @@ def write_index(
         "num_left_out": num_left_out,
         "side": side,
         "class_names": class_names,
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": hashlib.sha256(b"".join([text, *columns])).hexdigest(),
         "shards": [asdict(record) for record in records],
     }
-    index_text = json.dumps(content, indent=1) + "\n"
     _check_replaceable(folder)
-    try:
+    with writing(folder / INDEX):
         (folder / INDEX).unlink(missing_ok=True)
         write_whole(folder / ENTRIES, partial(_save_array, entries))
         write_whole(folder / NAMES, partial(_save_array, np.frombuffer(text, np.uint8)))
-        write_whole(folder / INDEX, lambda target: target.write_text(index_text, encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"the index of {folder} cannot be written: {error.strerror}") from error
+        write_text(folder / INDEX, json.dumps(content, indent=1) + "\n")
     return len(entries)
 
 
@@ -144,11 +139,12 @@ def open_index(folder: Path) -> PackIndex:
             np.load(folder / name, mmap_mode="r").view(np.ndarray) for name in (ENTRIES, NAMES)
         )
         index = PackIndex(shards, content["class_names"], content["fingerprint"], entries, names)
-        fits = (
-            (content["version"], entries.dtype, names.dtype) == (VERSION, ENTRY, np.uint8)
-            and len(entries) == sum(shard.num_images for shard in shards) > 0
-            and all(Path(shard.name).name == shard.name for shard in shards)
-        )
+        if (
+            (content["version"], entries.dtype, names.dtype) != (VERSION, ENTRY, np.uint8)
+            or not len(entries) == sum(shard.num_images for shard in shards) > 0
+            or any(Path(shard.name).name != shard.name for shard in shards)
+        ):
+            raise ValueError("its files do not fit one another")
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} has no {Path(error.filename).name}: give the command that packed it again, "
@@ -158,21 +154,25 @@ def open_index(folder: Path) -> PackIndex:
         raise DataError(
             f"the index of {folder} is damaged ({error}): index the shards again, {again}"
         ) from error
-    if not fits:
-        raise DataError(
-            f"the files of the index of {folder} do not fit one another: index the shards again, "
-            f"{again}"
-        )
     missing = [shard.name for shard in shards if not (folder / shard.name).exists()]
     if missing:
         raise DataError(
             f"{len(missing)} of the {len(shards)} shards in {folder} are missing: {missing[0]}"
         )
-    changed = _changed_shard(folder, index)
-    if changed is not None:
-        raise DataError(
-            f"the index of {folder} is older than its shards ({changed}): index them again, {again}"
-        )
+    starts = np.cumsum([shard.num_images for shard in shards])[:-1]
+    for shard, offsets in zip(shards, np.split(entries["offset"], starts), strict=True):
+        path = folder / shard.name
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                fingerprint = shard_fingerprint(file.fileno(), size, offsets)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        if (size, fingerprint) != (shard.size, shard.fingerprint):
+            raise DataError(
+                f"the index of {folder} is older than its shards ({shard.name}): index them "
+                f"again, {again}"
+            )
     return index
 
 
@@ -191,21 +191,3 @@ def earlier_class_names(folder: Path) -> list[str] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return names
-
-
-def _changed_shard(folder: Path, index: PackIndex) -> str | None:
-    """The name of the first shard that is not as its index says."""
-    start = 0
-    for shard in index.shards:
-        offsets = index.entries["offset"][start : start + shard.num_images]
-        start += shard.num_images
-        path = folder / shard.name
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                fingerprint = shard_fingerprint(file.fileno(), size, offsets)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        if (size, fingerprint) != (shard.size, shard.fingerprint):
-            return shard.name
-    return None

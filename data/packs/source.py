@@ -10,14 +10,12 @@ from collections import OrderedDict, deque
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from data.images import BadImageError, decode_image
 from data.packs.index import open_index
-from util.errors import DataError
 
 # Shards that a process keeps open, and blocks that it remembers to have read ahead: twice as many
 # as are mixed at a time.
@@ -25,7 +23,8 @@ RECENT = 128
 
 
 class PackedSource:
-    """The images in a folder of shards, an `ImageSource`.
+    """The images in a folder of shards, an `ImageSource` with labels `(n,)` int64, -1 for images
+    without one.
 
     Raises: DataError if index and shards do not fit.
     """
@@ -36,11 +35,12 @@ class PackedSource:
         self.folder = folder
         self.in_chans = in_chans
         self.index = open_index(folder)
+        self.labels = self.index.entries["label"].astype(np.int64)
         self.files: OrderedDict[int, FileIO] = OrderedDict()  # by shard, the last used at the end
         self.reads_ahead = False
         self.announced: deque[int] = deque(maxlen=RECENT)  # blocks
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # a process that is spawned opens its own files
         return type(self), (self.folder, self.in_chans), {"reads_ahead": self.reads_ahead}
 
@@ -93,12 +93,10 @@ class PackedSource:
         entries = self.index.entries[block * self.block_size : (block + 1) * self.block_size]
         for shard in np.unique(entries["shard"]).tolist():
             inside = entries[entries["shard"] == shard]
-            first, last = inside[0], inside[-1]
-            start = int(first["offset"])
+            start, last = int(inside["offset"][0]), inside[-1]
             length = int(last["offset"] + last["length"]) - start
             with suppress(OSError):  # reading an image there will report it
-                descriptor = self._descriptor(shard)
-                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._descriptor(shard), start, length, os.POSIX_FADV_WILLNEED)
 
     def name(self, index: int) -> str:
         shard = self.index.shards[self.index.entries[index]["shard"]]
@@ -108,27 +106,11 @@ class PackedSource:
         return self.index.fingerprint
 
 
-class LabelledPack(PackedSource):
-    """A PackedSource with the labels `(n,)` int64 of its images, -1 for those without one.
-
-    Raises: DataError also if no image has a label.
-    """
-
-    def __init__(self, folder: Path, in_chans: int):
-        super().__init__(folder, in_chans)
-        self.labels = self.index.entries["label"].astype(np.int64)
-        if (self.labels < 0).all():
-            raise DataError(
-                f"the images in {folder} have no labels, which evaluation needs: pack a folder "
-                "with class folders"
-            )
-
-
 def open_pack(data_path: str, in_chans: int, splits: tuple[str, ...]) -> PackedSource:
     """The first of `splits` that the folder has, else the shards in the folder itself.
 
     Raises: InputError.
     """
     root = Path(data_path)
-    found = [root / split for split in splits if (root / split).is_dir()]
-    return PackedSource(found[0] if found else root, in_chans)
+    folders = (root / split for split in splits)
+    return PackedSource(next(filter(Path.is_dir, folders), root), in_chans)

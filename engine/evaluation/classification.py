@@ -89,7 +89,8 @@ def open_labelled_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig, run: Run)
 class Evaluator:
     """Scores classifiers on one labelled source.
 
-    `class_names` are the classes whose accuracies are reported one by one, None without `per_class`.
+    `class_names` are the classes whose accuracies are reported one by one, None without
+    `per_class`.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ def evaluate(
     """Scores of one classifier, or of several that share their images.
 
     Args:
-        classify: normalised images `(B, channels, height, width)` to logits `(B, C)` or `(H, B, C)`.
+        classify: normalised images `(B, channels, height, width)` to logits `(B, C)` or
+            `(H, B, C)`.
         batches: this process's share; all processes must call.
         dtype: what to autocast to, or None.
 

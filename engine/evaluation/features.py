@@ -74,14 +74,12 @@ def compute_features(
     dtype = autocast_dtype(cfg.precision, run.device)
     share = range(run.processes.rank, len(source), run.processes.world_size)
     features = torch.empty(len(share), backbone.spec.embed_dim)
-    count, all_finite = 0, True
-    for batch in complete_batches(eval_batches(cfg, run, source, crop_pct)):
+    parts = features.split(cfg.batch_size)
+    batches = complete_batches(eval_batches(cfg, run, source, crop_pct))
+    for batch, part in zip(batches, parts, strict=False):  # an empty share has one empty part
         with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-            found = backbone.forward_features(normalize(batch.images)).float().cpu()  # (B, D)
-        features[count : count + len(found)] = found
-        all_finite &= bool(found.isfinite().all())
-        count += len(found)
-    if not all(all_gather(all_finite)):
+            part.copy_(backbone.forward_features(normalize(batch.images)))  # (B, D)
+    if not all(all_gather(all(bool(part.isfinite().all()) for part in parts))):
         raise InputError(
             "the features are not finite: the weights are broken, or precision fp32 is needed"
         )
@@ -131,14 +129,12 @@ def load_features(path: Path) -> tuple[Features, Origin]:
     """
     if path.is_dir():
         path = path / FEATURES_FILE
-    if not path.is_file():
-        raise InputError(f"load_path {path} does not exist")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             origin = Origin(**json.loads((file.metadata() or {})["facts"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Features(**tensors), origin
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
             f"load_path {path} is no complete features file of main_knn.py: {error}"
         ) from error

@@ -5,7 +5,7 @@ import logging
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.blocks import init_for_pretraining
 from models.build import build_model, classifier_spec, mae_spec
@@ -40,35 +40,27 @@ class Classifier(NamedTuple):
 
 def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> Classifier:
     """The classifier that fine-tuning trains or evaluates: from scratch, or from its weights with a
-    fresh head where they have none.
+    fresh head if they have none.
 
-    Raises: InputError where the weights do not fit the settings, or `eval` finds no head in them.
+    Raises: InputError if the weights do not fit the settings, or `eval` finds no head in them.
     """
     fc_norm = cfg.global_pool == "avg"
     if cfg.finetune is None:
         return Classifier(_build(cfg, num_classes, _class_token(cfg), fc_norm), None)
-    tensors, info = read_weights(cfg.finetune)
+    tensors, info = _read(cfg, cfg.finetune)
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
         fc_norm = bool(info.known("fc_norm"))
-        trained_with = info.known("global_pool")
-        if trained_with not in (None, cfg.global_pool):
-            raise InputError(
-                f"eval: global_pool is {cfg.global_pool} and {cfg.finetune} was trained with "
-                f"{trained_with}"
-            )
+        _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
     model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
-    _warn_of_other_pixels(cfg, info)
     if cfg.eval and fresh:
         raise InputError(
             f"eval: {cfg.finetune} is no classifier of {num_classes} classes, it lacks "
             f"{sorted(fresh)}"
         )
     if "head.weight" in fresh:
-        stream = generator(cfg.seed, HEAD)
-        nn.init.trunc_normal_(
-            model.get_parameter("head.weight"), std=FINETUNE_HEAD_STD, generator=stream
-        )
+        weight, stream = model.get_parameter("head.weight"), generator(cfg.seed, HEAD)
+        nn.init.trunc_normal_(weight, std=FINETUNE_HEAD_STD, generator=stream)
     return Classifier(model, info.sha256)
 
 
@@ -78,39 +70,30 @@ def build_frozen(cfg: FrozenConfig, weights: str, num_classes: int) -> Classifie
 
     The word random is an untrained model, as pretraining starts from.
 
-    Raises: InputError where the weights do not fit the settings.
+    Raises: InputError if the weights do not fit the settings.
     """
-    sha256 = None
     if weights == RANDOM_WEIGHTS:
         model = _build(cfg, num_classes, _class_token(cfg), fc_norm=False)
         init_for_pretraining(model)
-    else:
-        tensors, info = read_weights(weights)
-        class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))
-        model = _build(cfg, num_classes, class_token, fc_norm)
-        load_into_classifier(model, tensors, info, weights, uses_head=False)
-        _warn_of_other_pixels(cfg, info)
-        sha256 = info.sha256
-    return Classifier(model.eval().requires_grad_(False), sha256)
+        return Classifier(model.eval().requires_grad_(False), None)
+    tensors, info = _read(cfg, weights)
+    class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))
+    model = _build(cfg, num_classes, class_token, fc_norm)
+    load_into_classifier(model, tensors, info, weights, uses_head=False)
+    return Classifier(model.eval().requires_grad_(False), info.sha256)
 
 
 def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> MaskedAutoencoder:
     """The whole autoencoder of `weights`, in eval mode.
 
-    Raises: InputError where the weights have no decoder, do not fit the settings, or predict
-    another target.
+    Raises: InputError if the weights have no decoder, do not fit the settings, or predict another
+    target.
     """
-    tensors, info = read_weights(weights)
-    trained_with = info.known("norm_pix_loss")
-    if trained_with not in (None, cfg.norm_pix_loss):
-        raise InputError(
-            f"norm_pix_loss is {spelled(cfg.norm_pix_loss)} in the settings and "
-            f"{spelled(trained_with)} in {weights}"
-        )
+    tensors, info = _read(cfg, weights)
+    _check_same("norm_pix_loss", cfg.norm_pix_loss, info.known("norm_pix_loss"), weights)
     # The share that is predicted matters in training only.
     model = build_model(mae_spec(cfg, mask_ratio=mask_ratio, pred_ratio=None))
     load_into_mae(model, tensors, info, weights)
-    _warn_of_other_pixels(cfg, info)
     return model.eval().requires_grad_(False)
 
 
@@ -123,30 +106,37 @@ def _build(
     )
 
 
-def _class_token(
-    cfg: ClassifierConfig, weights: str | None = None, info: WeightsInfo | None = None
-) -> bool:
-    """Whether the model has a class token: as the settings say, else as the weights have it, else
-    as `global_pool` needs it."""
+def _read(cfg: PixelConfig, weights: str) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """Reads weights, and warns if they were trained with other statistics of the pixels."""
+    tensors, info = read_weights(weights)
+    for name, ours, theirs in (("mean", cfg.mean, info.mean), ("std", cfg.std, info.std)):
+        if theirs not in (None, ours):
+            logger.warning(
+                "the weights were trained with %s %s and the settings say %s", name, theirs, ours
+            )
+    return tensors, info
+
+
+def _class_token(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | None = None) -> bool:
+    """Whether the model has a class token: as the weights have it, or without weights as the
+    settings say, or else as `global_pool` needs it."""
+    needed = cfg.global_pool == "token"
     if info is None:
-        return cfg.global_pool == "token" if cfg.class_token is None else cfg.class_token
+        return needed if cfg.class_token is None else cfg.class_token
     has_token = info.spec.class_token
-    if cfg.class_token not in (None, has_token):
-        stated, found = ("a" if has else "no" for has in (cfg.class_token, has_token))
-        raise InputError(
-            f"the settings say {stated} class token and {weights} has {found} class token"
-        )
-    if cfg.global_pool == "token" and not has_token:
+    _check_same("class_token", cfg.class_token, has_token, weights)
+    if needed and not has_token:
         raise InputError(
             f"global_pool token reads the class token and {weights} has none: use --global_pool avg"
         )
     return has_token
 
 
-def _warn_of_other_pixels(cfg: PixelConfig, info: WeightsInfo) -> None:
-    for name in ("mean", "std"):
-        ours, theirs = getattr(cfg, name), getattr(info, name)
-        if theirs not in (None, tuple(ours)):
-            logger.warning(
-                "the weights were trained with %s %s and the settings say %s", name, theirs, ours
-            )
+def _check_same(name: str, ours: object, theirs: object, weights: str) -> None:
+    """Raises: InputError if the settings and the weights have different values; None is no
+    value."""
+    if None not in (ours, theirs) and ours != theirs:
+        raise InputError(
+            f"{name} is {spelled(ours)} in the settings and {spelled(theirs)} in {weights}: set "
+            f"--{name} {spelled(theirs)}, or take other weights"
+        )

@@ -5,9 +5,9 @@ One search serves every k, and it works in chunks, so that memory beside the fea
 with the number of training images.
 
 The order is total, so that chunks and processes do not change it: similarities are rounded to
-multiples of 2^-20, a little above the noise of 32-bit products; of equally similar training images
-the one with the lower index is nearer; of classes with equal votes the lower label comes first. A
-class without a vote is never a guess.
+multiples of 2^-18, a step that is wider than the noise of 32-bit products of the widest features
+(1,664); of equally similar training images the one with the lower index is nearer; of classes with
+equal votes the lower label comes first. A class without a vote is never a guess.
 
 Shapes: `Q` queries, `R` training rows in a chunk, `D` width, `K` neighbours, `C` classes.
 """
@@ -22,7 +22,7 @@ from util.dist import Processes
 
 BUDGET = 2**28  # bytes of the tensors that a search makes at a time
 MOST_QUERIES = 256  # compared at a time: more leave fewer training rows within the budget
-GRID = 2**20  # steps of a similarity of 1
+GRID = 2**18  # steps of a similarity of 1
 INDEX_MASK = 2**32 - 1
 NO_NEIGHBOUR = -(2**63)  # sorts behind every key
 NOT_GUESSED = 2**31  # the rank of a class without a vote

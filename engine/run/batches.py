@@ -53,9 +53,6 @@ class Batches:
         assert isinstance(self.loader.batch_sampler, StepSampler)
         return self.loader.batch_sampler
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
     def __iter__(self) -> Iterator[Any]:
         num_done = 0
         with nullcontext() if self.timeout is None else watched(self.timeout):
@@ -103,7 +100,7 @@ def train_batches(
     `plan.accum_iter` per step."""
     dataset.source.read_ahead()
     sampler = StepSampler(
-        num_images=len(dataset),
+        num_images=len(dataset.source),
         batch_size=cfg.batch_size,
         accum_iter=plan.accum_iter,
         rank=run.processes.rank,

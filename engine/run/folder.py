@@ -83,14 +83,14 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
     assert cfg.output_dir is not None, "load_config fills it in"
     folder = Path(cfg.output_dir)
     with init_processes(cfg.device, cfg.timeout) as processes, ExitStack() as stack:
-        problem = ""
+        problem = None
         try:
             if processes.is_main:
                 stack.enter_context(_claimed(cfg, folder))
         except InputError as error:
-            problem = str(error)
+            problem = str(error), error.settings
         if problem := broadcast(problem):
-            raise InputError(problem)
+            raise InputError(problem[0], settings=problem[1])
         records = Records(folder, processes.is_main)
         stack.enter_context(logging_to(folder / "log.txt" if processes.is_main else None))
         stack.callback(records.close)
@@ -110,7 +110,9 @@ def check_writable(setting: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{setting} {folder} cannot be written: {error.strerror}") from error
+        raise InputError(
+            f"{setting} {folder} cannot be written: {error.strerror}", settings=(setting,)
+        ) from error
 
 
 def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kind]) -> None:
@@ -161,7 +163,8 @@ def _check_weights_stay(folder: Path, finetune: str | None) -> None:
         if lies_here and path.is_file() and OWN_NAME.fullmatch(path.name):
             raise InputError(
                 f"finetune {finetune} lies in output_dir {folder}, where the run would overwrite "
-                f"it: give another --output_dir"
+                f"it: give another --output_dir",
+                settings=("finetune", "output_dir"),
             )
 
 
@@ -182,7 +185,8 @@ def _check_begin(folder: Path, cfg: TrainRunConfig) -> None:
     if names:
         raise InputError(
             f"output_dir {folder} holds {', '.join(names)} and no checkpoint of this run: move "
-            f"them away, or give another --output_dir"
+            f"them away, or give another --output_dir",
+            settings=("output_dir",),
         )
 
 
@@ -217,5 +221,6 @@ def _check_results(path: Path, protocol: str) -> None:
     if not is_own:
         raise InputError(
             f"{path} is not of this evaluation and would be overwritten: move it away, or give "
-            f"another --output_dir"
+            f"another --output_dir",
+            settings=("output_dir",),
         )

@@ -38,7 +38,8 @@ def locked(folder: Path) -> Iterator[None]:
                 file.seek(0)
                 raise InputError(
                     f"{folder} is in use by another job ({file.read().strip() or 'just begun'}): "
-                    f"wait for its end, or give another --output_dir"
+                    f"wait for its end, or give another --output_dir",
+                    settings=("output_dir",),
                 ) from error
             logger.warning(
                 "%s does not support locks, so another job could use it unnoticed (%s)",

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -37,6 +38,7 @@ class Records:
         self.settings: dict[str, Any] = {}
         self.last_step = 0
         self.bar: tqdm[Any] | None = None
+        self.link: tempfile.TemporaryDirectory[str] | None = None
 
     def open(self, cfg: TrainRunConfig, step: int, total_steps: int) -> None:
         """Opens the curves and the progress bar of a run that goes on from `step`."""
@@ -47,13 +49,24 @@ class Records:
 
             with writing(self.folder / "tb"):
                 purge_step = step + 1 if step else 0
-                self.tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=purge_step)
+                folder = self._utf8_link(self.folder / "tb")
+                self.tensorboard = SummaryWriter(str(folder), purge_step=purge_step)
             # Figures are recorded beside settings only once, as TensorBoard keeps the first.
             settings = cfg.model_dump(mode="json")
             if settings["stop_epoch"] in (None, settings["epochs"]):
                 self.settings = settings
         if sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True)
+
+    def _utf8_link(self, folder: Path) -> Path:
+        """The folder, or a link to it if its path is no UTF-8, as TensorBoard takes no other."""
+        if os.fsencode(folder).decode(errors="ignore") == str(folder):
+            return folder
+        folder.mkdir(exist_ok=True)
+        self.link = tempfile.TemporaryDirectory()
+        link = Path(self.link.name) / "tb"
+        link.symlink_to(folder.absolute())
+        return link
 
     def advance(self) -> None:
         """Moves the progress bar by one optimiser step."""
@@ -99,7 +112,9 @@ class Records:
         if self.tensorboard is None or not self.settings:
             return
         settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
+            name: value
+            if isinstance(value, bool | int | float)
+            else str(value).encode(errors="replace").decode()
             for name, value in self.settings.items()
         }
         with writing(self.folder / "tb"):
@@ -144,7 +159,7 @@ def logging_to(path: Path | None) -> Iterator[None]:
     handlers: list[logging.Handler] = [TerminalHandler()]
     if path is not None:
         with writing(path):
-            handlers.append(logging.FileHandler(path, encoding="utf-8"))
+            handlers.append(logging.FileHandler(path, encoding="utf-8", errors="surrogateescape"))
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f"[process {rank}] "
     for handler in handlers:

@@ -20,7 +20,9 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     """Writes `results` as JSON; a reader never sees half of it. Raises: LocalInputError if it
     cannot be written."""
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    write_output(path, lambda target: target.write_text(text, encoding="utf-8"))
+    write_output(
+        path, lambda target: target.write_text(text, encoding="utf-8", errors="backslashreplace")
+    )
 
 
 def read_results(path: Path) -> dict[str, Any]:

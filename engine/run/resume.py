@@ -59,5 +59,6 @@ def check_resumable(cfg: TrainConfig, saved: Checkpoint | None, identity: RunIde
         raise InputError(
             f"{cfg.output_dir} holds a run with other settings (old -> new):\n  "
             + "\n  ".join(changes)
-            + "\nPut them back, or start a new run with another --output_dir."
+            + "\nPut them back, or start a new run with another --output_dir.",
+            settings=tuple(change.split(":")[0] for change in changes),
         )

@@ -84,8 +84,9 @@ def check_finite(saved: Checkpoint) -> None:
         )
         if not all(all_gather(is_finite)):  # a process sees only its part of a sharded tensor
             raise InputError(
-                f"the {name} state is not finite after step {saved.step}, so it is not saved: lower "
-                f"lr, set clip_grad, or use precision bf16 or fp32; the last checkpoint is from before"
+                f"the {name} state is not finite after step {saved.step}, so it is not saved: "
+                f"lower lr, set clip_grad, or use precision bf16 or fp32; the last checkpoint is "
+                f"from before"
             )
 
 

@@ -1,8 +1,7 @@
 """k-NN with every k at once, and linear probes with many learning rates at once."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Literal
 
 import torch
 
@@ -11,27 +10,28 @@ from engine.evaluation.knn import rank_labels
 from engine.evaluation.probe import build_probe_optimizer, probe_loss, probe_step
 from models.build import build_model, classifier_spec
 from models.heads.probe import LinearProbes
-from tools.benchmarks.timing import Variants, interleaved, rates, ratio
+from tools.benchmarks.timing import Figures, interleaved, rates, ratio
 from util.dist import Processes
 from util.settings.evaluation import LinclsConfig
 
+KS = (10, 20, 100, 200)
+RATES = tuple(0.01 * 1.5**i for i in range(13))
 
-def benchmark_knn(rounds: int, num_train: int = 50_000, width: int = 384) -> dict[str, Any]:
+
+def benchmark_knn(rounds: int, num_train: int = 50_000, width: int = 384) -> Figures:
     """Queries per second of k-NN with four k in one search, beside one search for each k."""
-    torch.manual_seed(0)
     sizes = (num_train, 1_000)  # training images, queries
     rows, queries = (torch.randn(size, width) for size in sizes)
     labels, query_labels = (torch.randint(1000, (size,)) for size in sizes)
-    features, ks = Features(rows, labels, queries, query_labels), (10, 20, 100, 200)
+    features = Features(rows, labels, queries, query_labels)
     alone = Processes(0, 1, 0, 1, torch.device("cpu"))
 
-    def search(*searches: tuple[int, ...]) -> None:
-        for some in searches:
-            rank_labels(features, 1000, some, 0.07, alone)
+    def search(*ks: int) -> object:
+        return rank_labels(features, 1000, ks, 0.07, alone)
 
-    variants: Variants = {
-        "every k at once": partial(search, ks),
-        "one k after the other": partial(search, *((k,) for k in ks)),
+    variants = {
+        "every k at once": lambda: search(*KS),
+        "one k after the other": lambda: [search(k) for k in KS],
     }
     seconds = interleaved(variants, rounds)
     return {
@@ -40,9 +40,10 @@ def benchmark_knn(rounds: int, num_train: int = 50_000, width: int = 384) -> dic
     }
 
 
-def benchmark_probe(rounds: int, size: Any = "small", batch: int = 32) -> dict[str, Any]:
+def benchmark_probe(
+    rounds: int, size: Literal["small", "debug"] = "small", batch: int = 32
+) -> Figures:
     """A step of linear classification at 224 with 1,000 classes: 13 learning rates beside one."""
-    torch.manual_seed(0)
     spec = classifier_spec(
         LinclsConfig(size=size), num_classes=1000, class_token=False, fc_norm=False
     )
@@ -62,8 +63,7 @@ def benchmark_probe(rounds: int, size: Any = "small", batch: int = 32) -> dict[s
 
         return step
 
-    thirteen = tuple(0.01 * 1.5**i for i in range(13))
-    seconds = interleaved({"1 rate": step_for((0.1,)), "13 rates": step_for(thirteen)}, rounds)
+    seconds = interleaved({"1 rate": step_for((0.1,)), "13 rates": step_for(RATES)}, rounds)
     return {
         "images_per_s": rates(seconds, batch),
         "time_of_13_over_1": ratio(seconds, "13 rates", "1 rate"),

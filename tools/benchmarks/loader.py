@@ -1,7 +1,7 @@
 """Images per second and core from files to crops, beside Pillow with torchvision's transforms."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -11,16 +11,16 @@ from data.images import decode_image
 from data.packs.source import open_pack
 from data.sources import FolderSource
 from data.transforms import pretrain_transform
-from tools.benchmarks.timing import Variants, interleaved, rates, ratio
+from tools.benchmarks.timing import Figures, interleaved, rates, ratio
 
 MOST = 250  # images
 
 
-def benchmark_loader(images: str, packed: str | None, rounds: int) -> dict[str, Any]:
+def benchmark_loader(images: str, packed: str | None, rounds: int) -> Figures:
     """Images per second on one core to a crop of 224, from a folder's files and from the same
-    packed.
+    images packed.
 
-    Raises: InputError where there are no images.
+    Raises: InputError if there are no images.
     """
     source = FolderSource(images, in_chans=3, prefer_train=False)
     paths = [source.name(index) for index in range(min(len(source), MOST))]
@@ -34,7 +34,7 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> dict[str, 
             v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    variants: Variants = {
+    variants: dict[str, Callable[[], object]] = {
         "pillow": lambda: [theirs(Image.open(path).convert("RGB")) for path in paths],
         "folder": lambda: [crop(decode_image(Path(path).read_bytes(), 3)) for path in paths],
     }
@@ -45,9 +45,7 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> dict[str, 
         ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
-    try:
-        seconds = interleaved(variants, rounds)
-    finally:
-        torch.set_num_threads(threads)
+    seconds = interleaved(variants, rounds)
+    torch.set_num_threads(threads)
     faster = {name: ratio(seconds, "pillow", name) for name in seconds if name != "pillow"}
     return {"images_per_s": rates(seconds, len(paths)), "over_pillow": faster}

@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tools.benchmarks.models import SHAPES, Shape, build, build_peer, loss_fn_of
+from models.build import build_model
+from tools.benchmarks.models import Shape, build_peer, loss_fn_of
+from tools.benchmarks.timing import Figures
 
 PEER = "peer fp32"
 
@@ -23,6 +25,7 @@ class LiveBytes(TorchDispatchMode):
         self.known = WeakIdKeyDictionary()
         self.live = self.peak = 0
 
+    # Any: torch's signature
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in _storages_in(args):
             self.known.setdefault(storage, None)
@@ -40,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _storages_in(values: Any) -> list[torch.UntypedStorage]:
+def _storages_in(values: object) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -54,27 +57,21 @@ def activation_bytes(model: nn.Module, shape: Shape, dtype: torch.dtype | None) 
     return live.peak
 
 
-def benchmark_memory(name: str) -> dict[str, Any]:
-    """MiB of a step of SHAPES, ours beside the peer's in fp32 where it is installed."""
-    shape = SHAPES[name]
-    checkpointing = build(shape)
+def benchmark_memory(shape: Shape) -> Figures:
+    """MiB of a step's activations, ours beside the peer's in fp32 if it is installed."""
+    checkpointing = build_model(shape.spec)
     checkpointing.checkpointing = True
-    variants: dict[str, tuple[nn.Module | None, torch.dtype | None]] = {
-        "ours bf16": (build(shape), torch.bfloat16),
-        "ours bf16 checkpointing": (checkpointing, torch.bfloat16),
-        PEER: (build_peer(shape, "sdpa"), None),
+    models = {
+        "ours bf16": build_model(shape.spec),
+        "ours bf16 checkpointing": checkpointing,
+        PEER: build_peer(shape.spec, "sdpa"),
     }
     peaks = {
-        variant: activation_bytes(model, shape, dtype) / 2**20
-        for variant, (model, dtype) in variants.items()
-        if model
+        name: activation_bytes(model, shape, None if name == PEER else torch.bfloat16) / 2**20
+        for name, model in models.items()
+        if model is not None
     }
-    # fp32 parameters and gradients, and AdamW's two moments
-    persistent = 16 * sum(p.numel() for p in checkpointing.parameters()) / 2**20
-    total = {variant: peak + persistent for variant, peak in peaks.items()}
-    found: dict[str, Any] = {"activations_mib": peaks, "total_mib": total}
-    if PEER in peaks:
-        found["activations_over_peer"] = {
-            variant: peak / peaks[PEER] for variant, peak in peaks.items() if variant != PEER
-        }
-    return found
+    if PEER not in peaks:
+        return {"activations_mib": peaks}
+    over_peer = {name: peak / peaks[PEER] for name, peak in peaks.items() if name != PEER}
+    return {"activations_mib": peaks, "activations_over_peer": over_peer}

@@ -2,9 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
-Variants = dict[str, Callable[[], object]]
+Variants = Mapping[str, Callable[[], object]]
+Figures: TypeAlias = "Mapping[str, float | Figures]"
 
 
 def interleaved(variants: Variants, rounds: int) -> dict[str, list[float]]:
@@ -19,7 +21,7 @@ def interleaved(variants: Variants, rounds: int) -> dict[str, list[float]]:
 
 
 def rates(seconds: dict[str, list[float]], count: int) -> dict[str, float]:
-    """What each variant does per second where it does `count` in a round, by its median time."""
+    """What each variant does per second if it does `count` in a round, by its median time."""
     return {name: count / statistics.median(of_rounds) for name, of_rounds in seconds.items()}
 
 

@@ -6,7 +6,6 @@ it is complete. A full check decodes every image. Shards are read completely in 
 checksums are verified whenever they are read.
 """
 
-import copy
 import hashlib
 import os
 import struct
@@ -15,16 +14,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags
-from torch import Tensor
+from PIL import ExifTags, Image
 
 from data.images import (
     DECODING_ERRORS,
@@ -43,34 +41,13 @@ from util.pool import in_processes
 PART = PackedSource.block_size  # images of one task
 TAIL = 4096  # bytes of a file's end that are read
 ROWS = 64  # of an image, about, from which its mean and variance are taken
+HEAD = 25  # bytes of a file's beginning that are read
 PNG_DEPTH = 24  # where a PNG's header has its bits per channel
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
 MODES = {"1": "1-bit", "I": "16-bit L"}
+ANIMATED = ("GIF", "PNG", "WEBP")  # kinds whose several pictures are frames
 
 Source = FolderSource | PackedSource
-
-
-class Task(NamedTuple):
-    """A part of a source to examine. source: the part of a folder, or the folder of a pack, which
-    each process opens."""
-
-    source: FolderSource | Path
-    indices: np.ndarray
-    full: bool
-
-
-class Header(NamedTuple):
-    """What an image's header says, and whether the file ends as files of its kind do.
-
-    kind: of IMAGE_KINDS. described: kind and mode in Pillow's names, such as "PNG 16-bit RGB".
-    sides: short and long, in pixels.
-    """
-
-    kind: str
-    described: str
-    sides: list[int]
-    is_turned: bool
-    is_complete: bool
 
 
 @dataclass
@@ -94,8 +71,15 @@ class Findings:
 
 
 def examine(source: Source, full: bool, workers: int) -> Iterator[Findings]:
-    """Examines all images of a source, part by part in order."""
-    yield from in_processes(_examine_part, tasks_of(source, np.arange(len(source)), full), workers)
+    """Examines all images of a source, `PART` by `PART` in order."""
+    source.read_ahead()
+    tasks = parts_of(np.arange(len(source)))
+    yield from in_processes(partial(_examine_part, source, full), tasks, workers)
+
+
+def parts_of(indices: np.ndarray) -> list[np.ndarray]:
+    """Indices in tasks for processes."""
+    return np.split(indices, range(PART, len(indices), PART))
 
 
 def joined(parts: Iterable[Findings]) -> Findings:
@@ -117,83 +101,72 @@ def joined(parts: Iterable[Findings]) -> Findings:
     )
 
 
-def tasks_of(source: Source, indices: np.ndarray, full: bool) -> list[Task]:
-    """The images of a source at `indices`, in tasks for processes."""
-    parts = [indices[start : start + PART] for start in range(0, len(indices), PART)]
-    _pack_at.cache_clear()  # there may be another pack by now
-    if isinstance(source, PackedSource):
-        return [Task(source.folder, part, full) for part in parts]
-    tasks = []
-    for part in parts:
-        of_part = copy.copy(source)  # so that each task carries its own names only
-        of_part.names = source.names[part]
-        tasks.append(Task(of_part, np.arange(len(part)), full))
-    return tasks
-
-
-@lru_cache(maxsize=1)
-def _pack_at(folder: Path) -> PackedSource:
-    pack = PackedSource(folder, in_chans=3)
-    pack.read_ahead()
-    return pack
-
-
-def opened(task: Task) -> Source:
-    """The source to which a task's indices belong."""
-    return _pack_at(task.source) if isinstance(task.source, Path) else task.source
-
-
 def open_file(source: Source, index: int) -> BinaryIO:
-    """An image's file. Raises: BadImageError."""
+    """An image's file. Raises: OSError or BadImageError."""
     if isinstance(source, PackedSource):
         return BytesIO(source.read_bytes(index))
-    try:
-        return Path(source.name(index)).open("rb")
-    except OSError as error:
-        raise BadImageError(f"cannot be read: {error.strerror}") from error
+    return Path(source.name(index)).open("rb")
 
 
-def _examine_part(task: Task) -> Findings:
-    source, count = opened(task), len(task.indices)
+def _examine_part(source: Source, full: bool, indices: np.ndarray) -> Findings:
+    count = len(indices)
     found = Findings(sides=np.zeros((count, 2), dtype=np.int32), keys=np.zeros(count, dtype="S32"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about files that are named anyway
-        for place, index in enumerate(task.indices.tolist()):
+        for place, index in enumerate(indices.tolist()):
             try:
                 with open_file(source, index) as file:
-                    _examine_file(file, Path(source.name(index)).suffix, task.full, place, found)
+                    _examine_file(file, Path(source.name(index)).suffix, full, place, found)
             except BadImageError as error:
                 found.bad[place] = str(error)
+            except OSError as error:
+                found.bad[place] = f"cannot be read: {error.strerror}"
     return found
 
 
 def _examine_file(file: BinaryIO, ending: str, full: bool, place: int, found: Findings) -> None:
-    """Adds what an image shows to `found`. Raises: BadImageError."""
-    try:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0 if full else max(0, size - TAIL))
-        content = file.read()
-        file.seek(0)
-    except OSError as error:
-        raise BadImageError(f"cannot be read: {error.strerror}") from error
+    """Adds what an image shows to `found`. Raises: OSError or BadImageError."""
+    head = file.read(HEAD)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0 if full else max(0, size - TAIL))
+    content = file.read()
+    file.seek(0)
     found.num_bytes += size
-    header = read_header(file, content, size)
+    with open_image(file) as image:
+        kind, sides, is_turned = kind_of(image), sorted(image.size), False
+        described = f"{kind} {_mode(image, head)}"
+        with suppress(*DECODING_ERRORS):  # training may not need what is broken there
+            # Only for files whose header has EXIF: Pillow would decode a PNG to look for it.
+            if kind == "TIFF" or image.info.keys() & {"exif", "xmp"}:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation) in UPRIGHT
+            if getattr(image, "n_frames", 1) > 1:
+                described += ", animated" if kind in ANIMATED else ", several pictures"
     if full:
         pixels = decode_image(content, in_chans=3)  # (3, H, W)
-        found.sums += _sums(pixels)
+        rows = pixels[:, :: max(1, pixels.shape[1] // ROWS)].flatten(1).float() / 255
+        found.sums += torch.stack([rows.mean(dim=1), rows.square().mean(dim=1)]).numpy()
         key = repr(pixels.shape).encode() + pixels.numpy().tobytes()
     else:
         key = size.to_bytes(8, "little") + content
-        if not header.is_complete:
+        if not _is_complete(kind, head, content, size):
             file.seek(0)
             decode_image(file.read(), in_chans=3)
     found.keys[place] = hashlib.sha256(key).digest()
-    found.sides[place] = header.sides
-    found.kinds[header.described] += 1
+    found.sides[place] = sides
+    found.kinds[described] += 1
     ending = ending.lower()
-    if ending[1:] not in IMAGE_KINDS[header.kind].endings:
-        found.notes[f"{header.kind} named {ending or 'without an ending'}"] += 1
-    found.notes["turned upright by EXIF"] += header.is_turned
+    if ending[1:] not in IMAGE_KINDS[kind].endings:
+        found.notes[f"{kind} named {ending or 'without an ending'}"] += 1
+    found.notes["turned upright by EXIF"] += is_turned
+
+
+def _mode(image: Image.Image, head: bytes) -> str:
+    """Pillow's mode, and the depth and colours that it does not tell."""
+    if image.mode == "CMYK" and image.info.get("adobe_transform") == 2:
+        return "YCCK"
+    mode = "16-bit L" if image.mode.startswith("I;16") else MODES.get(image.mode, image.mode)
+    is_deep = image.format == "PNG" and head[PNG_DEPTH] == 16
+    return f"16-bit {mode}" if is_deep and not mode.startswith("16-bit") else mode
 
 
 def other_files(root: Path) -> Counter[str]:
@@ -210,29 +183,6 @@ def other_files(root: Path) -> Counter[str]:
     return found
 
 
-def read_header(file: BinaryIO, tail: bytes, size: int) -> Header:
-    """Header of a file of `size` bytes that ends in `tail`. Raises: BadImageError."""
-    with open_image(file) as image:
-        kind = kind_of(image)
-        mode = "16-bit L" if image.mode.startswith("I;16") else MODES.get(image.mode, image.mode)
-        if image.info.get("adobe_transform") == 2 and mode == "CMYK":
-            mode = "YCCK"
-        is_turned, is_several = False, False
-        with suppress(*DECODING_ERRORS):  # training may not need what is broken there
-            # Only for files whose header has EXIF: Pillow would decode a PNG to look for it.
-            if kind == "TIFF" or image.info.keys() & {"exif", "xmp"}:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation) in UPRIGHT
-            is_several = getattr(image, "n_frames", 1) > 1
-        sides = sorted(image.size)
-    file.seek(0)
-    head = file.read(PNG_DEPTH + 1)
-    if kind == "PNG" and head[PNG_DEPTH] == 16 and not mode.startswith("16-bit"):
-        mode = f"16-bit {mode}"
-    several = "animated" if kind in ("GIF", "PNG", "WEBP") else "several pictures"
-    described = f"{kind} {mode}, {several}" if is_several else f"{kind} {mode}"
-    return Header(kind, described, sides, is_turned, _is_complete(kind, head, tail, size))
-
-
 def _is_complete(kind: str, head: bytes, tail: bytes, size: int) -> bool:
     """Whether a file ends as files of its kind do; False if that cannot be told."""
     if kind in ENDS:
@@ -240,9 +190,3 @@ def _is_complete(kind: str, head: bytes, tail: bytes, size: int) -> bool:
     if kind == "WEBP":
         return struct.unpack_from("<I", head, 4)[0] + 8 == size
     return kind == "BMP" and struct.unpack_from("<I", head, 2)[0] == size
-
-
-def _sums(pixels: Tensor) -> np.ndarray:
-    """Mean and mean square of each channel of uint8 `(3, H, W)`, as `(2, 3)` in units of 255."""
-    rows = pixels[:, :: max(1, pixels.shape[1] // ROWS)].flatten(1).float() / 255
-    return torch.stack([rows.mean(dim=1), rows.square().mean(dim=1)]).numpy()

@@ -12,7 +12,12 @@ STAGES = {
     "lincls": "linear classification",
     "knn": "k-NN",
 }
+KINDS = {  # of data sets: what they are, and what a check without --full reads but headers
+    "folder": ("a folder of images", "the ends of files"),
+    "packed": ("packed shards", "checksums"),
+}
 SHOWN = 5  # bad files, groups of equal images
+ALWAYS = ("images", "bad files")  # rows that are shown even if they are zero
 
 
 def spread_of(values: np.ndarray) -> list[int]:
@@ -23,13 +28,13 @@ def spread_of(values: np.ndarray) -> list[int]:
 def report(facts: dict[str, Any], bad: list[tuple[str, str]], img_size: int) -> Iterator[str]:
     """All lines. facts: as the tool returns them. bad: path and reason of each bad file."""
     path, splits, is_full = facts["path"], facts["splits"], facts["full"]
-    is_packed = facts["dataset"] == "packed"
-    what = "packed shards" if is_packed else "a folder of images"
+    what, read = KINDS[facts["dataset"]]
     total = sum(split["images"] for split in splits.values())
     how = "decoded" if is_full else "looked at"
     yield printable(f"{path}: {what}, {total:,} images {how} in {facts['seconds']} s")
     yield ""
-    yield from _table(splits, img_size)
+    if splits:
+        yield from _table(splits, img_size)
     first: dict[str, Any] = next(iter(splits.values()), {})
     yield from (f"{fact}: {first[fact]}" for fact in ("mean", "std") if fact in first)
     yield from _equal_images(facts["duplicates"], "pixels" if is_full else "bytes")
@@ -38,7 +43,6 @@ def report(facts: dict[str, Any], bad: list[tuple[str, str]], img_size: int) -> 
     yield ""
     yield from _verdicts(facts["verdicts"], first.get("bad", 0) > 0)
     if not is_full:
-        read = "checksums" if is_packed else "the ends of files"
         yield f"\nOnly headers and {read} were looked at: --full decodes every image."
 
 
@@ -59,42 +63,44 @@ def _verdicts(verdicts: dict[str, str | None], has_bad: bool) -> Iterator[str]:
 
 def _table(splits: dict[str, dict[str, Any]], img_size: int) -> Iterator[str]:
     """A row for each fact, a column for each split."""
-    if not splits:
-        return
-    rows: list[tuple[str, list[str]]] = [("", list(splits))] if list(splits) != ["all"] else []
 
-    def add(label: str, values: list[Any], always: bool = False) -> None:
-        if always or any(values):
-            rows.append((label, [_cell(value) for value in values]))
-
-    def values_of(fact: str) -> list[Any]:
+    def values(fact: str) -> list[Any]:
         return [split.get(fact, 0) for split in splits.values()]
 
-    def add_counts(fact: str, indent: str = "  ") -> None:
-        counts = values_of(fact)
-        for key in dict.fromkeys(key for of_split in counts for key in of_split):
-            label = indent + (key or "without an ending")
-            add(label, [of_split.get(key, 0) for of_split in counts])
+    def counts(fact: str, indent: str = "  ") -> list[tuple[str, list[int]]]:
+        keys = dict.fromkeys(key for of_split in values(fact) for key in of_split)
+        return [
+            (
+                indent + (key or "without an ending"),
+                [of_split.get(key, 0) for of_split in values(fact)],
+            )
+            for key in keys
+        ]
 
-    add("images", values_of("images"), always=True)
-    add_counts("kinds")
-    add_counts("notes", indent="")
-    add("bad files", values_of("bad"), always=True)
-    add_counts("bad_by_reason")
-    add("other files", [sum(files.values()) for files in values_of("other_files")])
-    add_counts("other_files")
-    add("MiB", [round(size / 2**20, 1) for size in values_of("bytes")])
-    add("short side, min / median / max", values_of("short_side"))
-    add("long side", values_of("long_side"))
-    add(f"short side < {img_size}", values_of("smaller_than_crop"))
-    classes = [split.get("images_per_class", {}) for split in splits.values()]
-    add("class folders", [len(counts) for counts in classes])
-    spreads = [spread_of(np.array(list(counts.values()))) for counts in classes]
-    add("  images in each, min / median / max", spreads)
-    add("  images in none", values_of("without_class"))
-    label_width = max(len(label) for label, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(texts for _, texts in rows), strict=True)]
-    for label, texts in rows:
+    class_sizes = [list(split.get("images_per_class", {}).values()) for split in splits.values()]
+    spreads = [spread_of(np.array(sizes)) for sizes in class_sizes]
+    rows: list[tuple[str, list[Any]]] = [
+        ("images", values("images")),
+        *counts("kinds"),
+        *counts("notes", indent=""),
+        ("bad files", values("bad")),
+        *counts("bad_by_reason"),
+        ("other files", [sum(files.values()) for files in values("other_files")]),
+        *counts("other_files"),
+        ("MiB", [round(size / 2**20, 1) for size in values("bytes")]),
+        ("short side, min / median / max", values("short_side")),
+        ("long side", values("long_side")),
+        (f"short side < {img_size}", values("smaller_than_crop")),
+        ("class folders", [len(sizes) for sizes in class_sizes]),
+        ("  images in each, min / median / max", spreads),
+        ("  images in none", values("without_class")),
+    ]
+    shown = [(label, [*map(_cell, row)]) for label, row in rows if any(row) or label in ALWAYS]
+    if list(splits) != ["all"]:
+        shown.insert(0, ("", list(splits)))
+    label_width = max(len(label) for label, _ in shown)
+    widths = [max(map(len, column)) for column in zip(*(texts for _, texts in shown), strict=True)]
+    for label, texts in shown:
         cells = "".join(f"   {text:>{width}}" for text, width in zip(texts, widths, strict=True))
         yield f"{label:{label_width}}{cells}"
 

@@ -11,11 +11,9 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,60 +39,34 @@ LONGEST_STEM = 60  # characters of the source's name in a key; a plain tar heade
 UNCHANGED = "images must not change meanwhile; give another folder to pack into"
 
 
-class SourceImage(NamedTuple):
-    """An image to pack: its path below the split, its size and time when it was listed, its label
-    or -1, and its place in the pack.
-
-    size is -1 for a file without a state, such as a link to nowhere.
-    """
-
-    name: str
-    size: int
-    mtime_ns: int
-    label: int
-    number: int
-
-
 @dataclass(frozen=True)
 class Listing:
-    """The images of a split, or of one of its shards, in the order of the pack.
+    """The images of a split in the order of the pack.
 
-    images: structured array `(n,)` with the fields name (bytes), size, mtime_ns and label.
-    first: place of the first one in the pack.
+    images: structured array `(n,)` with the fields name (bytes, below root), size, mtime_ns and
+    label (-1 if there is none). size is -1 for a file without a state, such as a link to nowhere.
     """
 
     root: Path
     images: np.ndarray
     class_names: list[str] | None
-    first: int = 0
 
     def digest(self) -> str:
         """Equal for equal lists of unchanged files."""
-        digest = hashlib.sha256(b"\0".join(self.images["name"].tolist()))
-        for column in ("size", "mtime_ns", "label"):
-            digest.update(self.images[column].tobytes())
-        return digest.hexdigest()
-
-    def part(self, start: int, end: int) -> "Listing":
-        """The images of one shard."""
-        return replace(self, images=self.images[start:end], first=start)
-
-    def __iter__(self) -> Iterator[SourceImage]:
-        for number, (name, size, mtime_ns, label) in enumerate(self.images.tolist(), self.first):
-            yield SourceImage(os.fsdecode(name), size, mtime_ns, label, number)
+        columns = [self.images[column].tobytes() for column in ("size", "mtime_ns", "label")]
+        names = b"\0".join(self.images["name"].tolist())
+        return hashlib.sha256(b"".join([names, *columns])).hexdigest()
 
 
 def list_images(root: Path, has_classes: bool) -> Listing:
     """Lists a split. Raises: InputError if there are no images."""
     names = FolderSource(str(root), in_chans=3, prefer_train=False).names
+    names = names[torch.randperm(len(names), generator=generator(PACK)).numpy()]
     class_names = (class_folders(root) or None) if has_classes else None
     labels = folder_labels(names, class_names) if class_names else np.full(len(names), -1)
+    states = np.array([_state(root / os.fsdecode(name)) for name in names.tolist()]).T  # (2, n)
     fields = [("name", names.dtype), ("size", "<i8"), ("mtime_ns", "<i8"), ("label", "<i8")]
-    images = np.empty(len(names), dtype=fields)
-    order = torch.randperm(len(names), generator=generator(PACK)).numpy()
-    images["name"], images["label"] = names[order], labels[order]
-    for image, name in zip(images, images["name"].tolist(), strict=True):
-        image["size"], image["mtime_ns"] = _state(root / os.fsdecode(name))
+    images = np.rec.fromarrays([names, *states, labels], dtype=fields)
     return Listing(root, images, class_names)
 
 
@@ -135,63 +107,60 @@ def pack_image(encoded: bytes, side: int) -> tuple[bytes, str]:
     return packed.getvalue(), IMAGE_KINDS["JPEG"].endings[0]
 
 
-class ShardTask(NamedTuple):
-    """One shard to make: its path, its images, and their short side in pixels."""
-
-    path: Path
-    source: Listing
-    side: int
-
-
-class MadeShard(NamedTuple):
-    """A finished shard, the images that were left out of it, and whether an earlier process had
-    made it."""
-
-    content: ShardIndex
-    bad: list[BadSample]
-    was_there: bool
-
-
-def make_shard(task: ShardTask) -> MadeShard:
+def make_shard(
+    listing: Listing, side: int, task: tuple[Path, range]
+) -> tuple[ShardIndex, list[BadSample], bool]:
     """Makes a complete shard or none, reads it back and compares. A shard that exists is only read.
 
+    Args:
+        side: short side of the images, in pixels.
+        task: path of the shard, and the places of its images in the listing.
+
+    Returns: what the shard holds, the images that were left out of it, and whether an earlier
+        process had made it.
     Raises: InputError if a source file has changed, or the shard cannot be written.
     """
+    path, numbers = task
     bad: list[BadSample] = []
-    was_there = task.path.exists()
-    if was_there:
-        content = index_shard(task.path)
-        made = {int(Path(os.fsdecode(name)).name[:DIGITS]) for name in content.names}
-        for image in task.source:
-            if image.number not in made:
-                _pack_or_note(task, image, bad)
-        return MadeShard(content, bad, was_there)
+    if path.exists():
+        content = index_shard(path)
+        made = {int(name[:DIGITS]) for name in content.names}
+        for number in sorted({*numbers} - made):
+            _pack_or_note(listing, side, number, bad)
+        return content, bad, True
     found: list[ShardIndex] = []
     try:
-        write_whole(task.path, lambda target: found.append(_write_shard(task, target, bad)))
+        write_whole(
+            path,
+            lambda target: found.append(_write_shard(listing, side, path, numbers, target, bad)),
+        )
     except OSError as error:
         raise InputError(
-            f"{task.path} cannot be written: {error.strerror}; finished shards are kept, and the "
-            "same command continues"
+            f"{path} cannot be written: {error.strerror}; finished shards are kept, and the same "
+            "command continues"
         ) from error
-    return MadeShard(found[0], bad, was_there)
+    return found[0], bad, False
 
 
-def _write_shard(task: ShardTask, target: Path, bad: list[BadSample]) -> ShardIndex:
-    """Writes the tar file and returns what is found in it. Images that cannot be read are added to
-    `bad`."""
+def _write_shard(
+    listing: Listing, side: int, path: Path, numbers: range, target: Path, bad: list[BadSample]
+) -> ShardIndex:
+    """Writes what becomes the tar file `path` and returns what is found in it. Images that cannot
+    be read are added to `bad`."""
     written = []
     with target.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for image in task.source:
-                packed = _pack_or_note(task, image, bad)
+            for number in numbers:
+                packed = _pack_or_note(listing, side, number, bad)
                 if packed is not None:
                     content, ending = packed
-                    name = f"{_key(image)}.{ending}"
-                    _add(archive, name, content)
-                    if image.label >= 0:
-                        _add(archive, f"{_key(image)}.{LABEL_ENDING}", str(image.label).encode())
-                    written.append((name.encode(), len(content), zlib.crc32(content), image.label))
+                    name, _, _, label = listing.images[number].tolist()
+                    key = _key(number, name)
+                    _add(archive, f"{key}.{ending}", content)
+                    if label >= 0:
+                        _add(archive, f"{key}.{LABEL_ENDING}", str(label).encode())
+                    member = f"{key}.{ending}".encode()
+                    written.append((member, len(content), zlib.crc32(content), label))
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # so that it is read back from the disk
@@ -199,18 +168,19 @@ def _write_shard(task: ShardTask, target: Path, bad: list[BadSample]) -> ShardIn
     index = index_shard(target)
     columns = (index.entries[column].tolist() for column in ("length", "crc32", "label"))
     if list(zip(index.names, *columns, strict=True)) != written:
-        raise InputError(f"{task.path} was not read back as it was written: is the disk in order?")
+        raise InputError(f"{path} was not read back as it was written: is the disk in order?")
     return index
 
 
 def _pack_or_note(
-    task: ShardTask, image: SourceImage, bad: list[BadSample]
+    listing: Listing, side: int, number: int, bad: list[BadSample]
 ) -> tuple[bytes, str] | None:
     """The packed file and its ending; None for an image that cannot be read, which is added to
     `bad`."""
-    path = task.source.root / image.name
+    name, size, mtime_ns, _ = listing.images[number].tolist()
+    path = listing.root / os.fsdecode(name)
     try:
-        return pack_image(_read(path, image), task.side)
+        return pack_image(_read(path, size, mtime_ns), side)
     except BadImageError as error:
         bad.append(BadSample(str(path), str(error)))
     return None
@@ -222,14 +192,14 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, BytesIO(content))
 
 
-def _key(image: SourceImage) -> str:
+def _key(number: int, name: bytes) -> str:
     """A running number, which makes the key unique and sorted, and the end of the source's name,
     for people."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", str(Path(image.name).with_suffix("")))
-    return f"{image.number:0{DIGITS}d}-{stem[-LONGEST_STEM:]}"
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", str(Path(os.fsdecode(name)).with_suffix("")))
+    return f"{number:0{DIGITS}d}-{stem[-LONGEST_STEM:]}"
 
 
-def _read(path: Path, image: SourceImage) -> bytes:
+def _read(path: Path, size: int, mtime_ns: int) -> bytes:
     """A source file's content.
 
     Raises: InputError if it is no longer as listed, BadImageError if it could never be read.
@@ -239,10 +209,9 @@ def _read(path: Path, image: SourceImage) -> bytes:
             content = file.read()
             status = os.fstat(file.fileno())
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and image.size >= 0:
+        if isinstance(error, FileNotFoundError) and size >= 0:
             raise InputError(f"{path} vanished while it was packed: {UNCHANGED}") from error
         raise BadImageError(f"cannot be read: {error.strerror}") from error
-    state = (status.st_size, status.st_mtime_ns, len(content))
-    if state != (image.size, image.mtime_ns, image.size):
+    if (status.st_size, status.st_mtime_ns, len(content)) != (size, mtime_ns, size):
         raise InputError(f"{path} changed while it was packed: {UNCHANGED}")
     return content

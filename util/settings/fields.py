@@ -12,12 +12,21 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from util.files import expand_path
 
-Text = Annotated[str, MinLen(1)]
+# Not plain `str`, as pydantic refuses the file names of Linux that are no UTF-8.
+Text = Annotated[InstanceOf[str], MinLen(1)]
 PathText = Annotated[Text, AfterValidator(expand_path)]
 Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
