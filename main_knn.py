@@ -183,7 +183,7 @@ def digest_of(weights: str) -> str | None:
 
 
 def check_origin(cfg: KnnConfig, origin: Origin) -> None:
-    """Raises: InputError where saved features are of other weights than the settings name, or of
+    """Raises: InputError if saved features are of other weights than the settings name, or of
     another readout."""
     if cfg.finetune is None:
         return

@@ -217,7 +217,8 @@ def _open_class_folders(
 def _open_packs(
     root: Path, folders: dict[str, Path], in_chans: int
 ) -> tuple[Mapping[str, LabelledSource], list[str]]:
-    """Classes without a name in either index are called by their labels."""
+    """Both splits' packs and the class names; without names in either index, the labels are the
+    names."""
     packs = {split: PackedSource(folder, in_chans) for split, folder in folders.items()}
     for pack in packs.values():
         if (pack.labels < 0).all():

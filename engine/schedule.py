@@ -89,9 +89,11 @@ def choose_accum_iter(cfg: ScheduleConfig, world_size: int, saved: Checkpoint | 
     if saved is None:
         if cfg.total_batch_size is None:
             return cfg.accum_iter
-        total, name, derived = cfg.total_batch_size, "total_batch_size", cfg.accum_iter == 1
+        total, derived = cfg.total_batch_size, cfg.accum_iter == 1
+        named = f"total_batch_size {total}"
     else:
-        total, name = saved.total_batch, "the run's total batch so far,"
+        total = saved.total_batch
+        named = f"the run's total batch of {total}"
         if cfg.total_batch_size not in (None, total):
             raise InputError(
                 f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}",
@@ -100,13 +102,13 @@ def choose_accum_iter(cfg: ScheduleConfig, world_size: int, saved: Checkpoint | 
         derived = cfg.accum_iter in (1, saved.config["accum_iter"])
     if total % per_pass:
         raise InputError(
-            f"{name} {total} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole",
+            f"{named} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole",
             settings=("total_batch_size", "batch_size"),
         )
     if not derived and cfg.accum_iter != total // per_pass:
         raise InputError(
-            f"{asked} x accum_iter {cfg.accum_iter} is {per_pass * cfg.accum_iter} images per step "
-            f"and {name} {total}: leave accum_iter out, it follows as {total // per_pass}",
+            f"{asked} x accum_iter {cfg.accum_iter} is {per_pass * cfg.accum_iter} images per step"
+            f", not {named}: leave accum_iter out, which makes it {total // per_pass}",
             settings=("accum_iter",),
         )
     return total // per_pass

@@ -9,7 +9,7 @@ through the prediction head.
 the encoder's output and not to one another, so that some of the removed patches are enough.
 
 Shapes: `B` batch, `N` patches, `K` kept patches, `D` width, `P` patch side, `C` channels; a `+`
-before a token count stands for the class token where there is one.
+before a token count stands for the class token if there is one.
 """
 
 import math

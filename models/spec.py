@@ -71,7 +71,7 @@ class EncoderSpec:
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """Number of patches, N."""
         return math.prod(self.grid_size)
 
     @property
@@ -124,12 +124,12 @@ class MAESpec(EncoderSpec):
 
     @property
     def num_kept(self) -> int:
-        """K, the patches that the encoder sees."""
+        """Number of patches that the encoder sees, K."""
         return num_kept(self.num_patches, self.mask_ratio)
 
     @property
     def num_predicted(self) -> int:
-        """M, all removed patches or floor(N * pred_ratio) of them."""
+        """Number of predicted patches, M: all removed ones, or floor(N * pred_ratio) of them."""
         removed = self.num_patches - self.num_kept
         if self.pred_ratio is None:
             return removed

@@ -81,7 +81,7 @@ def launch(
 
 
 def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
-    """An entry script under `fault_driver.py`, and where there are several processes under torch's
+    """An entry script under `fault_driver.py`, and if there are several processes, under torch's
     launcher."""
     driver = [str(ROOT / "tests" / "fault_driver.py"), *arguments]
     if processes == 1:

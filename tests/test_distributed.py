@@ -139,7 +139,7 @@ def test_another_total_is_refused_with_the_numbers(tmp_path):
     result = launch(arguments, processes=2)
     assert result.returncode != 0
     assert (
-        "the run's total batch so far, 64 is not a multiple of batch_size 64 x 2 processes = 128"
+        "the run's total batch of 64 is not a multiple of batch_size 64 x 2 processes = 128"
         in result.stderr
     )
     assert result.stderr.count("error: ") == 1

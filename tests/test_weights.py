@@ -776,8 +776,8 @@ ONES = torch.ones
         ("tensors", {"blocks.9000000.norm1.bias": ONES(48)}, ["blocks.9000000.norm1.bias"]),
         ("tensors", {"pos_embed": ONES(17, 48)}, ["pos_embed is (17, 48)", "3 dimensions"]),
         ("tensors", {"pos_embed": ONES(1, 16, 48)}, ["15 patches of 8x8"]),  # no_embed_class
-        ("header", {"depth": 3}, ["depth is 3", "2 blocks.*"]),
-        ("header", {"decoder_depth": 3}, ["decoder_depth is 3", "2 decoder_blocks.*"]),
+        ("header", {"depth": 3}, ["depth 3", "2 of the layers blocks.*"]),
+        ("header", {"decoder_depth": 3}, ["decoder_depth 3", "2 of the layers decoder_blocks.*"]),
         ("header", {"embed_dim": 96}, ["blocks.0.attn.proj.bias is (48,), expected (96,)"]),
         ("header", {"embed_dim": "wide"}, ["geometry that cannot be"]),
         ("header", {"patch_size": 0}, ["geometry that cannot be"]),

@@ -3,9 +3,9 @@
     python tools/convert_checkpoint.py SRC --describe
     python tools/convert_checkpoint.py SRC DST --format huggingface
 
-SRC is a file or Hugging Face folder of any kind that the README lists. What a foreign file does not
-record and the new format needs (numbers of heads, the target, the size of images that are not
-square) is given by flags.
+SRC is a file or Hugging Face folder of any kind that models/README.md lists. What a foreign file
+does not record and the new format needs (numbers of heads, the target, the size of images that are
+not square) is given by flags.
 """
 
 import logging

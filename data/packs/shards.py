@@ -83,7 +83,7 @@ def index_shard(path: Path) -> ShardIndex:
 
 
 def shard_fingerprint(descriptor: int, size: int, offsets: np.ndarray) -> str:
-    """Of a shard of `size` bytes whose images begin at `offsets`."""
+    """The fingerprint of a shard of `size` bytes whose images begin at `offsets`."""
     places = np.linspace(0, len(offsets) - 1, min(SAMPLED, len(offsets))).astype(int)
     headers = [os.pread(descriptor, BLOCK, int(offset) - BLOCK) for offset in offsets[places]]
     return hashlib.sha256(b"".join([str(size).encode(), *headers])).hexdigest()[:16]

@@ -11,8 +11,8 @@ from util.errors import DataError
 def complete_batches(batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
     """This process's batches; all processes must go on to the end, where they wait for one another.
 
-    Raises: DataError at the end on all processes where one met a file that cannot be decoded,
-        Stopped where one got a signal; that process's batches end there.
+    Raises: DataError at the end on all processes if one met a file that cannot be decoded,
+        Stopped if one got a signal; that process's batches end there.
     """
     bad: list[BadSample] = []
     for batch in batches:

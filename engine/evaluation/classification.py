@@ -45,12 +45,12 @@ class Scores:
 
     @property
     def acc1(self) -> float:
-        """Percent."""
+        """Top-1 accuracy in percent."""
         return 100 * self.correct1 / self.num_samples
 
     @property
     def acc5(self) -> float:
-        """Percent."""
+        """Top-5 accuracy in percent."""
         return 100 * self.correct5 / self.num_samples
 
     def as_dict(self, class_names: list[str] | None = None) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def evaluate(
         batches: this process's share; all processes must call.
         dtype: what to autocast to, or None.
 
-    Raises: DataError on all processes where a file cannot be decoded.
+    Raises: DataError on all processes if a file cannot be decoded.
     """
     device = normalize.device
     counts = torch.zeros(num_heads, 3, num_classes, dtype=torch.int64, device=device)

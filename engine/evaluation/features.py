@@ -69,7 +69,7 @@ def compute_features(
     Args:
         crop_pct: as `EvalTransform` takes it.
 
-    Raises: InputError on all processes where a file cannot be decoded or a feature is not finite.
+    Raises: InputError on all processes if a file cannot be decoded or a feature is not finite.
     """
     normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
     dtype = autocast_dtype(cfg.precision, run.device)
@@ -144,7 +144,7 @@ def load_features(path: Path) -> tuple[Features, Origin]:
     The tensors are views of the file (safetensors maps it): only what is read comes into memory,
     and once for all processes of a machine.
 
-    Raises: InputError where there is no such file, or another one.
+    Raises: InputError if there is no such file, or another one.
     """
     if path.is_dir():
         path = path / FEATURES_FILE

@@ -133,8 +133,8 @@ def _class_token(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | N
 
 
 def _check_same(name: str, ours: object, theirs: object, weights: str) -> None:
-    """Raises: InputError if the settings and the weights have different values; None is no
-    value."""
+    """Raises: InputError if the settings and the weights have different values. None on
+    either side agrees with anything."""
     if None not in (ours, theirs) and ours != theirs:
         raise InputError(
             f"{name} is {spelled(ours)} in the settings and {spelled(theirs)} in {weights}: set "

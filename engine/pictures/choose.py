@@ -45,7 +45,7 @@ def validation_source(dataset: str, data_path: str | None, in_chans: int) -> Ima
     """The validation images of a data set. A folder without val/ gives all its images, a pack
     without one its training images.
 
-    Raises: InputError.
+    Raises: InputError if they are not there.
     """
     if dataset not in ("folder", "packed"):
         return build_labelled_data(dataset, data_path, in_chans, False, None).val

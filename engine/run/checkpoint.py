@@ -74,7 +74,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint and removes the older ones that `kept_steps` does not name.
 
-    Raises: OSError or RuntimeError where it cannot be written; then nothing has changed.
+    Raises: OSError or RuntimeError if it cannot be written; then nothing has changed.
     """
     path = _path(folder, checkpoint.step)
     temporary = write_temporary(path, lambda target: torch.save(vars(checkpoint), target))
@@ -154,7 +154,7 @@ def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: An
 
     The header holds, as JSON, the model's specification, mean and std, and `more`.
 
-    Raises: LocalInputError where it cannot be written; then what was there stays.
+    Raises: LocalInputError if it cannot be written; then what was there stays.
     """
     header = {"model_args": identity.model_args, "mean": identity.mean, "std": identity.std, **more}
     content = own_bytes(model.state_dict(), header)

@@ -23,6 +23,7 @@ from util.files import write_output, writing
 MIN_BAD_FILES = 10
 BAD_FILES_SHARE = 0.001
 IMAGES_SHOWN = 8  # in the error about bad steps
+NOT_RECORDED = ", all of them before this resume, so that they are not recorded"
 
 
 def max_bad_files(num_images: int) -> int:
@@ -165,7 +166,7 @@ class BadSteps:
         entries.sort(key=lambda entry: entry["step"])
         raise InputError(
             f"{most_in_a_row} steps in a row had a non-finite gradient"
-            f"{self._describe(entries) if entries else ' before this start'}. "
+            f"{self._describe(entries) if entries else NOT_RECORDED}. "
             "Lower lr, set clip_grad, or use precision bf16 or fp32"
         )
 

@@ -146,8 +146,8 @@ def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kin
 def _claimed(cfg: RunConfig, folder: Path) -> Iterator[None]:
     """Makes sure that the folder can be written and that nothing of others would be lost there.
 
-    Training claims the folder for itself alone. k-NN and `eval` only add their results, and may do
-    so while a run is under way.
+    Training claims the folder for itself alone. `eval` only adds its results and log lines, and may
+    do so beside a training run. k-NN adds its results as well, but needs a folder of its own.
     """
     check_writable("output_dir", folder)
     if isinstance(cfg, TrainRunConfig) and not (isinstance(cfg, FinetuneConfig) and cfg.eval):

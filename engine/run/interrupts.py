@@ -50,7 +50,8 @@ def received() -> int:
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Takes note of a first signal in place of ending at once, which a second one still does."""
+    """Takes note of a first signal in place of ending at once; one that comes more than REPEAT_S
+    later ends the process."""
     # Python handles signals in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -151,8 +151,10 @@ class TerminalHandler(logging.Handler):
 
 @contextmanager
 def logging_to(path: Path | None) -> Iterator[None]:
-    """Log lines go to the terminal and the file `path`; without a path only errors do, to the
-    terminal, as on all processes but the main one."""
+    """Sends log lines to the terminal and the file `path`.
+
+    Without a path, as on all processes but the main one, only errors go to the terminal.
+    """
     root = logging.getLogger()
     previous = root.level
     root.setLevel(logging.ERROR if path is None else logging.INFO)

@@ -51,8 +51,7 @@ def check_resumable(cfg: TrainConfig, saved: Checkpoint | None, identity: RunIde
     changes += changed_settings(saved.config, cfg, skip={"size", *identity.model_args})
     if saved.data != identity.data:
         old, new = saved.data["num_images"], identity.data["num_images"]
-        another = "another list of " if old == new else ""
-        changes.append(f"images: a list of {old} -> {another}{new}")
+        changes.append(f"images: {old} -> {new}{' others' if old == new else ''}")
     if saved.weights != identity.weights:
         changes.append(f"finetune: weights of sha256 {saved.weights} -> {identity.weights}")
     if changes:

@@ -143,7 +143,7 @@ def _log_found(path: str | Path, info: WeightsInfo) -> None:
     logger.info("%s: %s", path, info)
     if missing := sorted(name for name in info.unknown if name.endswith("num_heads")):
         logger.warning(
-            "%s: it does not say %s: the settings' are taken", path, " and ".join(missing)
+            "%s does not say %s; the values of the settings are taken", path, " and ".join(missing)
         )
 
 

@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, digest: Any, alone: bool) -> RawWeights:
-    """One file; `digest` is updated by its bytes."""
+    """Reads one file, and updates `digest` with its bytes."""
     try:
         if not path.stat().st_size:
             raise InputError(f"{path}: an empty file, not a PyTorch or safetensors file")
@@ -192,7 +192,7 @@ def _unwrapped(path: Path, content: Any) -> RawWeights:
     if source == "model" and "format_version" in content:
         found = content["format_version"]
         if found != CHECKPOINT_VERSION:
-            raise InputError(f"{path} has format {found}, this version reads {CHECKPOINT_VERSION}")
+            raise InputError(f"{path} has format {found}; this version reads {CHECKPOINT_VERSION}")
         return RawWeights(tensors, "checkpoint", {name: content.get(name) for name in OWN_HEADER})
     args = content.get("args")
     return RawWeights(tensors, source, vars(args) if isinstance(args, argparse.Namespace) else {})

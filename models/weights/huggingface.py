@@ -93,7 +93,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     """The fields of the specification that the `config.json` in a folder says and the tensors'
     shapes do not.
 
-    Raises: InputError for another model or activation, or where there is no such file.
+    Raises: InputError for another model or activation, or if there is no such file.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -170,7 +170,7 @@ def huggingface_config(spec: MAESpec) -> dict[str, Any]:
 
 
 def _canonical(key: str) -> str:
-    """A canonical name, with q, k and v apart; the name itself where there is none."""
+    """A canonical name, with q, k and v apart; the name itself if there is none."""
     for pattern, stack in ((ENCODER_LAYER, "blocks"), (DECODER_LAYER, "decoder_blocks")):
         match = pattern.fullmatch(key)
         if match and match[2] in PARTS:

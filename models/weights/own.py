@@ -23,7 +23,8 @@ def own_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of such a file. Raises: an error of any class for damaged files."""
+    """The header of one of this project's safetensors files. A damaged file may raise an error of
+    any class."""
     with safetensors.safe_open(path, framework="pt") as file:
         return decoded(file.metadata())
 

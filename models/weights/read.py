@@ -101,7 +101,10 @@ def _own_info(raw: RawWeights, where: str, sha256: str) -> WeightsInfo:
     for name, stack in (("depth", "blocks."), ("decoder_depth", "decoder_blocks.")):
         stated, found = getattr(spec, name, 0), _depth(raw.tensors, stack)
         if stated != found:
-            raise InputError(f"{where}: its {name} is {stated}, but it holds {found} {stack}*")
+            raise InputError(
+                f"{where}: its header says {name} {stated}, but it holds {found} of the layers "
+                f"{stack}*"
+            )
     kind = f"this project's {raw.source} ({_contents(spec)})"
     return WeightsInfo(kind=kind, spec=spec, sha256=sha256, mean=mean, std=std)
 
@@ -173,7 +176,8 @@ def _foreign_spec(
 def _image_size(
     num_patches: int, patch_size: tuple[int, int], img_size: tuple[int, int] | None, where: str
 ) -> tuple[int, int]:
-    """(H, W) of the images: what is stated, checked, or the square that has so many patches."""
+    """(H, W) of the images: the stated size, after a check, or the square with this number of
+    patches."""
     if img_size is None:
         side = math.isqrt(max(num_patches, 0))
         if side * side != num_patches:

@@ -85,7 +85,7 @@ class FinetuneConfig(
 
     finetune: PathText | None = setting(
         None,
-        "Weights to start from, of any kind that the README lists; null trains from scratch.",
+        "Weights to start from, of any kind that models/README.md lists; null trains from scratch.",
         may_change=True,  # the resume compares the weights' sha256 instead
     )
     eval: bool = setting(
@@ -171,7 +171,7 @@ class LinclsConfig(
 
     finetune: PathText | None = setting(
         None,
-        "Weights to evaluate, of any kind that the README lists, or the word random for an "
+        "Weights to evaluate, of any kind that models/README.md lists, or the word random for an "
         "untrained model.",
         may_change=True,  # the resume compares the weights' sha256 instead
     )
@@ -220,8 +220,8 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, RunConfig):
 
     finetune: PathText | None = setting(
         None,
-        "Weights to evaluate, of any kind that the README lists, a folder of checkpoints, or the "
-        "word random for an untrained model.",
+        "Weights to evaluate, of any kind that models/README.md lists, a folder of checkpoints, or "
+        "the word random for an untrained model.",
     )
     ks: tuple[Count, ...] = setting(
         (10, 20, 100, 200), "Numbers of neighbours, of which the first is the reported one."

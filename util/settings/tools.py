@@ -30,7 +30,7 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
     """Reconstruction pictures"""
 
     model_path: PathText | None = setting(
-        None, "Weights of an autoencoder, of any kind that the README lists."
+        None, "Weights of an autoencoder, of any kind that models/README.md lists."
     )
     img_path: tuple[PathText, ...] = setting(
         (), "Images, or folders of images; none is the data set's validation images."
@@ -88,7 +88,7 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
 
     finetune: PathText | None = setting(
         None,
-        "Weights to explain, of any kind that the README lists, or the word random for an "
+        "Weights to explain, of any kind that models/README.md lists, or the word random for an "
         "untrained model.",
     )
     image_path: tuple[PathText, ...] = setting(
