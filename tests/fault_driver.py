@@ -80,7 +80,7 @@ def strike(at: str) -> None:
         if fault["do"] == "exit":
             os._exit(1)
         if fault["do"] == "hang":
-            time.sleep(3600)
+            time.sleep(fault.get("seconds", 3600))
         for _ in range(fault.get("times", 1)):
             os.kill(os.getppid() if fault["to"] == "launcher" else os.getpid(), fault["do"])
             time.sleep(0.3)

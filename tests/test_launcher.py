@@ -72,7 +72,7 @@ def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
     assert saved is not None and 10 <= saved.step == log_lines(tmp_path / "out")[-1]["step"] < 124
     again = launched(tmp_path / "out", pause="0")
     assert again.wait(timeout=120) == 0
-    assert f"at step {saved['step']}" in (tmp_path / "out.txt").read_text()
+    assert f"at step {saved.step}" in (tmp_path / "out.txt").read_text()
 
 
 @long
