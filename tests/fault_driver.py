@@ -81,6 +81,7 @@ def strike(at: str) -> None:
             os._exit(1)
         if fault["do"] == "hang":
             time.sleep(fault.get("seconds", 3600))
+            continue
         for _ in range(fault.get("times", 1)):
             os.kill(os.getppid() if fault["to"] == "launcher" else os.getpid(), fault["do"])
             time.sleep(0.3)
