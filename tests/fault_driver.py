@@ -94,10 +94,10 @@ def between_steps(saver: saving.Saver) -> None:
         content = vars(saver.job.state.checkpoint(saver.job.identity, total_batch=1))
         digests = {name: digest(content[name]) for name in ("model", "optimizer", "ema")}
         write("DIGESTS", {"step": now["step"], **digests})
-    strike("step")
-    time.sleep(PAUSE)
     if "SETTLED" in os.environ:
         saver.wait()
+    strike("step")
+    time.sleep(PAUSE)
 
 
 def used(_: faults.BadSamples, batch: Any) -> None:
