@@ -6,7 +6,6 @@ import logging
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +45,6 @@ ALL_ON = shlex.split("""--lr 0.03 --mixup 0.8 --cutmix 1.0 --re_prob 0.5 --drop_
 --hflip 0.5 --auto_augment rand-m9-mstd0.5-inc1 --ema_decay 0.8 --clip_grad 1""")
 RUN_FILES = {"log.txt", ".lock"}  # each start writes to them
 # the module whose `optimizer_step` takes the steps
-STEPPER = engine.loop
 
 STAGES = {"finetune": main_finetune.main, "lincls": main_lincls.main, "knn": main_knn.main}
 
@@ -54,12 +52,6 @@ STAGES = {"finetune": main_finetune.main, "lincls": main_lincls.main, "knn": mai
 def finetune(data: Path, output: Path, *more) -> dict:
     """Results of a run on `data`."""
     return main_finetune.main(pictures(data, output, *more))
-
-
-def newest(folder: Path) -> SimpleNamespace:
-    """The newest checkpoint of a run."""
-    found = load_newest_checkpoint(folder)
-    return SimpleNamespace(**found) if isinstance(found, dict) else found
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +169,7 @@ def test_the_moving_average_is_evaluated_and_gives_the_best(tmp_path, data, all_
 
 def test_the_moving_average_by_hand_and_a_skipped_step_leaves_it_alone(tmp_path, data, monkeypatch):
     heads, skipped = [], []
-    original = STEPPER.optimizer_step
+    original = engine.loop.optimizer_step
 
     def watched(optimizer, scaler, clip_grad):
         if len(heads) == 4:
@@ -189,14 +181,16 @@ def test_the_moving_average_by_hand_and_a_skipped_step_leaves_it_alone(tmp_path,
         skipped.append(bool(found_inf))
         return norm, found_inf
 
-    monkeypatch.setattr(STEPPER, "optimizer_step", watched)
+    monkeypatch.setattr(engine.loop, "optimizer_step", watched)
     finetune(data, tmp_path, "--ema_decay", 0.75, "--stop_epoch", 1, "--warmup_epochs", 0.1)
     assert skipped == [False] * 4 + [True] + [False] * 5
     # lr is 0 in the first step: these are still the initial weights, where the average starts
     average = heads[0]
     for head, is_skipped in zip(heads[1:], skipped[1:], strict=True):
         average = average if is_skipped else 0.75 * average + 0.25 * head
-    torch.testing.assert_close(newest(tmp_path).ema["head.weight"], average, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        load_newest_checkpoint(tmp_path).ema["head.weight"], average, rtol=1e-5, atol=1e-9
+    )
 
 
 # --- --eval
@@ -353,7 +347,7 @@ def test_each_micro_batch_is_mixed_by_its_own_draw_and_a_repeat_by_the_same(
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Losses by float.hex, all of the newest checkpoint, the weights, the best and the results."""
     assert step_losses(one) == step_losses(other)
-    ours, theirs = newest(one), newest(other)
+    ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
     names = shlex.split("step model ema optimizer scaler samples_seen total_batch epoch_losses")
     for name in names:
         assert_same(getattr(ours, name), getattr(theirs, name), name)
@@ -385,7 +379,7 @@ class Cut(BaseException):
 
 def cut_after(monkeypatch, steps: int) -> None:
     """Makes step `steps` + 1 end the run."""
-    original, taken = STEPPER.optimizer_step, []
+    original, taken = engine.loop.optimizer_step, []
 
     def counted(*args, **kwargs):
         if len(taken) == steps:
@@ -393,7 +387,7 @@ def cut_after(monkeypatch, steps: int) -> None:
         taken.append(None)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(STEPPER, "optimizer_step", counted)
+    monkeypatch.setattr(engine.loop, "optimizer_step", counted)
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 14])
@@ -406,7 +400,7 @@ def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, steps)
         finetune(data, tmp_path, *base)
-    assert newest(tmp_path).step == steps
+    assert load_newest_checkpoint(tmp_path).step == steps
     assert not (tmp_path / "results.json").exists()
     finetune(data, tmp_path, *base)
     assert_equal_runs(all_on, tmp_path)
@@ -418,7 +412,7 @@ def test_accumulated_steps_resume_bit_for_bit(tmp_path, data, weights):
     finetune(data, tmp_path / "stopped", *more, "--stop_epoch", 2)
     finetune(data, tmp_path / "stopped", *more, "--num_workers", 2)
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
-    assert newest(tmp_path / "whole").total_batch == 12
+    assert load_newest_checkpoint(tmp_path / "whole").total_batch == 12
     assert len(step_losses(tmp_path / "whole")) == 3 * PICTURE_STEPS
 
 

@@ -3,7 +3,6 @@ resume."""
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,12 +36,6 @@ STEPS = 9  # per epoch, of the 108 images that a held-out tenth leaves: 108 // 1
 def lincls(data: Path, output: Path, *more) -> dict:
     """Results of a run on `data`."""
     return main_lincls.main(pictures(data, output, *more))
-
-
-def newest(folder: Path) -> SimpleNamespace:
-    """The newest checkpoint of a run."""
-    found = load_newest_checkpoint(folder)
-    return SimpleNamespace(**found) if isinstance(found, dict) else found
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +175,7 @@ def test_lars_adapts_to_the_norm_even_without_weight_decay(
         cut_after(patch, 1)
         lincls(data, tmp_path, "--finetune", weights, *more)
     initial = torch.empty(3, 32).normal_(0, 0.01, generator=generator(0, HEAD))
-    moved = newest(tmp_path).model["weights.0"] - initial
+    moved = load_newest_checkpoint(tmp_path).model["weights.0"] - initial
     ratio = (moved.norm() / initial.norm()).item() / (2 * 12 / 256 * 0.001)
     assert (ratio == pytest.approx(1, rel=1e-3)) == adapted
 
@@ -210,7 +203,7 @@ def test_held_out_images_choose_and_validation_images_do_not(tmp_path, data, wei
     lines = [line for line in log_lines(tmp_path) if "val_loss" in line]
     assert [[line["val_acc1"], line["held_out_acc1"]] for line in lines] == 3 * [accuracies[1]]
     # and the head that is written is the second: of equals the first
-    saved = newest(tmp_path).model
+    saved = load_newest_checkpoint(tmp_path).model
     scale = (saved["bn.running_var"].double() + 1e-6).rsqrt()
     weight = saved["weights.1"].double() * scale
     written = load_file(tmp_path / "model.safetensors")
@@ -247,7 +240,7 @@ def test_a_rate_that_diverges_does_not_disturb_the_others(tmp_path, data, weight
     arguments = [*LEARN, "--finetune", weights, "--epochs", 4, "--weight_decay", 1e-3, "--lr"]
     alone = lincls(data, tmp_path / "alone", *arguments, 0.1, 1.0)
     beside = lincls(data, tmp_path / "beside", *arguments, 0.1, 1.0, 1e8)
-    ours, theirs = (newest(tmp_path / name).model for name in ("beside", "alone"))
+    ours, theirs = (load_newest_checkpoint(tmp_path / name).model for name in ("beside", "alone"))
     assert not ours["weights.2"].isfinite().all()  # it did diverge
     for one, other in zip(beside["curve"], alone["curve"], strict=False):
         assert one == pytest.approx(other, abs=1e-6)
@@ -288,7 +281,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, data, weights, m
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Losses by float.hex, heads, momentum and running statistics, the weights and the results."""
     assert step_losses(one) == step_losses(other)
-    ours, theirs = newest(one), newest(other)
+    ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
     assert {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"} < set(ours.model)
     for name in ("step", "model", "optimizer", "epoch_losses"):
         assert_same(getattr(ours, name), getattr(theirs, name), name)
@@ -307,12 +300,12 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimiz
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, 5)
         main_lincls.main(base)
-    assert newest(tmp_path / "stopped").step == STEPS + 5
+    assert load_newest_checkpoint(tmp_path / "stopped").step == STEPS + 5
     assert not (tmp_path / "stopped" / "results.json").exists()
     main_lincls.main([*base, "--num_workers", "2"])
     assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
     assert len(set(step_losses(tmp_path / "whole").values())) == 3 * STEPS
-    buffers = newest(tmp_path / "whole").optimizer["state"]
+    buffers = load_newest_checkpoint(tmp_path / "whole").optimizer["state"]
     assert all(
         entry["momentum_buffer"].any() for entry in buffers.values()
     )  # there was something to restore
