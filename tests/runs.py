@@ -4,6 +4,7 @@ own."""
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -88,6 +89,12 @@ def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
         return [sys.executable, *driver]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *launcher, "--max_restarts", str(restarts), *driver]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def stop_at(step: int, signum: int, rank: int = 0) -> str:

@@ -4,7 +4,6 @@ parameters."""
 import json
 import re
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -143,12 +142,6 @@ def test_another_total_is_refused_with_the_numbers(tmp_path):
         in result.stderr
     )
     assert result.stderr.count("error: ") == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_evaluation import free_port
+from runs import free_port
 from torch import multiprocessing
 from torch.nn import functional as F
 

@@ -16,6 +16,7 @@ from runs import (
     command,
     digits,
     environment,
+    free_port,
     log_lines,
     make_pictures,
     pretraining,
@@ -23,7 +24,7 @@ from runs import (
     run,
     step_losses,
 )
-from test_distributed import assert_steps_agree, free_port
+from test_distributed import assert_steps_agree
 
 pytestmark = pytest.mark.long
 DRIVEN = (

@@ -5,14 +5,13 @@ import json
 import math
 import os
 import random
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from runs import loading
+from runs import free_port, loading
 from safetensors.torch import save_file
 from torch import multiprocessing
 from torch.nn import functional as F
@@ -242,12 +241,6 @@ def process(rank: int, world_size: int, port: int, folder: str) -> None:
     with init_processes("cpu") as processes:
         found = work(processes.rank, processes.world_size)
     Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.long
