@@ -11,7 +11,7 @@ weighted votes.
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -34,7 +34,6 @@ from engine.evaluation.knn import rank_labels
 from engine.run.folder import Run, open_run
 from models.build import classifier_config_problems
 from models.weights.files import weights_digest
-from models.weights.read import read_weights
 from util.dist import gather_rows
 from util.errors import InputError, run_cli
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
@@ -42,10 +41,11 @@ from util.settings.read import load_config
 
 WEIGHTS_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 DIGITS = re.compile(r"(\d+)")
+Results = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> Results:
     """Classifies the validation images; returns what it writes to results.json.
 
     For a folder of checkpoints these are the results of the last one, with those of all of them
@@ -69,31 +69,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         checkpoints = list_weights(cfg.finetune)
         folders: list[Path] = []
         if cfg.save_path is not None:  # several checkpoints have a folder each
-            names = [Path(path).name for path in checkpoints] if len(checkpoints) > 1 else [""]
-            folders = [Path(cfg.save_path) / name for name in names]
+            folders = [
+                Path(cfg.save_path, Path(path).name if len(checkpoints) > 1 else "")
+                for path in checkpoints
+            ]
             check_folders(run, cfg, [partial(digest_of, path) for path in checkpoints], folders)
         data = open_labelled_data(cfg, run)
         data = replace(data, train=take_subset(data.train, cfg.subset, cfg.seed))
-        for checkpoint in checkpoints[1:]:
-            read_weights(checkpoint)  # finds a broken file before the others are evaluated
         table = [
             evaluate_checkpoint(cfg, run, checkpoint, data, folder)
             for checkpoint, folder in zip_longest(checkpoints, folders)
         ]
         if len(table) == 1:
             return run.finish(table[0])
-        log_table(table, cfg.ks)
+        width = max(map(len, checkpoints))
+        for row in table:
+            logger.info("%-*s  %s", width, row["checkpoint"], accuracies(row))
         return run.finish({**table[-1], "checkpoints": table})
 
 
 def evaluate_checkpoint(
     cfg: KnnConfig, run: Run, checkpoint: str, data: LabelledData, folder: Path | None
-) -> dict[str, Any]:
+) -> Results:
     """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
     None."""
-    classifier = build_frozen(cfg, checkpoint, len(data.class_names))
+    model, sha256 = build_frozen(cfg, checkpoint, len(data.class_names))
     train_rows, val_rows = (
-        compute_features(cfg, run, classifier.model.to(run.device), source, cfg.crop_pct)
+        compute_features(cfg, run, model.to(run.device), source, cfg.crop_pct)
         for source in (data.train, data.val)
     )
     features = Features(
@@ -104,7 +106,7 @@ def evaluate_checkpoint(
     )
     origin = Origin(
         checkpoint=checkpoint,
-        sha256=classifier.sha256,
+        sha256=sha256,
         dataset=cfg.dataset,
         readout=cfg.global_pool,
         img_size=cfg.img_size,
@@ -113,20 +115,20 @@ def evaluate_checkpoint(
     if folder is not None:
         train_rows = gather_rows(train_rows, len(data.train), everywhere=False)  # all on rank 0
         if run.processes.is_main:
-            path = save_features(folder, features._replace(train=train_rows), origin)
-            logger.info("wrote %s", path)
+            complete = features._replace(train=train_rows)
+            logger.info("wrote %s", save_features(folder, complete, origin))
     return classify(cfg, run, features, origin)
 
 
-def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> dict[str, Any]:
+def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> Results:
     """Results of a search among the training features of all processes."""
-    num_classes, num_train = len(origin.class_names), len(features.train_labels)
-    ranks = rank_labels(features, num_classes, cfg.ks, cfg.temperature, run.processes)
+    class_names, num_train = origin.class_names, len(features.train_labels)
+    ranks = rank_labels(features, len(class_names), cfg.ks, cfg.temperature, run.processes)
     labels, reported = features.val_labels, ranks[cfg.ks[0]]
     acc1 = {str(k): 100 * int((of_k == 0).sum()) / len(labels) for k, of_k in ranks.items()}
-    results: dict[str, Any] = {
+    results: Results = {
         "protocol": f"k-NN, cosine, temperature {cfg.temperature:g}",
-        **asdict(origin),
+        **{name: value for name, value in vars(origin).items() if name != "class_names"},
         "num_train": num_train,
         "num_samples": len(labels),
         "k": cfg.ks[0],
@@ -135,25 +137,29 @@ def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> di
         "acc5": 100 * int((reported < 5).sum()) / len(labels),
         "acc1_by_k": acc1,
     }
-    del results["class_names"]
     if cfg.per_class:
         correct, total = (
-            of_images.bincount(minlength=num_classes).tolist()
+            of_images.bincount(minlength=len(class_names)).tolist()
             for of_images in (labels[reported == 0], labels)
         )
-        results["per_class"] = percent_by_class(origin.class_names, correct, total)
+        results["per_class"] = percent_by_class(class_names, correct, total)
     logger.info(
         "%s: %d training and %d validation images  %s",
         origin.checkpoint,
         num_train,
         len(labels),
-        "  ".join(f"{k}-NN {value:.2f} %" for k, value in acc1.items()),
+        accuracies(results),
     )
     if max(cfg.ks) > num_train:
         logger.warning(
             "k %d is more than the %d training images: it takes all of them", max(cfg.ks), num_train
         )
     return results
+
+
+def accuracies(results: Results) -> str:
+    """The top-1 accuracy for each k, in words."""
+    return "  ".join(f"{k}-NN {acc1:.2f} %" for k, acc1 in results["acc1_by_k"].items())
 
 
 def list_weights(finetune: str) -> list[str]:
@@ -188,25 +194,13 @@ def check_origin(cfg: KnnConfig, origin: Origin) -> None:
     if cfg.finetune is None:
         return
     sha256 = digest_of(cfg.finetune)
-    if sha256 != origin.sha256:
+    if (sha256, cfg.global_pool) != (origin.sha256, origin.readout):
         raise InputError(
-            f"load_path {cfg.load_path} holds features of {origin.checkpoint} "
-            f"(sha256 {origin.sha256}), finetune {cfg.finetune} has sha256 {sha256}"
+            f"load_path {cfg.load_path} holds features of {origin.checkpoint} (sha256 "
+            f"{origin.sha256}) by global_pool {origin.readout}, and finetune {cfg.finetune} has "
+            f"sha256 {sha256}, global_pool {cfg.global_pool}: leave finetune out, or name its "
+            f"features"
         )
-    if cfg.global_pool != origin.readout:
-        raise InputError(
-            f"load_path {cfg.load_path} holds features read by global_pool {origin.readout}, "
-            f"the settings say {cfg.global_pool}"
-        )
-
-
-def log_table(table: list[dict[str, Any]], ks: tuple[int, ...]) -> None:
-    """Logs the accuracies of each checkpoint on a line."""
-    width = max(len(row["checkpoint"]) for row in table)
-    logger.info("%-*s  %s", width, "checkpoint", "  ".join(f"{f'{k}-NN':>7}" for k in ks))
-    for row in table:
-        accuracies = "  ".join(f"{value:7.2f}" for value in row["acc1_by_k"].values())
-        logger.info("%-*s  %s", width, row["checkpoint"], accuracies)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,19 @@ training set chooses one; the validation set has no say. The same command resume
 model.safetensors is the classifier with the chosen head.
 """
 
-import logging
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 from data.labels import LabelledSource, Subset, stratified_choice, take_subset
 from data.loader import LabelledDataset, TrainBatch
 from data.transforms import PixelNormalizer, pretrain_transform
-from engine.evaluation.classification import Evaluator, Scores, open_labelled_data
+from engine.evaluation.classification import Evaluator, open_labelled_data
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.probe import (
-    average_statistics,
     build_probe_optimizer,
     choose_probe,
     mean_of_finite,
@@ -47,19 +44,19 @@ from util.settings.evaluation import STAGE_CONFIGS, LinclsConfig
 from util.settings.read import load_config
 
 HELD_OUT = 0.1  # share of the training set that chooses among several learning rates
-logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Trains linear classifiers, or goes on with a run; returns what it writes to results.json."""
-    checks = [classifier_config_problems]
-    cfg = load_config(LinclsConfig, "lincls", argv, checks=checks, siblings=STAGE_CONFIGS)
+    cfg = load_config(
+        LinclsConfig, "lincls", argv, checks=[classifier_config_problems], siblings=STAGE_CONFIGS
+    )
     assert cfg.finetune is not None, "the config checks that there are weights"
     with open_run(cfg) as run:
         data = open_labelled_data(cfg, run)
         source, held_out = split_training_set(take_subset(data.train, cfg.subset, cfg.seed), cfg)
-        classifier = build_frozen(cfg, cfg.finetune, len(data.class_names))
-        backbone = classifier.model.to(run.device)
+        backbone, sha256 = build_frozen(cfg, cfg.finetune, len(data.class_names))
+        backbone.to(run.device)
         evaluators = {"val": Evaluator(cfg, run, data.val, data.class_names)}
         if held_out is not None:
             evaluators["held_out"] = Evaluator(cfg, run, held_out, data.class_names)
@@ -75,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             lambda: probes,
             lambda _: build_probe_optimizer(probes, cfg),
             run.results_path,
-            weights=classifier.sha256,
+            weights=sha256,
             may_diverge=len(cfg.lr) > 1,
             scale_loss=False,
         )
@@ -83,34 +80,37 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return read_results(run.results_path)
 
         augment = pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
-        dataset = LabelledDataset(source, augment, cfg.seed)
-        batches = train_batches(cfg, run, job.plan, dataset, job.state.step)
+        batches = train_batches(
+            cfg, run, job.plan, LabelledDataset(source, augment, cfg.seed), job.state.step
+        )
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
 
         def loss_fn(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 features = backbone.forward_features(normalize(batch.images))  # (B, D)
-            labels = batch.targets.to(run.device, non_blocking=True)
-            losses = probe_loss(model(features), labels)  # (H,)
+            losses = probe_loss(
+                model(features), batch.targets.to(run.device, non_blocking=True)
+            )  # (H,)
             return losses.sum(), {"loss": mean_of_finite(losses.detach())}
 
-        def step_fn(optimizer: torch.optim.Optimizer, scaler: GradScaler) -> tuple[Tensor, Tensor]:
-            average_statistics(probes)
-            return probe_step(optimizer, scaler)
-
         with Saver(job) as saver:
-            for epoch in train(job, batches, loss_fn, saver, step_fn):
+            for epoch in train(job, batches, loss_fn, saver, partial(probe_step, probes)):
                 if epoch % cfg.eval_epochs == 0 and job.state.step < job.plan.stop_step:
                     evaluate_epoch(job, epoch, backbone, evaluators, cfg.lr)
-        scores = evaluate_epoch(job, job.epochs_done, backbone, evaluators, cfg.lr)
-        origin = {"checkpoint": cfg.finetune, "sha256": classifier.sha256, "dataset": cfg.dataset}
-        results = describe(scores, cfg.lr, evaluators["val"].class_names)
+        chosen, results = evaluate_epoch(job, job.epochs_done, backbone, evaluators, cfg.lr)
         if run.processes.is_main:
-            weight, bias = probes.folded(cfg.lr.index(results["lr"]))
+            weight, bias = probes.folded(chosen)
             backbone.head.load_state_dict({"weight": weight, "bias": bias})
             save_weights(weights_path(run.output_dir), backbone, job.identity)
         return run.finish(
-            {"protocol": "linear classification", **origin, "num_train": len(source), **results}
+            {
+                "protocol": "linear classification",
+                "checkpoint": cfg.finetune,
+                "sha256": sha256,
+                "dataset": cfg.dataset,
+                "num_train": len(source),
+                **results,
+            }
         )
 
 
@@ -125,45 +125,44 @@ def split_training_set(
     return Subset(source, np.setdiff1d(np.arange(len(source)), held_out)), Subset(source, held_out)
 
 
-def describe(
-    scores: dict[str, list[Scores]], lrs: tuple[float, ...], class_names: list[str] | None
-) -> dict[str, Any]:
-    """The chosen probe's results on the validation set, and the accuracies of all probes as a curve
-    over the learning rates."""
-    chosen = choose_probe(scores.get("held_out", scores["val"]))
-    curve = [
-        {"lr": lr, **{f"{split}_acc1": of_split[probe].acc1 for split, of_split in scores.items()}}
-        for probe, lr in enumerate(lrs)
-    ]
-    num_held_out = scores["held_out"][0].num_samples if "held_out" in scores else 0
-    best = scores["val"][chosen].as_dict(class_names)
-    return {**best, "lr": lrs[chosen], "num_held_out": num_held_out, "curve": curve}
-
-
 def evaluate_epoch(
     job: Job,
     epoch: int,
     backbone: VisionTransformer,
     evaluators: dict[str, Evaluator],
     lrs: tuple[float, ...],
-) -> dict[str, list[Scores]]:
+) -> tuple[int, dict[str, object]]:
     """Evaluates every probe on every split after `epoch` epochs; records the accuracies of the one
-    that would be chosen now."""
+    that would be chosen now.
+
+    Returns: its place, and its results on the validation set, with the accuracies of all probes as
+    a curve over the learning rates.
+    """
     probes = job.state.model.eval()
     scores = {
         split: evaluator(lambda images: probes(backbone.forward_features(images)), len(lrs))
         for split, evaluator in evaluators.items()
     }
     probes.train()
-    chosen = choose_probe(scores.get("held_out", scores["val"]))
-    values = {"epoch": float(epoch), "val_loss": scores["val"][chosen].loss}
-    values |= {f"{split}_acc1": of_split[chosen].acc1 for split, of_split in scores.items()}
+    held_out = scores.get("held_out", [])
+    chosen = choose_probe(held_out or scores["val"])
+    curve = [
+        {f"{split}_acc1": of_split[probe].acc1 for split, of_split in scores.items()}
+        for probe in range(len(lrs))
+    ]
+    best = scores["val"][chosen]
+    values = {"epoch": float(epoch), "val_loss": best.loss, **curve[chosen]}
     accuracies = "  ".join(
         f"{split} top-1 {of_split[chosen].acc1:.2f} %" for split, of_split in scores.items()
     )
     line = f"epoch {epoch} lr {lrs[chosen]:g}  {accuracies}"
     job.run.records.write("val", job.state.step, values, line)
-    return scores
+    return chosen, {
+        **best.as_dict(evaluators["val"].class_names),
+        "lr": lrs[chosen],
+        "num_held_out": held_out[0].num_samples if held_out else 0,
+        "curve": [{"lr": lr, **point} for lr, point in zip(lrs, curve, strict=True)],
+    }
 
 
 if __name__ == "__main__":

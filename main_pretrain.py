@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from util.settings.read import load_config
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Pretrains, or goes on with a run; returns `step`, `loss` (mean of the last epoch) and
     `epoch_losses`."""
     cfg = load_config(
@@ -57,15 +56,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
             return build_adamw(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
 
-        result = weights_path(run.output_dir)
-        job = begin(run, cfg, source, spec, build, build_optimizer, result)
+        job = begin(run, cfg, source, spec, build, build_optimizer, weights_path(run.output_dir))
         if job.is_finished:
-            return finish(job)
+            return finish(job, {})
 
-        transform = pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
         dataset = PretrainDataset(
             source=source,
-            transform=transform,
+            transform=pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
             draw_order=partial(training_order, spec.num_patches),
             shared_mask=cfg.shared_mask,
             seed=cfg.seed,
@@ -89,16 +86,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return finish(job, monitor.figures)
 
 
-def finish(job: Job, figures: dict[str, float] | None = None) -> dict[str, Any]:
+def finish(job: Job, figures: dict[str, float]) -> dict[str, object]:
     """Writes the weights for others to use unless they are there, and returns what `main`
     returns; `figures` are the last ones of the monitor."""
     run, state = job.run, job.state
     path = weights_path(run.output_dir)
     if broadcast(not path.exists()):
-        model = unsharded_model(state.model, torch.device("cpu"), keep=run.processes.is_main)
+        model = unsharded_model(
+            state.model, torch.device("cpu" if run.processes.is_main else "meta")
+        )
         if run.processes.is_main:
             logger.info("wrote %s", save_weights(path, model, job.identity))
-    last = {"loss": state.epoch_losses[-1], **(figures or {})}
+    last = {"loss": state.epoch_losses[-1], **figures}
     run.records.write_settings({f"final/{name}": value for name, value in last.items()})
     return {
         "step": state.step,

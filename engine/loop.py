@@ -10,25 +10,40 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.meters import Stopwatch
+from data.loader import TrainBatch
 from engine.optim import StepFn, optimizer_step, set_lr, update_ema
-from engine.parallel import on_device, wrap_model
+from engine.parallel import wrap_model
 from engine.run.batches import Batches
 from engine.run.faults import BadSamples, BadSteps
 from engine.run.job import Job
 from engine.run.records import duration
 from engine.run.saving import Saver
 from util.dist import autocast_dtype
-from util.settings.base import AdamWConfig
 
 SLOW_LOADING = 0.1  # share of the time
 logger = logging.getLogger(__name__)
-LossFn = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+LossFn = Callable[[nn.Module, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Stopwatch:
+    """Times since the start and since the last log line, and what of the latter went into waiting
+    for data.
+
+    These are the host's seconds: a CUDA device may have had work while it waited.
+    """
+
+    def __init__(self, step: int):
+        self.start, self.first_step = time.monotonic(), step
+        self.slow_windows = 0  # those that waited long for their data
+        self.open_window(step)
+
+    def open_window(self, step: int) -> None:
+        """Begins the time between two log lines at this step."""
+        self.window_start, self.window_step, self.waited = time.monotonic(), step, 0.0
 
 
 def train(
@@ -42,26 +57,26 @@ def train(
         loss_fn: (model, batch) -> (scalar loss, {} or {"loss": the scalar to log in its place}).
         saver: whose context surrounds this.
         step_fn: takes or skips a step: (optimizer, scaler) -> what `optimizer_step` returns, which
-            is the default.
+            is the default, with the settings' `clip_grad` if they have one.
     """
     run, cfg, plan, state = job.run, job.cfg, job.plan, job.state
-    is_main = run.processes.is_main
     if step_fn is None:
-        assert isinstance(cfg, AdamWConfig)
-        step_fn = partial(optimizer_step, clip_grad=cfg.clip_grad)
+        step_fn = partial(optimizer_step, clip_grad=getattr(cfg, "clip_grad", None))
     dtype = autocast_dtype(cfg.precision, run.device)
     model = wrap_model(state.model, run.device, plan.accum_iter, run.processes.world_size)
     model.train()
-    stopwatch = Stopwatch()
-    bad_samples = BadSamples(run.output_dir / "bad_samples.jsonl", job.num_images, is_main)
+    stopwatch = Stopwatch(state.step)
+    bad_samples = BadSamples(
+        run.output_dir / "bad_samples.jsonl", job.num_images, run.processes.is_main
+    )
     bad_steps = BadSteps(
         run.output_dir / "bad_steps.jsonl",
         cfg.max_bad_steps,
         cfg.log_interval,
-        is_main,
+        run.processes.is_main,
         batches.sampler,
     )
-    iterator = on_device(batches, run.device)
+    iterator = iter(batches)
     while True:
         if state.epoch_end_pending:
             # An evaluation forks loader processes, which is not safe while another thread writes.
@@ -70,18 +85,17 @@ def train(
             state.epoch_end_pending = False
             if saver.due(job.epochs_done):
                 saver.save()
-            stopwatch.open_window()  # an evaluation and a save are not training
+            stopwatch.open_window(state.step)  # an evaluation and a save are not training
         if state.step == plan.stop_step:
             return
         saver.between_steps()
         lr = plan.lr(state.step)
         set_lr(state.optimizer, lr)
         loss_sum = torch.zeros((), device=run.device)
-        waited = 0.0
         for micro in range(plan.accum_iter):
             asked = time.monotonic()
             batch = next(iterator)
-            waited += time.monotonic() - asked
+            stopwatch.waited += time.monotonic() - asked
             bad_samples.collect(batch)
             is_last = micro == plan.accum_iter - 1
             with nullcontext() if is_last or model is state.model else model.no_sync():
@@ -96,7 +110,6 @@ def train(
         state.window_meter.update(loss_sum, grad_norm, found_inf)
         state.step += 1
         bad_steps.add(state.step, lr, loss_sum, found_inf)
-        stopwatch.step(waited)
         run.records.advance()
 
         ends_epoch = state.step % plan.steps_per_epoch == 0
@@ -113,28 +126,37 @@ def log_window(job: Job, stopwatch: Stopwatch, lr: float, num_bad_files: int) ->
     """Records the steps since the last such record; returns the largest number of bad steps in a
     row among them."""
     plan, state = job.plan, job.state
-    means = state.window_meter.read()
-    state.window_meter.reset()
-    bad_in_a_row = int(means.pop("most_bad_in_a_row"))
-    times = stopwatch.read(plan.total_batch, plan.stop_step - state.step)
-    epoch = state.step / plan.steps_per_epoch
+    loss, grad_norm, bad_in_a_row = state.window_meter.read()
+    now = time.monotonic()
+    elapsed = max(now - stopwatch.window_start, 1e-9)
+    values = {
+        "epoch": state.step / plan.steps_per_epoch,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "images_per_s": (state.step - stopwatch.window_step) * plan.total_batch / elapsed,
+        "data_wait": stopwatch.waited / elapsed,
+        "eta_s": (now - stopwatch.start)
+        / (state.step - stopwatch.first_step)
+        * (plan.stop_step - state.step),
+        "bad_files": num_bad_files,
+    }
+    stopwatch.open_window(state.step)
+    bad_files = f"  bad_files {num_bad_files}" if num_bad_files else ""
     line = (
-        f"step {state.step}/{plan.total_steps}  epoch {epoch:.2f}  loss {means['loss']:.4f}  "
-        f"lr {lr:.2e}  grad_norm {means['grad_norm']:.3f}  {times['images_per_s']:.0f} images/s  "
-        f"data_wait {100 * times['data_wait']:.0f}%  eta {duration(times['eta_s'])}"
+        f"step {state.step}/{plan.total_steps}  epoch {values['epoch']:.2f}  loss {loss:.4f}  "
+        f"lr {lr:.2e}  grad_norm {grad_norm:.3f}  {values['images_per_s']:.0f} images/s  "
+        f"data_wait {100 * values['data_wait']:.0f}%  eta {duration(values['eta_s'])}{bad_files}"
     )
-    if num_bad_files:
-        line += f"  bad_files {num_bad_files}"
-    values = {"epoch": epoch, **means, "lr": lr, **times, "bad_files": num_bad_files}
     job.run.records.write("train", state.step, values, line)
-    is_slow = times["data_wait"] > SLOW_LOADING
-    stopwatch.slow_windows += is_slow
-    if is_slow and stopwatch.slow_windows == 2:  # in the first one the loaders start
-        logger.warning(
-            "%.0f %% of the time since the last line went into waiting for images: loading is the "
-            "bottleneck. Raise num_workers, or pack the images with tools/pack_dataset.py",
-            100 * times["data_wait"],
-        )
+    if values["data_wait"] > SLOW_LOADING:
+        stopwatch.slow_windows += 1
+        if stopwatch.slow_windows == 2:  # in the first one the loaders start
+            logger.warning(
+                "%.0f %% of the time since the last line went into waiting for images: loading is "
+                "the bottleneck. Raise num_workers, or pack the images with tools/pack_dataset.py",
+                100 * values["data_wait"],
+            )
     if bad_in_a_row:
         logger.warning("%d steps in a row had a non-finite gradient and were skipped", bad_in_a_row)
     return bad_in_a_row
@@ -142,11 +164,8 @@ def log_window(job: Job, stopwatch: Stopwatch, lr: float, num_bad_files: int) ->
 
 def log_epoch(job: Job) -> None:
     """Records the mean loss of an epoch and begins the next one's."""
-    state = job.state
-    loss = state.epoch_meter.read()["loss"]
-    state.epoch_meter.reset()
-    state.epoch_losses.append(loss)
-    epoch = job.epochs_done
+    epoch, (loss, _, _) = job.epochs_done, job.state.epoch_meter.read()
+    job.state.epoch_losses.append(loss)
     values = {"epoch": float(epoch), "epoch_loss": loss}
     line = f"epoch {epoch} done  mean loss {loss:.4f}"
-    job.run.records.write("epoch", state.step, values, line)
+    job.run.records.write("epoch", job.state.step, values, line)

@@ -1,8 +1,6 @@
 """Running sums that stay on the device until they are read, so that a step which does not log never
 waits for it."""
 
-import time
-
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -13,7 +11,7 @@ class StepMeter(nn.Module):
 
     A step whose loss or gradient is not finite is left out of the means. `bad_in_a_row` counts the
     steps with such a gradient since the last good one, and `most_bad_in_a_row` is its maximum since
-    the sums were reset. The sums are 64-bit on devices that have it, so that the printed digits of
+    the sums were read. The sums are 64-bit on devices that have it, so that the printed digits of
     an epoch's mean are exact.
     """
 
@@ -39,19 +37,15 @@ class StepMeter(nn.Module):
         self.bad_in_a_row = (self.bad_in_a_row + 1) * found_inf
         self.most_bad_in_a_row = torch.maximum(self.most_bad_in_a_row, self.bad_in_a_row)
 
-    def read(self) -> dict[str, float]:
-        """Means over all processes as `loss` and `grad_norm` (NaN if no step counted), and
-        `most_bad_in_a_row`."""
-        sums = self.sums.clone()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        loss, grad_norm, steps = sums.tolist()
-        means = (loss / steps, grad_norm / steps) if steps else (float("nan"),) * 2
-        return {
-            "loss": means[0],
-            "grad_norm": means[1],
-            "most_bad_in_a_row": self.most_bad_in_a_row.item(),
-        }
+    def read(self) -> tuple[float, float, int]:
+        """Means over all processes of loss and gradient norm, NaN if no step counted, and
+        `most_bad_in_a_row`; all three begin anew, and `bad_in_a_row` goes on."""
+        self.average()
+        loss, grad_norm, _ = (self.sums / self.sums[2]).tolist()
+        most_bad_in_a_row = int(self.most_bad_in_a_row.item())
+        self.sums.zero_()
+        self.most_bad_in_a_row.zero_()
+        return loss, grad_norm, most_bad_in_a_row
 
     def average(self) -> None:
         """Gives every process the mean of all processes' sums, so that a checkpoint of one process
@@ -59,44 +53,3 @@ class StepMeter(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(self.sums)
             self.sums /= dist.get_world_size()
-
-    def reset(self) -> None:
-        """Sets the sums and `most_bad_in_a_row` to zero; `bad_in_a_row` goes on."""
-        self.sums.zero_()
-        self.most_bad_in_a_row.zero_()
-
-
-class Stopwatch:
-    """Throughput and data wait between two log lines, and the time left."""
-
-    def __init__(self) -> None:
-        self.run_start = self.window_start = time.monotonic()
-        self.run_steps = self.window_steps = 0
-        self.slow_windows = 0  # those that waited long for their data
-        self.waited = 0.0
-
-    def step(self, waited: float) -> None:
-        """Counts an optimiser step that waited `waited` seconds for its data.
-
-        These are the host's seconds: a CUDA device may have had work during a part of them.
-        """
-        self.run_steps += 1
-        self.window_steps += 1
-        self.waited += waited
-
-    def read(self, total_batch: int, steps_left: int) -> dict[str, float]:
-        """Images per second over all processes, the share of time spent waiting for data, and the
-        seconds left; opens a new window."""
-        now = time.monotonic()
-        elapsed = max(now - self.window_start, 1e-9)
-        measured = {
-            "images_per_s": self.window_steps * total_batch / elapsed,
-            "data_wait": self.waited / elapsed,
-            "eta_s": (now - self.run_start) / max(self.run_steps, 1) * steps_left,
-        }
-        self.open_window()
-        return measured
-
-    def open_window(self) -> None:
-        """Begins the next window now."""
-        self.window_start, self.window_steps, self.waited = time.monotonic(), 0, 0.0

@@ -18,11 +18,9 @@ class BatchMixer:
 
     def __init__(self, cfg: FinetuneConfig, num_classes: int, device: torch.device):
         self.label_smoothing = cfg.label_smoothing
-        self.erase = None
-        if cfg.re_prob:
-            self.erase = RandomErasing(
-                cfg.re_prob, mode=cfg.re_mode, max_count=cfg.re_count, device=device
-            )
+        self.erase = RandomErasing(
+            cfg.re_prob, mode=cfg.re_mode, max_count=cfg.re_count, device=device
+        )
         self.mix = None
         if cfg.mixup or cfg.cutmix:
             self.mix = Mixup(
@@ -38,8 +36,7 @@ class BatchMixer:
 
         Returns: the images, and the labels, which mixing turns into shares `(B, num_classes)`.
         """
-        if self.erase is not None:
-            images = self.erase(images)
+        images = self.erase(images)
         if self.mix is not None:
             images, labels = self.mix(images, labels)
         return images, labels

@@ -4,8 +4,7 @@ Decay: weights of Linear layers and of the patch projection; nothing on biases, 
 mask token and positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from timm.utils import ModelEmaV3
@@ -18,7 +17,7 @@ StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
 def param_groups(
     model: nn.Module, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Groups of trainable parameters with `lr_scale`, `weight_decay` and, for readers, `names`.
 
     lr_scale is layer_decay^(depth + 1 - i): i = 0 for patch_embed, pos_embed and cls_token, k + 1
@@ -30,22 +29,21 @@ def param_groups(
         id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
     }
     depth = len(model.blocks)  # type: ignore[arg-type]
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    names: dict[tuple[float, float], list[str]] = {}  # by lr_scale and weight_decay
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decay = weight_decay if id(parameter) in decaying else 0.0
-        scale = layer_decay ** (depth + 1 - _layer_index(name, depth))
-        empty: dict[str, Any] = {
-            "params": [],
-            "names": [],
+        if parameter.requires_grad:
+            scale = layer_decay ** (depth + 1 - _layer_index(name, depth))
+            decay = weight_decay if id(parameter) in decaying else 0.0
+            names.setdefault((scale, decay), []).append(name)
+    return [
+        {
+            "params": [model.get_parameter(name) for name in of_group],
+            "names": of_group,
             "lr_scale": scale,
             "weight_decay": decay,
         }
-        group = groups.setdefault((scale, decay), empty)
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return list(groups.values())
+        for (scale, decay), of_group in names.items()
+    ]
 
 
 def _layer_index(name: str, depth: int) -> int:
@@ -56,7 +54,7 @@ def _layer_index(name: str, depth: int) -> int:
     return depth + 1
 
 
-def build_adamw(groups: list[dict[str, Any]], beta1: float, beta2: float) -> torch.optim.AdamW:
+def build_adamw(groups: list[dict[str, object]], beta1: float, beta2: float) -> torch.optim.AdamW:
     """Fused AdamW (arXiv 1711.05101), eps 1e-8; the schedule sets the learning rate before each
     step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), fused=True)
@@ -81,13 +79,13 @@ def optimizer_step(
     Returns: scalars, the L2 norm of the gradient before clipping, and 1.0 if the step was skipped.
     """
     scaler.unscale_(optimizer)
-    gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
     found_inf = (~grad_norm.isfinite()).float()
     if clip_grad is not None:
-        torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_grad, grad_norm)
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
@@ -113,9 +111,4 @@ def update_ema(ema: ModelEmaV3, model: nn.Module, found_inf: Tensor) -> None:
     The decay is a tensor, so that the decision never waits for the device; timm's foreach path
     takes only numbers.
     """
-    decay = torch.where(found_inf > 0, 1.0, ema.decay)
-    ema.apply_update_(model, decay=decay)  # type: ignore[arg-type]
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ema.apply_update_(model, decay=torch.where(found_inf > 0, 1.0, ema.decay))  # type: ignore

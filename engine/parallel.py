@@ -1,4 +1,4 @@
-"""Models and batches on devices: placing, compiling, data parallelism and sharding.
+"""Models on devices: placing, compiling, data parallelism and sharding.
 
 `parallel: ddp` gives each process the whole model. `parallel: fsdp` gives it one part of every
 parameter, gradient and moment: a block's parameters are gathered just before it computes and freed
@@ -11,11 +11,9 @@ are `DTensor`s.
 """
 
 import atexit
-import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from models.build import build_model
 from models.mae import MaskedAutoencoder
@@ -32,12 +29,7 @@ from util.errors import InputError
 from util.settings.base import ParallelConfig, RunConfig
 from util.settings.pretrain import SpeedConfig
 
-# DTensor's caches keep gloo's threads to the very end. One that still has a collective's tensors to
-# release when Python shuts down aborts the process, as some short runs did (torch 2.14.1, pytorch
-# issue 190489), so a process waits this long.
-EXIT_S = 0.3
 ModelT = TypeVar("ModelT", bound=nn.Module)
-logger = logging.getLogger(__name__)
 
 
 def asks_for_shards(cfg: RunConfig, processes: Processes) -> bool:
@@ -45,8 +37,7 @@ def asks_for_shards(cfg: RunConfig, processes: Processes) -> bool:
 
     Raises: InputError for fp16, as torch's scaler looks for overflows in this process's part only.
     """
-    is_sharded_stage = isinstance(cfg, ParallelConfig) and cfg.parallel == "fsdp"
-    if not is_sharded_stage or processes.world_size == 1:
+    if not isinstance(cfg, ParallelConfig) or cfg.parallel == "ddp" or processes.world_size == 1:
         return False
     if autocast_dtype(cfg.precision, processes.device) == torch.float16:
         raise InputError(
@@ -69,21 +60,26 @@ def place_model(model: nn.Module, cfg: RunConfig, processes: Processes) -> None:
         assert isinstance(model, MaskedAutoencoder)
         model.checkpointing = cfg.checkpointing
         if cfg.compile:
-            _check_compiler(cfg.compile_backend)
+            compilers = (
+                os.environ.get("CXX", "g++"),
+                os.environ.get("CC", "gcc"),
+                "clang++",
+                "clang",
+            )
+            if cfg.compile_backend == "inductor" and not any(map(shutil.which, compilers)):
+                raise InputError("compile needs a C++ compiler: install g++, or leave compile out")
             for part in blocks_of(model) if shards else [model]:  # no graph can span a gathering
                 part.compile(backend=cfg.compile_backend, fullgraph=True, dynamic=False)
     if not shards:
         model.to(processes.device)
         return
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # what is in no block
-    atexit.register(time.sleep, EXIT_S)
-    own = sum(own_part(parameter).numel() for parameter in model.parameters())
-    logger.info(
-        "fsdp: each process holds about %.2f M parameters, their gradients and moments", own / 1e6
-    )
+    for part in [*blocks_of(model), model]:  # at last what is in no block
+        fully_shard(part, mesh=mesh)
+    # DTensor's caches keep gloo's threads to the very end. One that still has a collective's
+    # tensors to release when Python shuts down aborts the process, as some short runs did (torch
+    # 2.14.1, pytorch issue 190489), so a process waits for 0.3 s.
+    atexit.register(time.sleep, 0.3)
 
 
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:
@@ -94,41 +90,13 @@ def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_si
     """
     if world_size == 1 or is_sharded(model):
         return model
-    return DistributedDataParallel(
+    return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=accum_iter == 1,  # with no_sync it dies in the reducer (torch 2.14.1)
         forward_sync_buffers=False,  # position tables never change
     )
-
-
-def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The batches, named tuples, in their order; on CUDA with their tensors on the device,
-    elsewhere as they come.
-
-    A batch is taken from `batches` when it is asked for and never before, so errors, bad files and
-    the time waited for data belong to the step that they are counted in. The host runs ahead: it
-    has queued a step and asks for the next batch while the device computes, and the copy, from
-    pinned memory and on a stream of its own, does not queue behind that step.
-    """
-    if device.type != "cuda":
-        yield from batches
-        return
-    copies = torch.cuda.Stream(device)
-    for batch in batches:
-        with torch.cuda.stream(copies):
-            tensors = {
-                name: value.to(device, non_blocking=True)
-                for name, value in batch._asdict().items()
-                if isinstance(value, Tensor)
-            }
-        computing = torch.cuda.current_stream(device)
-        computing.wait_stream(copies)
-        for tensor in tensors.values():
-            # The memory belongs to the copying stream, which must not reuse it before this step.
-            tensor.record_stream(computing)
-        yield batch._replace(**tensors)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -151,26 +119,20 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def unsharded_model(model: ModelT, device: torch.device, keep: bool = True) -> ModelT:
+def unsharded_model(model: ModelT, device: torch.device) -> ModelT:
     """The model itself, or a frozen copy with full tensors if it is sharded; all processes must
     call.
 
     Args:
-        device: of the copy.
-        keep: False only helps the other processes: what it returns is not to be used.
+        device: of the copy. On `meta` it has no values, for processes that only help the others.
     """
     if not is_sharded(model):
         return model
     with torch.device("meta"):
-        copy: Any = build_model(model.spec)  # type: ignore[call-overload]
-    tensors = {}
-    for name, shard in model.state_dict().items():
-        with waiting():
-            tensor = full_tensor(shard)
-        if keep:
-            tensors[name] = tensor.to(device)
-    if keep:
-        copy.load_state_dict(tensors, strict=True, assign=True)
+        copy: ModelT = build_model(model.spec)  # type: ignore[call-overload]
+    with waiting():
+        tensors = {name: full_tensor(part).to(device) for name, part in model.state_dict().items()}
+    copy.load_state_dict(tensors, strict=True, assign=True)
     return copy.requires_grad_(False)
 
 
@@ -178,15 +140,12 @@ def shard_model_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
     """The full tensors of a model's state, as `load_state_dict` of a model that may be sharded
     takes them."""
     targets = model.state_dict()
-    return {
-        name: _like(tensor, targets[name]) if name in targets else tensor
-        for name, tensor in state.items()
-    }
+    return {name: _like(tensor, targets.get(name)) for name, tensor in state.items()}
 
 
 def shard_optimizer_state(
     state: dict[str, Any], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The same for an optimiser's state, whose moments have the shapes of their parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {
@@ -196,15 +155,9 @@ def shard_optimizer_state(
     return {**state, "state": entries}
 
 
-def _like(tensor: Tensor, target: Tensor) -> Tensor:
+def _like(tensor: Tensor, target: Tensor | None) -> Tensor:
     """This process's part of a full tensor if `target` is sharded and of its shape."""
     if not isinstance(target, DTensor) or tensor.shape != target.shape:
         return tensor
     tensor = tensor.to(target.device)  # each process has read the file: nothing is sent
     return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
-
-
-def _check_compiler(backend: str) -> None:
-    environment = [os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")]
-    if backend == "inductor" and not any(map(shutil.which, [*environment, "clang++", "clang"])):
-        raise InputError("compile needs a C++ compiler: install g++, or leave compile out")

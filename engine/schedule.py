@@ -1,33 +1,12 @@
 """Learning rate, steps and batches of a run: pure functions of the settings, the number of images
 and the number of processes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from engine.run.checkpoint import Checkpoint
 from util.errors import InputError
-
-if TYPE_CHECKING:
-    from engine.run.checkpoint import Checkpoint
-    from util.settings.base import ScheduleConfig
-
-
-def warmup_cosine(
-    step: int, total_steps: int, warmup_steps: float, peak_lr: float, min_lr: float
-) -> float:
-    """Absolute learning rate of optimiser step `step`, counted from 0.
-
-    It rises linearly from 0 to `peak_lr` over `warmup_steps`, then falls along half a cosine to
-    `min_lr`; all rates are absolute.
-
-    Source: MAE, table 8 ("cosine decay", "warmup"); half-cycle cosine of arXiv 1608.03983.
-    """
-    if step < warmup_steps:
-        return peak_lr * step / warmup_steps
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return min_lr + (peak_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+from util.settings.base import ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -47,8 +26,18 @@ class Plan:
     min_lr: float
 
     def lr(self, step: int) -> float:
-        """Absolute learning rate of an optimiser step."""
-        return warmup_cosine(step, self.total_steps, self.warmup_steps, self.peak_lr, self.min_lr)
+        """Absolute learning rate of optimiser step `step`, counted from 0.
+
+        It rises linearly from 0 to `peak_lr` over `warmup_steps`, then falls along half a cosine to
+        `min_lr`.
+
+        Source: MAE, table 8 ("cosine decay", "warmup"); half-cycle cosine of arXiv 1608.03983.
+        """
+        if step < self.warmup_steps:
+            return self.peak_lr * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return self.min_lr + (self.peak_lr - self.min_lr) * cosine
 
 
 def plan_run(cfg: ScheduleConfig, num_images: int, world_size: int, accum_iter: int) -> Plan:
@@ -84,31 +73,27 @@ def choose_accum_iter(cfg: ScheduleConfig, world_size: int, saved: Checkpoint | 
     Raises: InputError if the total is not a multiple of what one pass takes, or differs from the
     total of the run so far.
     """
+    total = cfg.total_batch_size if saved is None else saved.total_batch
+    if total is None:
+        return cfg.accum_iter
+    if cfg.total_batch_size not in (None, total):
+        raise InputError(
+            f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}",
+            settings=("total_batch_size",),
+        )
     per_pass = cfg.batch_size * world_size
     asked = f"batch_size {cfg.batch_size} x {world_size} processes"
-    if saved is None:
-        if cfg.total_batch_size is None:
-            return cfg.accum_iter
-        total, derived = cfg.total_batch_size, cfg.accum_iter == 1
-        named = f"total_batch_size {total}"
-    else:
-        total = saved.total_batch
-        named = f"the run's total batch of {total}"
-        if cfg.total_batch_size not in (None, total):
-            raise InputError(
-                f"total_batch_size is now {cfg.total_batch_size} and the run so far has {total}",
-                settings=("total_batch_size",),
-            )
-        derived = cfg.accum_iter in (1, saved.config["accum_iter"])
     if total % per_pass:
         raise InputError(
-            f"{named} is not a multiple of {asked} = {per_pass}, so accum_iter is not whole",
+            f"total_batch_size {total} is not a multiple of {asked} = {per_pass}, so accum_iter is "
+            f"not whole",
             settings=("total_batch_size", "batch_size"),
         )
-    if not derived and cfg.accum_iter != total // per_pass:
+    if cfg.accum_iter not in (1, total // per_pass, saved and saved.config["accum_iter"]):
         raise InputError(
             f"{asked} x accum_iter {cfg.accum_iter} is {per_pass * cfg.accum_iter} images per step"
-            f", not {named}: leave accum_iter out, which makes it {total // per_pass}",
+            f", not total_batch_size {total}: leave accum_iter out, which makes it "
+            f"{total // per_pass}",
             settings=("accum_iter",),
         )
     return total // per_pass

@@ -17,6 +17,7 @@ from compare import assert_same as assert_same  # others take it from here
 from conftest import ROOT
 from PIL import Image
 
+import engine.loop
 import main_pretrain
 from data.known_sets import read_mnist5k
 from data.loader import loader_settings
@@ -81,14 +82,15 @@ def launch(
     return run(["sh", str(ROOT / launcher), *arguments], NGPU=str(processes), **env)
 
 
-def driven(*arguments: str, processes: int = 1, restarts: int = 0) -> list[str]:
-    """An entry script under `fault_driver.py`, and if there are several processes, under torch's
-    launcher."""
-    driver = [str(ROOT / "tests" / "fault_driver.py"), *arguments]
+def driven(
+    *arguments: str, processes: int = 1, restarts: int = 0, driver: str = "fault_driver.py"
+) -> list[str]:
+    """A command under a driver, and if there are several processes, under torch's launcher."""
+    script = [str(ROOT / "tests" / driver), *arguments]
     if processes == 1:
-        return [sys.executable, *driver]
+        return [sys.executable, *script]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *launcher, "--max_restarts", str(restarts), *driver]
+    return [sys.executable, *launcher, "--max_restarts", str(restarts), *script]
 
 
 def free_port() -> int:
@@ -100,6 +102,23 @@ def free_port() -> int:
 def stop_at(step: int, signum: int, rank: int = 0) -> str:
     """The drivers' FAULTS for a signal to one process, between this finished step and the next."""
     return json.dumps([{"do": signum, "to": "self", "at": "step", "step": step, "rank": rank}])
+
+
+class Cut(BaseException):
+    """Ends a run as a kill would, without any of its own tidying up."""
+
+
+def cut_after(monkeypatch, steps: int, module=engine.loop, name: str = "optimizer_step") -> None:
+    """Makes a run end in place of its step `steps` + 1, which `module` takes by calling `name`."""
+    original, taken = getattr(module, name), []
+
+    def counted(*args, **kwargs):
+        if len(taken) == steps:
+            raise Cut
+        taken.append(None)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
 
 
 def changed_files(folder: Path, before: dict[str, tuple[int, bytes]]) -> set[str]:

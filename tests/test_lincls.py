@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import assert_same, assert_same_run
 from runs import (
     CLASSES,
-    assert_same,
+    Cut,
     changed_files,
+    cut_after,
     files_of,
     log_lines,
     pictures,
@@ -26,7 +28,6 @@ from engine.evaluation.classification import Scores
 from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
 from util.errors import InputError
-from util.rng import HEAD, generator
 
 LEARN = ["--crop_min", 0.8, "--epochs", 8, "--warmup_epochs", 1]
 RATES = (0.03, 0.3, 3.0)
@@ -44,24 +45,6 @@ def finished(tmp_path_factory, data, weights):
     folder = tmp_path_factory.mktemp("finished")
     arguments = pictures(data, folder, *LEARN, "--finetune", weights, "--lr", *RATES, "--per_class")
     return folder, arguments, main_lincls.main(arguments)
-
-
-class Cut(BaseException):
-    """Ends a run as a kill would, without any of its own tidying up."""
-
-
-def cut_after(monkeypatch, steps: int) -> None:
-    """Makes a run end in place of so many optimiser steps + 1."""
-    original = main_lincls.probe_step
-    taken = []
-
-    def counted(optimizer, scaler):
-        if len(taken) == steps:
-            raise Cut
-        taken.append(None)
-        return original(optimizer, scaler)
-
-    monkeypatch.setattr(main_lincls, "probe_step", counted)
 
 
 def scripted(monkeypatch, by_images: dict[int, list[int]]) -> None:
@@ -165,21 +148,6 @@ def test_one_rate_trains_on_all_images(tmp_path, data, weights, optimizer, lr, l
     assert results["acc1"] > least  # 33.3 is chance
 
 
-@pytest.mark.parametrize(("optimizer", "adapted"), [("lars", True), ("sgd", False)])
-def test_lars_adapts_to_the_norm_even_without_weight_decay(
-    tmp_path, data, weights, monkeypatch, optimizer, adapted
-):
-    """By hand: the first step moves the matrix by lr * 0.001 of its norm; lr is 2 * 12 / 256."""
-    more = ["--optimizer", optimizer, "--lr", 2, "--warmup_epochs", 0, "--save_minutes", 1e-9]
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        cut_after(patch, 1)
-        lincls(data, tmp_path, "--finetune", weights, *more)
-    initial = torch.empty(3, 32).normal_(0, 0.01, generator=generator(0, HEAD))
-    moved = load_newest_checkpoint(tmp_path).model["weights.0"] - initial
-    ratio = (moved.norm() / initial.norm()).item() / (2 * 12 / 256 * 0.001)
-    assert (ratio == pytest.approx(1, rel=1e-3)) == adapted
-
-
 def test_an_untrained_model_can_be_evaluated(tmp_path, data):
     results = lincls(data, tmp_path / "a", "--finetune", "random")
     assert (results["checkpoint"], results["sha256"]) == ("random", None)
@@ -258,52 +226,25 @@ def test_when_all_rates_diverge_the_run_ends_and_leaves_no_result(tmp_path, data
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("more", "setting"),
-    [
-        (["--lr", 0.1, 0.1], "lr"),
-        (["--lr", 0.1, 1, "--min_lr", 0.01], "min_lr"),
-        (["--lr", 0], "lr"),
-        (["--optimizer", "adam"], "optimizer"),
-        (["--global_pool", "token", "--class_token", "false"], "global_pool"),
-        (["--finetune", "null"], "finetune"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(tmp_path, data, weights, more, setting):
-    with pytest.raises(InputError, match=rf"\b{setting}\b"):
-        lincls(data, tmp_path / "run", "--finetune", weights, *more)
-    assert not (tmp_path / "run").exists()
-
-
 # --- resume
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    """Losses by float.hex, heads, momentum and running statistics, the weights and the results."""
-    assert step_losses(one) == step_losses(other)
-    ours, theirs = load_newest_checkpoint(one), load_newest_checkpoint(other)
-    assert {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"} < set(ours.model)
-    for name in ("step", "model", "optimizer", "epoch_losses"):
-        assert_same(getattr(ours, name), getattr(theirs, name), name)
-    assert_same(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
-    assert results_of(one) == results_of(other)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimizer):
     """Stopped after an epoch, and cut in the middle of the next; other workers change nothing."""
-    more = ["--finetune", weights, "--optimizer", optimizer, "--weight_decay", 1e-3, "--lr", 0.1, 1]
+    more = ["--finetune", weights, "--optimizer", optimizer, "--weight_decay", 1e-3]
+    more += ["--lr", 0.1, 1, "--eval_epochs", 1]
     main_lincls.main(pictures(data, tmp_path / "whole", *more))
     base = pictures(data, tmp_path / "stopped", *more, "--save_minutes", 1e-9)
     stopped = main_lincls.main([*base, "--stop_epoch", "1"])
     assert results_of(tmp_path / "stopped") == stopped
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        cut_after(patch, 5)
+        cut_after(patch, 5, main_lincls, "probe_step")
         main_lincls.main(base)
     assert load_newest_checkpoint(tmp_path / "stopped").step == STEPS + 5
     assert not (tmp_path / "stopped" / "results.json").exists()
     main_lincls.main([*base, "--num_workers", "2"])
-    assert_equal_runs(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     assert len(set(step_losses(tmp_path / "whole").values())) == 3 * STEPS
     buffers = load_newest_checkpoint(tmp_path / "whole").optimizer["state"]
     assert all(

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     num_classes = check_category(cfg, cfg.finetune)
     pairs = []
     with init_processes(cfg.device) as processes:
-        model = build_frozen(cfg, cfg.finetune, num_classes or 1).model.to(processes.device)
+        model = build_frozen(cfg, cfg.finetune, num_classes or 1)[0].to(processes.device)
         check_layer(cfg, len(model.blocks))
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, cfg.crop_pct)

@@ -1,47 +1,28 @@
-"""The weights of a run's best evaluation on disk, with its epoch and accuracy in their header."""
+"""The best evaluation of a run: its weights lie in `best.safetensors`, whose header says how good
+they are."""
 
 from pathlib import Path
 
-from torch import nn
-
-from engine.run.checkpoint import RunIdentity, best_path, save_weights
+from engine.run.checkpoint import best_path
 from models.weights.own import read_header
 from util.errors import InputError
 
 
-class Best:
-    """Keeps `best.safetensors` of the run's folder, and finds it again after a restart. The file is
-    written whole or not at all.
+def read_best(folder: Path) -> tuple[float, int]:
+    """Top-1 accuracy in percent and epoch of the best evaluation so far of the run in `folder`; -1
+    and 0 before the first.
 
-    Args:
-        identity: of the run, for the header.
-        is_main: whether this process writes.
-        resumed: whether the run goes on, and so may have a best evaluation already.
-
-    Raises: InputError if a run goes on and its file is damaged, as its best weights would be lost
-        without a word if another began.
+    Raises: InputError if the file is damaged, as the best weights would be lost without a word if
+        others took their place.
     """
-
-    def __init__(self, folder: Path, identity: RunIdentity, is_main: bool, resumed: bool):
-        self.path = best_path(folder)
-        self.identity = identity
-        self.is_main = is_main
-        self.acc1, self.epoch = -1.0, 0
-        if resumed and self.path.exists():
-            try:
-                header = read_header(self.path)
-                self.acc1, self.epoch = header["acc1"], header["epoch"]
-            except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
-                raise InputError(
-                    f"{self.path} is damaged ({type(error).__name__}: {error}): bring it back, or "
-                    f"move it away to keep the best of the epochs from here on"
-                ) from error
-
-    def offer(self, model: nn.Module, epoch: int, acc1: float) -> None:
-        """Keeps `model` if it is better than all before it; of equals the first stays. Raises:
-        LocalInputError."""
-        if acc1 <= self.acc1:
-            return
-        self.acc1, self.epoch = acc1, epoch
-        if self.is_main:
-            save_weights(self.path, model, self.identity, acc1=acc1, epoch=epoch)
+    path = best_path(folder)
+    if not path.exists():
+        return -1.0, 0
+    try:
+        header = read_header(path)
+        return header["acc1"], header["epoch"]
+    except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {error}): bring it back, or move it away "
+            f"to keep the best of the epochs from here on"
+        ) from error

@@ -2,7 +2,6 @@
 evaluated, and the autoencoders of pictures."""
 
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,22 +30,15 @@ FrozenConfig = KnnConfig | LinclsConfig | ExplainConfig
 logger = logging.getLogger(__name__)
 
 
-class Classifier(NamedTuple):
-    """A model, and the sha256 of the weights it came from (None: none)."""
-
-    model: VisionTransformer
-    sha256: str | None
-
-
-def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> Classifier:
+def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> tuple[VisionTransformer, str | None]:
     """The classifier that fine-tuning trains or evaluates: from scratch, or from its weights with a
-    fresh head if they have none.
+    fresh head if they have none. Also the sha256 of the weights, None from scratch.
 
     Raises: InputError if the weights do not fit the settings, or `eval` finds no head in them.
     """
     fc_norm = cfg.global_pool == "avg"
     if cfg.finetune is None:
-        return Classifier(_build(cfg, num_classes, _class_token(cfg), fc_norm), None)
+        return _build(cfg, num_classes, _class_token(cfg), fc_norm), None
     tensors, info = _read(cfg, cfg.finetune)
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
         fc_norm = bool(info.known("fc_norm"))
@@ -59,28 +51,33 @@ def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> Classifier:
             f"{sorted(fresh)}"
         )
     if "head.weight" in fresh:
-        weight, stream = model.get_parameter("head.weight"), generator(cfg.seed, HEAD)
-        nn.init.trunc_normal_(weight, std=FINETUNE_HEAD_STD, generator=stream)
-    return Classifier(model, info.sha256)
+        nn.init.trunc_normal_(
+            model.get_parameter("head.weight"),
+            std=FINETUNE_HEAD_STD,
+            generator=generator(cfg.seed, HEAD),
+        )
+    return model, info.sha256
 
 
-def build_frozen(cfg: FrozenConfig, weights: str, num_classes: int) -> Classifier:
+def build_frozen(
+    cfg: FrozenConfig, weights: str, num_classes: int
+) -> tuple[VisionTransformer, str | None]:
     """The frozen model of `weights`, in eval mode, for its features: they pass the norm that the
-    weights hold, and the head is not used.
+    weights hold, and the head is not used. Also the sha256 of the weights.
 
-    The word random is an untrained model, as pretraining starts from.
+    The word random is an untrained model, as pretraining starts from, and has no sha256.
 
     Raises: InputError if the weights do not fit the settings.
     """
     if weights == RANDOM_WEIGHTS:
-        model = _build(cfg, num_classes, _class_token(cfg), fc_norm=False)
+        model, sha256 = _build(cfg, num_classes, _class_token(cfg), fc_norm=False), None
         init_for_pretraining(model)
-        return Classifier(model.eval().requires_grad_(False), None)
-    tensors, info = _read(cfg, weights)
-    class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))
-    model = _build(cfg, num_classes, class_token, fc_norm)
-    load_into_classifier(model, tensors, info, weights, uses_head=False)
-    return Classifier(model.eval().requires_grad_(False), info.sha256)
+    else:
+        tensors, info = _read(cfg, weights)
+        class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))
+        model, sha256 = _build(cfg, num_classes, class_token, fc_norm), info.sha256
+        load_into_classifier(model, tensors, info, weights, uses_head=False)
+    return model.eval().requires_grad_(False), sha256
 
 
 def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> MaskedAutoencoder:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ITERATIONS = 50  # of L-BFGS
 DECAY = 1e-3  # L2 penalty of the weights, on standardised features
 
 
@@ -23,16 +22,15 @@ def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> 
     weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
     bias = torch.zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=50, history_size=10, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        penalty = DECAY * weight.square().sum() / 2
-        value = F.cross_entropy(F.linear(inputs, weight, bias), labels) + penalty
+        value = F.cross_entropy(F.linear(inputs, weight, bias), labels)
+        value = value + DECAY * weight.square().sum() / 2
         value.backward()
         return value
 
     optimizer.step(loss)
-    with torch.no_grad():
-        return F.linear((val - mean) / std, weight, bias).argmax(dim=1)
+    return F.linear((val - mean) / std, weight, bias).argmax(dim=1)

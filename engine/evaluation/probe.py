@@ -7,7 +7,6 @@ Shapes: `B` batch, `H` probes, `C` classes.
 """
 
 import math
-from typing import Any
 
 import torch
 from timm.optim import Lars
@@ -53,12 +52,17 @@ def build_probe_optimizer(probes: LinearProbes, cfg: LinclsConfig) -> torch.opti
     The schedule runs at the largest rate, and `lr_scale` brings each probe to its own. LARS adapts
     the matrices, even without weight decay, and never the biases; biases do not decay.
     """
-    groups: list[dict[str, Any]] = []
+    groups: list[dict[str, object]] = []
     for lr, weight, bias in zip(cfg.lr, probes.weights, probes.biases, strict=True):
-        shared = {"lr_scale": lr / cfg.base_lr}
-        matrix = {"params": [weight], "weight_decay": cfg.weight_decay, "always_adapt": True}
-        shift = {"params": [bias], "weight_decay": 0.0, "always_adapt": False}
-        groups += [matrix | shared, shift | shared]
+        for parameter, decay, adapts in ((weight, cfg.weight_decay, True), (bias, 0.0, False)):
+            groups.append(
+                {
+                    "params": [parameter],
+                    "weight_decay": decay,
+                    "always_adapt": adapts,
+                    "lr_scale": lr / cfg.base_lr,
+                }
+            )
     if cfg.optimizer == "lars":
         return Lars(groups, lr=0.0, momentum=cfg.momentum, trust_coeff=TRUST_COEFFICIENT)
     return torch.optim.SGD(groups, lr=0.0, momentum=cfg.momentum, nesterov=True)
@@ -78,27 +82,26 @@ def average_statistics(probes: LinearProbes) -> None:
         statistic.div_(dist.get_world_size())
 
 
-def probe_step(optimizer: torch.optim.Optimizer, scaler: GradScaler) -> tuple[Tensor, Tensor]:
-    """Steps each probe whose gradient is finite, and clears the gradients.
+def probe_step(
+    probes: LinearProbes, optimizer: torch.optim.Optimizer, scaler: GradScaler
+) -> tuple[Tensor, Tensor]:
+    """Steps each probe whose gradient is finite, clears the gradients, and averages the statistics
+    over the processes.
 
     Returns: the L2 norm of the finite probes' gradient, and 1.0 where there was none and nothing
     moved, both scalars.
     """
     assert not scaler.is_enabled(), "probes are trained without loss scaling"
-    groups = optimizer.param_groups
-    probes = [
-        [*matrix["params"], *bias["params"]]
-        for matrix, bias in zip(groups[::2], groups[1::2], strict=True)
-    ]
+    average_statistics(probes)
+    pairs = list(zip(probes.weights, probes.biases, strict=True))
     norms = torch.stack(
-        [torch.nn.utils.get_total_norm([p.grad for p in probe]) for probe in probes]
+        [torch.nn.utils.get_total_norm([p.grad for p in pair]) for pair in pairs]
     )  # (H,)
     finite = norms.isfinite()
     # waits for the device: timm's LARS cannot skip a parameter on its own
-    for probe, is_finite in zip(probes, finite.tolist(), strict=True):
+    for (weight, bias), is_finite in zip(pairs, finite.tolist(), strict=True):
         if not is_finite:
-            for parameter in probe:
-                parameter.grad = None
+            weight.grad = bias.grad = None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     found_inf = (~finite.any()).float()

@@ -144,11 +144,10 @@ import torch
 import main_lincls
 evaluate_epoch = main_lincls.evaluate_epoch
 def keep(job, *more):
-    scores = evaluate_epoch(job, *more)
-    counts = [s.correct1 for split in scores.values() for s in split]
-    state = {"model": job.state.model.state_dict(), "counts": counts}
+    found = evaluate_epoch(job, *more)
+    state = {"model": job.state.model.state_dict(), "curve": found[1]["curve"]}
     torch.save(state, f"{sys.argv[1]}/state{os.environ['RANK']}.pt")
-    return scores
+    return found
 main_lincls.evaluate_epoch = keep
 main_lincls.main(sys.argv[2:])
 """

@@ -124,8 +124,9 @@ def test_several_heads_score_as_each_alone():
 
 def test_a_diverged_head_has_no_loss_and_spoils_no_other():
     logits = torch.zeros(2, 4, 3)
-    logits[0, 2] = float("nan")
+    logits[0, 2, 2] = float("nan")  # which topk takes for the largest, and 2 is the right class
     diverged, healthy = scores_of(logits, [0, 1, 2, 0], [2, 2])
+    assert (diverged.class_correct[2], diverged.correct5, healthy.correct5) == (0, 3, 4)
     assert math.isnan(diverged.loss)
     assert diverged.as_dict()["loss"] is None
     assert healthy.as_dict()["loss"] == pytest.approx(math.log(3))

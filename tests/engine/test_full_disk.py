@@ -15,8 +15,8 @@ from torch import nn
 import main_pretrain
 from data.loader import BadSample
 from data.sampler import StepSampler
-from engine.evaluation.best import Best
-from engine.run.checkpoint import best_path
+from engine.evaluation.best import read_best
+from engine.run.checkpoint import best_path, save_weights
 from engine.run.faults import BadSamples, BadSteps
 from engine.run.results import write_results
 from util.errors import InputError, LocalInputError
@@ -98,23 +98,17 @@ def test_curves_find_no_room(tmp_path, data):
     assert len(log_lines(tmp_path)) >= 1
 
 
-def best_in(folder: Path, resumed: bool) -> Best:
-    return Best(folder, identity(), is_main=True, resumed=resumed)
-
-
 @pytest.mark.fault("R9")
 def test_the_best_so_far_stays_where_a_better_one_finds_no_room(tmp_path):
-    best = best_in(tmp_path, resumed=False)
-    best.offer(nn.Linear(2, 2), 1, 50.0)
-    before = best.path.read_bytes()
+    path = save_weights(best_path(tmp_path), nn.Linear(2, 2), identity(), acc1=50.0, epoch=1)
+    before = path.read_bytes()
     fill(tmp_path / "best.safetensors.tmp")
-    with pytest.raises(LocalInputError, match=rf"^{best.path} {FULL}$"):
-        best.offer(nn.Linear(2, 2), 2, 60.0)
+    with pytest.raises(LocalInputError, match=rf"^{path} {FULL}$"):
+        save_weights(path, nn.Linear(2, 2), identity(), acc1=60.0, epoch=2)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         "best.safetensors": before
     }
-    again = best_in(tmp_path, resumed=True)
-    assert (again.acc1, again.epoch) == (50.0, 1)
+    assert read_best(tmp_path) == (50.0, 1)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +123,10 @@ def test_the_best_so_far_stays_where_a_better_one_finds_no_room(tmp_path):
 )
 def test_a_damaged_best_is_one_clear_line_and_stays(tmp_path, damage):
     """It may be the best of all epochs, so none that is worse takes its place without a word."""
-    best_in(tmp_path, resumed=False).offer(nn.Linear(2, 2), 1, 50.0)
-    path = best_path(tmp_path)
+    path = save_weights(best_path(tmp_path), nn.Linear(2, 2), identity(), acc1=50.0, epoch=1)
     path.write_bytes(damaged := damage(path.read_bytes()))
     with pytest.raises(InputError) as error:
-        best_in(tmp_path, resumed=True)
+        read_best(tmp_path)
     assert str(error.value).startswith(f"{path} is damaged (")
     assert str(error.value).endswith("move it away to keep the best of the epochs from here on")
     assert "\n" not in str(error.value)

@@ -1,9 +1,11 @@
 """Linear probes: many at once against each alone, and both optimisers against hand arithmetic."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch import nn
 from torch.amp import GradScaler
 from torch.nn import functional as F
 
@@ -16,7 +18,7 @@ from engine.evaluation.probe import (
     probe_step,
 )
 from engine.optim import set_lr
-from engine.schedule import warmup_cosine
+from engine.schedule import Plan
 from models.heads.probe import LinearProbes
 from util.settings.evaluation import LinclsConfig
 
@@ -42,15 +44,16 @@ def trained(
     cfg = settings(lrs, optimizer, **more)
     probes = seeded_probes(len(lrs)).to(dtype)
     steps = build_probe_optimizer(probes, cfg)
+    plan = Plan(1, 16, 1, STEPS, STEPS, warmup_steps=5, peak_lr=cfg.base_lr * factor, min_lr=0.0)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         features = (
             torch.randn(16, 12, generator=generator, dtype=torch.float64) * torch.arange(1, 13) + 3
         )
         labels = torch.randint(5, (16,), generator=generator)
-        set_lr(steps, warmup_cosine(step, STEPS, 5, cfg.base_lr * factor, 0.0))
+        set_lr(steps, plan.lr(step))
         probe_loss(probes(features.to(dtype)), labels).sum().backward()
-        probe_step(steps, NO_SCALER)
+        probe_step(probes, steps, NO_SCALER)
     return probes
 
 
@@ -60,20 +63,15 @@ def test_thirteen_probes_at_once_are_thirteen_alone(optimizer, factor, weight_de
     """In float64, each with its own rate: weights, biases and statistics after 20 steps."""
     start = seeded_probes(1).double()
     together = trained(RATES, optimizer, torch.float64, factor, weight_decay=weight_decay)
-    weights = []
     for probe, lr in enumerate(RATES):
         alone = trained((lr,), optimizer, torch.float64, factor, weight_decay=weight_decay)
         torch.testing.assert_close(together.weights[probe], alone.weights[0], rtol=0, atol=1e-9)
         torch.testing.assert_close(together.biases[probe], alone.biases[0], rtol=0, atol=1e-9)
-        torch.testing.assert_close(together.bn.running_mean, alone.bn.running_mean, rtol=0, atol=0)
-        torch.testing.assert_close(together.bn.running_var, alone.bn.running_var, rtol=0, atol=0)
-        assert (
-            alone.weights[0] - start.weights[0]
-        ).abs().max() > 1e-6  # it has moved, by far more than that
-        weights.append(alone.weights[0])
-    assert (
-        min((a - b).abs().max() for a, b in zip(weights, weights[1:], strict=False)) > 1e-6
-    )  # no two alike
+        assert torch.equal(together.bn.running_mean, alone.bn.running_mean)
+        assert torch.equal(together.bn.running_var, alone.bn.running_var)
+    # each has moved, and no two alike, by far more than that
+    weights = [start.weights[0], *together.weights]
+    assert min((a - b).abs().max() for a, b in itertools.combinations(weights, 2)) > 1e-6
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -89,44 +87,37 @@ def test_a_diverging_probe_leaves_the_others_bit_identical(optimizer):
         assert healthy.weights[probe].isfinite().all()
 
 
+def give(probes: LinearProbes, *gradients: float) -> None:
+    """Gives each probe's matrix and bias a gradient of this norm."""
+    for probe, value in enumerate(gradients):
+        for parameter in (probes.weights[probe], probes.biases[probe]):
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.flatten()[0] = value
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_probe_without_a_finite_gradient_waits(optimizer, bad):
     """Its weights, and what its optimiser remembers, stay; the norm that is reported is that of the
-    others."""
+    others. A step counts as skipped if no probe moves."""
     probes = seeded_probes(3)
     steps = build_probe_optimizer(probes, settings((0.1, 0.2, 0.4), optimizer))
     set_lr(steps, 0.4)
-    for number in range(2):
+    give(probes, 3.0, 3.0, 3.0)
+    probe_step(probes, steps, NO_SCALER)
+    for gradients, waiting in (((3.0, bad, 3.0), {1}), ((bad, bad, bad), {0, 1, 2})):
         before = [p.detach().clone() for p in probes.parameters()]
-        memory = {p: s["momentum_buffer"].clone() for p, s in steps.state.items()}
-        for parameter in probes.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.flatten()[0] = 3.0
-        if number == 1:
-            probes.biases[1].grad[2] = bad
-        norm, found_inf = probe_step(steps, NO_SCALER)
+        memory = [steps.state[p]["momentum_buffer"].clone() for p in probes.parameters()]
+        give(probes, *gradients)
+        norm, found_inf = probe_step(probes, steps, NO_SCALER)
         assert all(p.grad is None for p in probes.parameters())
-        finite = 3 if number == 0 else 2
-        assert norm.item() == pytest.approx(3 * math.sqrt(2 * finite), rel=1e-6)
-        assert found_inf.item() == 0.0
-    for parameter, old in zip(probes.parameters(), before, strict=True):
-        waits = parameter is probes.weights[1] or parameter is probes.biases[1]
-        assert torch.equal(parameter, old) == waits
-        assert torch.equal(steps.state[parameter]["momentum_buffer"], memory[parameter]) == waits
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_counts_as_skipped_where_no_probe_moves(optimizer):
-    probes = seeded_probes(2)
-    steps = build_probe_optimizer(probes, settings((0.1, 0.2), optimizer))
-    set_lr(steps, 0.2)
-    for parameter in probes.parameters():
-        parameter.grad = torch.full_like(parameter, float("nan"))
-    norm, found_inf = probe_step(steps, NO_SCALER)
-    assert math.isnan(norm.item()) and found_inf.item() == 1.0
-    start = seeded_probes(2).parameters()
-    assert all(torch.equal(p, old) for p, old in zip(probes.parameters(), start, strict=True))
+        expected = math.sqrt(4 * 3.0**2) if waiting == {1} else math.nan
+        assert norm.item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+        assert found_inf.item() == (len(waiting) == 3)
+        for place, parameter in enumerate(probes.parameters()):  # three matrices, three biases
+            waits = place % 3 in waiting
+            assert torch.equal(parameter, before[place]) == waits
+            assert torch.equal(steps.state[parameter]["momentum_buffer"], memory[place]) == waits
 
 
 def hand_made(optimizer: str, weight_decay: float) -> tuple[LinearProbes, torch.optim.Optimizer]:
@@ -158,7 +149,7 @@ def step_with(
     probes.weights[0].grad, probes.biases[0].grad = (
         gradient.clone() for gradient in GRADIENTS[number]
     )
-    probe_step(steps, NO_SCALER)
+    probe_step(probes, steps, NO_SCALER)
     return probes.weights[0].flatten().tolist(), probes.biases[0].tolist()
 
 
@@ -190,20 +181,6 @@ def test_lars_with_weight_decay_by_hand():
     assert bias == pytest.approx([0, -1], abs=1e-12)  # no decay
 
 
-def test_lars_has_its_own_trust_for_each_probe():
-    probes = seeded_probes(2, 2, 2)
-    with torch.no_grad():
-        probes.weights[0].fill_(1.0)
-        probes.weights[1].fill_(10.0)
-    steps = build_probe_optimizer(probes, settings((0.1, 0.1), "lars"))
-    set_lr(steps, 1.0)
-    for parameter in probes.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    probe_step(steps, NO_SCALER)
-    assert probes.weights[0].flatten().tolist() == pytest.approx([1 - 0.001] * 4, abs=1e-6)
-    assert probes.weights[1].flatten().tolist() == pytest.approx([10 - 0.01] * 4, abs=1e-6)
-
-
 def test_nesterov_by_hand():
     """buffer = 0.9 buffer + g; step = lr (g + 0.9 buffer); lr is 2, gradients are GRADIENTS."""
     probes, steps = hand_made("sgd", 0.0)
@@ -221,64 +198,42 @@ def test_nesterov_by_hand():
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_probe_has_the_rate_it_would_have_alone(optimizer):
-    probes = seeded_probes(3)
-    steps = build_probe_optimizer(
-        probes, settings((0.1, 4.0, 0.5), optimizer, weight_decay=0.25, momentum=0.8)
-    )
+    more = {"weight_decay": 0.25, "momentum": 0.8}
+    steps = build_probe_optimizer(seeded_probes(3), settings((0.1, 4.0, 0.5), optimizer, **more))
     set_lr(steps, 2.0)  # half way up to the peak of the largest
-    assert [group["lr"] for group in steps.param_groups] == pytest.approx(
-        [0.05, 0.05, 2.0, 2.0, 0.25, 0.25]
-    )
-    assert [group["weight_decay"] for group in steps.param_groups] == [0.25, 0.0] * 3
-    assert {group["momentum"] for group in steps.param_groups} == {0.8}
-    pairs = zip(probes.weights, probes.biases, strict=True)
-    parameters = [p for group in steps.param_groups for p in group["params"]]
-    assert list(map(id, parameters)) == [id(p) for pair in pairs for p in pair]
+    found = [[group[name] for group in steps.param_groups] for name in ("lr", *more)]
+    assert found[0] == pytest.approx([0.05, 0.05, 2.0, 2.0, 0.25, 0.25])
+    assert found[1:] == [[0.25, 0.0] * 3, [0.8] * 6]
 
 
 def test_batch_normalisation_by_hand():
     """Variance 1e-6, eps 1e-6: +-0.001 becomes +-1 / sqrt(2); there is nothing to learn in it."""
-    probes = seeded_probes(1, 1, 2).double()
+    probes = seeded_probes(1, 1, 1).double()
     assert list(probes.bn.parameters()) == []
-    with torch.no_grad():
-        probes.weights[0].copy_(torch.tensor([[1.0], [2.0]]))
-        probes.biases[0].copy_(torch.tensor([0.0, 0.5]))
-    logits = probes(torch.tensor([[5.0], [5.002]], dtype=torch.float64))
-    half = math.sqrt(0.5)
-    expected = torch.tensor(
-        [[[-half, 0.5 - 2 * half], [half, 0.5 + 2 * half]]], dtype=torch.float64
-    )
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    nn.init.ones_(probes.weights[0])
+    logits = probes(torch.tensor([[5.0], [5.002]], dtype=torch.float64))  # (1, 2, 1)
+    assert logits.flatten().tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)], abs=1e-6)
     assert probes.bn.running_mean.item() == pytest.approx(0.5001)  # momentum 0.1
     assert probes.bn.running_var.item() == pytest.approx(0.9 + 0.1 * 2e-6)  # unbiased
-    probes.eval()
-    single = probes(torch.tensor([[0.5001]], dtype=torch.float64))
-    torch.testing.assert_close(
-        single, torch.tensor([[[0.0, 0.5]]], dtype=torch.float64), rtol=0, atol=1e-9
-    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_the_normalisation_folds_into_the_linear_layer(dtype, tolerance):
     probes = seeded_probes(3).to(dtype)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in probes.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        for _ in range(50):  # statistics other than those at the start
-            probes(torch.randn(32, 12, generator=generator).to(dtype) * 3 + 2)
-    probes.eval()
-    features = torch.randn(20, 12, generator=generator).to(dtype) * 3 + 2
-    logits = probes(features)
-    assert logits.shape == (3, 20, 5)
+    for parameter in probes.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    features = torch.randn(50, 32, 12, generator=generator).to(dtype) * 3 + 2
+    for batch in features:  # statistics other than those at the start
+        probes(batch)
+    assert (probes.bn.running_mean - 2).abs().max() < 0.5
+    logits = probes.eval()(features[0])
+    assert logits.shape == (3, 32, 5)
     for probe in range(3):
         weight, bias = probes.folded(probe)
-        assert (weight.shape, bias.shape) == ((5, 12), (5,))
         assert weight.dtype == bias.dtype == dtype
-        torch.testing.assert_close(
-            F.linear(features, weight, bias), logits[probe], rtol=0, atol=tolerance
-        )
-    assert (probes.bn.running_mean - 2).abs().max() < 0.5
+        expected = F.linear(features[0], weight, bias)
+        torch.testing.assert_close(logits[probe], expected, rtol=0, atol=tolerance)
 
 
 def test_logits_are_never_in_half_precision():
@@ -301,10 +256,8 @@ def test_all_probes_start_alike():
     assert first.std().item() == pytest.approx(0.01, rel=0.01)
     assert first.abs().max() > 0.04  # not cut off
     assert all(torch.equal(weight, first) for weight in probes.weights)
-    assert all(not bias.any() for bias in probes.biases)
+    assert not any(bias.any() for bias in probes.biases)
     assert len({weight.data_ptr() for weight in probes.weights}) == 3
-    alone = LinearProbes(400, 1000, 1, torch.Generator().manual_seed(3))
-    assert torch.equal(alone.weights[0], first)
 
 
 def test_the_loss_of_each_probe_and_their_mean():

@@ -3,7 +3,6 @@ memory."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_same, assert_same_checkpoint
-from conftest import ROOT
 from runs import (
+    driven,
     launch,
     log_lines,
-    make_pictures,
     pictures,
     pretrain_pictures,
     pretraining,
@@ -25,18 +23,11 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-import main_finetune
 from engine.run.checkpoint import Checkpoint, load_newest_checkpoint
-from util.errors import InputError
 
 FSDP = ("--parallel", "fsdp")
 STEPS = 30  # 3 epochs of 120 images, 12 per step
 LOOKS = ("--monitor_epochs", 1, "--monitor_images", 2, "--monitor_knn", 60)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def command_line(data: Path, output_dir: Path, *more: Any) -> list[str]:
@@ -49,16 +40,8 @@ def drive(
     output_dir: Path, arguments: list[str], processes: int = 2, **env: str
 ) -> CompletedProcess[str]:
     """Runs that under the driver, whose notes go to `output_dir`/watch."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
-    driver = str(ROOT / "tests" / "sharding_driver.py")
-    return run([*launcher, driver, *arguments], WATCH=str(output_dir / "watch"), **env)
+    command = driven(*arguments, processes=processes, driver="sharding_driver.py")
+    return run(command, WATCH=str(output_dir / "watch"), **env)
 
 
 def pretrain(data: Path, output_dir: Path, *more: Any, processes: int = 2, **env: str) -> Path:
@@ -258,11 +241,6 @@ def test_fine_tuning_too(data, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert results_of(tmp_path / "eval", "eval.json")["correct1"] == ours["correct1"]
-
-
-def test_a_moving_average_is_refused(data, tmp_path):
-    with pytest.raises(InputError, match="ema_decay .*parallel fsdp"):
-        main_finetune.main(pictures(data, tmp_path, *FSDP, "--ema_decay", 0.99))
 
 
 # where there is nothing to share

@@ -59,7 +59,7 @@ def benchmark_probe(
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
                 features = backbone.forward_features(images)
             probe_loss(probes(features), labels).sum().backward()
-            probe_step(optimizer, scaler)
+            probe_step(probes, optimizer, scaler)
 
         return step
 
