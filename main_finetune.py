@@ -32,6 +32,7 @@ from engine.run.job import Job, begin
 from engine.run.results import read_results
 from engine.run.saving import Saver
 from models.build import classifier_config_problems
+from util.dist import broadcast
 from util.errors import run_cli
 from util.rng import BATCH, derive_seed, seed_libraries
 from util.settings.evaluation import STAGE_CONFIGS, FinetuneConfig
@@ -144,7 +145,7 @@ def evaluate_epoch(
         values["ema_acc1"] = scores.acc1
         results["ema"] = scores.as_dict(evaluator.class_names)
         line += f"  moving average top-1 {scores.acc1:.2f} %"
-    best = read_best(run.output_dir)
+    best = broadcast(read_best(run.output_dir) if run.processes.is_main else (-1.0, 0))
     is_best = scores.acc1 > best[0]
     acc1, at_epoch = (scores.acc1, epoch) if is_best else best
     line += f"  best {acc1:.2f} % after epoch {at_epoch}"

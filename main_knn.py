@@ -82,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         ]
         if len(table) == 1:
             return run.finish(table[0])
-        width = max(map(len, checkpoints))
         for row in table:
-            logger.info("%-*s  %s", width, row["checkpoint"], accuracies(row))
+            logger.info("%-*s  %s", max(map(len, checkpoints)), row["checkpoint"], accuracies(row))
         return run.finish({**table[-1], "checkpoints": table})
 
 

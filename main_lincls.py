@@ -155,8 +155,9 @@ def evaluate_epoch(
     accuracies = "  ".join(
         f"{split} top-1 {of_split[chosen].acc1:.2f} %" for split, of_split in scores.items()
     )
-    line = f"epoch {epoch} lr {lrs[chosen]:g}  {accuracies}"
-    job.run.records.write("val", job.state.step, values, line)
+    job.run.records.write(
+        "val", job.state.step, values, f"epoch {epoch} lr {lrs[chosen]:g}  {accuracies}"
+    )
     return chosen, {
         **best.as_dict(evaluators["val"].class_names),
         "lr": lrs[chosen],

@@ -111,4 +111,5 @@ def update_ema(ema: ModelEmaV3, model: nn.Module, found_inf: Tensor) -> None:
     The decay is a tensor, so that the decision never waits for the device; timm's foreach path
     takes only numbers.
     """
-    ema.apply_update_(model, decay=torch.where(found_inf > 0, 1.0, ema.decay))  # type: ignore
+    decay = torch.where(found_inf > 0, 1.0, ema.decay)
+    ema.apply_update_(model, decay=decay)  # type: ignore[arg-type]
