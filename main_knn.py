@@ -34,6 +34,7 @@ from engine.evaluation.knn import rank_labels
 from engine.run.folder import Run, open_run
 from models.build import classifier_config_problems
 from models.weights.files import weights_digest
+from models.weights.read import read_weights
 from util.dist import gather_rows
 from util.errors import InputError, run_cli
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
             check_folders(run, cfg, [partial(digest_of, path) for path in checkpoints], folders)
         data = open_labelled_data(cfg, run)
         data = replace(data, train=take_subset(data.train, cfg.subset, cfg.seed))
+        for checkpoint in checkpoints[1:]:
+            read_weights(checkpoint)  # finds a broken file before the others are evaluated
         table = [
             evaluate_checkpoint(cfg, run, checkpoint, data, folder)
             for checkpoint, folder in zip_longest(checkpoints, folders)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data.loader import TrainBatch
 from engine.optim import StepFn, optimizer_step, set_lr, update_ema
-from engine.parallel import wrap_model
+from engine.parallel import on_device, wrap_model
 from engine.run.batches import Batches
 from engine.run.faults import BadSamples, BadSteps
 from engine.run.job import Job
@@ -76,7 +76,7 @@ def train(
         run.processes.is_main,
         batches.sampler,
     )
-    iterator = iter(batches)
+    iterator = on_device(batches, run.device)
     while True:
         if state.epoch_end_pending:
             # An evaluation forks loader processes, which is not safe while another thread writes.

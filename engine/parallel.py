@@ -1,4 +1,4 @@
-"""Models on devices: placing, compiling, data parallelism and sharding.
+"""Models and batches on devices: placing, compiling, data parallelism and sharding.
 
 `parallel: ddp` gives each process the whole model. `parallel: fsdp` gives it one part of every
 parameter, gradient and moment: a block's parameters are gathered just before it computes and freed
@@ -14,6 +14,7 @@ import atexit
 import os
 import shutil
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from data.loader import TrainBatch
 from models.build import build_model
 from models.mae import MaskedAutoencoder
 from util.dist import Processes, autocast_dtype, waiting
@@ -97,6 +99,30 @@ def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_si
         static_graph=accum_iter == 1,  # with no_sync it dies in the reducer (torch 2.14.1)
         forward_sync_buffers=False,  # position tables never change
     )
+
+
+def on_device(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[TrainBatch]:
+    """The batches in their order; on CUDA with their tensors on the device, elsewhere as they come.
+
+    A batch is taken from `batches` when it is asked for and never before, so errors, bad files and
+    the time waited for data belong to the step that they are counted in. The host runs ahead: it
+    has queued a step and asks for the next batch while the device computes, and the copy, from
+    pinned memory and on a stream of its own, does not queue behind that step.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            images = batch.images.to(device, non_blocking=True)
+            targets = batch.targets.to(device, non_blocking=True)
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copies)
+        for tensor in (images, targets):
+            # The memory belongs to the copying stream, which must not reuse it before this step.
+            tensor.record_stream(computing)
+        yield batch._replace(images=images, targets=targets)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
