@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,6 @@ from engine.parallel import on_device, wrap_model
 from engine.run.batches import Batches
 from engine.run.faults import BadSamples, BadSteps
 from engine.run.job import Job
-from engine.run.records import duration
 from engine.run.saving import Saver
 from util.dist import autocast_dtype
 from util.settings.base import AdamWConfig
@@ -97,7 +97,7 @@ def train(
         state.step += 1
         bad_steps.add(state.step, lr, loss_sum, found_inf)
         stopwatch.step(waited)
-        run.records.advance()
+        run.records.bar.update()
 
         ends_epoch = state.step % plan.steps_per_epoch == 0
         if state.step % cfg.log_interval == 0 or ends_epoch:
@@ -121,7 +121,7 @@ def log_window(job: Job, stopwatch: Stopwatch, lr: float, num_bad_files: int) ->
     line = (
         f"step {state.step}/{plan.total_steps}  epoch {epoch:.2f}  loss {means['loss']:.4f}  "
         f"lr {lr:.2e}  grad_norm {means['grad_norm']:.3f}  {times['images_per_s']:.0f} images/s  "
-        f"data_wait {100 * times['data_wait']:.0f}%  eta {duration(times['eta_s'])}"
+        f"data_wait {100 * times['data_wait']:.0f}%  eta {timedelta(seconds=round(times['eta_s']))}"
     )
     if num_bad_files:
         line += f"  bad_files {num_bad_files}"

@@ -34,9 +34,8 @@ import main_finetune
 import main_knn
 import main_pretrain
 from engine.run import saving
-from engine.run.checkpoint import Checkpoint, kept_steps, load_newest_checkpoint, save_checkpoint
-from engine.run.folder import open_run, take_over_folder
-from engine.run.lock import locked
+from engine.run.checkpoint import Checkpoint, load_newest_checkpoint, outdated_steps, save_checkpoint
+from engine.run.folder import locked, open_run, take_over_folder
 from models.mae import MaskedAutoencoder
 from util.errors import InputError
 from util.settings.base import TrainRunConfig
@@ -380,7 +379,7 @@ def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, 
 )
 def test_which_checkpoints_stay(tmp_path, keep_last, keep_every, expected):
     steps = [10, 20, 30, 40, 50, 60]
-    assert kept_steps(steps, keep_last, keep_every) == expected
+    assert outdated_steps(steps, keep_last, keep_every) == {*steps} - expected
     for step in steps:
         save_checkpoint(tmp_path, content(step), keep_last, keep_every)
     assert {int(name[11:19]) for name in files(tmp_path)} == expected
@@ -434,7 +433,7 @@ def test_a_file_system_without_locks_or_flushed_folders_works_with_one_warning(
     monkeypatch.setattr(os, "fsync", fsync)
     assert main_pretrain.main(pretraining(data, tmp_path))["step"] == 2 * STEPS
     warnings = [record.name for record in caplog.records if record.levelno >= logging.WARNING]
-    assert sorted({*warnings} - {"engine.loop"}) == ["engine.run.lock", "util.files"]
+    assert sorted({*warnings} - {"engine.loop"}) == ["engine.run.folder", "util.files"]
     assert warnings.count("util.files") == 1
     assert saved_step(tmp_path) == 2 * STEPS
 

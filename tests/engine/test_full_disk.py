@@ -18,7 +18,7 @@ from data.sampler import StepSampler
 from engine.evaluation.best import Best
 from engine.run.checkpoint import best_path
 from engine.run.faults import BadSamples, BadSteps
-from engine.run.results import write_results
+from engine.run.records import write_results
 from util.errors import InputError, LocalInputError
 from util.files import write_output
 
