@@ -215,8 +215,8 @@ test_a_run_on_other_images_is_not_gone_on_with
 90 resume: other weights to start from are accepted
 engine/run/job.py test_finetune.py
 test_other_weights_are_refused_on_resume_and_moved_ones_are_not
--"finetune": saved.weights}
-+"finetune": identity.weights}
+-sha256 {saved.weights}
++sha256 {identity.weights}
 
 28 checkpoint: it is not compared with its checksum
 engine/run/checkpoint.py engine/test_engine.py
@@ -231,7 +231,7 @@ test_which_checkpoints_stay
 +newest = sorted(steps)[:keep_last]
 
 30 checkpoint: files are written in place, not under a temporary name
-util/files.py engine/test_full_disk.py
+util/files.py engine/test_faults_checkpoint.py
 test_an_output_that_finds_no_room_leaves_what_was_there
 -write_temporary(path, write).replace(path)
 +write(path)

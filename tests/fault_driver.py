@@ -23,6 +23,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch  # noqa: E402
+from compare import leaves  # noqa: E402
 
 from engine.evaluation import classification  # noqa: E402
 from engine.run import faults, saving  # noqa: E402
@@ -44,20 +45,15 @@ handles: list[Any] = []  # of hooks on gradients
 
 def digest(value: Any) -> str:
     """sha256 of all tensors in nested dicts and lists, in order."""
-    if isinstance(value, torch.Tensor):
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    else:
-        entries = value.values() if isinstance(value, dict) else value
-        tensors = [v for v in entries or () if isinstance(v, torch.Tensor | dict | list | tuple)]
-        content = "".join(map(digest, tensors)).encode()
-    return hashlib.sha256(content).hexdigest()
+    tensors = [leaf for leaf in leaves(value, "").values() if isinstance(leaf, torch.Tensor)]
+    flat = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    return hashlib.sha256(torch.cat([torch.empty(0, dtype=torch.uint8), *flat]).numpy()).hexdigest()
 
 
 def write(variable: str, entry: dict[str, Any]) -> None:
-    """Appends to this process's file in the folder that the variable names, if it names one."""
-    if variable in os.environ:
-        with (Path(os.environ[variable]) / f"{RANK}.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+    """Appends to this process's file in the folder that the variable names."""
+    with (Path(os.environ[variable]) / f"{RANK}.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def before(owner: Any, name: str, action: Any) -> None:
@@ -129,7 +125,8 @@ def main() -> Any:
     before(saving.Saver, "between_steps", between_steps)
     before(saving, "save_checkpoint", lambda *_: strike("save"))
     before(classification.Evaluator, "__call__", lambda *_: strike("validation"))
-    before(faults.BadSamples, "collect", used)
+    if "USED" in os.environ:
+        before(faults.BadSamples, "collect", used)
     entry = importlib.import_module(sys.argv[1].removesuffix(".py"))
     forward = VisionTransformer.forward
     VisionTransformer.forward = lambda self, images: poison(self, forward(self, images))

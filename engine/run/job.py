@@ -200,14 +200,14 @@ def check_resumable(cfg: TrainConfig, saved: Checkpoint | None, identity: RunIde
         "images: data_path must hold the same ones",
         "weights: finetune must name the same file",
     )
-    mine = (None if saved is None else saved.step, identity.data, identity.weights)
-    for problem, found in zip(problems, zip(*all_gather(mine), strict=True), strict=True):
+    seen = all_gather((None if saved is None else saved.step, identity.data, identity.weights))
+    for problem, found in zip(problems, zip(*seen, strict=True), strict=True):
         if any(of_one != found[0] for of_one in found):
             raise InputError(f"the processes see different {problem}. They see {[*found]}")
     if saved is not None:
-        old = {**saved.model_args, "images": saved.data, "finetune": saved.weights}
-        new = {**identity.model_args, "images": identity.data, "finetune": identity.weights}
-        changes = differences(old, new)
+        old = {"images": saved.data, "finetune": f"weights of sha256 {saved.weights}"}
+        new = {"images": identity.data, "finetune": f"weights of sha256 {identity.weights}"}
+        changes = differences(old | saved.model_args, new | identity.model_args)
         changes += changed_settings(saved.config, cfg, skip={"size", *identity.model_args})
         if changes:
             raise InputError(

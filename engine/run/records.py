@@ -124,20 +124,17 @@ class LogHandler(logging.FileHandler):
 
 
 @contextmanager
-def logging_to(path: Path | None) -> Iterator[None]:
-    """Sends log lines to the terminal and the file `path`.
-
-    Without a path, as on all processes but the main one, only errors go to the terminal.
-    """
+def logging_to(path: Path) -> Iterator[None]:
+    """Sends log lines to the terminal and the file `path`; of all processes but the main one only
+    errors."""
     root = logging.getLogger()
     rank = int(os.environ.get("RANK", "0"))
     process = f"[process {rank}] " if rank else ""
-    file = path or Path(os.devnull)
-    with writing(file):
-        handler = LogHandler(file, encoding="utf-8", errors="surrogateescape")
+    with writing(path):
+        handler = LogHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter(f"%(asctime)s {process}%(message)s", "%H:%M:%S"))
     previous = root.level
-    root.setLevel(logging.ERROR if path is None else logging.INFO)
+    root.setLevel(logging.ERROR if rank else logging.INFO)
     root.addHandler(handler)
     try:
         yield

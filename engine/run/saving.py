@@ -71,9 +71,9 @@ class Saver(ExitStack):
         """Whether a save is due, after `epochs_done` epochs or (None) within one; all processes
         must ask together."""
         cfg, state, plan = self.job.cfg, self.job.state, self.job.plan
-        intervals = [every for every in (cfg.save_epochs, cfg.keep_every) if every]
         at_epoch = epochs_done is not None and (
-            state.step == plan.stop_step or any(epochs_done % every == 0 for every in intervals)
+            state.step == plan.stop_step
+            or any(epochs_done % every == 0 for every in (cfg.save_epochs, cfg.keep_every) if every)
         )
         minutes = (time.monotonic() - self.last_time) / 60
         return at_epoch or broadcast(0 < cfg.save_minutes <= minutes)
