@@ -158,7 +158,7 @@ def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kin
     """
     set_aside_damaged(folder, step)
     stale = [folder / name for name in OF_THE_END if name != "best.safetensors" or step == 0]
-    for path in folder.glob(f"*{TEMPORARY}"):
+    for path in folder.glob(f"*{TEMPORARY}"):  # only now: they tell a save that was interrupted
         if OWN_NAME.fullmatch(path.name.removesuffix(TEMPORARY)):
             stale.append(path)
     for path in stale:
