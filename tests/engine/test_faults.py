@@ -472,9 +472,9 @@ def test_a_bad_loss_or_gradient_of_one_process_is_skipped_by_all_and_ends_all(tm
     NaN for good."""
     folder = tmp_path / "run"
     bad = [
-        {"do": "nan_loss", "at": "step", "rank": 1, "step": 5, "count": 2},
-        {"do": "inf_gradient", "at": "step", "rank": 0, "step": 12},
-        {"do": "nan_loss", "at": "step", "rank": 1, "step": 22, "count": 99},
+        {"at": "loss", "rank": 1, "step": 5, "count": 2},
+        {"at": "gradient", "rank": 0, "step": 12},
+        {"at": "loss", "rank": 1, "step": 22, "count": 99},
     ]
     more = ["--batch_size", 6, "--total_batch_size", 12, "--ema_decay", 0.5]
     more += ["--max_bad_steps", 3, "--save_minutes", 1e-9]
