@@ -29,7 +29,7 @@ from engine.run.batches import train_batches
 from engine.run.checkpoint import best_path, save_weights, weights_path
 from engine.run.folder import open_run
 from engine.run.job import Job, begin
-from engine.run.results import read_results
+from engine.run.records import read_results
 from engine.run.saving import Saver
 from models.build import classifier_config_problems
 from util.dist import broadcast

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -20,7 +21,6 @@ from engine.parallel import on_device, wrap_model
 from engine.run.batches import Batches
 from engine.run.faults import BadSamples, BadSteps
 from engine.run.job import Job
-from engine.run.records import duration
 from engine.run.saving import Saver
 from util.dist import autocast_dtype
 
@@ -110,7 +110,7 @@ def train(
         state.window_meter.update(loss_sum, grad_norm, found_inf)
         state.step += 1
         bad_steps.add(state.step, lr, loss_sum, found_inf)
-        run.records.advance()
+        run.records.bar.update()
 
         ends_epoch = state.step % plan.steps_per_epoch == 0
         if state.step % cfg.log_interval == 0 or ends_epoch:
@@ -146,7 +146,7 @@ def log_window(job: Job, stopwatch: Stopwatch, lr: float, num_bad_files: int) ->
     line = (
         f"step {state.step}/{plan.total_steps}  epoch {values['epoch']:.2f}  loss {loss:.4f}  "
         f"lr {lr:.2e}  grad_norm {grad_norm:.3f}  {values['images_per_s']:.0f} images/s  "
-        f"data_wait {100 * values['data_wait']:.0f}%  eta {duration(values['eta_s'])}{bad_files}"
+        f"data_wait {100 * values['data_wait']:.0f}%  eta {timedelta(seconds=round(values['eta_s']))}{bad_files}"
     )
     job.run.records.write("train", state.step, values, line)
     if values["data_wait"] > SLOW_LOADING:

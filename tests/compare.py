@@ -1,38 +1,42 @@
 """Comparisons that tests share: nested values, and whole runs."""
 
-import json
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 
 from engine.run.checkpoint import Checkpoint, RunIdentity, load_newest_checkpoint
-from engine.run.records import read_log
+from engine.run.records import read_log, read_results
 
 # Settings hold the folder's name and other things that may differ; records hold times.
 MAY_DIFFER = ("config",)
 TIMES = {"images_per_s", "data_wait", "eta_s", "monitor_s"}
 
 
+def leaves(value: Any, where: str) -> dict[str, Any]:
+    """The tensors and plain values in nested dicts and lists by their place."""
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list | tuple):
+        entries = enumerate(value)
+    else:
+        return {where: value}
+    found = [leaves(entry, f"{where}.{name}") for name, entry in entries]
+    return {place: leaf for of_entry in found for place, leaf in of_entry.items()}
+
+
 def assert_same(one: Any, other: Any, where: str = "") -> None:
     """Nested plain values and tensors are equal, bit for bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for name, value in one.items():
-            assert_same(value, other[name], f"{where}.{name}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for place, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{place}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), where
-    else:
-        assert one == other, where
+    ours, theirs = leaves(one, where), leaves(other, where)
+    assert ours.keys() == theirs.keys(), where
+    for place, leaf in ours.items():
+        assert type(leaf) is type(theirs[place]), place
+        if isinstance(leaf, torch.Tensor):
+            assert leaf.dtype == theirs[place].dtype and torch.equal(leaf, theirs[place]), place
+        else:
+            assert leaf == theirs[place], place
 
 
 def assert_same_checkpoint(
@@ -53,8 +57,7 @@ def assert_same_run(one: Path, other: Path, ignore: Collection[str] = MAY_DIFFER
     for name in ("model.safetensors", "best.safetensors"):
         assert (one / name).exists() == (other / name).exists(), name
         if (one / name).exists():
-            assert_same(load_file(one / name), load_file(other / name), name)
-            assert header_of(one / name) == header_of(other / name), name
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert results_of(one) == results_of(other)
 
 
@@ -70,16 +73,9 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def results_of(folder: Path) -> dict[str, Any] | None:
-    """A run's results.json, None without one."""
-    path = folder / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def header_of(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return file.metadata()
+def results_of(folder: Path, name: str = "results.json") -> Any:
+    """What an evaluation wrote, None if it wrote nothing."""
+    return read_results(folder / name) if (folder / name).exists() else None
 
 
 def identity(**given: Any) -> RunIdentity:

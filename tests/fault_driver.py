@@ -2,6 +2,7 @@
 
 FAULTS is a JSON list of {"do": what, "at": "step", "save" or "validation", "step": finished steps,
 "rank": which process, ...}; each happens once, and not in a process that a launcher started again.
+{"at": "loss" or "gradient", "count": number of steps, ...} makes that NaN or infinite.
 
 What is observed goes into a file per process, `<rank>.jsonl`. In the folder DIGESTS it has, per
 step, a sha256 of parameters, optimiser and moving average. In the folder USED it has, per
@@ -23,6 +24,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch  # noqa: E402
+from compare import leaves  # noqa: E402
 
 from engine.evaluation import classification  # noqa: E402
 from engine.run import faults, saving  # noqa: E402
@@ -30,13 +32,11 @@ from models.vit import VisionTransformer  # noqa: E402
 from util.errors import run_cli  # noqa: E402
 
 RANK = os.environ.get("RANK", "0")
-PAUSE = float(os.environ.get("PAUSE", "0"))
-POISONS = ("nan_loss", "inf_gradient")
-is_first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 due = [
     fault
     for fault in json.loads(os.environ.get("FAULTS", "[]"))
-    if str(fault.get("rank", 0)) == RANK and is_first_start
+    if str(fault.get("rank", 0)) == RANK
+    and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 ]
 now = {"step": -1}  # finished steps
 handles: list[Any] = []  # of hooks on gradients
@@ -44,20 +44,15 @@ handles: list[Any] = []  # of hooks on gradients
 
 def digest(value: Any) -> str:
     """sha256 of all tensors in nested dicts and lists, in order."""
-    if isinstance(value, torch.Tensor):
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    else:
-        entries = value.values() if isinstance(value, dict) else value
-        tensors = [v for v in entries or () if isinstance(v, torch.Tensor | dict | list | tuple)]
-        content = "".join(map(digest, tensors)).encode()
-    return hashlib.sha256(content).hexdigest()
+    tensors = [leaf for leaf in leaves(value, "").values() if isinstance(leaf, torch.Tensor)]
+    flat = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    return hashlib.sha256(torch.cat([torch.empty(0, dtype=torch.uint8), *flat]).numpy()).hexdigest()
 
 
 def write(variable: str, entry: dict[str, Any]) -> None:
-    """Appends to this process's file in the folder that the variable names, if it names one."""
-    if variable in os.environ:
-        with (Path(os.environ[variable]) / f"{RANK}.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+    """Appends to this process's file in the folder that the variable names."""
+    with (Path(os.environ[variable]) / f"{RANK}.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def before(owner: Any, name: str, action: Any) -> None:
@@ -74,17 +69,15 @@ def before(owner: Any, name: str, action: Any) -> None:
 def strike(at: str) -> None:
     """Does what is due here."""
     for fault in [f for f in due if f["at"] == at and f["step"] <= now["step"]]:
-        if fault["do"] in POISONS:
-            continue
         due.remove(fault)
         if fault["do"] == "exit":
             os._exit(1)
-        if fault["do"] == "hang":
+        elif fault["do"] == "hang":
             time.sleep(fault.get("seconds", 3600))
-            continue
-        for _ in range(fault.get("times", 1)):
-            os.kill(os.getppid() if fault["to"] == "launcher" else os.getpid(), fault["do"])
-            time.sleep(0.3)
+        else:
+            for _ in range(fault.get("times", 1)):
+                os.kill(os.getppid() if fault["to"] == "launcher" else os.getpid(), fault["do"])
+                time.sleep(0.3)
 
 
 def between_steps(saver: saving.Saver) -> None:
@@ -97,7 +90,7 @@ def between_steps(saver: saving.Saver) -> None:
     if "SETTLED" in os.environ:
         saver.wait()
     strike("step")
-    time.sleep(PAUSE)
+    time.sleep(float(os.environ.get("PAUSE", "0")))
 
 
 def used(_: faults.BadSamples, batch: Any) -> None:
@@ -115,11 +108,10 @@ def poison(model: VisionTransformer, logits: torch.Tensor) -> torch.Tensor:
     while handles:
         handles.pop().remove()
     for fault in due:
-        if not model.training or not 0 <= now["step"] - fault["step"] < fault.get("count", 1):
-            continue
-        if fault["do"] == "nan_loss":
+        is_now = model.training and 0 <= now["step"] - fault["step"] < fault.get("count", 1)
+        if is_now and fault["at"] == "loss":
             logits = logits * float("nan")
-        elif fault["do"] == "inf_gradient":
+        elif is_now and fault["at"] == "gradient":
             bias = model.patch_embed.proj.bias
             handles.append(bias.register_hook(lambda gradient: gradient + float("inf")))
     return logits
@@ -129,7 +121,8 @@ def main() -> Any:
     before(saving.Saver, "between_steps", between_steps)
     before(saving, "save_checkpoint", lambda *_: strike("save"))
     before(classification.Evaluator, "__call__", lambda *_: strike("validation"))
-    before(faults.BadSamples, "collect", used)
+    if "USED" in os.environ:
+        before(faults.BadSamples, "collect", used)
     entry = importlib.import_module(sys.argv[1].removesuffix(".py"))
     forward = VisionTransformer.forward
     VisionTransformer.forward = lambda self, images: poison(self, forward(self, images))

@@ -7,14 +7,15 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from compare import assert_same as assert_same  # others take it from here
-from conftest import ROOT
+from compare import assert_same as assert_same  # others take these two from here
+from compare import results_of as results_of
 from PIL import Image
 
 import engine.loop
@@ -22,9 +23,11 @@ import main_pretrain
 from data.known_sets import read_mnist5k
 from data.loader import loader_settings
 from engine.run.checkpoint import load_newest_checkpoint
+from engine.run.records import read_log
 from util.dist import Processes
 from util.settings.base import DataConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 # 4,000 real digits, 49 patches, about 40,000 parameters; fp32 so that numbers do not depend on the
 # processor's bf16
 DIGITS = shlex.split("""
@@ -93,6 +96,18 @@ def driven(
     return [sys.executable, *launcher, "--max_restarts", str(restarts), *script]
 
 
+def in_child(action: Callable[[], object]) -> int:
+    """Exit status of `action` in a forked process: 0 if it returns, 3 if it raises."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:  # noqa: BLE001  (whatever it is must not reach the tests)
+            os._exit(3)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -152,7 +167,7 @@ def saved_step(output_dir: Path) -> int:
 
 def log_lines(output_dir: Path) -> list[dict[str, Any]]:
     """All of a run's log.jsonl."""
-    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+    return read_log(output_dir / "log.jsonl")
 
 
 def step_losses(output_dir: Path) -> dict[int, str]:
@@ -218,8 +233,3 @@ def pretrain_pictures(data: Path, output_dir: Path, *more: Any) -> Path:
     """Runs that; returns `output_dir`."""
     main_pretrain.main(pretraining(data, output_dir, *more))
     return output_dir
-
-
-def results_of(output_dir: Path, name: str = "results.json") -> dict[str, Any]:
-    """What an evaluation wrote."""
-    return json.loads((output_dir / name).read_text())

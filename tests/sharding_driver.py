@@ -24,7 +24,7 @@ import main_pretrain  # noqa: E402
 from engine import loop  # noqa: E402
 from engine.parallel import blocks_of, own_part  # noqa: E402
 from engine.run import saving  # noqa: E402
-from engine.run.state import on_host  # noqa: E402
+from engine.run.saving import on_host  # noqa: E402
 from models.mae import MaskedAutoencoder  # noqa: E402
 from util.errors import run_cli  # noqa: E402
 
@@ -57,7 +57,7 @@ def watched_step(
 def watched_step_end(saver: saving.Saver, original: Any = saving.Saver.between_steps) -> None:
     state = saver.job.state
     if now["step"] < 0:
-        content = on_host(vars(state.checkpoint(saver.job.identity, total_batch=12)), RANK == 0)
+        content = on_host(vars(state.checkpoint(saver.job.identity, total_batch=12)), RANK == 0, [])
         if RANK == 0:
             torch.save(content, WATCH / "restored.pth")
     now["step"] = state.step

@@ -396,7 +396,7 @@ def test_changed_images_are_refused_on_resume(tmp_path):
         main_pretrain.main([*arguments, "--stop_epoch", "1"])["step"] == 2
     )  # the same images elsewhere are fine
     (tmp_path / "moved" / "0.png").unlink()
-    with pytest.raises(InputError, match="images: 40 -> 39"):
+    with pytest.raises(InputError, match=r"images: .*\b40\b.* -> .*\b39\b"):
         main_pretrain.main(arguments)
 
 

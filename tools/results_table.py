@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.run.results import read_results
+from engine.run.records import read_results
 from util.errors import InputError, run_cli
 
 ROWS = {"knn": "{k}-NN", "lincls": "linear, lr {lr:g}", "finetune": "fine-tuning / from scratch"}

@@ -22,7 +22,7 @@ from data.transforms import PixelNormalizer
 from engine.evaluation.batches import complete_batches
 from engine.run.batches import eval_batches
 from engine.run.folder import Run
-from engine.run.results import without_nan
+from engine.run.records import without_nan
 from util.dist import autocast_dtype, first_process_first, waiting
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 

@@ -26,7 +26,7 @@ from engine.pictures.output import MONITOR_PICTURE
 from engine.pictures.reconstruction import COLUMNS, reconstruct, target_caption
 from engine.pictures.rollout import rollout
 from engine.run.folder import Run
-from engine.run.state import TrainState
+from engine.run.job import TrainState
 from engine.schedule import Plan
 from models.build import encoder_of
 from models.mae import MaskedAutoencoder

@@ -1,9 +1,8 @@
 """The batches of a run: training batches from any step on, and every image of a source once."""
 
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -18,15 +17,12 @@ from data.loader import (
 )
 from data.sampler import StepSampler
 from data.transforms import EvalTransform
-from engine.run.folder import Run
+from engine.run.folder import Run, TrainConfig
 from engine.run.interrupts import stop_with
 from engine.schedule import Plan
 from util.errors import LocalInputError
-from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
-from util.settings.pretrain import PretrainConfig
+from util.settings.evaluation import KnnConfig
 from util.watchdog import alive, watched
-
-TrainConfig = PretrainConfig | FinetuneConfig | LinclsConfig
 
 
 class Batches:
@@ -45,33 +41,34 @@ class Batches:
 
     def __init__(self, loader: DataLoader[Any], timeout: float | None = None):
         self.loader = loader
+        self.sampler: Any = loader.batch_sampler  # of training batches a StepSampler
         self.timeout = timeout
 
-    @property
-    def sampler(self) -> StepSampler:
-        """Of training batches."""
-        assert isinstance(self.loader.batch_sampler, StepSampler)
-        return self.loader.batch_sampler
-
     def __iter__(self) -> Iterator[Any]:
-        num_done = 0
+        loader, num_done = self.loader, 0
         with nullcontext() if self.timeout is None else watched(self.timeout):
             try:
-                iterator = iter(self.loader)
-                if threading.current_thread() is threading.main_thread():
+                iterator = iter(loader)
+                with suppress(ValueError):  # in the main thread, others have no signals
                     # torch's handler raises in the middle of a step when a loader process ends;
                     # without it the next batch does
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for batch in iterator:
+                for num_done, batch in enumerate(iterator, 1):  # noqa: B007 (counts on failure)
                     alive()
-                    num_done += 1
                     yield batch
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if not self.loader.num_workers:
+                if not loader.num_workers:
                     raise
                 cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            for batch in self._without_processes(num_done):
+            without_processes = DataLoader(
+                loader.dataset,
+                batch_sampler=(self.sampler[n] for n in range(num_done, len(self.sampler))),
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+                generator=loader.generator,
+            )
+            for batch in without_processes:
                 stop_with(
                     LocalInputError(
                         f"the loader processes failed ({cause}): lower num_workers (0 needs none), "
@@ -80,17 +77,6 @@ class Batches:
                 )
                 alive()
                 yield batch
-
-    def _without_processes(self, start: int) -> DataLoader[Any]:
-        """A loader of the batches from number `start` on that has no processes."""
-        sampler: Any = self.loader.batch_sampler
-        return DataLoader(
-            self.loader.dataset,
-            batch_sampler=(sampler[number] for number in range(start, len(sampler))),
-            collate_fn=self.loader.collate_fn,
-            pin_memory=self.loader.pin_memory,
-            generator=self.loader.generator,
-        )
 
 
 def train_batches(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.weights.own import CHECKPOINT_VERSION, own_bytes
 from util.errors import InputError
-from util.files import TEMPORARY, flush_folder, write_output, write_temporary
+from util.files import TEMPORARY, flush_folder, write_output, write_temporary, write_whole
 
 NAME = re.compile(r"checkpoint-(\d{8,})\.pth(\.sha256)?")
 DAMAGED = ".damaged"  # ending of a checkpoint that was set aside
@@ -36,11 +36,11 @@ class RunIdentity:
     weights: sha256 of the file that `finetune` names, None without one.
     """
 
-    config: dict[str, Any]
-    model_args: dict[str, Any]
+    config: dict[str, object]
+    model_args: dict[str, object]
     mean: list[float]
     std: list[float]
-    data: dict[str, Any]
+    data: dict[str, object]
     weights: str | None = None
 
 
@@ -57,8 +57,8 @@ class Checkpoint(RunIdentity):
 
     step: int
     model: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
+    optimizer: dict[str, object]
+    scaler: dict[str, object]
     ema: dict[str, Tensor] | None
     epoch_meter: dict[str, Tensor]
     window_meter: dict[str, Tensor]
@@ -72,32 +72,31 @@ class Checkpoint(RunIdentity):
 def save_checkpoint(
     folder: Path, checkpoint: Checkpoint, keep_last: int, keep_every: int = 0
 ) -> Path:
-    """Writes a checkpoint and removes the older ones that `kept_steps` does not name.
+    """Writes a checkpoint and removes the older ones that `outdated_steps` names.
 
-    Raises: OSError or RuntimeError if it cannot be written; then nothing has changed.
+    Raises: OSError or RuntimeError if it cannot be written; then what counts is as it was.
     """
     path = _path(folder, checkpoint.step)
     temporary = write_temporary(path, lambda target: torch.save(vars(checkpoint), target))
-    try:
-        line = f"{_digest(temporary)}  {path.name}\n"
-        temporary_digest = write_temporary(
-            _digest_path(path), lambda target: target.write_text(line)
-        )
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary_digest.replace(_digest_path(path))
+    line = f"{_digest(temporary)}  {path.name}\n"
+    write_whole(_digest_path(path), lambda target: target.write_text(line))
     temporary.replace(path)
     flush_folder(folder)
-    _prune(folder, keep_last, keep_every)
+    for step in outdated_steps(checkpoint_steps(folder), keep_last, keep_every):
+        old = _path(folder, step)
+        try:
+            old.unlink(missing_ok=True)
+            _digest_path(old).unlink(missing_ok=True)
+        except OSError as error:  # no reason to stop
+            logger.warning("cannot remove the old checkpoint %s: %s", old, error.strerror)
     return path
 
 
-def kept_steps(steps: list[int], keep_last: int, keep_every: int) -> set[int]:
-    """The steps whose checkpoints stay: the newest `keep_last`, and every multiple of `keep_every`
-    (0 keeps none of those)."""
+def outdated_steps(steps: list[int], keep_last: int, keep_every: int) -> set[int]:
+    """The steps whose checkpoints go: all but the newest `keep_last` and the multiples of
+    `keep_every` (0 keeps none of those)."""
     newest = sorted(steps)[-keep_last:]
-    return {step for step in steps if step in newest or (keep_every and step % keep_every == 0)}
+    return {step for step in steps if step not in newest and (not keep_every or step % keep_every)}
 
 
 def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -106,20 +105,30 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
     A damaged one is passed over with a warning that names the file and the reason. No file is
     changed.
 
-    Raises: InputError if checkpoints exist and all of them are damaged.
+    Raises: InputError if checkpoints exist and all of them are damaged, or one is of another
+        version.
     """
     damaged = []
-    steps = checkpoint_steps(folder)
-    for step in steps:
+    for step in checkpoint_steps(folder):
         path = _path(folder, step)
-        content, reason = _read(path)
-        if not reason:
+        try:
+            content = _read(path)
+        except (OSError, ValueError) as error:
+            logger.warning("passing over the damaged checkpoint %s: %s", path, error)
+            # A save that was interrupted leaves a checksum alone, and the state still under its
+            # temporary name.
+            if path.exists() or not path.with_name(path.name + TEMPORARY).exists():
+                damaged.append(f"{path.name}: {error}")
+        else:
+            others = content.keys() ^ {field.name for field in fields(Checkpoint)}
+            if content["format_version"] != CHECKPOINT_VERSION or others:
+                raise InputError(
+                    f"{path} is of another version: its format is {content['format_version']}, "
+                    f"{CHECKPOINT_VERSION} is read; fields that only one of them has: "
+                    f"{sorted(others)}. Go on with the version that wrote it, or start anew with "
+                    f"another --output_dir"
+                )
             return Checkpoint(**content)
-        logger.warning("passing over the damaged checkpoint %s: %s", path, reason)
-        # A first save that was interrupted leaves a checksum alone, and the state still under its
-        # temporary name.
-        if path.exists() or len(steps) > 1 or not path.with_name(path.name + TEMPORARY).exists():
-            damaged.append(f"{path.name}: {reason}")
     if damaged:
         raise InputError(
             f"every checkpoint in {folder} is damaged ({'; '.join(damaged)}): "
@@ -133,10 +142,7 @@ def set_aside_damaged(folder: Path, step: int) -> None:
 
     Only the main process may call, after all processes have loaded. Raises: OSError.
     """
-    for newer in checkpoint_steps(folder):
-        if newer <= step:
-            break
-        path = _path(folder, newer)
+    for path in [_path(folder, newer) for newer in checkpoint_steps(folder) if newer > step]:
         if path.exists():
             path.replace(path.with_name(path.name + DAMAGED))
             logger.warning("set aside the damaged checkpoint as %s", path.name + DAMAGED)
@@ -149,7 +155,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted({int(match[1]) for match in map(NAME.fullmatch, names) if match}, reverse=True)
 
 
-def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: Any) -> Path:
+def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: object) -> Path:
     """Writes a model's weights for others to use.
 
     The header holds, as JSON, the model's specification, mean and std, and `more`.
@@ -157,8 +163,9 @@ def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: An
     Raises: LocalInputError if it cannot be written; then what was there stays.
     """
     header = {"model_args": identity.model_args, "mean": identity.mean, "std": identity.std, **more}
-    content = own_bytes(model.state_dict(), header)
-    return write_output(path, lambda target: target.write_bytes(content))
+    return write_output(
+        path, lambda target: target.write_bytes(own_bytes(model.state_dict(), header))
+    )
 
 
 def weights_path(folder: Path) -> Path:
@@ -171,53 +178,18 @@ def best_path(folder: Path) -> Path:
     return folder / "best.safetensors"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """A checkpoint's fields, and the reason why it does not count, or "". None of what it says is
-    executed.
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint's content. None of what the file says is executed.
 
-    Raises: InputError for a checkpoint of another version.
+    Raises: OSError or ValueError if it is damaged.
     """
-    reason = _damage(path)
-    if reason:
-        return {}, reason
+    if _digest_path(path).read_text().split()[:1] != [_digest(path)]:
+        raise ValueError("its sha256 does not agree")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        return {**content, "format_version": content["format_version"]}
     except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
-        return {}, f"torch.load refuses it ({type(error).__name__})"
-    if not isinstance(content, dict) or "format_version" not in content:
-        return {}, "it is no checkpoint of a run"
-    version = content["format_version"]
-    if version != CHECKPOINT_VERSION:
-        raise InputError(f"{path} has format {version}, this version reads {CHECKPOINT_VERSION}")
-    if content.keys() != {field.name for field in fields(Checkpoint)}:
-        return {}, "it is no checkpoint of a run"
-    return content, ""
-
-
-def _damage(path: Path) -> str:
-    """In what way a checkpoint and its checksum do not agree, or ""."""
-    try:
-        expected = _digest_path(path).read_text().split()
-        if not expected or expected[0] != _digest(path):
-            return "its sha256 does not agree"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, UnicodeDecodeError) as error:
-        return f"it cannot be read ({error})"
-    return ""
-
-
-def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Removes the checkpoints that `kept_steps` does not name. A file that cannot be removed is no
-    reason to stop."""
-    steps = checkpoint_steps(folder)
-    for step in set(steps) - kept_steps(steps, keep_last, keep_every):
-        path = _path(folder, step)
-        for name in (path, _digest_path(path)):
-            try:
-                name.unlink(missing_ok=True)
-            except OSError as error:
-                logger.warning("cannot remove the old checkpoint %s: %s", name, error.strerror)
+        raise ValueError(f"it is no checkpoint of a run ({type(error).__name__})") from error
 
 
 def _path(folder: Path, step: int) -> Path:

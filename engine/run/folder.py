@@ -1,11 +1,13 @@
 """A run's folder: how it is opened and claimed, and what in it may be removed or overwritten.
 
 Only what a run made is ever removed or overwritten. A run that finds its own checkpoint goes on in
-its folder. One that begins must find no results there, and no records of another run.
+its folder. One that begins must find no results there, and no records of another run. One job at a
+time trains in a folder, by a lock that the system releases when its process ends, however it ends.
 """
 
-import json
+import fcntl
 import logging
+import os
 import re
 import shlex
 import tempfile
@@ -13,20 +15,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
-from engine.run.checkpoint import best_path, checkpoint_steps, set_aside_damaged
-from engine.run.lock import locked
-from engine.run.records import Kind, Records, drop_records, logging_to, read_log
-from engine.run.results import write_results
-from models.weights.own import read_header
+from engine.run.checkpoint import checkpoint_steps, set_aside_damaged
+from engine.run.records import Kind, Records, drop_records, logging_to, read_log, write_results
 from util.dist import Processes, broadcast, init_processes
 from util.errors import DataError, InputError
-from util.files import TEMPORARY, write_output
-from util.settings.base import DatasetConfig, RunConfig, TrainRunConfig
+from util.files import TEMPORARY, write_text
+from util.settings.base import DatasetConfig, RunConfig
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import dump_config
@@ -45,6 +42,8 @@ OWN_NAME = re.compile(
     r"checkpoint-\d{8,}\.pth(\.sha256)?|eval\.json|"
     + "|".join(map(re.escape, OF_THE_END + OF_THE_WAY))
 )
+# Settings that a config.yaml may have more or less, as other versions write it; stages differ by 19
+OTHER_SETTINGS = 5
 logger = logging.getLogger(__name__)
 
 
@@ -65,7 +64,7 @@ class Run:
         """Where a finished stage says what it found."""
         return self.output_dir / "results.json"
 
-    def finish(self, results: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
+    def finish(self, results: dict[str, object], path: Path | None = None) -> dict[str, object]:
         """Writes an evaluation's results to `path`, by default results.json, and returns them."""
         path = path or self.results_path
         if self.processes.is_main:
@@ -90,16 +89,18 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
     assert cfg.output_dir is not None, "load_config fills it in"
     folder = Path(cfg.output_dir)
     with init_processes(cfg.device, cfg.timeout) as processes, ExitStack() as stack:
-        problem = None
+        problem = ""
         try:
             if processes.is_main:
-                stack.enter_context(_claimed(cfg, folder))
-        except InputError as error:
-            problem = str(error), error.settings
+                claim(folder, cfg, stack)
+        except (InputError, OSError) as error:
+            problem = str(error)
         if problem := broadcast(problem):
-            raise InputError(problem[0], settings=problem[1])
+            raise InputError(f"output_dir cannot be used: {problem}", settings=("output_dir",))
         records = Records(folder, processes.is_main)
-        stack.enter_context(logging_to(folder / "log.txt" if processes.is_main else None))
+        stack.enter_context(
+            logging_to(folder / "log.txt" if processes.is_main else Path(os.devnull))
+        )
         stack.callback(records.close)
         try:
             yield Run(folder, processes, records)
@@ -114,12 +115,37 @@ def check_writable(setting: str, folder: Path) -> None:
     """Makes the folder that `setting` names. Raises: InputError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(
             f"{setting} {folder} cannot be written: {error.strerror}", settings=(setting,)
         ) from error
+
+
+def claim(folder: Path, cfg: RunConfig, stack: ExitStack) -> None:
+    """Claims a folder until the end of `stack`: for the main process.
+
+    Training claims the folder for itself alone. `eval` only adds its results and log lines, and may
+    do so beside a training run. k-NN adds its results as well, but needs a folder of its own.
+
+    Raises: InputError or OSError if it is in use, cannot be written, or holds files of others that
+        would be lost.
+    """
+    check_writable("output_dir", folder)
+    if isinstance(cfg, KnnConfig):
+        lost = _results_of_others(folder / "results.json", "k-NN")
+    elif isinstance(cfg, FinetuneConfig) and cfg.eval:
+        lost = _results_of_others(folder / "eval.json", "evaluation")
+    else:
+        stack.enter_context(locked(folder))
+        lost = _weights_to_start_from(folder, getattr(cfg, "finetune", None))
+        if not checkpoint_steps(folder):
+            lost += _files_of_others(folder, cfg)
+    if lost:
+        raise InputError(
+            f"{folder} holds {', '.join(lost)}, which this run did not make and would overwrite: "
+            f"move that away, or give another --output_dir"
+        )
 
 
 def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kind]) -> None:
@@ -131,103 +157,76 @@ def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kin
     files, and the results of an earlier stop, whose state is in its checkpoint.
     """
     set_aside_damaged(folder, step)
-    for path in folder.glob(f"*{TEMPORARY}"):  # last: they tell a first save that was interrupted
+    stale = [folder / name for name in OF_THE_END if name != "best.safetensors" or step == 0]
+    for path in folder.glob(f"*{TEMPORARY}"):  # only now: they tell a save that was interrupted
         if OWN_NAME.fullmatch(path.name.removesuffix(TEMPORARY)):
-            path.unlink(missing_ok=True)
-    text = dump_config(cfg)
-    write_output(folder / "config.yaml", lambda target: target.write_text(text, encoding="utf-8"))
-    for name in OF_THE_END:
-        if name != "best.safetensors" or step == 0:
-            (folder / name).unlink(missing_ok=True)
+            stale.append(path)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    write_text(folder / "config.yaml", dump_config(cfg))
     drop_records(folder / "log.jsonl", step, pending)
 
 
 @contextmanager
-def _claimed(cfg: RunConfig, folder: Path) -> Iterator[None]:
-    """Makes sure that the folder can be written and that nothing of others would be lost there.
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock. The file stays and names the last holder; by itself it locks
+    nothing.
 
-    Training claims the folder for itself alone. `eval` only adds its results and log lines, and may
-    do so beside a training run. k-NN adds its results as well, but needs a folder of its own.
+    Raises: InputError if another process holds the lock; OSError if the file cannot be written.
     """
-    check_writable("output_dir", folder)
-    if isinstance(cfg, TrainRunConfig) and not (isinstance(cfg, FinetuneConfig) and cfg.eval):
-        _check_weights_stay(folder, getattr(cfg, "finetune", None))
-        _check_begin(folder, cfg)
-        with locked(folder):
-            yield
-        return
-    if isinstance(cfg, KnnConfig):
-        _check_results(folder / "results.json", "k-NN")
-    elif isinstance(cfg, FinetuneConfig):
-        _check_results(folder / "eval.json", "evaluation")
-    yield
-
-
-def _check_weights_stay(folder: Path, finetune: str | None) -> None:
-    """Raises: InputError if the weights that `finetune` names lie where the run writes."""
-    for path in [Path(finetune), *Path(finetune).glob("model.safetensors")] if finetune else []:
-        lies_here = path.resolve().parent == folder.resolve()
-        if lies_here and path.is_file() and OWN_NAME.fullmatch(path.name):
+    # Mode a+ keeps the holder's name until the lock is ours. Nothing else in this process may open
+    # the file, as closing it would release the lock.
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            # Not flock, which loader processes would go on holding.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
             raise InputError(
-                f"finetune {finetune} lies in output_dir {folder}, where the run would overwrite "
-                f"it: give another --output_dir",
-                settings=("finetune", "output_dir"),
+                f"{folder} is in use by another job ({file.read().strip() or 'just begun'}): "
+                f"wait for its end, or give another --output_dir"
+            ) from error
+        except OSError as error:
+            logger.warning(
+                "%s does not support locks, so another job could use it unnoticed (%s)",
+                folder,
+                error.strerror,
             )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
 
 
-def _check_begin(folder: Path, cfg: TrainRunConfig) -> None:
-    """Raises: InputError if a run would begin where there are results, or records of another run.
+def _weights_to_start_from(folder: Path, finetune: str | None) -> list[str]:
+    """The weights that `finetune` names if they lie where the run writes."""
+    found = [Path(finetune), *Path(finetune).glob("model.safetensors")] if finetune else []
+    return [
+        f"{path.name}, which finetune names"
+        for path in found
+        if path.resolve().parent == folder.resolve()
+        if path.is_file() and OWN_NAME.fullmatch(path.name)
+    ]
+
+
+def _files_of_others(folder: Path, cfg: RunConfig) -> list[str]:
+    """The results in a folder without a checkpoint, and the records of another run.
 
     A run that was killed before its first checkpoint leaves its config.yaml and its records, and
-    begins anew.
+    perhaps the weights of its best evaluation.
     """
-    if any((folder / f"checkpoint-{step:08d}.pth").exists() for step in checkpoint_steps(folder)):
-        return
-    is_own = _config_keys(folder / "config.yaml") == type(cfg).model_fields.keys()
-    names = [name for name in OF_THE_END if (folder / name).exists()]
-    if is_own and names == ["best.safetensors"] and _is_in_log(folder):
-        names = []
-    if not is_own:
-        names += [name for name in OF_THE_WAY if (folder / name).exists()]
-    if names:
-        raise InputError(
-            f"output_dir {folder} holds {', '.join(names)} and no checkpoint of this run: move "
-            f"them away, or give another --output_dir",
-            settings=("output_dir",),
-        )
+    path = folder / "config.yaml"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    settings = set(re.findall(r"^(\w+):", text, re.MULTILINE))
+    own: list[str] = []
+    if len(type(cfg).model_fields.keys() ^ settings) <= OTHER_SETTINGS:
+        own += OF_THE_WAY
+        if any(record["kind"] == "val" for record in read_log(folder / "log.jsonl")):
+            own.append("best.safetensors")
+    return [n for n in OF_THE_END + OF_THE_WAY if (folder / n).exists() and n not in own]
 
 
-def _config_keys(path: Path) -> set[str]:
-    """The settings that a config.yaml names; none if it is not one."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return set()
-    return set(content) if isinstance(content, dict) else set()
-
-
-def _is_in_log(folder: Path) -> bool:
-    """Whether the best weights come from an evaluation that the folder's log.jsonl tells of."""
-    try:
-        epoch = read_header(best_path(folder)).get("epoch")
-    except Exception:  # noqa: BLE001 (damaged bytes raise errors of any class)
-        return False
-    records = read_log(folder / "log.jsonl")
-    return any(record.get("kind") == "val" and record.get("epoch") == epoch for record in records)
-
-
-def _check_results(path: Path, protocol: str) -> None:
-    """Raises: InputError if `path` is there and holds no results of this `protocol`."""
-    if not path.exists():
-        return
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        is_own = str(results["protocol"]).startswith(protocol)
-    except (OSError, ValueError, TypeError, KeyError):
-        is_own = False
-    if not is_own:
-        raise InputError(
-            f"{path} is not of this evaluation and would be overwritten: move it away, or give "
-            f"another --output_dir",
-            settings=("output_dir",),
-        )
+def _results_of_others(path: Path, protocol: str) -> list[str]:
+    """The name of a file of results unless it is not there or of this protocol."""
+    is_own = not path.exists() or f'"protocol": "{protocol}' in path.read_text(errors="replace")
+    return [] if is_own else [path.name]

@@ -1,30 +1,84 @@
-"""A training job: everything that the stages share between reading their settings and training."""
+"""A training job: what the stages share between reading their settings and training.
+
+A job begins a run or goes on with the one in its folder, if its settings, images and weights are
+those of that run. Its state is all that a checkpoint restores.
+"""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.amp import GradScaler
+from timm.utils import ModelEmaV3
 
 from data.sources import ImageSource
 from engine.meters import StepMeter
 from engine.optim import build_ema
-from engine.parallel import place_model
-from engine.run.checkpoint import RunIdentity, load_newest_checkpoint
+from engine.parallel import place_model, shard_model_state, shard_optimizer_state
+from engine.run.checkpoint import Checkpoint, RunIdentity, load_newest_checkpoint
 from engine.run.folder import Run, TrainConfig, take_over_folder
 from engine.run.records import Kind
-from engine.run.resume import check_resumable, run_identity
-from engine.run.state import TrainState
 from engine.schedule import Plan, choose_accum_iter, plan_run
 from models.spec import ModelSpec
-from util.dist import autocast_dtype, broadcast
+from util.dist import all_gather, autocast_dtype, broadcast
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
+from util.settings.read import changed_settings, differences
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Exactly what a checkpoint restores: `step` counts finished optimiser steps of the whole run.
+
+    epoch_end_pending: whether the evaluation after the epoch that ends here is still to come.
+    may_diverge: whether some tensors may hold values that are not finite, as one of several probes
+        may diverge.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    epoch_meter: StepMeter
+    window_meter: StepMeter
+    ema: ModelEmaV3 | None = None
+    may_diverge: bool = False
+    step: int = 0
+    epoch_losses: list[float] = field(default_factory=list)
+    epoch_end_pending: bool = False
+
+    def checkpoint(self, identity: RunIdentity, total_batch: int) -> Checkpoint:
+        """This state as it is, sharing its tensors; `total_batch` is in images per step."""
+        return Checkpoint(
+            **vars(identity),
+            step=self.step,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            ema=None if self.ema is None else self.ema.module.state_dict(),
+            epoch_meter=self.epoch_meter.state_dict(),
+            window_meter=self.window_meter.state_dict(),
+            epoch_losses=self.epoch_losses,
+            epoch_end_pending=self.epoch_end_pending,
+            total_batch=total_batch,
+            samples_seen=self.step * total_batch,
+        )
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Takes over a checkpoint's state."""
+        self.model.load_state_dict(shard_model_state(saved.model, self.model), strict=True)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved.ema, strict=True)
+        self.optimizer.load_state_dict(shard_optimizer_state(saved.optimizer, self.optimizer))
+        if saved.scaler:  # empty if its precision needed none: then fp16 starts with a fresh scale
+            self.scaler.load_state_dict(saved.scaler)
+        self.epoch_meter.load_state_dict(saved.epoch_meter)
+        self.window_meter.load_state_dict(saved.window_meter)
+        self.epoch_losses = list(saved.epoch_losses)
+        self.epoch_end_pending = saved.epoch_end_pending
+        self.step = saved.step
 
 
 @dataclass(frozen=True)
@@ -54,8 +108,8 @@ def begin(
     cfg: TrainConfig,
     source: ImageSource,
     spec: ModelSpec,
-    build: Callable[[], nn.Module],
-    build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    build: Callable[[], torch.nn.Module],
+    build_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
     result: Path,
     *,
     weights: str | None = None,
@@ -77,26 +131,33 @@ def begin(
     Raises: InputError, before the folder is touched, if the data set is too small or the folder
     holds a run with other settings.
     """
+    identity = RunIdentity(
+        config=cfg.model_dump(mode="json"),
+        model_args=spec.as_dict(),
+        mean=list(cfg.mean),
+        std=list(cfg.std),
+        data={"num_images": len(source), "fingerprint": source.fingerprint()},
+        weights=weights,
+    )
     saved = load_newest_checkpoint(run.output_dir)
-    identity = run_identity(cfg, spec, source, weights)
     check_resumable(cfg, saved, identity)
     world_size = run.processes.world_size
-    accum_iter = choose_accum_iter(cfg, world_size, saved)
-    plan = plan_run(cfg, len(source), world_size, accum_iter)
-
-    if saved is not None and saved.step > plan.stop_step and not broadcast(result.exists()):
+    plan = plan_run(cfg, len(source), world_size, choose_accum_iter(cfg, world_size, saved))
+    step = 0 if saved is None else saved.step
+    is_finished = step >= plan.stop_step and broadcast(result.exists())
+    if step > plan.stop_step and not is_finished:
         raise InputError(
-            f"stop_epoch: the run is at step {saved.step} already, past step {plan.stop_step}",
+            f"stop_epoch: the run is at step {step} already, past step {plan.stop_step}",
             settings=("stop_epoch",),
         )
 
     model = build()
     place_model(model, cfg, run.processes)
-    is_fp16 = autocast_dtype(cfg.precision, run.device) == torch.float16
+    dtype = autocast_dtype(cfg.precision, run.device)
     state = TrainState(
         model=model,
         optimizer=build_optimizer(model),
-        scaler=GradScaler(run.device.type, enabled=scale_loss and is_fp16),
+        scaler=torch.amp.GradScaler(run.device.type, enabled=scale_loss and dtype == torch.float16),
         epoch_meter=StepMeter(run.device),
         window_meter=StepMeter(run.device),
         ema=build_ema(model, cfg.ema_decay) if isinstance(cfg, FinetuneConfig) else None,
@@ -104,45 +165,54 @@ def begin(
     )
     if saved is not None:
         state.restore(saved)
-        is_at_end = state.step >= plan.stop_step
-        words = "%s is already finished at step %d" if is_at_end else "resuming %s at step %d"
-        logger.info(words, run.output_dir, state.step)
-        if is_at_end and broadcast(result.exists()):
-            return Job(run, cfg, identity, plan, state, len(source), is_finished=True)
+        logger.info(
+            "%s is already finished at step %d" if is_finished else "resuming %s at step %d",
+            run.output_dir,
+            step,
+        )
+    if not is_finished:
+        if run.processes.is_main:
+            pending: set[Kind] = {"val", "monitor"} if state.epoch_end_pending else set()
+            if step == plan.stop_step:
+                pending.add("val")
+            take_over_folder(run.output_dir, cfg, step, pending)
+        run.records.open(cfg, step, plan.stop_step)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        logger.info(
+            f"{run.output_dir}: {len(source)} images, {num_parameters / 1e6:.1f} M parameters, "
+            f"{run.device.type}, {dtype or 'fp32'}; total batch {plan.total_batch} = "
+            f"{cfg.batch_size} x {world_size} processes x {plan.accum_iter} accumulated; "
+            f"{plan.steps_per_epoch} steps per epoch, {plan.stop_step} in all; "
+            f"peak lr {plan.peak_lr:.3g}"
+        )
+    return Job(run, cfg, identity, plan, state, len(source), is_finished)
 
-    if run.processes.is_main:
-        pending: set[Kind] = set()
-        if state.epoch_end_pending:
-            pending = {"val", "monitor"}
-        elif state.step == plan.stop_step:
-            pending = {"val"}
-        take_over_folder(run.output_dir, cfg, state.step, pending)
-    run.records.open(cfg, state.step, plan.stop_step)
-    job = Job(run, cfg, identity, plan, state, len(source), is_finished=False)
-    _log_start(job)
-    return job
 
+def check_resumable(cfg: TrainConfig, saved: Checkpoint | None, identity: RunIdentity) -> None:
+    """Refuses to go on with a run under settings, images or weights that change its result. All
+    processes must call.
 
-def _log_start(job: Job) -> None:
-    """Says what is about to run."""
-    run, cfg, plan = job.run, job.cfg, job.plan
-    logger.info(
-        "%s: %d images, %.1f M parameters, %d processes on %s, %s",
-        run.output_dir,
-        job.num_images,
-        sum(parameter.numel() for parameter in job.state.model.parameters()) / 1e6,
-        run.processes.world_size,
-        run.device.type,
-        autocast_dtype(cfg.precision, run.device) or "fp32",
+    Raises: InputError that lists every difference as `name: old -> new`, or says in what the
+    processes differ from each other.
+    """
+    problems = (
+        "newest checkpoints: output_dir must be a shared folder",
+        "images: data_path must hold the same ones",
+        "weights: finetune must name the same file",
     )
-    logger.info(
-        "total batch %d = %d x %d processes x %d accumulated; %d steps per epoch, %d in all; "
-        "peak lr %.3g",
-        plan.total_batch,
-        cfg.batch_size,
-        run.processes.world_size,
-        plan.accum_iter,
-        plan.steps_per_epoch,
-        plan.stop_step,
-        plan.peak_lr,
-    )
+    seen = all_gather((None if saved is None else saved.step, identity.data, identity.weights))
+    for problem, found in zip(problems, zip(*seen, strict=True), strict=True):
+        if any(of_one != found[0] for of_one in found):
+            raise InputError(f"the processes see different {problem}. They see {[*found]}")
+    if saved is not None:
+        old = {"images": saved.data, "finetune": f"weights of sha256 {saved.weights}"}
+        new = {"images": identity.data, "finetune": f"weights of sha256 {identity.weights}"}
+        changes = differences(old | saved.model_args, new | identity.model_args)
+        changes += changed_settings(saved.config, cfg, skip={"size", *identity.model_args})
+        if changes:
+            raise InputError(
+                f"{cfg.output_dir} holds a run with other settings (old -> new):\n  "
+                + "\n  ".join(changes)
+                + "\nPut them back, or start a new run with another --output_dir.",
+                settings=tuple(change.split(":")[0] for change in changes),
+            )

@@ -1,26 +1,25 @@
-"""The records of a run: log.jsonl, log.txt, TensorBoard curves and pictures, and the progress bar.
+"""The records of a run: log.jsonl, log.txt, TensorBoard curves and pictures, the progress bar, and
+results.json.
 
 A record is a line of log.jsonl with a `kind` ("train", "epoch", "val" or "monitor"), a `step` and
 values. Its numbers are also curves in TensorBoard, and a sentence about it goes to log.txt and the
-terminal.
+terminal. results.json says what an evaluation measured, and of which weights.
 """
 
 import json
 import logging
+import math
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from engine.run.results import without_nan
-from util.files import write_output, writing
+from util.files import write_text, writing
 from util.settings.base import TrainRunConfig
 
 Kind = Literal["train", "epoch", "val", "monitor"]
@@ -35,10 +34,9 @@ class Records:
         self.folder = folder
         self.is_main = is_main
         self.tensorboard: Any = None
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, object] = {}  # for TensorBoard's page of finished runs
         self.last_step = 0
-        self.bar: tqdm[Any] | None = None
-        self.link: tempfile.TemporaryDirectory[str] | None = None
+        self.bar = tqdm(disable=True)
 
     def open(self, cfg: TrainRunConfig, step: int, total_steps: int) -> None:
         """Opens the curves and the progress bar of a run that goes on from `step`."""
@@ -47,37 +45,24 @@ class Records:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, as importing it takes seconds
 
-            with writing(self.folder / "tb"):
-                purge_step = step + 1 if step else 0
-                folder = self._utf8_link(self.folder / "tb")
-                self.tensorboard = SummaryWriter(str(folder), purge_step=purge_step)
+            folder = self.folder / "tb"
+            with writing(folder):
+                folder.mkdir(exist_ok=True)
+                if os.fsencode(folder).decode(errors="ignore") != str(folder):
+                    # TensorBoard takes no name that is not UTF-8
+                    folder = Path(f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}")
+                self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
             # Figures are recorded beside settings only once, as TensorBoard keeps the first.
             settings = cfg.model_dump(mode="json")
             if settings["stop_epoch"] in (None, settings["epochs"]):
                 self.settings = settings
-        if sys.stderr is not None and sys.stderr.isatty():
-            self.bar = tqdm(initial=step, total=total_steps, unit="step", dynamic_ncols=True)
+        # None shows the bar on a terminal only
+        self.bar = tqdm(
+            initial=step, total=total_steps, unit="step", dynamic_ncols=True, disable=None
+        )
 
-    def _utf8_link(self, folder: Path) -> Path:
-        """The folder, or a link to it if its path is no UTF-8, as TensorBoard takes no other."""
-        if os.fsencode(folder).decode(errors="ignore") == str(folder):
-            return folder
-        folder.mkdir(exist_ok=True)
-        self.link = tempfile.TemporaryDirectory()
-        link = Path(self.link.name) / "tb"
-        link.symlink_to(folder.absolute())
-        return link
-
-    def advance(self) -> None:
-        """Moves the progress bar by one optimiser step."""
-        if self.bar is not None:
-            self.bar.update()
-
-    def write(self, kind: Kind, step: int, values: dict[str, Any], line: str) -> None:
-        """Writes `values` to log.jsonl and TensorBoard, and `line` to log.txt and the terminal.
-
-        The lines of training become the text of the progress bar if there is one.
-        """
+    def write(self, kind: Kind, step: int, values: dict[str, float], line: str) -> None:
+        """Writes `values` to log.jsonl and TensorBoard, and `line` to log.txt and the terminal."""
         if not self.is_main:
             return
         self.last_step = step
@@ -86,19 +71,13 @@ class Records:
             file.write(json.dumps({"kind": kind, "step": step, **without_nan(values)}) + "\n")
         if self.tensorboard is not None:
             with writing(self.folder / "tb"):
-                for name, value in values.items():
-                    if isinstance(value, int | float) and name != "epoch":
-                        self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        bar = self.bar if kind == "train" else None
-        logger.info(line, extra={"to_terminal": bar is None})
-        if bar is not None:
-            bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+                for name in [name for name in values if name != "epoch"]:
+                    self.tensorboard.add_scalar(f"{kind}/{name}", values[name], step)
+        logger.info(line)
 
     def write_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Writes a picture, uint8 `(H, W, 3)`, to TensorBoard and, in place of an earlier one, into
-        the folder."""
-        if not self.is_main:
-            return
+        the folder. Only the main process may call."""
         from engine.pictures.output import write_png  # here, as most stages draw nothing
 
         write_png(self.folder / name, picture)
@@ -106,79 +85,67 @@ class Records:
             with writing(self.folder / "tb"):
                 self.tensorboard.add_image(Path(name).stem, picture, step, dataformats="HWC")
 
-    def write_settings(self, metrics: dict[str, float]) -> None:
+    def write_settings(self, metrics: Mapping[str, object]) -> None:
         """Writes the settings with a finished run's figures to TensorBoard, whose HParams page
         compares runs."""
-        if self.tensorboard is None or not self.settings:
-            return
         settings = {
             name: value
             if isinstance(value, bool | int | float)
             else str(value).encode(errors="replace").decode()
             for name, value in self.settings.items()
         }
-        with writing(self.folder / "tb"):
-            self.tensorboard.add_hparams(
-                settings, metrics, run_name=".", global_step=self.last_step
-            )
+        if settings:
+            with writing(self.folder / "tb"):
+                self.tensorboard.add_hparams(
+                    settings, metrics, run_name=".", global_step=self.last_step
+                )
 
     def close(self) -> None:
-        """Closes the progress bar and the curves."""
-        if self.bar is not None:
-            self.bar.close()
+        """Closes the progress bar and the curves. Raises: LocalInputError."""
+        self.bar.close()
         if self.tensorboard is not None:
-            try:
+            with writing(self.folder / "tb"):
                 self.tensorboard.close()
-            except OSError as error:  # the error that ends the run may come from the same full disk
-                tb = self.folder / "tb"
-                logger.warning("%s may lack its last points: %s", tb, error.strerror)
 
 
-class TerminalHandler(logging.Handler):
-    """Writes lines to stdout, above a progress bar. Lines that nobody can read any more, as stdout
-    is closed or its reader has ended, are dropped."""
+class LogHandler(logging.FileHandler):
+    """Writes lines to a file and to stdout, above a progress bar. Lines that nobody can read any
+    more, as stdout is closed or its reader has ended, are dropped there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if sys.stdout is None or not getattr(record, "to_terminal", True):
-            return
+        super().emit(record)
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError):  # what is still buffered would be an error at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (OSError, ValueError, AttributeError):  # the last one if stdout is None
+            with suppress(OSError, ValueError, AttributeError):
+                descriptor = sys.stdout.fileno()  # what is still buffered would be an error at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 @contextmanager
-def logging_to(path: Path | None) -> Iterator[None]:
-    """Sends log lines to the terminal and the file `path`.
-
-    Without a path, as on all processes but the main one, only errors go to the terminal.
-    """
+def logging_to(path: Path) -> Iterator[None]:
+    """Sends log lines to the terminal and the file `path`; of all processes but the main one only
+    errors."""
     root = logging.getLogger()
+    rank = int(os.environ.get("RANK", "0"))
+    process = f"[process {rank}] " if rank else ""
+    with writing(path):
+        handler = LogHandler(path, encoding="utf-8", errors="surrogateescape")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {process}%(message)s", "%H:%M:%S"))
     previous = root.level
-    root.setLevel(logging.ERROR if path is None else logging.INFO)
-    handlers: list[logging.Handler] = [TerminalHandler()]
-    if path is not None:
-        with writing(path):
-            handlers.append(logging.FileHandler(path, encoding="utf-8", errors="surrogateescape"))
-    rank = os.environ.get("RANK", "0")
-    process = "" if rank == "0" else f"[process {rank}] "
-    for handler in handlers:
-        layout = f"%(asctime)s {process}%(message)s"
-        handler.setFormatter(logging.Formatter(layout, datefmt="%H:%M:%S"))
-        root.addHandler(handler)
+    root.setLevel(logging.ERROR if rank else logging.INFO)
+    root.addHandler(handler)
     try:
         yield
     finally:
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()
+        root.removeHandler(handler)
         root.setLevel(previous)
+        handler.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl without a line that was cut off; none if there is no file."""
+    """The records of a .jsonl file without a line that was cut off; none if there is no file."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -188,22 +155,43 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def write_log(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Writes all of a .jsonl file anew; a reader never sees half of it. Raises: LocalInputError."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
 def drop_records(path: Path, step: int, pending: set[Kind]) -> None:
     """Removes the records of a log.jsonl that lie past `step`, and a last line that was cut off.
 
     Records of `step` itself go if their kind is in `pending`: their evaluation is still to come.
     """
-    if not path.exists():
-        return
-    kept = [
-        record
-        for record in read_log(path)
-        if record["step"] < step or (record["step"] == step > 0 and record["kind"] not in pending)
-    ]
-    text = "".join(json.dumps(record) + "\n" for record in kept)
-    write_output(path, lambda target: target.write_text(text, encoding="utf-8"))
+    if path.exists():
+        write_log(
+            path,
+            [
+                record
+                for record in read_log(path)
+                if record["step"] < step
+                or (record["step"] == step > 0 and record["kind"] not in pending)
+            ],
+        )
 
 
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+def without_nan(values: Mapping[str, object]) -> dict[str, Any]:
+    """The values with None for numbers that are not finite, which JSON cannot hold."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def write_results(path: Path, results: Mapping[str, object]) -> None:
+    """Writes `results` as JSON; a reader never sees half of it. Raises: LocalInputError if it
+    cannot be written."""
+    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text.encode(errors="backslashreplace").decode())  # names need not be UTF-8
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `write_results` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))

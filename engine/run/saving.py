@@ -2,16 +2,20 @@
 a signal comes."""
 
 import logging
+import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
+import torch
+from torch import distributed as dist
+
+from engine.parallel import full_tensor, own_part
 from engine.run.checkpoint import Checkpoint, save_checkpoint
-from engine.run.interrupts import Stopped, StopVote, failure, noted, received
+from engine.run.interrupts import Stopped, failures, noted, received
 from engine.run.job import Job
-from engine.run.state import check_finite, on_host
 from util.dist import all_gather, broadcast
 from util.errors import InputError, LocalInputError
 from util.watchdog import alive, watched
@@ -19,7 +23,7 @@ from util.watchdog import alive, watched
 logger = logging.getLogger(__name__)
 
 
-class Saver:
+class Saver(ExitStack):
     """Saves a job's state. It is a context around the training and its evaluations.
 
     At most one save is under way, and none at the context's end. All processes call, the main one
@@ -29,60 +33,50 @@ class Saver:
     """
 
     def __init__(self, job: Job):
+        super().__init__()
         self.job = job
         self.last_time = time.monotonic()
         self.last_step = job.state.step  # a run that goes on has this checkpoint already
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="save")
         self.pending: Future[Path] | None = None
-        self.vote = StopVote()
-        self.surroundings = ExitStack()
+        self.vote = torch.zeros(1, dtype=torch.int64)  # the number of a signal, or 0
+        self.voting: dist.Work | None = None
+        self.enter_context(watched(job.cfg.timeout))
+        self.enter_context(noted())
+        self.executor = self.enter_context(ThreadPoolExecutor(1, thread_name_prefix="save"))
+        self.push(self._end)  # what is left in reverse order at the context's end
 
-    def __enter__(self) -> "Saver":
-        self.surroundings.enter_context(watched(self.job.cfg.timeout))
-        self.surroundings.enter_context(noted())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        with self.surroundings, self.executor:
-            if error is not None and not isinstance(error, Stopped):
-                try:
-                    self.wait()
-                except InputError as problem:
-                    logger.error("%s", problem)  # what ends the run is another error
-                return
-            self.vote.answer()
-            if error is not None:
-                self.save()
-            self.wait()
-            # All processes end together: when the first one ends, a launcher terminates the others,
-            # even in the middle of a save.
-            signum = max(all_gather(received()))
-            if error is None and not signum:
-                return
-            stopped = error or Stopped(signum)
-            step = self.job.state.step
-            again = f"goes on after step {step}" if step else "begins anew"
-            logger.warning("stopped by %s; the same command %s", stopped.name, again)
-            if (cause := failure()) is not None:
-                raise cause
-            if error is None:
-                raise stopped
+    def _end(self, _: object, error: BaseException | None, __: object) -> None:
+        """Raises: Stopped if a signal ends the run, or what `stop_with` was called with."""
+        if error is not None and not isinstance(error, Stopped):
+            try:
+                self.wait()
+            except InputError as problem:
+                logger.error("%s", problem)  # what ends the run is another error
+            return
+        self._answer()
+        if error is not None:
+            self.save()
+        self.wait()
+        # All processes end together: when the first one ends, a launcher terminates the others,
+        # even in the middle of a save.
+        if signum := max(all_gather(received())):
+            logger.warning(
+                "stopped by %s; the same command goes on after step %d",
+                signal.Signals(signum).name,
+                self.job.state.step,
+            )
+            raise failures[0] if failures else Stopped(signum)
 
     def due(self, epochs_done: int | None) -> bool:
         """Whether a save is due, after `epochs_done` epochs or (None) within one; all processes
         must ask together."""
         cfg, state, plan = self.job.cfg, self.job.state, self.job.plan
-        if epochs_done is not None and (
+        at_epoch = epochs_done is not None and (
             state.step == plan.stop_step
-            or any(
-                every and epochs_done % every == 0 for every in (cfg.save_epochs, cfg.keep_every)
-            )
-        ):
-            return True
+            or any(epochs_done % every == 0 for every in (cfg.save_epochs, cfg.keep_every) if every)
+        )
         minutes = (time.monotonic() - self.last_time) / 60
-        return bool(broadcast(cfg.save_minutes > 0 and minutes >= cfg.save_minutes))
+        return at_epoch or broadcast(0 < cfg.save_minutes <= minutes)
 
     def save(self) -> None:
         """Begins to write a checkpoint of this step unless there is one; the state may change as
@@ -96,10 +90,15 @@ class Saver:
         self.wait()
         state.epoch_meter.average()
         state.window_meter.average()
-        checkpoint = state.checkpoint(self.job.identity, plan.total_batch)
-        if not state.may_diverge:
-            check_finite(checkpoint)
-        content = on_host(vars(checkpoint), run.processes.is_main)
+        finite: list[torch.Tensor] = []
+        content = vars(state.checkpoint(self.job.identity, plan.total_batch))
+        content = on_host(content, run.processes.is_main, finite)
+        # A process sees only its part of a sharded tensor.
+        if not state.may_diverge and not all(all_gather(all(finite))):
+            raise InputError(
+                f"the state is not finite after step {state.step}, so it is not saved: lower lr, "
+                f"set clip_grad, or use precision bf16 or fp32; the last checkpoint is from before"
+            )
         if run.processes.is_main:
             self.pending = self.executor.submit(
                 save_checkpoint,
@@ -111,22 +110,58 @@ class Saver:
         self.last_time, self.last_step = time.monotonic(), state.step
 
     def between_steps(self) -> None:
-        """Raises: LocalInputError if a save has failed; Stopped after a signal."""
+        """Asks all processes whether one of them got a signal; all must call at the same step.
+
+        The answer comes with the next question, so that no process waits for the others in this
+        step, and none ever for its device: the votes go between the CPUs.
+
+        Raises: LocalInputError if a save has failed; Stopped on all processes, a step after the
+        signal.
+        """
         alive()
         if self.pending is not None and self.pending.done():
             self.wait()
-        self.vote.ask()
+        if signum := self._answer() if dist.is_initialized() else received():
+            raise Stopped(signum)
+        if dist.is_initialized():
+            self.vote[0] = received()
+            self.voting = dist.all_reduce(self.vote, dist.ReduceOp.MAX, async_op=True)
+
+    def _answer(self) -> int:
+        """The number of the signal that any process had when it was last asked, or 0; then no
+        question is open."""
+        if self.voting is not None:
+            self.voting.wait()
+            self.voting = None
+        return int(self.vote)
 
     def wait(self) -> None:
         """Waits for the save that is under way. Raises: LocalInputError if it has failed."""
-        if self.pending is None:
-            return
         pending, self.pending = self.pending, None
         try:
-            logger.info("saved %s", pending.result())
+            if pending is not None:
+                logger.info("saved %s", pending.result())
         except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into the latter
-            hint = "" if isinstance(error, OSError) else "; is the disk full?"
             raise LocalInputError(
                 f"the checkpoint of step {self.last_step} cannot be saved in "
-                f"{self.job.run.output_dir}: {error}{hint}; the ones before it are as they were"
+                f"{self.job.run.output_dir}: {error}. Is the disk full? The ones before it are as "
+                f"they were"
             ) from error
+
+
+def on_host(value: Any, keep: bool, finite: list[torch.Tensor]) -> Any:
+    """A copy of nested plain values and tensors, with unsharded tensors in the host's memory.
+
+    All processes must call if some tensors are sharded. Those without `keep` only help, and get
+    None in place of tensors. `finite` gets a scalar for each tensor: whether this process's part
+    of it is finite.
+    """
+    if isinstance(value, torch.Tensor):
+        finite.append(own_part(value).isfinite().all())
+        tensor = full_tensor(value.detach())
+        return tensor.to("cpu", copy=True) if keep else None
+    if isinstance(value, dict):
+        return {name: on_host(entry, keep, finite) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [on_host(entry, keep, finite) for entry in value]
+    return value

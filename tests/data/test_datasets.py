@@ -545,10 +545,10 @@ def test_too_many_bad_files_stop_the_run_and_name_their_list(tmp_path, num_image
     bad.collect(bad_batch("one too many.jpg"))
     with pytest.raises(InputError) as error:
         bad.exchange()
-    for named in (str(limit), str(limit + 1), str(path), "0.jpg: the file is empty"):
+    for named in (f"{limit:,}", f"{limit + 1:,}", str(path), "0.jpg: the file is empty"):
         assert named in one_line(error)
     assert len(path.read_text(encoding="utf-8").splitlines()) == limit + 1
-    with pytest.raises(InputError, match=str(limit + 1)):
+    with pytest.raises(InputError, match=f"{limit + 1:,}"):
         BadSamples(path, num_images, is_main=True).exchange()
 
 

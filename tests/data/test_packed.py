@@ -442,7 +442,7 @@ def test_a_run_on_other_images_is_not_gone_on_with(tmp_path, packs, data):
     source = shutil.copytree(data, tmp_path / "in")
     shutil.copy(source / "train/one/001.png", source / "train/one/002.png")
     other = pack(source, tmp_path / "other")
-    with pytest.raises(InputError, match="images: 120 -> 120 others"):
+    with pytest.raises(InputError, match="images: .*120.* -> .*120"):
         pretrain_pictures(other, tmp_path / "run", *PACKED)
 
 

@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT
 from runs import command, log_lines, run
 
-from engine.run.results import read_results
+from engine.run.records import read_results
 
 pytestmark = pytest.mark.long
 

@@ -238,28 +238,24 @@ def bad_steps(path: Path, first: int, *bad: int) -> BadSteps:
 @pytest.mark.parametrize(
     ("first", "bad", "most", "written"),
     [
-        (1, (0, 1, 1, 1, 0, 1), 3, [2, 3, 4]),
+        (1, (0, 1, 1, 1, 0, 1), 3, [2, 3, 4, 6]),
         (7, (1, 1, 1, 1), 4, [7, 8, 9, 10]),
-        (7, (1, 1, 0, 1), 9, [7, 8]),
-        (7, (0, 1, 0), 5, []),
+        (7, (1, 1, 0, 1), 9, [7, 8, 10]),
+        (7, (0, 1, 0), 5, [8]),
     ],
     ids=["ended", "goes on", "began before a resume", "ended before a resume"],
 )
-def test_the_error_names_the_steps_of_the_row(tmp_path, first, bad, most, written):
+def test_the_error_names_a_bad_step_and_the_file_that_has_all(tmp_path, first, bad, most, written):
     path = tmp_path / "bad_steps.jsonl"
-    with pytest.raises(
-        InputError, match=rf"^{most} steps in a row .* Lower lr, set clip_grad"
-    ) as error:
+    with pytest.raises(InputError, match=rf"^{most} steps in a row .* set clip_grad") as error:
         bad_steps(path, first, *bad).check(most)
-    entries = [json.loads(line) for line in path.read_text().splitlines()] if written else []
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert entries == [
         {"step": s, "lr": s / 100, "loss": 1.0, "images": [2 * s, 2 * s + 1], "process": 0}
         for s in written
     ]
-    for step in written[:1]:
-        assert f"step {step} and lr 0.0{step}" in str(error.value)
-        assert f"images {2 * step} {2 * step + 1} of the data set" in str(error.value)
-        assert str(path) in str(error.value)
+    for named in (entries[0], path):
+        assert str(named) in str(error.value)
 
 
 def test_fewer_than_the_limit_are_no_error(tmp_path):
@@ -288,7 +284,7 @@ def test_a_row_that_ends_between_two_lines_of_the_log_ends_the_run(tmp_path, mon
     arguments = pretraining(
         make_pictures(tmp_path / "pictures"), tmp_path / "run", "--log_interval", 10
     )
-    with pytest.raises(InputError, match=r"^5 steps in a row had .* at step 4 and lr"):
+    with pytest.raises(InputError, match=r"^5 steps in a row had .*'step': 4, 'lr': "):
         main_pretrain.main([*arguments, "--max_bad_steps", "5"])
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -299,7 +295,7 @@ def test_a_row_across_a_resume_ends_the_run(tmp_path, monkeypatch):
     more = ["--log_interval", 10, "--max_bad_steps", 5]
     arguments = pretraining(make_pictures(tmp_path / "pictures"), tmp_path / "run", *more)
     main_pretrain.main([*arguments, "--stop_epoch", "1"])
-    expected = r"^5 steps in a row had .* at step 11 and lr"
+    expected = r"^5 steps in a row had .*'step': 11, 'lr': "
     with pytest.raises(InputError, match=expected):
         main_pretrain.main(arguments)
 
@@ -327,13 +323,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
     damage(newest)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert load_newest_checkpoint(tmp_path).step == 1
-    reasons = (
-        f"{newest.name} is missing",
-        f"{newest.name}.sha256 is missing",
-        "its sha256 does not agree",
-    )
-    assert f"passing over the damaged checkpoint {newest}: " in caplog.text
-    assert any(reason in caplog.text for reason in reasons)
+    reason = rf"(.*No such file .*{newest.name}(\.sha256)?'|its sha256 does not agree)"
+    assert re.search(rf"passing over the damaged checkpoint {newest}: {reason}", caplog.text)
     damage(older)
     with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
         load_newest_checkpoint(tmp_path)
@@ -349,21 +340,11 @@ def test_a_checksum_alone_is_damage_unless_a_first_save_was_cut_off(tmp_path, mo
     path = save_checkpoint(tmp_path, checkpoint(1, model={}), keep_last=5)
     content = path.read_bytes()
     path.unlink()
-    with pytest.raises(
-        InputError,
-        match=rf"every checkpoint in .* is damaged \({path.name}: {path.name} is missing\)",
-    ):
+    with pytest.raises(InputError, match=rf"is damaged \({path.name}: .*No such file"):
         load_newest_checkpoint(tmp_path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     assert load_newest_checkpoint(tmp_path) is None
-    second = save_checkpoint(tmp_path, checkpoint(2, model={}), keep_last=5)
-    second.rename(f"{second}.tmp")
-    with pytest.raises(
-        InputError, match="every checkpoint in .* is damaged"
-    ):  # only one can be the first
-        load_newest_checkpoint(tmp_path)
-    second.with_name(f"{second.name}.sha256").unlink()
 
     def killed(path, missing_ok=False, original=Path.unlink):
         original(path, missing_ok)
@@ -417,7 +398,7 @@ def test_a_file_that_is_no_checkpoint_is_passed_over_though_its_checksum_fits(
     digest = hashlib.sha256(newest.read_bytes()).hexdigest()
     newest.with_name(newest.name + ".sha256").write_text(f"{digest}  {newest.name}\n")
     assert load_newest_checkpoint(tmp_path).step == 1
-    reason = r"(torch\.load refuses it \(\w+\)|it is no checkpoint of a run)"
+    reason = r"it is no checkpoint of a run \(\w+\)"
     (message,) = caplog.messages
     assert re.fullmatch(rf"passing over the damaged checkpoint {newest}: {reason}", message)
     (tmp_path / "checkpoint-00000001.pth").unlink()
@@ -434,7 +415,7 @@ def test_what_cannot_be_read_is_passed_over_as_well(tmp_path, caplog):
     newest.unlink()
     newest.mkdir()
     assert load_newest_checkpoint(tmp_path).step == 1
-    assert f"{newest}: it cannot be read ([Errno 21] Is a directory" in caplog.text
+    assert f"{newest}: [Errno 21] Is a directory" in caplog.text
 
 
 def test_a_disk_that_is_full_when_a_line_is_logged_is_one_clear_line(tmp_path):

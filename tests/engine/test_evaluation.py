@@ -31,8 +31,7 @@ from engine.evaluation.features import (
     save_features,
 )
 from engine.run.folder import Run
-from engine.run.records import Records
-from engine.run.results import read_results, write_results
+from engine.run.records import Records, read_results, write_results
 from models.vit import VisionTransformer
 from tools import results_table
 from tools.benchmarks.memory import LiveBytes

@@ -1,25 +1,29 @@
-"""Faults of saving and loading, on real files, with real ends of processes."""
+"""Faults of saving and loading, on real files, with real ends of processes and full disks."""
 
 import errno
 import fcntl
+import hashlib
 import io
 import itertools
 import logging
 import os
-import resource
+import shutil
+import signal
 import stat
-import subprocess
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from compare import assert_same, assert_same_checkpoint, assert_same_run, checkpoint
+from compare import assert_same, assert_same_checkpoint, assert_same_run, checkpoint, identity
 from runs import (
+    changed_files,
     command,
-    environment,
+    files_of,
     flip_bit,
+    in_child,
     log_lines,
     make_pictures,
     pictures,
@@ -28,21 +32,32 @@ from runs import (
     run,
     saved_step,
 )
+from torch import nn
 
-import engine.loop
 import main_finetune
 import main_knn
 import main_pretrain
+from data.loader import BadSample
+from engine.evaluation.best import read_best
 from engine.run import saving
-from engine.run.checkpoint import Checkpoint, kept_steps, load_newest_checkpoint, save_checkpoint
-from engine.run.folder import open_run, take_over_folder
-from engine.run.lock import locked
+from engine.run.checkpoint import (
+    Checkpoint,
+    best_path,
+    load_newest_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from engine.run.faults import BadSamples, BadSteps
+from engine.run.folder import locked, open_run, take_over_folder
+from engine.run.records import write_results
 from models.mae import MaskedAutoencoder
-from util.errors import InputError
+from util.errors import InputError, LocalInputError
+from util.files import write_output
 from util.settings.base import TrainRunConfig
 from util.settings.pretrain import PretrainConfig
 
 STEPS = 10  # of an epoch of `pretraining`
+FULL = "cannot be written: No space left on device"
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +69,14 @@ def every_step(tmp_path_factory, data):
     return folder
 
 
-def content(step: int, size: int = 100) -> Checkpoint:
-    return checkpoint(step, model={"w": torch.full((size,), float(step))})
+@pytest.fixture
+def finished(tmp_path, pretrained):
+    """The folder of a finished pretraining run."""
+    return shutil.copytree(pretrained, tmp_path / "finished")
+
+
+def content(step: int) -> Checkpoint:
+    return checkpoint(step, model={"w": torch.full((100,), float(step))})
 
 
 def tidy(folder: Path, step: int) -> None:
@@ -73,54 +94,27 @@ def files(folder: Path) -> dict[str, bytes]:
 CALLS = ((io, "open"), (os, "open"), (os, "fsync"), (os, "replace"), (os, "unlink"))
 
 
-def disturb(number: int, effect: Callable[[], object]) -> list[str]:
-    """Lets system calls on files have `effect` in place of the call of this number, counted from 0;
-    returns the list of calls so far."""
-    calls: list[str] = []
-
-    def disturbed(name, original):
-        def call(*args, **kwargs):
-            calls.append(name)
-            return effect() if len(calls) == number + 1 else original(*args, **kwargs)
-
-        return call
-
-    for module, name in CALLS:
-        setattr(module, name, disturbed(name, getattr(module, name)))
-    return calls
-
-
 def no_room() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def in_child(action) -> int:
-    """Exit status of `action` in a forked process: 0 if it returns, 3 if it raises."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        except BaseException:  # noqa: BLE001  (whatever it is must not reach the tests)
-            os._exit(3)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def save_disturbed(folder: Path, number: int, effect: Callable[[], object], keep_last: int) -> int:
-    """Exit status of a process that saves step 5."""
+    """Exit status of a process that saves step 5, in which a system call on files has `effect`: the
+    one of this number, counted from 0."""
+    calls = itertools.count()
+
+    def disturbed(original):
+        def call(*args, **kwargs):
+            return effect() if next(calls) == number else original(*args, **kwargs)
+
+        return call
 
     def save():
-        disturb(number, effect)
+        for module, name in CALLS:
+            setattr(module, name, disturbed(getattr(module, name)))
         save_checkpoint(folder, content(5), keep_last)
 
     return in_child(save)
-
-
-def assert_only(folder: Path, *steps: int) -> None:
-    """The folder holds these checkpoints, which load, and nothing else."""
-    names = {f"checkpoint-{step:08d}.pth{end}" for step in steps for end in ("", ".sha256")}
-    assert set(files(folder)) == names
-    assert saved_step(folder) == max(steps, default=0)
 
 
 # --- R7: the process ends at any point of a save
@@ -145,26 +139,12 @@ def test_a_process_that_ends_at_any_call_of_a_save_loses_no_complete_checkpoint(
         tidy(folder, found[-1])
         assert not list(folder.glob("*.tmp"))
         save_checkpoint(folder, content(6), keep_last=1)  # clears what is left
-        assert_only(folder, 6)
+        assert set(files(folder)) == {f"checkpoint-00000006.pth{end}" for end in ("", ".sha256")}
         if status == 0:
             break
         assert status == 7
     # before and after the moment from which the new one counts
     assert set(found) == {5, max(complete, default=0)} and len(found) > 9
-
-
-@pytest.mark.fault("R7")
-def test_a_process_that_ends_while_it_writes_leaves_nothing_that_counts(tmp_path, monkeypatch):
-    def half(state, target):
-        target.write_bytes(b"half of it")
-        os._exit(7)
-
-    save_checkpoint(tmp_path, content(1), keep_last=1)
-    monkeypatch.setattr(torch, "save", half)
-    assert in_child(lambda: save_checkpoint(tmp_path, content(5), keep_last=1)) == 7
-    assert saved_step(tmp_path) == 1
-    tidy(tmp_path, 1)
-    assert_only(tmp_path, 1)
 
 
 # --- R8: damaged checkpoints (each kind of damage: tests/test_engine.py)
@@ -180,39 +160,35 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_sets_that_as
         flip_bit(tmp_path / f"checkpoint-{step:08d}.pth")
     main_pretrain.main(arguments)
     assert_same_run(every_step, tmp_path)
-    assert (
-        f"passing over the damaged checkpoint {tmp_path / 'checkpoint-00000010.pth'}: its sha256"
-        in caplog.text
-    )
+    assert f"checkpoint {tmp_path / 'checkpoint-00000010.pth'}: its sha256" in caplog.text
     assert f"resuming {tmp_path} at step 8" in caplog.text
-    assert sorted(path.name for path in tmp_path.glob("*.damaged")) == [
-        "checkpoint-00000009.pth.damaged",
-        "checkpoint-00000010.pth.damaged",
-    ]
+    names = {path.name for path in tmp_path.glob("*.damaged")}
+    assert names == {f"checkpoint-{step:08d}.pth.damaged" for step in (9, 10)}
 
 
 @pytest.mark.fault("R8")
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [(flip_bit, "checkpoint-00000010.pth: its sha256"), (Path.unlink, "holds")],
-)
-def test_where_all_are_damaged_nothing_is_touched(tmp_path, data, damage, reason):
-    arguments = pretraining(data, tmp_path)
-    main_pretrain.main([*arguments, "--stop_epoch", "1"])
-    for path in tmp_path.glob("checkpoint-*.pth"):
+@pytest.mark.parametrize("damage", [flip_bit, Path.unlink])
+def test_where_all_are_damaged_nothing_is_touched(finished, data, damage):
+    for path in finished.glob("checkpoint-*.pth"):
         damage(path)
-    before = files(tmp_path)
-    result = run(command(*arguments))
-    assert result.returncode == 2
-    (error,) = result.stderr.splitlines()
-    assert str(tmp_path) in error and reason in error
-    after = files(tmp_path)
-    changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert changed <= {"log.txt", ".lock"}
+    before = files_of(finished)
+    with pytest.raises(InputError, match=rf"{finished} is damaged \(checkpoint-00000020.pth: "):
+        main_pretrain.main(pretraining(data, finished))
+    assert changed_files(finished, before) <= {"log.txt", ".lock"}
 
 
-# --- R9, R19: a save that fails
+@pytest.mark.fault("R8")
+def test_a_checkpoint_with_other_fields_is_of_another_version_and_not_damaged(finished, data):
+    path = finished / "checkpoint-00000020.pth"
+    more = {**torch.load(path, weights_only=True), "one_more": 1}
+    torch.save(more, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name(path.name + ".sha256").write_text(f"{digest}  {path.name}\n")
+    with pytest.raises(InputError, match=rf"{path} is of another version: .*one_more"):
+        main_pretrain.main(pretraining(data, finished))
+
+
+# --- R9, R19: a disk that is full
 
 
 @pytest.mark.fault("R9")
@@ -230,49 +206,130 @@ def test_a_save_that_finds_no_room_at_any_call_fails_and_changes_nothing(tmp_pat
     assert number > 5
 
 
-@pytest.mark.fault("R9")
-def test_a_save_past_a_limit_of_the_system_fails_and_changes_nothing(tmp_path):
-    """A file may have 50,000 bytes and needs 400,000; torch writes it by calls of its own."""
-    save_checkpoint(tmp_path, content(1), keep_last=1)
-    before = files(tmp_path)
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        save_checkpoint(tmp_path, content(2, 100_000), keep_last=1)
-
-    assert in_child(limited) == 3
-    assert files(tmp_path) == before and saved_step(tmp_path) == 1
+def limited(*arguments: str, script: str = "main_pretrain.py", room: int = 100_000) -> list[str]:
+    """An entry script that may write so many bytes per file; by default logs fit, weights do
+    not."""
+    return ["prlimit", f"--fsize={room}", *command(*arguments, script=script)]
 
 
 @pytest.mark.fault("R9")
 @pytest.mark.long
-def test_a_run_that_finds_no_room_ends_with_one_line(tmp_path, data):
-    arguments = pretraining(data, tmp_path)
-    main_pretrain.main([*arguments, "--stop_epoch", "1"])
-    before = files(tmp_path)
-
-    def limit():  # logs fit, a checkpoint of 500,000 bytes does not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    result = subprocess.run(
-        command(*arguments),
-        env=environment(),
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.mark.parametrize(
+    ("script", "flags", "room", "what"),
+    [
+        ("main_pretrain.py", pretraining, 100_000, "the checkpoint of step 10 cannot be saved in "),
+        ("main_finetune.py", pictures, 100_000, "best.safetensors cannot be written: File too "),
+        ("main_pretrain.py", pretraining, 4000, "tb cannot be written: File too large"),
+    ],
+    ids=["checkpoint", "best weights", "curves"],
+)
+def test_a_run_that_finds_no_room_ends_with_one_line(tmp_path, data, script, flags, room, what):
+    """TensorBoard's own thread tells its part first."""
+    more = ["--class_token", "true"]
+    if script == "main_finetune.py":
+        more += ["--global_pool", "token"]
+    if room == 4000:
+        more += ["--tensorboard", "true", "--epochs", 9, "--save_epochs", 9]
+    result = run(limited(*flags(data, tmp_path, *more), script=script, room=room))
     assert result.returncode == 2
-    assert result.stderr.startswith(
-        f"error: the checkpoint of step 20 cannot be saved in {tmp_path}: "
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and what in error and str(tmp_path) in error
+    assert not list(tmp_path.glob("*.tmp")) and len(log_lines(tmp_path)) >= 1
+
+
+@pytest.mark.fault("R9")
+@pytest.mark.long
+def test_the_weights_of_a_finished_run_find_no_room(finished, data):
+    weights, arguments = finished / "model.safetensors", pretraining(data, finished)
+    expected = weights.read_bytes()
+    weights.unlink()
+    before = files_of(finished)
+    result = run(limited(*arguments))
+    assert result.returncode == 2
+    assert result.stderr == f"error: {weights} cannot be written: File too large\n"
+    assert changed_files(finished, before) <= {"log.txt", ".lock", "config.yaml", "log.jsonl"}
+    main_pretrain.main(arguments)  # once there is room
+    assert weights.read_bytes() == expected
+
+
+def fill(path: Path) -> None:
+    """The next write to that place finds a full disk, as /dev/full answers; never read it, it has
+    no end."""
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.fault("R9")
+def test_the_best_so_far_stays_where_a_better_one_finds_no_room(tmp_path):
+    path = save_weights(best_path(tmp_path), nn.Linear(2, 2), identity(), acc1=50.0, epoch=1)
+    before = files(tmp_path)
+    fill(tmp_path / "best.safetensors.tmp")
+    with pytest.raises(LocalInputError, match=rf"^{path} {FULL}$"):
+        save_weights(path, nn.Linear(2, 2), identity(), acc1=60.0, epoch=2)
+    assert files(tmp_path) == before
+    assert read_best(tmp_path) == (50.0, 1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content[:20],
+        lambda content: b"",
+        lambda content: content.replace(b'"acc1"', b'"acc2"'),
+    ],
+    ids=["last byte", "20 bytes", "empty", "another header"],
+)
+def test_a_damaged_best_is_one_clear_line_and_stays(tmp_path, damage):
+    """It may be the best of all epochs, so none that is worse takes its place without a word."""
+    path = save_weights(best_path(tmp_path), nn.Linear(2, 2), identity(), acc1=50.0, epoch=1)
+    path.write_bytes(damaged := damage(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"^{path} is damaged \(.*: bring it back, or move"):
+        read_best(tmp_path)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.fault("R9")
+def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
+    """They are why the run ends: that their file cannot be written must not hide it."""
+    path, sampler = (
+        tmp_path / "bad_steps.jsonl",
+        SimpleNamespace(images=lambda step: [2 * step, 15]),
     )
-    assert "Traceback" not in result.stderr
-    after = files(tmp_path)
-    checkpoints = {name: text for name, text in before.items() if name.startswith("checkpoint-")}
-    assert {
-        name: text for name, text in after.items() if name.startswith("checkpoint-")
-    } == checkpoints
-    assert len(checkpoints) == 2
+    path.write_text("of an earlier stop\n")
+    bad_steps = BadSteps(path, limit=1, window=1, is_main=True, sampler=sampler)
+    bad_steps.add(7, 0.5, torch.tensor(float("nan")), torch.tensor(1.0))
+    fill(tmp_path / "bad_steps.jsonl.tmp")
+    with pytest.raises(InputError) as error:
+        bad_steps.check(1)
+    entry = {"step": 7, "lr": 0.5, "loss": None, "images": [14, 15], "process": 0}
+    assert str(entry) in str(error.value)
+    assert error.value.__notes__ == [f"{path} {FULL}"]
+    assert path.read_text() == "of an earlier stop\n"
+
+
+def write_bad_samples(path: Path) -> None:
+    bad_samples = BadSamples(path, 1000, is_main=True)
+    bad_samples.new = [BadSample("a.png", "is damaged")]
+    bad_samples.exchange()
+
+
+@pytest.mark.fault("R9")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_results(path, {"acc1": 50.0}),
+        lambda path: write_output(path, lambda target: target.write_text("new")),
+        write_bad_samples,
+    ],
+    ids=["results", "any", "bad samples"],
+)
+def test_an_output_that_finds_no_room_leaves_what_was_there(tmp_path, write):
+    path, old = tmp_path / "x", b'{"path": "b.png", "reason": "is empty"}\n'
+    path.write_bytes(old)
+    fill(tmp_path / "x.tmp")
+    with pytest.raises(LocalInputError, match=rf"^{path} {FULL}$"):
+        write(path)
+    assert files(tmp_path) == {"x": old}
 
 
 @pytest.mark.fault("R19")
@@ -305,22 +362,12 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
     tmp_path, data, every_step, monkeypatch
 ):
     """Each save begins to write only when the next step has changed the parameters."""
-    original = saving.save_checkpoint
-    stepped = threading.Event()
 
-    def late(output_dir, saved, *rest):
-        if saved.step < 2 * STEPS:
-            stepped.clear()
-            assert stepped.wait(60)
-        return original(output_dir, saved, *rest)
-
-    def optimizer_step(*args, original=engine.loop.optimizer_step, **kwargs):
-        found = original(*args, **kwargs)
-        stepped.set()
-        return found
+    def late(*args, original=saving.save_checkpoint):
+        time.sleep(0.3)
+        return original(*args)
 
     monkeypatch.setattr(saving, "save_checkpoint", late)
-    monkeypatch.setattr(engine.loop, "optimizer_step", optimizer_step)
     # a save waits for the one before, so every other step has one under way while the optimiser
     # steps
     more = ["--save_minutes", 1e-9, "--log_interval", 2, "--keep_last", 100]
@@ -357,10 +404,8 @@ def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, 
     main_pretrain.main(pretraining(data, tmp_path / "stopped", *more))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
     end = load_newest_checkpoint(tmp_path / "whole").scaler
-    assert (middle["scale"], middle["_growth_tracker"]) == (
-        2.0**15,
-        6,
-    )  # from 2^16, halved once, 6 good steps since
+    # from 2^16, halved once, 6 good steps since
+    assert (middle["scale"], middle["_growth_tracker"]) == (2.0**15, 6)
     assert (end["scale"], end["_growth_tracker"]) == (2.0**14, 5)
 
 
@@ -380,7 +425,6 @@ def test_the_fp16_scaler_goes_on_after_a_resume_and_an_overflow(tmp_path, data, 
 )
 def test_which_checkpoints_stay(tmp_path, keep_last, keep_every, expected):
     steps = [10, 20, 30, 40, 50, 60]
-    assert kept_steps(steps, keep_last, keep_every) == expected
     for step in steps:
         save_checkpoint(tmp_path, content(step), keep_last, keep_every)
     assert {int(name[11:19]) for name in files(tmp_path)} == expected
@@ -389,19 +433,8 @@ def test_which_checkpoints_stay(tmp_path, keep_last, keep_every, expected):
 
 @pytest.mark.fault("R20")
 def test_every_second_epoch_stays_beside_the_newest(tmp_path, data):
-    more = [
-        "--epochs",
-        5,
-        "--save_epochs",
-        0,
-        "--save_minutes",
-        0,
-        "--keep_every",
-        2,
-        "--keep_last",
-        1,
-    ]
-    main_pretrain.main(pretraining(data, tmp_path, *more))
+    more = ["--epochs", 5, "--save_epochs", 0, "--keep_every", 2, "--keep_last", 1]
+    main_pretrain.main(pretraining(data, tmp_path, *more, "--save_minutes", 0))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*.pth")) == [
         f"checkpoint-{STEPS * epoch:08d}.pth" for epoch in (2, 4, 5)
     ]
@@ -411,9 +444,7 @@ def test_every_second_epoch_stays_beside_the_newest(tmp_path, data):
 def test_an_old_checkpoint_that_cannot_be_removed_is_only_a_warning(tmp_path, caplog):
     (tmp_path / "checkpoint-00000001.pth").mkdir()  # a folder cannot be unlinked, not even by root
     save_checkpoint(tmp_path, content(2), keep_last=1)
-    assert (
-        f"cannot remove the old checkpoint {tmp_path / 'checkpoint-00000001.pth'}: " in caplog.text
-    )
+    assert f"the old checkpoint {tmp_path / 'checkpoint-00000001.pth'}: " in caplog.text
     assert saved_step(tmp_path) == 2
 
 
@@ -434,7 +465,7 @@ def test_a_file_system_without_locks_or_flushed_folders_works_with_one_warning(
     monkeypatch.setattr(os, "fsync", fsync)
     assert main_pretrain.main(pretraining(data, tmp_path))["step"] == 2 * STEPS
     warnings = [record.name for record in caplog.records if record.levelno >= logging.WARNING]
-    assert sorted({*warnings} - {"engine.loop"}) == ["engine.run.lock", "util.files"]
+    assert sorted({*warnings} - {"engine.loop"}) == ["engine.run.folder", "util.files"]
     assert warnings.count("util.files") == 1
     assert saved_step(tmp_path) == 2 * STEPS
 
@@ -486,79 +517,50 @@ def test_names_that_are_no_utf_8_are_written_everywhere(tmp_path):
 # --- R21: two jobs on one output folder
 
 
-def hold(folder: Path) -> tuple[int, int]:
-    """Locks the folder in a forked process, whose own child outlives it; returns its id and a pipe
-    that ends it."""
+@pytest.fixture
+def holder(tmp_path):
+    """The id of a process that holds the folder's lock. Its own child outlives it, as a loader
+    process may, which notices late that its parent is gone."""
     ready, tell = os.pipe()
-    stop, end = os.pipe()
     child = os.fork()
     if child == 0:
-        with locked(folder):
-            if os.fork() == 0:  # as a loader process, which notices late that its parent is gone
-                os.close(tell)
-                os.close(end)
-                os.read(stop, 1)
-                os._exit(0)
+        os.setsid()
+        with locked(tmp_path):
+            os.fork()
             os.write(tell, b"x")
-            os.close(end)
-            os.read(stop, 1)
-            os._exit(1)  # as a kill would
+            time.sleep(600)
+            os._exit(1)
     os.read(ready, 1)
-    return child, end
+    yield child
+    os.killpg(child, signal.SIGKILL)
 
 
 @pytest.mark.fault("R21")
-def test_a_second_job_is_refused_until_the_first_has_ended_however_that_ended(tmp_path, data):
-    arguments = pretraining(data, tmp_path)
-    child, end = hold(tmp_path)
-    before = files(tmp_path)
-    with pytest.raises(
-        InputError, match=rf"{tmp_path} is in use by another job \(process {child} on .*\): wait"
-    ):
-        main_pretrain.main(arguments)
-    assert files(tmp_path) == before
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    assert (
-        main_pretrain.main(arguments)["step"] == 2 * STEPS
-    )  # the lock's file is still there, and locks nothing
-    os.close(end)
-
-
-@pytest.mark.fault("R21")
-def test_who_only_looks_needs_no_lock(tmp_path, data, every_step):
-    child, end = hold(tmp_path)
-    weights = str(every_step / "model.safetensors")
-    with open_run(
-        main_finetune.FinetuneConfig(
-            output_dir=str(tmp_path), device="cpu", finetune=weights, eval=True
-        )
-    ):
-        pass
-    for cfg in (
-        main_finetune.FinetuneConfig(output_dir=str(tmp_path), device="cpu"),
-        TrainRunConfig(output_dir=str(tmp_path), device="cpu"),
-    ):
-        with pytest.raises(InputError, match="is in use"), open_run(cfg):
+def test_a_second_job_is_refused_until_the_first_has_ended_however_that_ended(
+    tmp_path, data, holder, weights
+):
+    """Who only looks needs no lock. A dead job's file is still there, and locks nothing."""
+    before, cfg = files_of(tmp_path), TrainRunConfig(output_dir=str(tmp_path), device="cpu")
+    finetune = main_finetune.FinetuneConfig(**cfg.model_dump(), finetune=str(weights))
+    for other in (cfg, finetune):
+        with (
+            pytest.raises(InputError, match=rf"in use by .* \(process {holder} on"),
+            open_run(other),
+        ):
             pass
-    os.close(end)
-    os.waitpid(child, 0)
+    assert files_of(tmp_path) == before
+    with open_run(finetune.model_copy(update={"eval": True})):
+        pass
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert main_pretrain.main(pretraining(data, tmp_path))["step"] == 2 * STEPS
 
 
 @pytest.mark.fault("R21")
 @pytest.mark.long
-def test_a_second_command_ends_with_one_line(tmp_path, data):
-    arguments = pretraining(data, tmp_path)
-    child, end = hold(tmp_path)
-    for result in (
-        run(command(*arguments)),
-        run(["sh", "run_pretrain.sh", *arguments, "-b", "6"], NGPU="2"),
-    ):
-        assert result.returncode != 0
-        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and "is in use by another job" in errors[0]
-        assert (
-            "open_run" not in result.stderr
-        )  # no traceback of ours; the launcher has one of its own
-    os.close(end)
-    os.waitpid(child, 0)
+def test_a_second_command_ends_with_one_line(tmp_path, data, holder):
+    arguments = [*pretraining(data, tmp_path), "-b", "6"]
+    result = run(["sh", "run_pretrain.sh", *arguments], NGPU="2")
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and "is in use by another job" in error
+    assert "open_run" not in result.stderr  # no traceback of ours; the launcher has one of its own

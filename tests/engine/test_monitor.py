@@ -46,7 +46,7 @@ from engine.pictures.monitor_data import knn_data
 from engine.pictures.reconstruction import reconstruct
 from engine.pictures.rollout import rollout
 from engine.run import saving
-from engine.run.state import TrainState
+from engine.run.job import TrainState
 from models.build import build_model, encoder_of, mae_spec
 from models.masks import draw_mask
 from util.errors import InputError

@@ -3,19 +3,18 @@ its log is complete though nobody reads the terminal (R31)."""
 
 import json
 import logging
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from compare import checkpoint, identity
-from conftest import ROOT
-from runs import changed_files, command, digits, environment, files_of
+from runs import changed_files, command, digits, files_of, in_child, run
 from torch import nn
 
 from engine.run.checkpoint import save_checkpoint, save_weights
 from engine.run.folder import open_run, take_over_folder
-from engine.run.records import Records, drop_records, read_log
+from engine.run.records import Records, drop_records, logging_to, read_log, write_log
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig, KnnConfig
 from util.settings.pretrain import PretrainConfig
@@ -41,23 +40,25 @@ def killed_run(folder: Path) -> FinetuneConfig:
     return cfg
 
 
+def refused(cfg, match: str) -> None:
+    """Its command is refused with one line, and nothing in its folder is touched."""
+    before = files_of(Path(cfg.output_dir))
+    with pytest.raises(InputError, match=match) as error, open_run(cfg):
+        pass
+    assert error.value.settings == ("output_dir",) and "\n" not in str(error.value)
+    assert changed_files(Path(cfg.output_dir), before) <= {".lock"}
+
+
 @pytest.mark.fault("R27")
 @pytest.mark.parametrize(
     "name",
-    ["model.safetensors", "best.safetensors", "results.json", "config.yaml", "log.jsonl", "tb"],
+    ["model.safetensors", "best.safetensors", "results.json", "config.yaml", "log.jsonl", "tb/x"],
 )
 def test_a_run_does_not_begin_beside_files_of_others(tmp_path, name):
-    if name == "tb":
-        (tmp_path / name).mkdir()
-    else:
-        (tmp_path / name).write_text("lr: 0.1\n")
-    before = files_of(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("lr: 0.1\n")
     for stage in (PretrainConfig, FinetuneConfig):
-        with pytest.raises(InputError) as error, open_run(config(stage, tmp_path)):
-            pass
-        assert name in str(error.value) and "\n" not in str(error.value)
-        assert error.value.settings == ("output_dir",)
-    assert files_of(tmp_path) == before
+        refused(config(stage, tmp_path), name.split("/")[0])
 
 
 @pytest.mark.fault("R27")
@@ -67,14 +68,19 @@ def test_a_finished_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path,
     cfg = killed_run(tmp_path)
     (tmp_path / "results.json").write_text(RESULT)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "best.safetensors").read_bytes())
-    for _ in range(2):
-        before = files_of(tmp_path)
-        with pytest.raises(InputError, match=kept), open_run(cfg):
-            pass
-        assert not changed_files(tmp_path, before)
-        for name in ("model.safetensors", "results.json", "best.safetensors", "log.jsonl"):
-            if name != kept:
-                (tmp_path / name).unlink(missing_ok=True)
+    refused(cfg, "model.safetensors, results.json")
+    for name in {"model.safetensors", "results.json", "best.safetensors", "log.jsonl"} - {kept}:
+        (tmp_path / name).unlink()
+    refused(cfg, kept)
+
+
+@pytest.mark.fault("R27")
+def test_a_config_of_another_version_is_own_and_one_of_another_stage_is_not(tmp_path):
+    text = dump_config(config(PretrainConfig, tmp_path)).replace("seed:", "one_more: 0\nothers:")
+    (tmp_path / "config.yaml").write_text(text)
+    refused(config(FinetuneConfig, tmp_path), "config.yaml")
+    with open_run(config(PretrainConfig, tmp_path)):
+        pass
 
 
 @pytest.mark.fault("R27")
@@ -106,12 +112,8 @@ def test_the_weights_to_start_from_are_never_overwritten(tmp_path):
     folder.mkdir()
     save_checkpoint(folder, checkpoint(10), keep_last=1)
     weights = save_weights(folder / "model.safetensors", nn.Linear(2, 2), identity())
-    before = files_of(folder)
     for finetune in (weights, folder, folder / "checkpoint-00000010.pth", tmp_path / "w/../w"):
-        cfg = config(FinetuneConfig, folder, finetune=str(finetune))
-        with pytest.raises(InputError, match="finetune"), open_run(cfg):
-            pass
-    assert files_of(folder) == before
+        refused(config(FinetuneConfig, folder, finetune=str(finetune)), "finetune")
     with open_run(config(FinetuneConfig, tmp_path / "elsewhere", finetune=str(weights))):
         pass
 
@@ -123,7 +125,8 @@ def test_only_own_unfinished_files_are_removed(tmp_path):
     others = ["notes.tmp", "checkpoint-7.pth.tmp", "model.pth", "x.safetensors.tmp"]
     for name in names + others:
         (tmp_path / name).write_bytes(b"half")
-    take_over_folder(tmp_path, PretrainConfig(), 0, set())
+    take_over_folder(tmp_path, cfg := PretrainConfig(lr=0.5), 0, set())
+    assert (tmp_path / "config.yaml").read_text() == dump_config(cfg)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", *others}
 
 
@@ -141,9 +144,7 @@ def test_an_evaluation_overwrites_only_results_of_its_own_kind(
     cfg = config(stage, tmp_path, finetune="w.pth", **more)
     for content in (RESULT, "[1]", "not JSON", '{"protocol": null}'):
         (tmp_path / name).write_text(content)
-        with pytest.raises(InputError, match=name), open_run(cfg):
-            pass
-        assert (tmp_path / name).read_text() == content
+        refused(cfg, name)
     (tmp_path / name).write_text(json.dumps({"protocol": protocol}))
     for other in ("model.safetensors", "log.jsonl"):
         (tmp_path / other).write_text("of others")
@@ -152,34 +153,20 @@ def test_an_evaluation_overwrites_only_results_of_its_own_kind(
     assert (tmp_path / "log.jsonl").read_text() == "of others"
 
 
-def test_records_past_a_step_and_pending_ones_are_dropped(tmp_path):
+@pytest.mark.parametrize(
+    ("step", "pending", "kept"),
+    [(10, set(), 5), (10, {"val"}, 4), (10, {"val", "monitor"}, 3), (0, set(), 0)],
+)
+def test_records_past_a_step_and_pending_ones_are_dropped(tmp_path, step, pending, kept):
+    kinds = ["train", "train", "epoch", "monitor", "val", "train"]
+    losses = zip((9, 10, 10, 10, 10, 11), kinds, (0.1, 1 / 3, None, 1e-9, 2.5, 0.3), strict=True)
+    records = [{"kind": kind, "step": at, "loss": loss} for at, kind, loss in losses]
     path = tmp_path / "log.jsonl"
-    records = [
-        {"kind": kind, "step": step, "loss": loss}
-        for step, kind, loss in [
-            (9, "train", 0.1),
-            (10, "train", 1 / 3),
-            (10, "epoch", None),
-            (10, "val", 2.5),
-            (10, "monitor", 1e-9),
-            (11, "train", 0.3),
-        ]
-    ]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    for pending, kept in [(set(), 5), ({"val"}, 4), ({"val", "monitor"}, 3)]:
-        path.write_text(text + '{"kind": "tra')
-        drop_records(path, 10, pending)
-        found = read_log(path)
-        assert len(found) == kept and all(record in records for record in found)
-        assert not pending & {record["kind"] for record in found}
-    drop_records(path, 0, set())
-    assert path.read_text() == ""
-
-
-def test_the_settings_of_a_folder_are_those_of_its_command(tmp_path):
-    cfg = config(PretrainConfig, tmp_path, lr=0.5)
-    take_over_folder(tmp_path, cfg, 0, set())
-    assert (tmp_path / "config.yaml").read_text() == dump_config(cfg)
+    write_log(path, records)
+    with path.open("a") as file:
+        file.write('{"kind": "tra')
+    drop_records(path, step, pending)
+    assert read_log(path) == [r for r in records if r["kind"] not in pending][:kept]
 
 
 # R31: the terminal
@@ -189,30 +176,20 @@ def test_the_settings_of_a_folder_are_those_of_its_command(tmp_path):
 @pytest.mark.parametrize("stdout", ["none", "closed", "broken pipe"])
 def test_lines_that_nobody_reads_are_dropped(tmp_path, stdout):
     """In a process of its own, whose standard output ends before its first line."""
-    script = f"""
-import os, sys, logging
-from pathlib import Path
-from engine.run.records import logging_to
-if {stdout!r} == "closed":
-    sys.stdout.close()
-elif {stdout!r} == "none":
-    sys.stdout = None
-with logging_to(Path({str(tmp_path / "log.txt")!r})):
-    for number in range(3):
-        logging.getLogger("x").info("line %d", number)
-"""
-    pipe = subprocess.PIPE if stdout == "broken pipe" else subprocess.DEVNULL
-    with subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=pipe,
-        stderr=subprocess.PIPE,
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
-    ) as process:
-        if process.stdout is not None:
-            process.stdout.close()
-        assert process.stderr is not None
-        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+    def logged():
+        out, into = os.pipe()
+        os.close(out)
+        sys.stdout = None if stdout == "none" else os.fdopen(into, "w")
+        if stdout == "closed":
+            sys.stdout.close()
+        with logging_to(tmp_path / "log.txt"):
+            for number in range(3):
+                logging.getLogger("x").info("line %d", number)
+        if sys.stdout is not None:
+            sys.stdout.close()  # as at the end of a process
+
+    assert in_child(logged) == 0
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == ["line 0", "line 1", "line 2"]
 
@@ -221,15 +198,8 @@ with logging_to(Path({str(tmp_path / "log.txt")!r})):
 @pytest.mark.long
 @pytest.mark.parametrize("ending", [">&- 2>&-", "2>&1 | head -1"])
 def test_a_run_goes_on_without_a_terminal(tmp_path, ending):
-    arguments = " ".join(command(*digits(tmp_path, "--epochs", 1, "--warmup_epochs", 0)))
-    result = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {arguments} {ending}"],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = command(*digits(tmp_path, "--epochs", 1, "--warmup_epochs", 0))
+    result = run(["bash", "-c", f"set -o pipefail; {' '.join(arguments)} {ending}"])
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) <= 1 and result.stderr == ""
     assert "epoch 1 done" in (tmp_path / "log.txt").read_text()

@@ -141,7 +141,7 @@ def test_a_part_that_is_not_finite_is_saved_by_nobody(data, tmp_path):
     arguments = command_line(data, tmp_path, *FSDP, "--save_minutes", 1e-9, "--timeout", 0.5)
     result = drive(tmp_path, arguments, NAN_PART="5")
     assert result.returncode != 0
-    assert "error: the model state is not finite after step 6, so it is not saved" in result.stderr
+    assert "error: the state is not finite after step 6, so it is not saved" in result.stderr
     assert max(path.name for path in tmp_path.glob("checkpoint-*.pth")) == "checkpoint-00000005.pth"
 
 

@@ -8,9 +8,8 @@ import time
 
 import pytest
 from conftest import ROOT
-from runs import digits, environment, log_lines
+from runs import digits, environment, log_lines, run, saved_step
 
-from engine.run.checkpoint import load_newest_checkpoint, weights_path
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import load_config
 
@@ -40,36 +39,31 @@ def test_a_job_whose_time_is_up_saves_is_requeued_and_goes_on(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     calls, out = tmp_path / "calls", tmp_path / "out"
-    env = environment(
-        PATH=f"{tmp_path}:{environment()['PATH']}",
-        SCONTROL_LOG=str(calls),
-        NGPU="1",
-        SLURM_NNODES="2",
-        SLURM_JOB_ID=str(time.time_ns() % 10000),
-        SLURM_JOB_NODELIST="node[0-1]",
-    )
-    arguments = digits(out, "--batch_size", 32, "--log_interval", 1, "--epochs", 30)
-    with (tmp_path / "log").open("w") as log:
-        job = subprocess.Popen(
-            ["bash", str(SBATCH), *arguments], cwd=ROOT, env=env, stdout=log, stderr=log
-        )
-        while job.poll() is None and not (out / "log.jsonl").exists():
-            time.sleep(0.1)
-        job.send_signal(signal.SIGUSR1)  # to the batch script alone, as --signal=B: does
-        code = job.wait(timeout=120)
-    assert code == 0, (tmp_path / "log").read_text()
-    assert calls.read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
-    saved = load_newest_checkpoint(out)
-    assert 0 < saved.step == log_lines(out)[-1]["step"] < 30 * 62
+    place = {
+        "PATH": f"{tmp_path}:{environment()['PATH']}",
+        "SCONTROL_LOG": str(calls),
+        "NGPU": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": str(time.time_ns() % 10000),
+        "SLURM_JOB_NODELIST": "node[0-1]",
+    }
+    more = ["--batch_size", 32, "--log_interval", 1, "--epochs", 30]
+    arguments = ["bash", str(SBATCH), *digits(out, *more)]
+    job = subprocess.Popen(arguments, cwd=ROOT, env=environment(**place))
+    while job.poll() is None and not (out / "log.jsonl").exists():
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)  # to the batch script alone, as --signal=B: does
+    assert job.wait(timeout=120) == 0
+    assert calls.read_text() == f"requeue {place['SLURM_JOB_ID']}\n"
+    step = saved_step(out)
+    assert 0 < step == log_lines(out)[-1]["step"] < 30 * 62
 
-    arguments += ["--stop_epoch", str(saved.step // 62 + 2)]
-    again = subprocess.run(
-        ["bash", str(SBATCH), *arguments], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    epochs = step // 62 + 2
+    again = run([*arguments, "--stop_epoch", str(epochs)], **place)
     assert again.returncode == 0, again.stderr
-    assert weights_path(out).exists() and len(calls.read_text().splitlines()) == 1
+    assert (out / "model.safetensors").exists() and len(calls.read_text().splitlines()) == 1
     steps = [line["step"] for line in log_lines(out) if "grad_norm" in line]
-    assert steps == list(range(1, 62 * (saved.step // 62 + 2) + 1))
+    assert steps == list(range(1, 62 * epochs + 1))
 
 
 @pytest.mark.parametrize(
