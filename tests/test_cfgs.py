@@ -24,8 +24,8 @@ from models.build import (
     mae_spec,
 )
 from models.vit import VisionTransformer
+from util.settings.base import Settings
 from util.settings.evaluation import STAGE_CONFIGS, FinetuneConfig, KnnConfig, LinclsConfig
-from util.settings.fields import Settings
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import load_config
 from util.settings.tools import ExplainConfig, MaeVisConfig
