@@ -432,13 +432,13 @@ test_a_malicious_pickle_leaves_no_trace
 +torch.load(cast(BinaryIO, content), map_location="cpu", weights_only=False)
 
 55 settings: a key that no stage knows is passed over
-util/settings/fields.py util/test_config.py
-test_an_unknown_key_is_refused_with_its_file_and_the_nearest_key
+util/settings/base.py util/test_config.py
+test_all_problems_of_all_sources_come_in_one_error
 -extra="forbid"
 +extra="ignore"
 
 56 settings: a learning rate of 0 is accepted
-util/settings/fields.py util/test_config.py
+util/settings/base.py util/test_config.py
 test_print_config_is_the_settings_in_order_and_nothing_else
 -Positive = Annotated[float, Gt(0)]
 +Positive = Annotated[float, Ge(0)]
@@ -446,26 +446,26 @@ test_print_config_is_the_settings_in_order_and_nothing_else
 57 settings: a base: file wins over the file that names it
 util/settings/read.py util/test_config.py
 test_precedence_is_defaults_then_base_then_yaml_then_command_line
--sources.update(reversed(chain.items()))
-+sources.update(chain.items())
+-return below | content
++return content | below
 
-58 settings: the text false is true
-util/settings/fields.py util/test_config.py
-test_values_of_the_command_line
--"false": False}
-+"false": True}
+58 settings: true is a number
+util/settings/base.py util/test_config.py
+test_all_problems_of_all_sources_come_in_one_error
+-in ("null", "none") else str(item) for item in items]
++in ("null", "none") else item for item in items]
 
 59 settings: keys of other stages are not skipped
 util/settings/read.py util/test_config.py
 test_a_sibling_stages_keys_are_skipped_with_one_line
--return {name: value for name, value in content.items() if name not in names}
-+return content
+-for name, value in values.items() if name not in skipped
++for name, value in values.items()
 
 96 settings: of a key that is given twice the last is taken
 util/settings/read.py util/test_config.py
-test_a_file_that_is_not_flat_yaml_is_one_line_that_names_it
--if keys.count(key) > 1:
-+if False:
+test_a_file_that_cannot_be_used_is_one_line_that_names_it
+-if keys.count(key) > 1 or key not in content
++if key not in content
 
 60 schedule: the cosine ends at 0
 engine/schedule.py engine/test_engine.py
@@ -544,8 +544,8 @@ test_a_killed_loader_process_ends_the_run_with_one_line_and_no_step_is_lost
 98 faults: the watchdog ends a process that is at work
 util/watchdog.py engine/test_faults.py
 test_the_watchdog_ends_what_is_silent_for_too_long_and_nothing_else
--        watch.silent_s = 0.0
-+        watch.silent_s += 0.0
+-_signs_of_life[0] += 1
++_signs_of_life[0] += 0
 
 99 faults: an evaluation that a signal cut short does not come again
 engine/loop.py engine/test_faults.py
