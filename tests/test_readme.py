@@ -33,6 +33,12 @@ ONE_STEP = shlex.split("--epochs 1 --warmup_epochs 0 --total_batch_size 8 --tens
 DECODER = shlex.split("--decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2")
 SMALL_PICTURES = shlex.split("--size debug --device cpu")
 
+# The stage that leaves weights of a name.
+WEIGHTS = {
+    r"pretrain/model(\.safetensors)?$": "pretrain",
+    r"(best|finetune/model)\.safetensors$": "finetune",
+}
+
 # How a command is run: as the first kind whose pattern is found in it. `elsewhere` are tests of
 # their own, which make these commands small in other ways.
 KINDS = {
@@ -120,11 +126,10 @@ def given(line: str, images: Path, clone: Path) -> list[str]:
     words = shlex.split(command.replace("/path/to", f"{clone}/path"))
     recipe = words[words.index("--config") + 1] if "--config" in words else None
     for word in words:
-        if re.search(r"pretrain/model(\.safetensors)?$", word):
-            put(trained("pretrain", recipe, images, clone) / "model.safetensors", clone / word)
-        elif re.search(r"(best|finetune/model)\.safetensors$", word):
-            put(trained("finetune", recipe, images, clone) / "model.safetensors", clone / word)
-        elif word.endswith("path/runs"):
+        for pattern, stage in WEIGHTS.items():
+            if re.search(pattern, word):
+                put(trained(stage, recipe, images, clone) / "model.safetensors", clone / word)
+        if word.endswith("path/runs"):
             put(trained("pretrain", None, images, clone), Path(word) / "one")
         elif word.endswith(("/packed", "/train/*.tar")) and "--side" not in words:
             folder = Path(word) if word.endswith("packed") else Path(word).parent.parent
@@ -180,25 +185,26 @@ def run_here(words: list[str]) -> object:
         return None
 
 
+# What a command leaves, by the first pattern that is found in it; "" is that it prints a few lines.
+LEAVES = {
+    r"--help|--print_config|--describe|check_dataset|size\.py": "",
+    r"--eval": "output/*/*/eval.json",
+    r"run_(finetune|lincls|knn)": "output/*/*/results.json",
+    r"pretrain\.": "**/model.safetensors",
+    r"pack_dataset": "**/index.json",
+    r"convert_checkpoint": "path/converted",
+    r"plot_run": "**/report.html",
+    r"": "output/**/*.png",
+}
+
+
 def assert_done(line: str, clone: Path, printed: str) -> None:
     """The command has left what the READMEs promise."""
-    found = {path.name for path in clone.rglob("*") if path.is_file() and not path.is_symlink()}
-    if re.search(r"--help|--print_config|--describe|check_dataset|size\.py", line):
-        assert len(printed.splitlines()) > 3
-    elif "--eval" in line or re.search(r"run_(finetune|lincls|knn)", line):
-        name = "eval.json" if "--eval" in line else "results.json"
-        (path,) = clone.glob(f"output/*/*/{name}")
-        assert results_of(path.parent, name)["num_samples"] == 4
-    elif "pretrain." in line:
-        assert "model.safetensors" in found
-    elif "pack_dataset" in line:
-        assert "index.json" in found
-    elif "convert_checkpoint" in line:
-        assert (clone / "path" / "converted").exists()
-    elif "plot_run" in line:
-        assert {"curves.png", "report.html"} <= found
-    else:
-        assert list(clone.glob("output/**/*.png"))
+    left = next(left for pattern, left in LEAVES.items() if re.search(pattern, line))
+    paths = list(clone.glob(left)) if left else printed.splitlines()[3:]
+    assert paths
+    if left.endswith(("eval.json", "results.json")):
+        assert results_of(paths[0].parent, paths[0].name)["num_samples"] == 4
 
 
 @pytest.mark.long
