@@ -9,16 +9,14 @@ import importlib
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
-from runs import results_of, run
+from runs import make_pictures, results_of, run
 from test_datasets import archive_of, cifar_members, publish, server  # noqa: F401  (a fixture)
 
 from tools import benchmark, pack_dataset
@@ -32,6 +30,15 @@ SMALL = shlex.split("--size debug --batch_size 2 --num_workers 0 --device cpu --
 ONE_STEP = shlex.split("--epochs 1 --warmup_epochs 0 --total_batch_size 8 --tensorboard false")
 DECODER = shlex.split("--decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2")
 SMALL_PICTURES = shlex.split("--size debug --device cpu")
+SMALLER = {  # by the first pattern that is found in the script's name
+    r"run_mae_vis|draw_overview": [*SMALL_PICTURES, *DECODER],
+    r"vit_explain": SMALL_PICTURES,
+    # The width of a large recipe's decoder stays, as its weights are not read again.
+    r"_pretrain\.": [*SMALL, *ONE_STEP, "--decoder_depth", "1"],
+    r"_(finetune|lincls)\.": [*SMALL, *ONE_STEP],
+    r"_knn\.": SMALL,
+    r"": [],
+}
 
 # The stage that leaves weights of a name.
 WEIGHTS = {
@@ -93,15 +100,8 @@ def each(kind: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Ten training images, of which a tenth can be held out, and four validation images, in two
-    classes."""
-    folder = tmp_path_factory.mktemp("readme") / "images"
-    for split, count in (("train", 5), ("val", 2)):
-        for name in ("cat", "dog"):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                Image.effect_noise((40, 40), 64).save(folder / split / name / f"{index}.jpg")
-    return folder
+    """15 training and 6 validation images in three classes."""
+    return make_pictures(tmp_path_factory.mktemp("readme") / "images", train=5, val=2)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def clone(images, tmp_path, monkeypatch) -> Path:
     for name in ("train/data", "data", "imagenet", "images", "cifar10"):
         (tmp_path / "path" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "path" / name).symlink_to(images)
-    shutil.copyfile(images / "val" / "cat" / "0.jpg", tmp_path / "path" / "image")
+    shutil.copyfile(images / "val" / "one" / "005.png", tmp_path / "path" / "image")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -155,23 +155,15 @@ def trained(stage: str, recipe: str | None, images: Path, clone: Path) -> Path:
         recipe = str(same_name)
     config = [] if recipe is None else ["--config", recipe]
     data = ["--data_path", str(images), "--dataset", "folder", "--download", "false"]
-    output = ["--output_dir", str(clone / "trained")]
-    decoder = DECODER if stage == "pretrain" else []
+    more = ["--output_dir", str(clone / "trained"), *(DECODER if stage == "pretrain" else [])]
     main = importlib.import_module(f"main_{stage}").main
-    main([*config, *data, *SMALL, *decoder, *ONE_STEP, *output])
+    main([*config, *data, *SMALL, *ONE_STEP, *more])
     return clone / "trained"
 
 
 def small(words: list[str]) -> list[str]:
     """The flags that make a command small."""
-    if words[1] in ("tools/run_mae_vis.py", "tools/draw_overview.py"):
-        return [*SMALL_PICTURES, *DECODER]
-    if words[1] == "tools/vit_explain.py":
-        return SMALL_PICTURES
-    # The width of a large recipe's decoder stays, as its weights are not read again.
-    of_stage = {"pretrain": [*ONE_STEP, "--decoder_depth", "1"], "knn": []}
-    stage = re.search(r"(?:run|main)_(pretrain|finetune|lincls|knn)\.", words[1])
-    return [] if stage is None else [*SMALL, *of_stage.get(stage[1], ONE_STEP)]
+    return next(flags for pattern, flags in SMALLER.items() if re.search(pattern, words[1]))
 
 
 def run_here(words: list[str]) -> object:
@@ -204,7 +196,7 @@ def assert_done(line: str, clone: Path, printed: str) -> None:
     paths = list(clone.glob(left)) if left else printed.splitlines()[3:]
     assert paths
     if left.endswith(("eval.json", "results.json")):
-        assert results_of(paths[0].parent, paths[0].name)["num_samples"] == 4
+        assert results_of(paths[0].parent, paths[0].name)["num_samples"] == 6
 
 
 @pytest.mark.long
@@ -216,14 +208,11 @@ def test_commands_for_one_process(line, images, clone, capsys):
 
 def test_commands_of_the_benchmark(monkeypatch):
     """They name every part; `test_benchmark.py` runs the parts themselves."""
-    called = []
-    for part in benchmark.PARTS:
-        figures = {part: {"found": 1.0}}
-        record = partial(lambda figures, _: called.append(*figures) or figures, figures)
-        monkeypatch.setitem(benchmark.PARTS, part, record)
+    parts = {part: Mock(return_value={part: {"found": 1.0}}) for part in benchmark.PARTS}
+    monkeypatch.setattr(benchmark, "PARTS", parts)
     for line in commands("benchmark").values():
         assert benchmark.main(line.split()[2:])
-    assert called == list(benchmark.PARTS)
+    assert all(part.call_count == 1 for part in parts.values())
 
 
 @pytest.mark.long
@@ -256,8 +245,8 @@ def test_the_command_that_downloads(images, clone, monkeypatch, server):  # noqa
 def test_commands_that_install():
     make = ["make", "--dry-run", "--always-make", ".venv/.run"]
     printed = run(make, PYTHON="python3").stdout.splitlines()
-    assert len(commands("installation")) == 2
-    assert set(commands("installation").values()) <= set(printed)
+    lines = commands("installation").values()
+    assert len(lines) == 2 and set(lines) <= set(printed)
 
 
 @each("make")
@@ -295,18 +284,16 @@ def test_the_lines_of_python(images, clone, monkeypatch):
 
 
 def test_the_readmes_name_only_what_is_there():
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    files = [f"/{path}" for path in printed.split()]
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"]).stdout
+    files = [f"/{path}" for path in listed.split()]
     written = {"log.txt", "config.yaml"}  # by a run
     for readme in READMES:
         text = readme.read_text()
         for name in re.findall(r"`(?:\.\./)*((?:\w+/)*[\w.-]+\.(?:py|yaml|sh|txt|md))`", text):
             assert name in written or any(path.endswith(f"/{name}") for path in files), name
-        for target in re.findall(r"\]\((?!https?:)([^)#]*)", text):
-            assert (readme.parent / target).exists(), f"{readme}: {target}"
-        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
-            linked = (readme.parent / target if target else readme).read_text()
-            headings = re.findall(r"^#+ (.*)$", linked, re.M)
-            names = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
-            assert heading in names, f"{readme}: {target}#{heading}"
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            linked = readme.parent / target if target else readme
+            assert linked.exists(), f"{readme}: {target}"
+            titles = re.findall(r"^#+ (.*)$", linked.read_text() if heading else "", re.M)
+            names = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in names, f"{readme}: {target}#{heading}"

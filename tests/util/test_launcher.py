@@ -70,8 +70,7 @@ def test_processes_listen_on_this_machine_alone_and_save_when_their_launcher_is_
         time.sleep(0.05)
     step = saved_step(out)
     assert 10 <= step < 124
-    again = launched(out, pause="0")
-    assert again.wait(timeout=120) == 0
+    assert launched(out, pause="0").wait(timeout=120) == 0
     assert f"at step {step}" in (tmp_path / "out.txt").read_text()
 
 
@@ -171,8 +170,9 @@ def test_the_active_environment_wins_over_venv(tmp_path, given, expected):
     own.parent.mkdir(parents=True)
     own.symlink_to("/bin/sh")
     line = f". {ROOT}/util/launch.sh; choose_python {tmp_path}; echo $PYTHON"
-    env = {"PATH": os.environ["PATH"], **given}
-    printed = subprocess.check_output(["sh", "-c", line], env=env, text=True)
+    printed = subprocess.check_output(
+        ["sh", "-c", line], env={"PATH": os.environ["PATH"], **given}, text=True
+    )
     assert printed.strip().removeprefix(f"{tmp_path}/") == expected
 
 

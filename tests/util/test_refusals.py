@@ -1,5 +1,6 @@
 """Settings that are refused, each before any compute, with the names of the settings concerned."""
 
+import os
 import subprocess
 import sys
 
@@ -153,10 +154,8 @@ def launched(monkeypatch):
     """Sets the variables of a launcher, and no others of them."""
 
     def set_variables(variables: dict[str, str]) -> None:
-        for name in NAMES:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+        others = {name: value for name, value in os.environ.items() if name not in NAMES}
+        monkeypatch.setattr(os, "environ", others | variables)
 
     return set_variables
 
