@@ -137,8 +137,8 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     if local_rank >= rooms[device]:
         # once, by the first process that has none
         raise (LocalInputError if local_rank == rooms[device] else InputError)(
-            f"device {device} was asked for and this machine has {rooms[device]} of them for "
-            f"process {local_rank}: use --device cpu, or fewer processes"
+            f"device {device} was asked for and this machine has {rooms[device]} of them, "
+            f"none for process {local_rank}: use --device cpu, or fewer processes"
         )
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
 

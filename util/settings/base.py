@@ -24,7 +24,7 @@ from util.files import expand_path
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Value = TypeVar("Value")
-LARGEST = 2**53  # no whole number is larger: all others up to this one are exact as floats, too
+LARGEST = 2**53  # of whole numbers: up to here they are exact as floats, too
 # Not plain `str`, as pydantic refuses the file names of Linux that are no UTF-8.
 Text = Annotated[InstanceOf[str], MinLen(1)]
 PathText = Annotated[Text, AfterValidator(expand_path)]

@@ -58,7 +58,7 @@ def load_config(
     known, extra = parser.parse_known_args(argv)
     flags = vars(known)
     path, print_config = flags.pop("config"), flags.pop("print_config")
-    unknown = [token for token in extra if token.startswith("-")] or extra  # less their values
+    unknown = [token for token in extra if token.startswith("-")] or extra  # without their values
     flags |= {token.split("=")[0].lstrip("-") or token: None for token in unknown}
     values: Values = ({} if path is None else _read_file(path)) | flags
 
