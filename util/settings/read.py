@@ -143,7 +143,7 @@ def _parser(config_class: type[Settings], schemas: dict[str, dict[str, Any]]) ->
                 *(["-b"] if name == "batch_size" else []),
                 f"--{name}",
                 # A boolean flag alone is true; a list takes its values one after the other.
-                nargs="?" if is_switch else "+" if "array" in str(schema) else None,
+                nargs="?" if is_switch else "+" if "'array'" in str(schema) else None,
                 const=True if is_switch else None,
                 metavar="VALUE",
                 help=text.replace("%", "%%"),
