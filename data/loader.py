@@ -26,8 +26,7 @@ from data.images import BadImageError
 from data.labels import LabelledSource
 from data.sampler import SampleKey, StepSampler
 from data.sources import ImageSource
-from util.dist import Processes
-from util.pool import available_cores
+from util.dist import Processes, available_cores
 from util.rng import CROP, MASK, REPLACEMENT, derive_seed, generator, seeded
 from util.settings.base import DataConfig
 

@@ -9,8 +9,7 @@ import ast
 import io
 import sys
 import tokenize
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
 from pathlib import Path
 
 MAX_LINE = 100  # characters
@@ -26,109 +25,78 @@ BUDGET = {
 }
 
 
-@dataclass(frozen=True)
-class Module:
-    """One file and what is counted in it."""
-
-    lines: list[str]
-    tree: ast.Module
-    comments: list[str] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, path: Path) -> "Module":
-        source = path.read_text(encoding="utf-8")
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
-        return cls(source.splitlines(), ast.parse(source), comments)
-
-    def statements(self) -> int:
-        """Docstrings do not count, wherever they stand."""
-        nodes = [node for node in ast.walk(self.tree) if isinstance(node, ast.stmt)]
-        return len([node for node in nodes if not _is_text(node)])
-
-    def imports(self) -> set[str]:
-        """Dotted names of modules, and of what is imported from them, also inside functions."""
-        found = set()
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        return found
-
-    def uses_of_any(self) -> int:
-        """How often the name `Any` is used, its imports left out."""
-        return len(
-            [node for node in ast.walk(self.tree) if isinstance(node, ast.Name) and _is_any(node)]
-        )
-
-    def untyped_settings(self) -> int:
-        """How many parameters are declared as `cfg: Any`."""
-        arguments = [node for node in ast.walk(self.tree) if isinstance(node, ast.arg)]
-        return len([arg for arg in arguments if arg.arg == "cfg" and _is_any(arg.annotation)])
-
-    def long_lines(self) -> int:
-        return len([line for line in self.lines if len(line) > MAX_LINE])
-
-    def unformatted(self) -> int:
-        """How many comments switch the formatter off."""
-        return len([comment for comment in self.comments if "fmt: skip" in comment])
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
+def count(source: str) -> Counter[str]:
+    """How much of each kind a file has. Docstrings are no statements, wherever they stand."""
+    nodes = list(ast.walk(ast.parse(source)))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    configs = [node for node in nodes if isinstance(node, ast.arg) and node.arg == "cfg"]
+    return Counter(
+        statements=sum(isinstance(node, ast.stmt) and not _is_text(node) for node in nodes),
+        uses_of_any=sum(map(_is_any, nodes)),
+        untyped_settings=sum(_is_any(node.annotation) for node in configs),
+        long_lines=sum(len(line) > MAX_LINE for line in source.splitlines()),
+        unformatted=sum("fmt: skip" in comment for comment in comments),
     )
 
 
-def _is_any(node: ast.expr | None) -> bool:
+def _is_text(node: ast.AST) -> bool:
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _is_any(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Name) and node.id == "Any"
 
 
-def read_modules(root: Path) -> dict[str, Module]:
-    """Dotted name -> module, for every Python file below `root` outside hidden folders."""
-    paths = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
-    return {
-        ".".join(path.with_suffix("").parts): Module.read(root / path)
-        for path in paths
-        if not any(part.startswith(".") for part in path.parts)
-    }
+def imports(source: str) -> set[str]:
+    """Dotted names of modules, and of what is imported from them, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
-def imported_by(name: str, modules: dict[str, Module]) -> Iterator[str]:
+def imported_by(name: str, sources: dict[str, str]) -> set[str]:
     """The module itself and every module of ours that it imports, directly or through others."""
-    seen, waiting = set(), [name]
+    found: set[str] = set()
+    waiting = {name}
     while waiting:
-        current = waiting.pop()
-        if current in modules and current not in seen:
-            seen.add(current)
-            waiting += modules[current].imports()
-            yield current
+        found |= waiting
+        imported = set().union(*(imports(sources[module]) for module in waiting))
+        waiting = (imported & sources.keys()) - found
+    return found
 
 
 def measure(root: Path) -> dict[str, int]:
-    """The numbers of `BUDGET`, in its order."""
-    modules = read_modules(root)
-    tests = {name: module for name, module in modules.items() if name.startswith("tests.")}
-    product = {name: module for name, module in modules.items() if name not in tests}
-
-    def total(count: Callable[[Module], int], among: dict[str, Module]) -> int:
-        return sum(count(module) for module in among.values())
-
-    def closure(name: str) -> int:
-        return sum(product[found].statements() for found in imported_by(name, product))
-
+    """The numbers of `BUDGET`, in its order, for every Python file below `root` outside hidden
+    folders."""
+    paths = [path.relative_to(root) for path in sorted(root.rglob("*.py"))]
+    sources = {
+        ".".join(path.with_suffix("").parts): (root / path).read_text(encoding="utf-8")
+        for path in paths
+        if not any(part.startswith(".") for part in path.parts)
+    }
+    counts = {name: count(source) for name, source in sources.items()}
+    tests = {name for name in sources if name.startswith("tests.")}
+    product = sum((counts[name] for name in sources.keys() - tests), Counter())
+    of_tests = sum((counts[name] for name in tests), Counter())
+    pretraining, optim = (
+        sum(counts[module]["statements"] for module in imported_by(name, sources) - tests)
+        for name in ("main_pretrain", "engine.optim")
+    )
     numbers = (
-        total(Module.statements, product),
-        total(Module.statements, tests),
-        closure("main_pretrain"),
-        closure("engine.optim"),
-        total(Module.untyped_settings, product),
-        total(Module.uses_of_any, product),
-        total(Module.long_lines, modules),
-        total(Module.unformatted, modules),
+        product["statements"],
+        of_tests["statements"],
+        pretraining,
+        optim,
+        product["untyped_settings"],
+        product["uses_of_any"],
+        (product + of_tests)["long_lines"],
+        (product + of_tests)["unformatted"],
     )
     return dict(zip(BUDGET, numbers, strict=True))
 

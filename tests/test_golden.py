@@ -33,12 +33,10 @@ GOLDEN = [  # of steps 1 to 20, fp32; the learning rate rises from 0 over 31 ste
 
 @pytest.mark.fault("R24")
 def test_losses_of_twenty_steps(tmp_path):
-    runs = []
     for name in ("one", "other"):
-        main_pretrain.main(
-            digits(tmp_path / name, "--log_interval", 1, "--epochs", 1, "--warmup_epochs", 0.5)
-        )
-        runs.append(step_losses(tmp_path / name))
-    assert runs[0] == runs[1]
-    found = [float.fromhex(runs[0][step]) for step in range(1, 21)]
+        arguments = digits(tmp_path / name, "--log_interval", 1, "--epochs", 1)
+        main_pretrain.main([*arguments, "--warmup_epochs", "0.5"])
+    losses = step_losses(tmp_path / "one")
+    assert losses == step_losses(tmp_path / "other")
+    found = [float.fromhex(losses[step]) for step in range(1, 21)]
     torch.testing.assert_close(found, GOLDEN, rtol=0, atol=1e-4)

@@ -2,27 +2,23 @@
 
 Each runs in a folder of its own that looks like a clone, with what a reader has to fill in
 (`/path/to/...`) put there first, at the debug size and for one epoch. Commands for one process run
-in this process; eight GPUs become two gloo processes, two machines two launchers on localhost.
+in this process; eight GPUs become two gloo processes, and each of two machines a machine alone.
 """
 
 import importlib
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
-from runs import environment, free_port, results_of, run
+from runs import make_pictures, results_of, run
 from test_datasets import archive_of, cifar_members, publish, server  # noqa: F401  (a fixture)
 
-import main_pretrain
 from tools import benchmark, pack_dataset
 
 READMES = sorted(path for path in ROOT.glob("**/README.md") if ".venv" not in path.parts)
@@ -34,12 +30,27 @@ SMALL = shlex.split("--size debug --batch_size 2 --num_workers 0 --device cpu --
 ONE_STEP = shlex.split("--epochs 1 --warmup_epochs 0 --total_batch_size 8 --tensorboard false")
 DECODER = shlex.split("--decoder_embed_dim 16 --decoder_depth 1 --decoder_num_heads 2")
 SMALL_PICTURES = shlex.split("--size debug --device cpu")
+SMALLER = {  # by the first pattern that is found in the script's name
+    r"run_mae_vis|draw_overview": [*SMALL_PICTURES, *DECODER],
+    r"vit_explain": SMALL_PICTURES,
+    # The width of a large recipe's decoder stays, as its weights are not read again.
+    r"_pretrain\.": [*SMALL, *ONE_STEP, "--decoder_depth", "1"],
+    r"_(finetune|lincls)\.": [*SMALL, *ONE_STEP],
+    r"_knn\.": SMALL,
+    r"": [],
+}
 
-# How a command is run: as the first kind whose pattern is found in it.
+# The stage that leaves weights of a name.
+WEIGHTS = {
+    r"pretrain/model(\.safetensors)?$": "pretrain",
+    r"(best|finetune/model)\.safetensors$": "finetune",
+}
+
+# How a command is run: as the first kind whose pattern is found in it. `elsewhere` are tests of
+# their own, which make these commands small in other ways.
 KINDS = {
     "elsewhere": r"make quickstart|sbatch |tools/cifar10\.sh",
     "benchmark": r"tools/benchmark\.py",
-    "two machines": r"NNODES=2 ",
     "download": r"--download",
     "installation": r"-m (venv|pip) ",
     "make": r"^make ",
@@ -47,7 +58,6 @@ KINDS = {
     "eight GPUs": r"NGPU=8 ",
     "one process": r"",
 }
-# Tests of their own, which make these commands small in other ways.
 ELSEWHERE = ("quickstart", "slurm", "real_images")
 
 
@@ -57,37 +67,41 @@ def fenced(readme: Path, language: str = "") -> list[str]:
     return [block for written_in, block in blocks if written_in == language]
 
 
-def commands_of(readme: Path) -> list[str]:
+def commands_of(file: Path) -> list[str]:
+    """The commands of a README, or the one in the head of a recipe, on a folder of images."""
+    if file.suffix == ".yaml":
+        text = re.sub(r"\\\n# +", "", file.read_text()).replace("--download", "--dataset folder")
+        return re.findall(r"^# Command:\s+(.*)$", text, re.M)
     programs = r"(make|sh|sbatch|tensorboard|(\.venv/bin/)?python3?)"
-    lines = [line for block in fenced(readme) for line in block.splitlines()]
+    lines = [line for block in fenced(file) for line in block.splitlines()]
     return [line for line in lines if re.match(rf"(\w+=\S+ )*{programs} \S", line)]
 
 
-def commands(kind: str) -> list[Any]:
-    """The commands of a kind as parameters of a test, named by their README."""
-    return [
-        pytest.param(line, id=f"{readme.parent.name if readme.parent != ROOT else 'top'}-{number}")
-        for readme in READMES
-        for number, line in enumerate(commands_of(readme))
+COMMANDS = {
+    f"{'-'.join(file.relative_to(ROOT).parts)}-{number}": line
+    for file in [*READMES, *RECIPES]
+    for number, line in enumerate(commands_of(file))
+}
+
+
+def commands(kind: str) -> dict[str, str]:
+    """The commands of a kind by their place."""
+    return {
+        name: line
+        for name, line in COMMANDS.items()
         if kind == next(name for name, pattern in KINDS.items() if re.search(pattern, line))
-    ]
+    }
 
 
-def lines_of(kind: str) -> list[str]:
-    return [command.values[0] for command in commands(kind)]
+def each(kind: str) -> pytest.MarkDecorator:
+    """A test for each command of a kind."""
+    return pytest.mark.parametrize("line", commands(kind).values(), ids=commands(kind))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Ten training images, of which a tenth can be held out, and four validation images, in two
-    classes."""
-    folder = tmp_path_factory.mktemp("readme") / "images"
-    for split, count in (("train", 5), ("val", 2)):
-        for name in ("cat", "dog"):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                Image.effect_noise((40, 40), 64).save(folder / split / name / f"{index}.jpg")
-    return folder
+    """15 training and 6 validation images in three classes."""
+    return make_pictures(tmp_path_factory.mktemp("readme") / "images", train=5, val=2)
 
 
 @pytest.fixture
@@ -100,7 +114,7 @@ def clone(images, tmp_path, monkeypatch) -> Path:
     for name in ("train/data", "data", "imagenet", "images", "cifar10"):
         (tmp_path / "path" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "path" / name).symlink_to(images)
-    shutil.copyfile(images / "val" / "cat" / "0.jpg", tmp_path / "path" / "image")
+    shutil.copyfile(images / "val" / "one" / "005.png", tmp_path / "path" / "image")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -112,11 +126,10 @@ def given(line: str, images: Path, clone: Path) -> list[str]:
     words = shlex.split(command.replace("/path/to", f"{clone}/path"))
     recipe = words[words.index("--config") + 1] if "--config" in words else None
     for word in words:
-        if re.search(r"pretrain/model(\.safetensors)?$", word):
-            put(trained("pretrain", recipe, images, clone) / "model.safetensors", clone / word)
-        elif re.search(r"(best|finetune/model)\.safetensors$", word):
-            put(trained("finetune", recipe, images, clone) / "model.safetensors", clone / word)
-        elif word.endswith("path/runs"):
+        for pattern, stage in WEIGHTS.items():
+            if re.search(pattern, word):
+                put(trained(stage, recipe, images, clone) / "model.safetensors", clone / word)
+        if word.endswith("path/runs"):
             put(trained("pretrain", None, images, clone), Path(word) / "one")
         elif word.endswith(("/packed", "/train/*.tar")) and "--side" not in words:
             folder = Path(word) if word.endswith("packed") else Path(word).parent.parent
@@ -142,21 +155,15 @@ def trained(stage: str, recipe: str | None, images: Path, clone: Path) -> Path:
         recipe = str(same_name)
     config = [] if recipe is None else ["--config", recipe]
     data = ["--data_path", str(images), "--dataset", "folder", "--download", "false"]
-    output = ["--output_dir", str(clone / "trained")]
-    decoder = DECODER if stage == "pretrain" else []
+    more = ["--output_dir", str(clone / "trained"), *(DECODER if stage == "pretrain" else [])]
     main = importlib.import_module(f"main_{stage}").main
-    main([*config, *data, *SMALL, *decoder, *ONE_STEP, *output])
+    main([*config, *data, *SMALL, *ONE_STEP, *more])
     return clone / "trained"
 
 
 def small(words: list[str]) -> list[str]:
     """The flags that make a command small."""
-    stage = re.search(r"(?:run|main)_(pretrain|finetune|lincls|knn)\.", words[1])
-    if words[1] in ("tools/run_mae_vis.py", "tools/draw_overview.py"):
-        return [*SMALL_PICTURES, *DECODER]
-    if words[1] == "tools/vit_explain.py":
-        return SMALL_PICTURES
-    return [] if stage is None else SMALL if stage[1] == "knn" else [*SMALL, *ONE_STEP]
+    return next(flags for pattern, flags in SMALLER.items() if re.search(pattern, words[1]))
 
 
 def run_here(words: list[str]) -> object:
@@ -170,29 +177,30 @@ def run_here(words: list[str]) -> object:
         return None
 
 
+# What a command leaves, by the first pattern that is found in it; "" is that it prints a few lines.
+LEAVES = {
+    r"--help|--print_config|--describe|check_dataset|size\.py": "",
+    r"--eval": "output/*/*/eval.json",
+    r"run_(finetune|lincls|knn)": "output/*/*/results.json",
+    r"pretrain\.": "**/model.safetensors",
+    r"pack_dataset": "**/index.json",
+    r"convert_checkpoint": "path/converted",
+    r"plot_run": "**/report.html",
+    r"": "output/**/*.png",
+}
+
+
 def assert_done(line: str, clone: Path, printed: str) -> None:
     """The command has left what the READMEs promise."""
-    found = {path.name for path in clone.rglob("*") if path.is_file() and not path.is_symlink()}
-    if re.search(r"--help|--print_config|--describe|check_dataset|size\.py", line):
-        assert len(printed.splitlines()) > 3
-    elif "--eval" in line or re.search(r"run_(finetune|lincls|knn)", line):
-        name = "eval.json" if "--eval" in line else "results.json"
-        (path,) = clone.glob(f"output/*/*/{name}")
-        assert results_of(path.parent, name)["num_samples"] == 4
-    elif "pretrain." in line:
-        assert "model.safetensors" in found
-    elif "pack_dataset" in line:
-        assert "index.json" in found
-    elif "convert_checkpoint" in line:
-        assert (clone / "path" / "converted").exists()
-    elif "plot_run" in line:
-        assert {"curves.png", "report.html"} <= found
-    else:
-        assert list(clone.glob("output/**/*.png"))
+    left = next(left for pattern, left in LEAVES.items() if re.search(pattern, line))
+    paths = list(clone.glob(left)) if left else printed.splitlines()[3:]
+    assert paths
+    if left.endswith(("eval.json", "results.json")):
+        assert results_of(paths[0].parent, paths[0].name)["num_samples"] == 6
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("line", commands("one process"))
+@each("one process")
 def test_commands_for_one_process(line, images, clone, capsys):
     run_here(given(line, images, clone))
     assert_done(line, clone, capsys.readouterr().out)
@@ -200,18 +208,15 @@ def test_commands_for_one_process(line, images, clone, capsys):
 
 def test_commands_of_the_benchmark(monkeypatch):
     """They name every part; `test_benchmark.py` runs the parts themselves."""
-    called = []
-    for part in benchmark.PARTS:
-        figures = {part: {"found": 1.0}}
-        record = partial(lambda figures, _: called.append(*figures) or figures, figures)
-        monkeypatch.setitem(benchmark.PARTS, part, record)
-    for line in lines_of("benchmark"):
+    parts = {part: Mock(return_value={part: {"found": 1.0}}) for part in benchmark.PARTS}
+    monkeypatch.setattr(benchmark, "PARTS", parts)
+    for line in commands("benchmark").values():
         assert benchmark.main(line.split()[2:])
-    assert called == list(benchmark.PARTS)
+    assert all(part.call_count == 1 for part in parts.values())
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("line", commands("eight GPUs"))
+@each("eight GPUs")
 def test_commands_for_eight_gpus(line, images, clone):
     words = given(line, images, clone)
     result = run([*words, *small(words)], cwd=clone, NGPU="2")
@@ -219,26 +224,17 @@ def test_commands_for_eight_gpus(line, images, clone):
     assert_done(line, clone, result.stdout)
 
 
-@pytest.mark.long
-def test_commands_for_two_machines(images, clone):
-    place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    nodes = []
-    for rank, line in enumerate(lines_of("two machines")):
-        assert f"NODE_RANK={rank} MASTER_ADDR=node0 MASTER_PORT=" in line
-        words = given(line, images, clone)
-        env = environment(**place, NODE_RANK=str(rank), NGPU="2")
-        command = [*words, *small(words)]
-        nodes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for node in nodes:
-        _, stderr = node.communicate(timeout=300)
-        assert node.returncode == 0, stderr
-    assert len(nodes) == 2
-    assert_done(line, clone, "")
+def test_commands_for_two_machines_say_which_one_each_is():
+    """They run as those of eight GPUs; `test_nodes.py` runs two machines."""
+    lines = [line for line in COMMANDS.values() if "NNODES=2 " in line]
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert f"NODE_RANK={rank} MASTER_ADDR=node0 MASTER_PORT=" in line and "NGPU=8 " in line
 
 
 def test_the_command_that_downloads(images, clone, monkeypatch, server):  # noqa: F811
     """The archive comes from a server on localhost."""
-    (line,) = lines_of("download")
+    (line,) = commands("download").values()
     content = archive_of(cifar_members("cifar10"))  # 20 images
     name = publish(monkeypatch, "cifar10", f"{server}/cifar-10-binary.tar.gz", content)
     (clone / "served" / name).write_bytes(content)
@@ -249,10 +245,11 @@ def test_the_command_that_downloads(images, clone, monkeypatch, server):  # noqa
 def test_commands_that_install():
     make = ["make", "--dry-run", "--always-make", ".venv/.run"]
     printed = run(make, PYTHON="python3").stdout.splitlines()
-    assert len(lines_of("installation")) == 2 and set(lines_of("installation")) <= set(printed)
+    lines = commands("installation").values()
+    assert len(lines) == 2 and set(lines) <= set(printed)
 
 
-@pytest.mark.parametrize("line", commands("make"))
+@each("make")
 def test_targets_of_make(line):
     """Continuous integration makes them."""
     assert line.replace("-all", "") in (ROOT / ".ci/run").read_text().splitlines()
@@ -260,7 +257,7 @@ def test_targets_of_make(line):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("line", commands("package"))
+@each("package")
 def test_commands_of_packages(line, images, clone):
     words = line.replace("python", sys.executable).split()
     if words[0] == "tensorboard":
@@ -271,7 +268,7 @@ def test_commands_of_packages(line, images, clone):
 
 
 def test_no_command_is_forgotten():
-    assert sum(len(commands(kind)) for kind in KINDS) >= 40 and len(lines_of("elsewhere")) >= 3
+    assert len(COMMANDS) >= 40 + len(RECIPES) and len(commands("elsewhere")) >= 3
     assert all([*(ROOT / "tests").rglob(f"test_{name}.py")] for name in ELSEWHERE)
 
 
@@ -286,51 +283,17 @@ def test_the_lines_of_python(images, clone, monkeypatch):
     assert found["features"].shape == (8, 128)
 
 
-def unbroken(recipe: Path) -> str:
-    """The text of a recipe with the lines of its command joined."""
-    return re.sub(r"\\\n# +", "", recipe.read_text())
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "recipe", RECIPES, ids=lambda path: "-".join(path.relative_to(ROOT / "cfgs").parts)
-)
-def test_the_command_in_a_recipes_head(recipe, images, clone):
-    (line,) = re.findall(r"^# Command:\s+(.*)$", unbroken(recipe), re.M)
-    line = line.replace("--download", "--dataset folder --download false")
-    words = given(line, images, clone)
-    assert words[words.index("--config") + 1] == str(recipe.relative_to(ROOT))
-    # The width of a large recipe's decoder is not what this test is about.
-    found = run_here([*words, "--decoder_depth", "1"] if "pretrain" in words[1] else words)
-    if "pretrain" in words[1]:
-        assert found["step"] == 1
-    else:
-        num_train = found["num_train"] + found.get("num_held_out", 0)
-        assert (num_train, found["num_samples"]) == (10, 4)
-
-
-@pytest.mark.long
-def test_the_command_in_the_quickstarts_head(clone):
-    """`make quickstart` runs those of the evaluations."""
-    recipe = unbroken(ROOT / "cfgs/quickstart/pretrain.yaml")
-    (line,) = re.findall(r"^# Command:\s+(.*)$", recipe, re.M)
-    short = ["--epochs", "1", "--warmup_epochs", "0", "--device", "cpu"]
-    assert main_pretrain.main([*shlex.split(line)[2:], *short])["step"] == 62
-
-
 def test_the_readmes_name_only_what_is_there():
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    files = [f"/{path}" for path in printed.split()]
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"]).stdout
+    files = [f"/{path}" for path in listed.split()]
     written = {"log.txt", "config.yaml"}  # by a run
     for readme in READMES:
         text = readme.read_text()
         for name in re.findall(r"`(?:\.\./)*((?:\w+/)*[\w.-]+\.(?:py|yaml|sh|txt|md))`", text):
             assert name in written or any(path.endswith(f"/{name}") for path in files), name
-        for target in re.findall(r"\]\((?!https?:)([^)#]*)", text):
-            assert (readme.parent / target).exists(), f"{readme}: {target}"
-        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
-            linked = (readme.parent / target if target else readme).read_text()
-            headings = re.findall(r"^#+ (.*)$", linked, re.M)
-            names = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings]
-            assert heading in names, f"{readme}: {target}#{heading}"
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            linked = readme.parent / target if target else readme
+            assert linked.exists(), f"{readme}: {target}"
+            titles = re.findall(r"^#+ (.*)$", linked.read_text() if heading else "", re.M)
+            names = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in names, f"{readme}: {target}#{heading}"

@@ -34,9 +34,9 @@ from engine.run.faults import why_training_stops
 from tools.checking.checks import PART, Findings, Source, examine, joined, other_files
 from tools.checking.duplicates import equal_images
 from tools.checking.report import STAGES, report, spread_of
+from util.dist import available_cores
 from util.errors import InputError, LineParser, run_cli
 from util.files import path, write_text
-from util.pool import available_cores
 
 
 @dataclass

@@ -26,9 +26,10 @@ from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
 from data.packs.shards import index_shard
 from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
+from util.dist import available_cores
 from util.errors import InputError, LineParser, run_cli
 from util.files import TEMPORARY, path, write_text, writing
-from util.pool import available_cores, in_processes
+from util.pool import in_processes
 from util.settings.read import differences
 
 PLAN, BAD_SAMPLES = "packing.json", "bad_samples.jsonl"

@@ -4,15 +4,11 @@ code 2."""
 import argparse
 import io
 import os
-import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
-
-STDOUT = 1  # file descriptor
-STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 
 
 class InputError(ValueError):
@@ -55,9 +51,10 @@ def run_cli(main: Callable[[], object]) -> None:
     reported once per machine. Closed standard streams are replaced by the null device; a reader of
     our output that ends early (`| head`) ends the script with 141, Ctrl-C with 130, as in a shell.
     """
-    for name, mode in STREAMS.items():  # in the order of their descriptors, which they get back
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+    # In the order of their descriptors, which they get back.
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
@@ -65,29 +62,24 @@ def run_cli(main: Callable[[], object]) -> None:
         try:
             main()
         finally:
-            sys.stdout.flush()  # here, where a reader that has left can still be told apart
+            sys.stdout.flush()  # here, as a reader that has left would be an error at the end
     except InputError as error:
-        others_say_it = "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-        if isinstance(error, LocalInputError) or not others_say_it:
+        if (
+            isinstance(error, LocalInputError)
+            or "RANK" not in os.environ
+            or os.environ.get("LOCAL_RANK", "0") == "0"
+        ):
             _say(f"error: {'; '.join([str(error), *getattr(error, '__notes__', [])])}")
         sys.exit(2)
     except KeyboardInterrupt:
         _say("interrupted")
         sys.exit(130)
     except BrokenPipeError:
-        if not _reader_has_left():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # takes what is still in the buffer
+        # Descriptor 1, stdout, goes to the null device with what is still in its buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
 
 
 def _say(line: str) -> None:
     with suppress(OSError):  # stderr may have lost its reader, too
         sys.stderr.write(f"{line}\n")
-
-
-def _reader_has_left() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
-    poll = select.poll()
-    poll.register(STDOUT, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,7 +1,6 @@
 """Paths as users write them; files that appear complete or not at all, because they are written
 under a temporary name, flushed to disk and renamed."""
 
-import errno
 import logging
 import os
 import re
@@ -24,10 +23,9 @@ def expand_path(path: str) -> str:
     """
     # A Path would change how the rest is written.
     expanded = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111
-    unknown = [name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ]
-    if (unknown or expanded.startswith("~")) and not os.path.lexists(expanded):
-        what = f"${unknown[0]} is not set" if unknown else "there is no such user"
-        raise ValueError(f"expected a path, got {path!r}: {what}")
+    unknown = re.findall(r"\$\{?\w+|^~[^/]*", expanded)  # what is still there
+    if unknown and not os.path.lexists(expanded):
+        raise ValueError(f"must be a path, got {path!r}: {unknown[0]} is not known")
     return expanded
 
 
@@ -84,9 +82,7 @@ def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+    except OSError:  # some file systems cannot
         _warn_of_unflushed(folder)
     finally:
         os.close(descriptor)
@@ -95,6 +91,6 @@ def flush_folder(folder: Path) -> None:
 @cache
 def _warn_of_unflushed(folder: Path) -> None:
     logger.warning(
-        "the file system of %s cannot flush folders: a power cut may lose what was written last",
+        "the folder %s cannot be flushed to disk: a power cut may lose what was written last",
         folder,
     )

@@ -8,17 +8,18 @@ summary is printed, and the exit code is 1.
 import logging
 import sys
 
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 MISTAKE = 2
-# What torchrun logs of such a process, and of the others when it stops them.
-REPEATED = (f"(exitcode: {MISTAKE})", "closing signal SIGTERM")
 
 
 def says_more(record: logging.LogRecord) -> bool:
-    """Whether a log record tells more than that a process has ended."""
-    return not any(text in record.getMessage() for text in REPEATED)
+    """Whether a log record tells more than that a process has ended by a user's mistake, or that
+    torchrun stops the others."""
+    message = record.getMessage()
+    return f"(exitcode: {MISTAKE})" not in message and "closing signal SIGTERM" not in message
 
 
 if __name__ == "__main__":
@@ -26,8 +27,9 @@ if __name__ == "__main__":
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(says_more)
     try:
         main()
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
     except ChildFailedError as failed:
-        code = failed.get_first_failure()[1].exitcode
-        if code != MISTAKE:
-            sys.stderr.write(f"{failed}\n")
-        sys.exit(MISTAKE if code == MISTAKE else 1)
+        if failed.get_first_failure()[1].exitcode == MISTAKE:
+            sys.exit(MISTAKE)
+        sys.exit(str(failed))  # on stderr, with exit code 1

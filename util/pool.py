@@ -2,12 +2,10 @@
 
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from typing import TypeVar, cast
 
 import torch
 
@@ -15,7 +13,7 @@ from util.errors import InputError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_function: Callable[[Any], Any]  # of this process, if it is one of a pool
+_function: Callable[..., object]  # of this process, if it is one of a pool
 
 
 def in_processes(
@@ -28,32 +26,26 @@ def in_processes(
     Raises: what `function` raises, after the tasks that are under way; InputError if a process was
     killed.
     """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
+    if workers <= 1 or len(tasks) <= 1:
         yield from map(function, tasks)
         return
-    method = "fork" if sys.platform == "linux" else "spawn"  # as torch's loaders start
-    executor = ProcessPoolExecutor(
-        workers, multiprocessing.get_context(method), initializer=_start, initargs=(function,)
-    )
     try:
-        yield from executor.map(_call, tasks)
+        with ProcessPoolExecutor(workers, initializer=_start, initargs=(function,)) as executor:
+            yield from cast(Iterator[Result], executor.map(_call, tasks))
     except BrokenProcessPool as error:
         raise InputError(
             "a process was killed (by lack of memory?): try fewer --workers"
         ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
-def _start(function: Callable[[Any], Any]) -> None:
+def _start(function: Callable[..., object]) -> None:
     global _function
     _function = function
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _call(task: Any) -> Any:
+def _call(task: object) -> object:
     return _function(task)
 
 
@@ -63,8 +55,3 @@ def _end_with_parent() -> None:
     assert parent is not None, "this runs in a pool"
     parent.join()
     os._exit(1)
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

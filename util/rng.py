@@ -3,7 +3,7 @@ three)."""
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -38,17 +38,13 @@ def seed_libraries(seed: int) -> None:
 def seeded(seed: int, libraries: bool = False) -> Iterator[None]:
     """Runs its body with torch's CPU generator at `seed`, and restores it; with `libraries`, numpy
     and `random` too."""
-    others = (random.getstate(), np.random.get_state()) if libraries else None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
         # Not torch.manual_seed: that one seeds the devices, too, and a loader process has none in
         # use.
         torch.default_generator.manual_seed(seed)
         if libraries:
+            stack.callback(random.setstate, random.getstate())
+            stack.callback(np.random.set_state, np.random.get_state())
             random.seed(seed)
             np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            if others is not None:
-                random.setstate(others[0])
-                np.random.set_state(others[1])
+        yield

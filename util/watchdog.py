@@ -8,54 +8,42 @@ noticed.
 
 import faulthandler
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-_watches: list["_Watch"] = []  # of this process
-
-
-class _Watch(threading.Thread):
-    """Counts the seconds since the last call of `alive`, and ends the process at `limit_s`."""
-
-    def __init__(self, limit_s: float):
-        super().__init__(name="watchdog", daemon=True)
-        self.limit_s = limit_s
-        self.silent_s = 0.0
-        self.ended = threading.Event()
-
-    def run(self) -> None:
-        tick_s = min(1.0, self.limit_s / 10)
-        while not self.ended.wait(tick_s):
-            self.silent_s += tick_s
-            if self.silent_s >= self.limit_s:
-                try:
-                    if sys.__stderr__ is not None:
-                        sys.__stderr__.write(f"Timeout ({timedelta(seconds=self.limit_s)})!\n")
-                        sys.__stderr__.flush()
-                        faulthandler.dump_traceback(sys.__stderr__)
-                finally:
-                    os._exit(1)
+_signs_of_life = [0]  # how often `alive` was called
 
 
 @contextmanager
 def watched(minutes: float) -> Iterator[None]:
     """Ends the process if its block goes on for that long without a call of `alive`."""
-    watch = _Watch(60 * minutes)
+    ended = threading.Event()
     alive()  # an outer limit begins anew here and at the end
-    _watches.append(watch)
-    watch.start()
+    threading.Thread(target=_watch, args=(60 * minutes, ended), daemon=True).start()
     try:
         yield
     finally:
-        watch.ended.set()
-        _watches.remove(watch)
+        ended.set()
         alive()
 
 
 def alive() -> None:
     """Starts the time limits anew."""
-    for watch in _watches:
-        watch.silent_s = 0.0
+    _signs_of_life[0] += 1
+
+
+def _watch(limit_s: float, ended: threading.Event) -> None:
+    tick_s = min(1.0, limit_s / 10)
+    seen, silent_s = _signs_of_life[0], 0.0
+    while not ended.wait(tick_s):
+        silent_s = silent_s + tick_s if _signs_of_life[0] == seen else 0.0
+        seen = _signs_of_life[0]
+        if silent_s >= limit_s:
+            try:
+                # Descriptor 2 is stderr, whose lock may be what hangs.
+                os.write(2, f"Timeout ({timedelta(seconds=limit_s)})!\n".encode())
+                faulthandler.dump_traceback(2)
+            finally:
+                os._exit(1)

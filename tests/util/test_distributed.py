@@ -11,14 +11,12 @@ from conftest import ROOT
 from runs import (
     STEPS_PER_EPOCH,
     changed_files,
-    command,
     digits,
     driven,
     files_of,
     launch,
     log_lines,
     run,
-    step_losses,
     stop_at,
 )
 
@@ -29,36 +27,49 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """One process, 64 images per step."""
-    folder = tmp_path_factory.mktemp("alone")
-    result = run(command(*digits(folder, "--log_interval", 1, "--clip_grad", 0.5)))
+    """The folder of one process, 64 images per step, and the folder in which the driver notes its
+    samples."""
+    folder, samples = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("samples")
+    arguments = digits(folder, "--log_interval", 1, "--clip_grad", 0.5)
+    result = run(driven("main_pretrain.py", *arguments), USED=str(samples))
     assert result.returncode == 0, result.stderr
-    return folder
+    return folder, samples
 
 
 def assert_steps_agree(one: Path, other: Path) -> None:
     """Loss and gradient norm of all 124 steps within a millionth of their value; 3e-7 and 2e-7 were
     measured."""
     ours, theirs = (
-        [line for line in log_lines(folder) if "loss" in line] for folder in (one, other)
+        {
+            (line["step"], name): line[name]
+            for line in log_lines(folder)
+            if "loss" in line
+            for name in ("loss", "grad_norm")
+        }
+        for folder in (one, other)
     )
-    assert [line["step"] for line in ours] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("step", "loss", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=1e-6, abs=0), (a["step"], name)
+    assert len(ours) == 2 * 2 * STEPS_PER_EPOCH
+    assert ours == pytest.approx(theirs, rel=1e-6, abs=0)
 
 
-@pytest.mark.fault("R25")
+@pytest.mark.fault("R22", "R25")
 @pytest.mark.parametrize(("batch_size", "accumulated"), [(32, 1), (16, 2)])
-def test_two_processes_equal_one(alone, tmp_path, batch_size, accumulated):
+def test_two_processes_equal_one_and_leave_a_finished_run_alone(
+    alone, tmp_path, batch_size, accumulated
+):
     arguments = digits(
         tmp_path, "--log_interval", 1, "--clip_grad", 0.5, "--batch_size", batch_size
     )
     result = launch([*arguments, "--num_workers", "1"], processes=2)
     assert result.returncode == 0, result.stderr
     assert f"{batch_size} x 2 processes x {accumulated} accumulated" in result.stdout
-    assert_steps_agree(alone, tmp_path)
+    assert_steps_agree(alone[0], tmp_path)
     assert result.stdout.count("epoch 1 done") == 1  # only rank 0 speaks
+    before = files_of(tmp_path)
+    again = launch(arguments, processes=2)
+    assert again.returncode == 0, again.stderr
+    assert "is already finished at step 124" in again.stdout
+    assert changed_files(tmp_path, before) <= {"log.txt", ".lock"}
 
 
 def used(folder: Path) -> dict[int, list[list]]:
@@ -73,75 +84,38 @@ def used(folder: Path) -> dict[int, list[list]]:
     }
 
 
-@pytest.mark.fault("R4")
+@pytest.mark.fault("R4", "R6")
 def test_resume_on_another_number_of_processes(alone, tmp_path):
     """1, then 2, then 1 process, each time within an epoch; 64 images per step throughout,
-    accum_iter follows."""
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    for name in ("used_by_whole", "used_by_run"):
-        (tmp_path / name).mkdir()
-    more = ["--log_interval", 1, "--clip_grad", 0.5]
-    result = run(
-        driven("main_pretrain.py", *digits(whole, *more)), USED=str(tmp_path / "used_by_whole")
-    )
-    assert result.returncode == 0, result.stderr
-    arguments = digits(folder, *more)
+    accum_iter follows. A number of processes that cannot keep that is refused."""
+    folder, samples = tmp_path / "run", tmp_path / "samples"
+    samples.mkdir()
+    arguments = digits(folder, "--log_interval", 1, "--clip_grad", 0.5)
     arguments[arguments.index("--total_batch_size") + 1] = "null"
     # two processes stop a step after the signal, see engine/run/interrupts.py
     stops = [
         (1, 64, 30, stop_at(30, signal.SIGTERM)),
         (2, 32, 75, stop_at(74, signal.SIGUSR1, rank=1)),
-        (1, 32, 0, "[]"),
+        (1, 32, 124, "[]"),
     ]
     for processes, batch_size, step, faults in stops:
+        command = [*arguments, "--batch_size", str(batch_size)]
         result = run(
-            driven(
-                "main_pretrain.py", *arguments, "--batch_size", str(batch_size), processes=processes
-            ),
+            driven("main_pretrain.py", *command, processes=processes),
             FAULTS=faults,
-            USED=str(tmp_path / "used_by_run"),
+            USED=str(samples),
         )
-        assert (result.returncode == 0) == (step == 0), result.stderr
-        if step:
-            assert load_newest_checkpoint(folder).step == step
-    theirs = used(tmp_path / "used_by_whole")
-    assert len(theirs) == 2 * STEPS_PER_EPOCH and {len(samples) for samples in theirs.values()} == {
-        64
-    }
-    assert used(tmp_path / "used_by_run") == theirs  # images, crops and masks
-    assert step_losses(whole) == step_losses(alone)  # the driver changes nothing
-    assert_steps_agree(whole, folder)
-    saved = load_newest_checkpoint(folder)
-    assert (saved.total_batch, saved.samples_seen) == (64, 2 * STEPS_PER_EPOCH * 64)
-
-
-@pytest.mark.fault("R22")
-def test_a_finished_run_is_left_alone_by_two_processes(alone, tmp_path):
-    before = files_of(alone)
-    arguments = digits(alone, "--log_interval", 1, "--clip_grad", 0.5, "--batch_size", 32)
-    result = run(
-        driven("main_pretrain.py", *arguments, processes=2),
-        USED=str(tmp_path),
-        DIGESTS=str(tmp_path),
-    )
-    assert result.returncode == 0, result.stderr
-    assert "is already finished at step 124" in result.stdout
-    assert not list(tmp_path.iterdir())  # no step was begun
-    assert changed_files(alone, before) <= {"log.txt", ".lock"}
-
-
-@pytest.mark.fault("R6")
-def test_another_total_is_refused_with_the_numbers(tmp_path):
-    arguments = digits(tmp_path)
-    arguments[arguments.index("--total_batch_size") + 1] = "null"
-    assert run(command(*arguments, "--stop_epoch", "1")).returncode == 0
-    result = launch(arguments, processes=2)
-    assert result.returncode != 0
-    assert (
-        "the run's total batch of 64 is not a multiple of batch_size 64 x 2 processes = 128"
-        in result.stderr
-    )
-    assert result.stderr.count("error: ") == 1
+        saved = load_newest_checkpoint(folder)
+        assert (result.returncode == 0, saved.step) == (step == 124, step), result.stderr
+    theirs = used(alone[1])
+    assert {len(of_step) for of_step in theirs.values()} == {64} and len(theirs) == 124
+    assert used(samples) == theirs  # images, crops and masks
+    assert_steps_agree(alone[0], folder)
+    assert (saved.total_batch, saved.samples_seen) == (64, 124 * 64)
+    refused = launch(arguments, processes=2)
+    text = "the run's total batch of 64 is not a multiple of batch_size 64 x 2 processes = 128"
+    assert refused.returncode != 0 and text in refused.stderr
+    assert refused.stderr.count("error: ") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import command, digits, environment, launch, log_lines, run
+from runs import command, digits, driven, environment, launch, log_lines, run
 from test_nodes import DRIVEN, children, start, wait_for_step
 
 from engine.run.checkpoint import load_newest_checkpoint
@@ -31,76 +31,73 @@ def launched(out: Path, *before: str, pause: str = "0.1", **env: str) -> subproc
     )
 
 
-@long
-def test_nothing_listens_beyond_this_machine(tmp_path):
-    launcher = launched(tmp_path / "out")
-    wait_for_step(tmp_path / "out", 3, [launcher])
-    pids = [launcher.pid, *children(launcher.pid)]
+def saved_step(out: Path) -> int:
+    """The step of the newest checkpoint, which is the last one that was logged."""
+    saved = load_newest_checkpoint(out)
+    assert saved is not None and saved.step == log_lines(out)[-1]["step"]
+    return saved.step
+
+
+def listening(pids: list[int]) -> list[str]:
+    """The addresses on which processes listen, as the kernel writes them."""
     links = [
         str(entry.readlink())
         for pid in pids
         for entry in Path(f"/proc/{pid}/fd").iterdir()
         if entry.is_symlink()
     ]
-    sockets = {match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))}
-    listening = [
-        fields[1]
-        for table in ("/proc/net/tcp", "/proc/net/tcp6")
-        for fields in (line.split() for line in Path(table).read_text().splitlines()[1:])
-        if fields[3] == "0A" and fields[9] in sockets
-    ]
-    launcher.terminate()
-    launcher.wait(timeout=60)
-    assert len(pids) == 3 and listening  # the processes' own sockets
-    assert all(re.match(r"0100007F:|0{24}01000000:", address) for address in listening), listening
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links]
 
 
 @long
 @pytest.mark.fault("R10")
-def test_processes_whose_launcher_is_killed_save_and_end(tmp_path):
+def test_processes_listen_on_this_machine_alone_and_save_when_their_launcher_is_killed(tmp_path):
     """Else they would go on, hold the folder, and nobody could stop them."""
-    launcher = launched(tmp_path / "out")
-    wait_for_step(tmp_path / "out", 10, [launcher])
+    out = tmp_path / "out"
+    launcher = launched(out)
+    wait_for_step(out, 10, [launcher])
     pids = children(launcher.pid)
+    addresses = listening([launcher.pid, *pids])
+    assert len(pids) == 2 and addresses  # the processes' own sockets
+    assert all(re.match(r"0100007F:|0{24}01000000:", address) for address in addresses), addresses
     launcher.kill()
     launcher.wait()
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    saved = load_newest_checkpoint(tmp_path / "out")
-    assert saved is not None and 10 <= saved.step == log_lines(tmp_path / "out")[-1]["step"] < 124
-    again = launched(tmp_path / "out", pause="0")
-    assert again.wait(timeout=120) == 0
-    assert f"at step {saved.step}" in (tmp_path / "out.txt").read_text()
+    step = saved_step(out)
+    assert 10 <= step < 124
+    assert launched(out, pause="0").wait(timeout=120) == 0
+    assert f"at step {step}" in (tmp_path / "out.txt").read_text()
 
 
 @long
 @pytest.mark.fault("R10")
 def test_a_save_at_the_end_may_take_longer_than_half_a_minute(tmp_path):
     """As that of a huge model on a shared disk; torchrun alone would kill it."""
-    fault = '[{"do": "hang", "seconds": 35, "at": "save", "step": 0}]'
-    launcher = launched(tmp_path / "out", FAULTS=fault)
-    wait_for_step(tmp_path / "out", 5, [launcher])
+    out = tmp_path / "out"
+    launcher = launched(out, FAULTS='[{"do": "hang", "seconds": 35, "at": "save", "step": 0}]')
+    wait_for_step(out, 5, [launcher])
     launcher.send_signal(signal.SIGUSR1)
     began = time.monotonic()
-    assert launcher.wait(timeout=120) != 0
-    assert time.monotonic() - began > 35
-    saved = load_newest_checkpoint(tmp_path / "out")
-    assert saved is not None and saved.step == log_lines(tmp_path / "out")[-1]["step"]
+    assert launcher.wait(timeout=120) == 128 + signal.SIGUSR1
+    assert time.monotonic() - began > 35 and saved_step(out) >= 5
+    assert "Traceback" not in (tmp_path / "out.txt").read_text()
 
 
 @long
 @pytest.mark.parametrize("shield", [(), ("nohup",)])
 def test_the_end_of_a_session_stops_a_job_unless_nohup_shields_it(tmp_path, shield):
-    launcher = launched(tmp_path / "out", *shield, pause="0.02")
-    wait_for_step(tmp_path / "out", 10, [launcher])
+    out = tmp_path / "out"
+    launcher = launched(out, *shield, pause="0.02")
+    wait_for_step(out, 10, [launcher])
     for pid in [launcher.pid, *children(launcher.pid)]:
         os.kill(pid, signal.SIGHUP)
-    code, last = launcher.wait(timeout=120), log_lines(tmp_path / "out")[-1]["step"]
-    saved = load_newest_checkpoint(tmp_path / "out")
-    assert saved is not None and saved.step == last
-    assert (code == 0) == bool(shield) == (last == 124)
+    code = launcher.wait(timeout=120)
+    assert (code == 0) == bool(shield) == (saved_step(out) == 124)
     assert ("stopped by SIGHUP" in (tmp_path / "out.txt").read_text()) == (not shield)
 
 
@@ -109,17 +106,9 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path):
     """A real terminal: what is written to it fails from then on."""
     out = tmp_path / "out"
     controller, terminal = os.openpty()
+    arguments = driven("main_pretrain.py", *digits(out, "--log_interval", 1, "--epochs", 40))
     process = subprocess.Popen(
-        [
-            "setsid",
-            "--ctty",
-            "--wait",
-            *command(
-                "main_pretrain.py",
-                *digits(out, "--log_interval", 1, "--epochs", 40),
-                script="tests/fault_driver.py",
-            ),
-        ],
+        ["setsid", "--ctty", "--wait", *arguments],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
@@ -131,9 +120,7 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path):
     shown = os.read(controller, 65536)
     os.close(controller)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
-    saved = load_newest_checkpoint(out)
-    assert saved is not None and 10 <= saved.step == log_lines(out)[-1]["step"]
-    assert b"steps per epoch" in shown
+    assert saved_step(out) >= 10 and b"steps per epoch" in shown
 
 
 @long
@@ -141,9 +128,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_in_the_way(tmp_path):
     """While images are listed and the model is built there is nothing to save."""
     out = tmp_path / "out"
     arguments = command(*digits(out, "--epochs", 1))
-    process = subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(arguments, [], tmp_path / "out.txt")
     while not (out / "log.txt").exists():
         assert process.poll() is None
         time.sleep(0.005)
@@ -185,13 +170,10 @@ def test_the_active_environment_wins_over_venv(tmp_path, given, expected):
     own.parent.mkdir(parents=True)
     own.symlink_to("/bin/sh")
     line = f". {ROOT}/util/launch.sh; choose_python {tmp_path}; echo $PYTHON"
-    result = subprocess.run(
-        ["sh", "-c", line],
-        env={"PATH": os.environ["PATH"], **given},
-        capture_output=True,
-        text=True,
+    printed = subprocess.check_output(
+        ["sh", "-c", line], env={"PATH": os.environ["PATH"], **given}, text=True
     )
-    assert result.stdout.strip().removeprefix(f"{tmp_path}/") == expected
+    assert printed.strip().removeprefix(f"{tmp_path}/") == expected
 
 
 def test_shell_scripts_keep_their_line_ends_everywhere():

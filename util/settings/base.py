@@ -1,31 +1,83 @@
-"""The settings that stages share; each stage adds its own in `util/settings/pretrain.py` and
-`util/settings/evaluation.py`.
+"""What a setting is, how its value is read, and the settings that stages share; each stage adds its
+own in `util/settings/pretrain.py` and `util/settings/evaluation.py`.
 
-The docstring of a class is the heading of its settings in `--help`.
+A stage's settings are one frozen pydantic class, composed by inheritance, in which the docstring of
+a class is the heading of its settings in `--help`. A field is at once a YAML key, a command-line
+flag and (for models) the constructor's keyword.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, get_origin
 
-from annotated_types import Gt, Le
-
-from util.settings.fields import (
-    Count,
-    CountOrZero,
-    PathText,
-    Positive,
-    PositiveOrZero,
-    Probability,
-    Seed,
-    Settings,
-    Share,
-    ShareBelowOne,
-    Width,
-    setting,
-    where,
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationInfo,
+    field_validator,
 )
+
+from util.files import expand_path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Value = TypeVar("Value")
+LARGEST = 2**53  # of whole numbers: up to here they are exact as floats, too
+# Not plain `str`, as pydantic refuses the file names of Linux that are no UTF-8.
+Text = Annotated[InstanceOf[str], MinLen(1)]
+PathText = Annotated[Text, AfterValidator(expand_path)]
+Count = Annotated[int, Ge(1), Le(LARGEST)]
+CountOrZero = Annotated[int, Ge(0), Le(LARGEST)]
+Width = Annotated[int, Ge(4), Le(LARGEST)]
+Seed = Annotated[int, Ge(0), Le(2**31 - 1)]
+Positive = Annotated[float, Gt(0)]
+PositiveOrZero = Annotated[float, Ge(0)]
+Probability = Annotated[float, Ge(0), Le(1)]
+Share = Annotated[float, Gt(0), Le(1)]
+ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
+OpenShare = Annotated[float, Gt(0), Lt(1)]
+
+
+def setting(default: Value, help: str, *, may_change: bool = False) -> Value:
+    """A field with its description, which names the unit.
+
+    `may_change` marks a setting that does not alter a run's result, so that a resumed run may
+    change it; all others are compared on resume.
+    """
+    return Field(default, description=help, json_schema_extra={"may_change": may_change})
+
+
+class Settings(BaseModel):
+    """The base of every class of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_text(cls, raw: object, info: ValidationInfo) -> object:
+        """A value as the text that spells it, which pydantic reads as the field's type.
+
+        YAML reads `1e-3` as text and flags are text, so that all values can be read alike; and as
+        text `true` is never a number. A value stands for a list of one, and such a list for its
+        value.
+        """
+        items = raw if isinstance(raw, list | tuple) else [raw]
+        texts = [None if str(item).lower() in ("null", "none") else str(item) for item in items]
+        if get_origin(cls.model_fields[str(info.field_name)].annotation) is tuple:
+            return texts or None  # an empty list is no value
+        return texts[0] if len(texts) == 1 else texts
+
+    def problems(self) -> list[str]:
+        """Values that are legal alone and wrong together: one line each, which begins with the
+        setting's name."""
+        return []
+
+
+def where(*rows: tuple[object, str]) -> list[str]:
+    """The texts whose condition holds."""
+    return [text for condition, text in rows if condition]
 
 
 class DeviceConfig(Settings):
@@ -110,18 +162,23 @@ class PixelConfig(Settings):
         IMAGENET_STD, "Standard deviation of each channel, by which pixels in [0, 1] are divided."
     )
 
-    def channel_problems(self, in_chans: int) -> list[str]:
-        """Says where the data path cannot read `in_chans` channels, and where mean or std has
+    def channel_rows(self, in_chans: int) -> list[tuple[object, str]]:
+        """For `where`: whether the data path cannot read `in_chans` channels, or mean or std has
         another number of values."""
-        rows = [
+        return [
             (
-                len(values) != in_chans,
-                f"{name} has {len(values)} values and in_chans is {in_chans}: give one per channel",
-            )
-            for name, values in (("mean", self.mean), ("std", self.std))
+                in_chans not in (1, 3),
+                f"in_chans must be 1 (grey) or 3 (RGB) for the data path, got {in_chans}",
+            ),
+            (
+                len(self.mean) != in_chans,
+                f"mean has {len(self.mean)} values and in_chans is {in_chans}: they must agree",
+            ),
+            (
+                len(self.std) != in_chans,
+                f"std has {len(self.std)} values and in_chans is {in_chans}: they must agree",
+            ),
         ]
-        limit = f"in_chans must be 1 (grey) or 3 (RGB) for the data path, got {in_chans}"
-        return where((in_chans not in (1, 3), limit), *rows)
 
 
 class DatasetConfig(Settings):
@@ -217,7 +274,8 @@ class ScheduleConfig(Settings):
     @property
     def base_lr(self) -> float:
         """The peak of the schedule, per 256 images; parameter groups scale it."""
-        raise NotImplementedError
+        lr = self.model_dump(include={"lr"})["lr"]  # of a subclass: a rate, or several
+        return float(max(lr) if isinstance(lr, tuple) else lr)
 
     def problems(self) -> list[str]:
         return super().problems() + where(
@@ -247,10 +305,6 @@ class AdamWConfig(ScheduleConfig):
     clip_grad: Positive | None = setting(
         None, "Largest L2 norm of the gradient, to which longer ones are scaled; null is off."
     )
-
-    @property
-    def base_lr(self) -> float:
-        return self.lr
 
 
 class AugmentConfig(Settings):

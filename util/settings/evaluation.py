@@ -9,32 +9,28 @@ from annotated_types import Ge
 from util.settings.base import (
     AdamWConfig,
     AugmentConfig,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    PixelConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainRunConfig,
-)
-from util.settings.fields import (
     Count,
     CountOrZero,
+    DataConfig,
+    ModelConfig,
     OpenShare,
+    ParallelConfig,
     PathText,
+    PixelConfig,
     Positive,
     PositiveOrZero,
     Probability,
+    RunConfig,
+    ScheduleConfig,
     Share,
     ShareBelowOne,
     Text,
+    TrainRunConfig,
     setting,
     where,
 )
 from util.settings.pretrain import PretrainConfig
 
-RAND_AUGMENT = re.compile(r"rand(-(m|n|p|t|mstd|mmax|inc)\d+(\.\d+)?)*")  # timm's words
-NO_WEIGHTS = "finetune is needed: the weights to evaluate, or the word random"
 RANDOM_WEIGHTS = "random"  # the value of `finetune` for an untrained model
 
 
@@ -138,13 +134,18 @@ class FinetuneConfig(
     )
 
     def problems(self) -> list[str]:
-        own = where(
+        return super().problems() + where(
+            *self.channel_rows(self.in_chans),
             (
                 (self.mixup or self.cutmix) and self.batch_size % 2,
                 f"batch_size {self.batch_size} is odd: mixup and cutmix pair the images of a batch",
             ),
             (
-                self.auto_augment and not RAND_AUGMENT.fullmatch(self.auto_augment),
+                self.auto_augment is not None
+                # timm's words
+                and not re.fullmatch(
+                    r"rand(-(m|n|p|t|mstd|mmax|inc)\d+(\.\d+)?)*", self.auto_augment
+                ),
                 f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}",
             ),
             (
@@ -161,7 +162,6 @@ class FinetuneConfig(
                 "finetune is needed by eval: give the classifier as --finetune PATH",
             ),
         )
-        return self.channel_problems(self.in_chans) + super().problems() + own
 
 
 class LinclsConfig(
@@ -196,13 +196,13 @@ class LinclsConfig(
         "Smallest area of a random resized crop, as a share of the image's area; the largest is 1.",
     )
 
-    @property
-    def base_lr(self) -> float:
-        return max(self.lr)
-
     def problems(self) -> list[str]:
-        own = where(
-            (self.finetune is None, NO_WEIGHTS),
+        return super().problems() + where(
+            *self.channel_rows(self.in_chans),
+            (
+                self.finetune is None,
+                "finetune is needed: the weights to evaluate, or the word random",
+            ),
             (
                 len(self.lr) > 1 and self.min_lr,
                 "min_lr must be 0 if lr is a list: each classifier has its own schedule",
@@ -212,7 +212,6 @@ class LinclsConfig(
                 f"lr names a rate twice: {' '.join(f'{lr:g}' for lr in self.lr)}",
             ),
         )
-        return self.channel_problems(self.in_chans) + super().problems() + own
 
 
 class KnnConfig(ClassifierConfig, LabelledDataConfig, RunConfig):
@@ -240,16 +239,22 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, RunConfig):
     )
 
     def problems(self) -> list[str]:
-        computes = self.load_path is None
-        of_images = self.channel_problems(self.in_chans) + super().problems() if computes else []
+        of_images = (
+            super().problems() + where(*self.channel_rows(self.in_chans))
+            if self.load_path is None
+            else []
+        )
         return of_images + where(
             (
                 len(set(self.ks)) < len(self.ks),
                 f"ks names a number twice: {' '.join(map(str, self.ks))}",
             ),
-            (computes and self.finetune is None, NO_WEIGHTS),
             (
-                self.save_path is not None and not computes,
+                self.finetune is None and self.load_path is None,
+                "finetune is needed: the weights to evaluate, or the word random",
+            ),
+            (
+                self.save_path is not None and self.load_path is not None,
                 "save_path and load_path exclude each other: the features are there already",
             ),
         )

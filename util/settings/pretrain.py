@@ -5,17 +5,15 @@ from typing import Literal
 from util.settings.base import (
     AdamWConfig,
     AugmentConfig,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainRunConfig,
-)
-from util.settings.fields import (
     Count,
     CountOrZero,
+    DataConfig,
+    ModelConfig,
     OpenShare,
+    ParallelConfig,
     Settings,
     Share,
+    TrainRunConfig,
     Width,
     setting,
     where,
@@ -122,7 +120,8 @@ class PretrainConfig(
     """All settings of `main_pretrain.py`."""
 
     def problems(self) -> list[str]:
-        own = where(
+        return super().problems() + where(
+            *self.channel_rows(self.in_chans),
             (
                 self.batch_size % self.aug_repeats,
                 f"batch_size {self.batch_size} is not a multiple of aug_repeats "
@@ -134,4 +133,3 @@ class PretrainConfig(
                 "monitor_knn is 0",
             ),
         )
-        return self.channel_problems(self.in_chans) + super().problems() + own

@@ -1,31 +1,39 @@
 """Reads a stage's settings: defaults < `base:` file < YAML file < command line.
 
-The problems of all sources are reported together, before any compute. A name that no stage has is
+The problems of all settings are reported together, before any compute. A name that no stage has is
 an error that suggests the nearest valid name; a name that only another stage has is skipped with
 one line, so that one YAML can serve k-NN and fine-tuning alike.
 """
 
 import argparse
 import difflib
+import inspect
+import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from util.errors import InputError, LineParser
 from util.files import expand_path
-from util.settings.fields import Settings, expected, is_list, sections
+from util.settings.base import LARGEST, Settings
 
-STAGES = ("pretrain", "finetune", "lincls", "knn")  # all else is a tool
 MAX_BASE_FILES = 2  # a longer chain cannot be read at a glance
-Values = dict[str, Any]  # of a source, by the settings' names
-Problem = tuple[str, str]  # (name of the setting, text)
+NOUNS = {
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "null": "null",
+}
+SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+Values = dict[str, object]  # by the settings' names
 SettingsT = TypeVar("SettingsT", bound=Settings)
 logger = logging.getLogger(__name__)
 
@@ -45,41 +53,40 @@ def load_config(
 
     Raises: InputError with every problem, one per line, and the names of the settings.
     """
-    parser = _parser(config_class, stage)
+    schemas = config_class.model_json_schema()["properties"]
+    parser = _parser(config_class, schemas)
     known, extra = parser.parse_known_args(argv)
-    flags = {token.split("=")[0].lstrip("-"): None for token in extra if token.startswith("-")}
-    flags |= vars(known)
+    flags = vars(known)
     path, print_config = flags.pop("config"), flags.pop("print_config")
-    problems: list[Problem] = []
-    if extra and not extra[0].startswith("-"):
-        problems = [(extra[0], f"command line: unexpected argument {extra[0]!r}")]
-    sources: dict[str, Values] = {}
-    try:
-        if path is not None:
-            _read_file(Path(expand_path(path)), sources)
-    except ValueError as error:
-        problems.append(("config", str(error)))
-    sources["command line"] = {
-        name: value[0] if isinstance(value, list) and len(value) == 1 else value
-        for name, value in flags.items()
-    }
+    unknown = [token for token in extra if token.startswith("-")] or extra  # without their values
+    flags |= {token.split("=")[0].lstrip("-") or token: None for token in unknown}
+    values: Values = ({} if path is None else _read_file(path)) | flags
+
     elsewhere = {name for sibling in siblings for name in sibling.model_fields}
-    values: Values = {}
-    for source, content in sources.items():
-        own = _without(source, content, elsewhere - config_class.model_fields.keys())
-        problems += _problems(source, own, config_class)
-        values |= own
-    if not problems:
-        config = config_class.model_validate(values)
-        if getattr(config, "output_dir", "") is None:
-            folder = f"output/{stage}/{Path(path or 'default').stem}"
-            config = config.model_copy(update={"output_dir": folder})
-        together = [*config.problems(), *(text for check in checks for text in check(config))]
-        problems = [(text.split()[0], text) for text in together]
+    skipped = [name for name in values if name in elsewhere - config_class.model_fields.keys()]
+    if skipped and os.environ.get("RANK", "0") == "0":
+        logger.warning("skipped settings of other stages: %s", ", ".join(skipped))
+    try:
+        config = config_class.model_validate(
+            {name: value for name, value in values.items() if name not in skipped}
+        )
+        problems = [*config.problems(), *(text for check in checks for text in check(config))]
+    except ValidationError as error:
+        # By name, as each way in which a value could be legal has an error of its own.
+        wrong = {str(found["loc"][0]): found.get("ctx", {}) for found in error.errors()}
+        problems = [
+            f"{name} {_explanation(schemas, name, values[name], context.get('error'))}"
+            for name, context in wrong.items()
+        ]
     if problems:
-        names, texts = zip(*problems, strict=True)
-        head = f"{len(texts)} problems in the settings:\n  " if len(texts) > 1 else ""
-        raise InputError(head + "\n  ".join(texts), settings=names)
+        head = f"{len(problems)} problems in the settings:\n  " if len(problems) > 1 else ""
+        raise InputError(
+            head + "\n  ".join(problems), settings=tuple(text.split()[0] for text in problems)
+        )
+    if getattr(config, "output_dir", "") is None:
+        config = config.model_copy(
+            update={"output_dir": f"output/{stage}/{Path(path or 'default').stem}"}
+        )
     if print_config:
         sys.stdout.write(dump_config(config))
         parser.exit(0)
@@ -100,22 +107,16 @@ def differences(old: Values, new: Values) -> list[str]:
     ]
 
 
-def may_change(config_class: type[Settings]) -> set[str]:
-    """The names of the settings that a resumed run may change."""
-    extras = {name: field.json_schema_extra for name, field in config_class.model_fields.items()}
-    return {name for name, extra in extras.items() if extra == {"may_change": True}}
-
-
 def changed_settings(old: Values, config: Settings, skip: set[str]) -> list[str]:
     """The settings, less `skip`, that alter a run's result and differ from a checkpoint's, as
     `name: old -> new`."""
-    exclude = may_change(type(config)) | skip
-    return differences(old, config.model_dump(mode="json", exclude=exclude))
+    schemas = config.model_json_schema()["properties"]
+    harmless = {name for name, schema in schemas.items() if schema["may_change"]}
+    return differences(old, config.model_dump(mode="json", exclude=harmless | skip))
 
 
-def _parser(config_class: type[Settings], stage: str) -> LineParser:
+def _parser(config_class: type[Settings], schemas: dict[str, dict[str, Any]]) -> LineParser:
     parser = LineParser(
-        prog=f"main_{stage}.py" if stage in STAGES else f"{stage}.py",
         usage="%(prog)s [--config YAML] [--SETTING VALUE ...]",
         description="Settings come from defaults, then --config's `base:`, then --config, then "
         "these flags.",
@@ -126,99 +127,78 @@ def _parser(config_class: type[Settings], stage: str) -> LineParser:
     parser.add_argument(
         "--print_config", action="store_true", default=False, help="Print the settings and exit."
     )
-    for title, fields in sections(config_class):
+    # The heading of a setting is that of the class which defines it first: a stage that only gives
+    # it another default leaves it there.
+    titles = {
+        name: cls.__doc__ for cls in config_class.__mro__ for name in inspect.get_annotations(cls)
+    }
+    for title, settings in groupby(schemas.items(), lambda item: titles[item[0]]):
         group = parser.add_argument_group(title)
-        for name, field in fields.items():
-            flags = ["-b", "--batch_size"] if name == "batch_size" else [f"--{name}"]
-            # A boolean flag alone is true; a list takes its values one after the other.
-            nargs = "?" if field.annotation is bool else "+" if is_list(field) else None
-            const = True if field.annotation is bool else None
-            group.add_argument(*flags, nargs=nargs, const=const, metavar="VALUE", help=_help(field))
+        for name, schema in settings:
+            # as YAML spells it, but for the commas and quotes
+            default = json.dumps(schema["default"], separators=(" ", "")).replace('"', "")
+            text = f"{schema['description']} ({_expected(schema)}; default {default.strip('[]')})"
+            is_switch = schema.get("type") == "boolean"
+            group.add_argument(
+                *(["-b"] if name == "batch_size" else []),
+                f"--{name}",
+                # A boolean flag alone is true; a list takes its values one after the other.
+                nargs="?" if is_switch else "+" if "'array'" in str(schema) else None,
+                const=True if is_switch else None,
+                metavar="VALUE",
+                help=text.replace("%", "%%"),
+            )
     return parser
 
 
-def _help(field: FieldInfo) -> str:
-    values = field.default if isinstance(field.default, tuple) else [field.default]
-    words = {"None": "null", "True": "true", "False": "false"}  # as YAML spells them
-    default = " ".join(words.get(str(value), str(value)) for value in values)
-    return f"{field.description} ({expected(field)}; default {default})".replace("%", "%%")
+def _expected(schema: dict[str, Any]) -> str:
+    """What a setting takes, for example `a number > 0 and <= 1, or null`."""
+    if "anyOf" in schema:
+        return ", or ".join(map(_expected, schema["anyOf"]))
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if schema["type"] == "array":
+        count = f"{schema['maxItems']} values" if "maxItems" in schema else "one or more values"
+        return f"{count}, each {_expected(schema.get('items') or schema['prefixItems'][0])}"
+    bounds = [
+        f"{sign} {schema[word]:.10g}"
+        for word, sign in SIGNS.items()
+        if schema.get(word, LARGEST) != LARGEST
+    ]
+    return f"{NOUNS[schema['type']]} {' and '.join(bounds)}".rstrip()
 
 
-def _read_file(path: Path, sources: dict[str, Values]) -> None:
-    """Adds a YAML file's content to `sources`, after that of its chain of `base:` files.
+def _explanation(
+    schemas: dict[str, dict[str, Any]], name: str, value: object, reason: object
+) -> str:
+    """What is wrong with a value, or with a name that is none; `reason` is that of a validator of
+    ours."""
+    if name not in schemas:
+        near = [*difflib.get_close_matches(name, schemas, n=1), "--help"]
+        return f"is no setting, see {' or '.join(near)}"
+    return str(reason or f"must be {_expected(schemas[name])}, got {value!r}")
 
-    Raises: ValueError for a file that cannot be used; those that name it are still added.
-    """
-    chain: dict[str, Values] = {}
+
+def _read_file(name: str, num_more: int = MAX_BASE_FILES) -> Values:
+    """The content of a flat YAML file, and of its chain of at most `num_more` `base:` files where
+    it has no value of its own. Raises: InputError."""
     try:
-        while str(path) not in chain:
-            if len(chain) > MAX_BASE_FILES:
-                raise ValueError(f"{path}: more than {MAX_BASE_FILES} base: files in a chain")
-            content = chain[str(path)] = _read_yaml(path)
-            base = content.pop("base", None)
-            if base is None:
-                return
-            if not isinstance(base, str) or Path(base).is_absolute():
-                raise ValueError(f"{path}: base must be a relative path, got {base!r}")
-            path = path.parent / base
-        raise ValueError(f"{path}: its chain of base: files comes back to itself")
-    finally:
-        sources.update(reversed(chain.items()))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of taking the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                text = f"key {key!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> Values:
-    """The content of a flat YAML file. Raises: ValueError."""
-    try:
-        content = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except OSError as error:
-        raise ValueError(f"config {path}: {error.strerror}") from error
-    except RecursionError as error:
-        raise ValueError(f"config {path} is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"config {path} is not valid YAML: {text}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"config {path} must be a flat list of `key: value` lines")
-    return content
-
-
-def _without(source: str, content: Values, names: set[str]) -> Values:
-    """The values of a source without those of other stages, which one line names."""
-    skipped = [name for name in content if name in names]
-    if skipped and os.environ.get("RANK", "0") == "0":
-        logger.warning("%s: skipped settings of other stages: %s", source, ", ".join(skipped))
-    return {name: value for name, value in content.items() if name not in names}
-
-
-def _problems(source: str, content: Values, config_class: type[Settings]) -> list[Problem]:
-    """What is wrong with the names and the single values of a source, in its order."""
-    errors = {}
-    try:
-        config_class.model_validate(content)
-    except ValidationError as error:
-        errors = {str(found["loc"][0]): found for found in error.errors(include_url=False)}
-    problems = []
-    for name in [name for name in content if name in errors]:
-        if field := config_class.model_fields.get(name):
-            own = errors[name].get("ctx", {}).get("error")  # raised by a validator of ours
-            text = f"{name}: {own or f'expected {expected(field)}, got {content[name]!r}'}"
-        else:
-            near = difflib.get_close_matches(name, config_class.model_fields, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else "; see --help"
-            text = f"unknown setting {name!r}{hint}"
-        problems.append((name, f"{source}: {text}"))
-    return problems
+        path = Path(expand_path(name))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        content = {} if node is None else loader.construct_document(node)
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        wrong = {key for key in keys if keys.count(key) > 1 or key not in content}
+        if wrong or not isinstance(content, dict):
+            raise ValueError(
+                f"expected a flat list of `key: value`, each key once, got {wrong or content}"
+            )
+        if "base" in content and not num_more:
+            raise ValueError(f"it is one of more than {MAX_BASE_FILES} base: files in a chain")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(
+            f"config {name} cannot be read: {' '.join(str(error).split())}", settings=("config",)
+        ) from error
+    base = content.pop("base", None)
+    below = {} if base is None else _read_file(str(path.parent / str(base)), num_more - 1)
+    return below | content

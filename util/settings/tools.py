@@ -3,18 +3,20 @@ stages do."""
 
 from typing import Literal
 
-from util.settings.base import DatasetConfig, DeviceConfig, PixelConfig
-from util.settings.evaluation import ClassifierConfig, EvalCropConfig
-from util.settings.fields import (
+from util.settings.base import (
     Count,
     CountOrZero,
+    DatasetConfig,
+    DeviceConfig,
     OpenShare,
     PathText,
+    PixelConfig,
     Seed,
     ShareBelowOne,
     setting,
     where,
 )
+from util.settings.evaluation import ClassifierConfig, EvalCropConfig
 from util.settings.pretrain import AutoencoderConfig
 
 
@@ -49,17 +51,21 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
     seed: tuple[Seed, ...] = setting((0,), "Seeds of the masks, with a picture for each.")
 
     def problems(self) -> list[str]:
-        has_images = self.img_path or self.data_path or self.dataset == "mnist5k"
-        numbers = {"mask_ratio": self.mask_ratio, "seed": self.seed}
-        shown = {  # as in the pictures' names
-            name: [f"{value:g}" for value in values] for name, values in numbers.items()
-        }
-        return self.channel_problems(self.in_chans) + where(
+        return where(
+            *self.channel_rows(self.in_chans),
             (self.model_path is None, "model_path is needed: give --model_path PATH"),
-            (not has_images, "img_path is needed: give --img_path PATH"),
-            *(
-                (len(set(texts)) < len(texts), f"{name} names a number twice: {' '.join(texts)}")
-                for name, texts in shown.items()
+            (
+                not (self.img_path or self.data_path or self.dataset == "mnist5k"),
+                "img_path is needed: give --img_path PATH",
+            ),
+            (
+                # as they are written in the pictures' names
+                len({f"{ratio:g}" for ratio in self.mask_ratio}) < len(self.mask_ratio),
+                f"mask_ratio names a number twice: {' '.join(map(str, self.mask_ratio))}",
+            ),
+            (
+                len(set(self.seed)) < len(self.seed),
+                f"seed names a number twice: {' '.join(map(str, self.seed))}",
             ),
         )
 
@@ -70,15 +76,13 @@ class OverviewConfig(MaeVisConfig):
     save_path: PathText = setting("output/overview.png", "File to which the picture is written.")
 
     def problems(self) -> list[str]:
-        counts = {
-            "img_path": len(self.img_path),
-            "mask_ratio": len(self.mask_ratio),
-            "seed": len(self.seed),
-        }
         return super().problems() + where(
             *(
-                (count > 1, f"{name} has {count} values: the overview shows one image, masked once")
-                for name, count in counts.items()
+                (
+                    len(getattr(self, name)) > 1,
+                    f"{name} has several values: the overview shows one image, masked once",
+                )
+                for name in ("img_path", "mask_ratio", "seed")
             )
         )
 
@@ -120,8 +124,11 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     seed: Seed = setting(0, "Seed of the untrained model.")
 
     def problems(self) -> list[str]:
-        has_images = self.image_path or self.data_path or self.dataset == "mnist5k"
-        return self.channel_problems(self.in_chans) + where(
+        return where(
+            *self.channel_rows(self.in_chans),
             (self.finetune is None, "finetune is needed: give --finetune PATH"),
-            (not has_images, "image_path is needed: give --image_path PATH"),
+            (
+                not (self.image_path or self.data_path or self.dataset == "mnist5k"),
+                "image_path is needed: give --image_path PATH",
+            ),
         )
