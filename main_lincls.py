@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from data.labels import LabelledSource, Subset, stratified_choice, take_subset
-from data.loader import LabelledDataset, TrainBatch
+from data.loader import Batch, LabelledDataset
 from data.transforms import PixelNormalizer, pretrain_transform
 from engine.evaluation.classification import Evaluator, Scores, open_labelled_data
 from engine.evaluation.from_weights import build_frozen
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         batches = train_batches(cfg, run, job.plan, dataset, job.state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
 
-        def loss_fn(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 features = backbone.forward_features(normalize(batch.images))  # (B, D)
             labels = batch.targets.to(run.device, non_blocking=True)

@@ -7,7 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from compare import assert_same as assert_same  # others take it from here
 from conftest import ROOT
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import main_pretrain
 from data.known_sets import read_mnist5k
-from data.loader import loader_settings
+from data.loader import Sample, loader_maker
 from engine.run.checkpoint import load_newest_checkpoint
 from util.dist import Processes
 from util.settings.base import DataConfig
@@ -40,10 +41,10 @@ def digits(output_dir: Path, *more: Any) -> list[str]:
     return [*DIGITS, "--output_dir", str(output_dir), *map(str, more)]
 
 
-def loading(num_workers: int, prefetch_factor: int = 2) -> dict[str, Any]:
-    """A loader's settings on the CPU, in one process."""
+def loading(num_workers: int, prefetch_factor: int = 2) -> partial[DataLoader[Sample]]:
+    """Makes loaders on the CPU, in one process."""
     cfg = DataConfig(num_workers=num_workers, prefetch_factor=prefetch_factor)
-    return loader_settings(cfg, Processes(0, 1, 0, 1, torch.device("cpu")))
+    return loader_maker(cfg, Processes(0, 1, 0, 1, torch.device("cpu")))
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from data.loader import BadSample, TrainBatch
+from data.loader import BadSample, Batch
 from data.sampler import StepSampler
 from util.dist import all_gather
 from util.errors import DataError, InputError, LocalDataError, LocalInputError
@@ -66,7 +66,7 @@ class BadSamples:
                 continue
             self.known[entry["path"]] = entry["reason"]
 
-    def collect(self, batch: TrainBatch) -> None:
+    def collect(self, batch: Batch) -> None:
         """Takes over a batch's bad files. Raises: LocalDataError at once if the whole batch is
         bad."""
         self.new += batch.bad

@@ -35,7 +35,6 @@ import main_lincls
 import main_pretrain
 from data.images import BadImageError
 from data.labels import LabelledData, build_labelled_data
-from data.loader import build_train_loader
 from data.packs import index as pack_index
 from data.packs import source as packed
 from data.packs.shards import index_shard
@@ -217,8 +216,8 @@ def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
 def loaded(source: PackedSource, context: str | None, num_workers: int = 2) -> list[torch.Tensor]:
     made = dataset(source=source)
     steps = StepSampler(num_images=len(source), batch_size=10, seed=0, stop_step=8, block_size=16)
-    settings = loading(num_workers) | ({"multiprocessing_context": context} if context else {})
-    return [batch.images for batch in build_train_loader(made, steps, settings)]
+    loader = loading(num_workers)(made, batch_sampler=steps, multiprocessing_context=context)
+    return [batch.images for batch in loader]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -563,6 +562,6 @@ def test_a_shard_that_disappears_while_training_stops_the_run(own):
     source = build_pretrain_source("packed", str(own), 1, False)
     shutil.rmtree(own)
     sampler = StepSampler(num_images=120, batch_size=10, seed=0, stop_step=8, block_size=8)
-    batch = next(iter(build_train_loader(dataset(source=source), sampler, loading(0))))
+    batch = next(iter(loading(0)(dataset(source=source), batch_sampler=sampler)))
     assert batch.failed
     assert "No such file or directory" in batch.bad[0].reason

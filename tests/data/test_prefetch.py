@@ -9,22 +9,20 @@ from runs import log_lines, make_pictures, pretraining
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import main_pretrain
-from data.loader import BadSample, TrainBatch
+from data.loader import BadSample, Batch
 from data.sampler import SampleKey
 from data.sources import FolderSource
 from engine.parallel import on_device
 
 
-def batch(number: int) -> TrainBatch:
+def batch(number: int) -> Batch:
     images, ids = torch.full((2, 3, 4, 4), number, dtype=torch.uint8), torch.full((2, 5), number)
-    return TrainBatch(
+    return Batch(
         images, ids, [SampleKey(number, 0, number, 0)], [BadSample(f"{number}.png", "torn")], False
     )
 
 
-def taken(
-    batches: list[TrainBatch], log: list[str], error_at: int | None = None
-) -> Iterator[TrainBatch]:
+def taken(batches: list[Batch], log: list[str], error_at: int | None = None) -> Iterator[Batch]:
     for number, each in enumerate(batches):
         if number == error_at:
             raise RuntimeError(f"batch {number} is lost")
