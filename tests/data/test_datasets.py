@@ -20,25 +20,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import free_port, loading
+from runs import free_port
 from test_listing import touch
-from test_sampler import dataset
+from test_sampler import Spoilt, batches, dataset
 
 from data.images import BadImageError
 from data.known_sets import CIFAR_ARCHIVES, read_known_set
 from data.labels import build_labelled_data
-from data.loader import (
-    MAX_REPLACEMENTS,
-    BadSample,
-    Batch,
-    PretrainDataset,
-    Sample,
-    collate,
-    loader_maker,
-)
-from data.sampler import SampleKey, StepSampler
+from data.loader import MAX_REPLACEMENTS, BadSample, Batch, Sample, collate, loader_maker
+from data.sampler import SampleKey
 from data.sources import FolderSource, build_pretrain_source
-from data.transforms import pretrain_transform
 from engine.run.faults import BadSamples
 from util.errors import InputError, LocalInputError
 
@@ -274,78 +265,38 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing_that_looks_whole(
         assert len(read_known_set("cifar10", str(folder), train=False, download=True)[0]) == 105
 
 
-COUNT, BATCH = 40, 8
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """40 images, each of its own flat grey (3, 9, 15, ...), so that a crop still tells which one it
-    is."""
-    root = tmp_path / "images"
-    root.mkdir()
-    for index in range(COUNT):
-        Image.new("L", (12, 10), 3 + 6 * index).save(root / f"{index:02}.png")
-    return root
-
-
-def spoil(folder: Path, *indices: int) -> list[str]:
-    paths = [folder / f"{index:02}.png" for index in indices]
-    for path in paths:
-        path.write_bytes(b"")
-    return [str(path) for path in paths]
-
-
-def dataset_of(folder: Path, seed: int = 0) -> PretrainDataset:
-    transform = pretrain_transform(8, 0.2, "bilinear", 0.5)
-    return dataset(source=FolderSource(str(folder), 1), transform=transform, seed=seed)
-
-
-def batches_of(folder: Path, num_workers: int, seed: int = 0) -> list[Batch]:
-    """Two epochs."""
-    steps = 2 * COUNT // BATCH
-    sampler = StepSampler(num_images=COUNT, batch_size=BATCH, seed=seed, stop_step=steps)
-    return list(loading(num_workers)(dataset_of(folder, seed), batch_sampler=sampler))
-
-
 def used(batches: list[Batch]) -> dict[SampleKey, int]:
-    """The image that each sample really shows."""
+    """The image that each sample really shows, of flat images."""
     return {
-        key: (int(image[0, 0, 0]) - 3) // 6
+        key: int(image[0, 0, 0])
         for batch in batches
         for key, image in zip(batch.keys, batch.images, strict=True)
     }
 
 
-def test_a_bad_file_is_replaced_by_the_same_image_whoever_loads_it(folder):
-    bad = [3, 17, 18, 30]
-    spoil(folder, *bad)
-    expected = used(batches_of(folder, 0))
-    assert used(batches_of(folder, 2)) == expected
-    alone = dataset_of(folder)
-    for key in reversed(expected):
-        assert (int(alone[key].image[0, 0, 0]) - 3) // 6 == expected[key]
+def test_a_bad_file_is_replaced_by_the_same_image_whoever_loads_it():
+    """And it is reported with the batch that met it."""
+    bad = (3, 17, 18, 30)
+    made = dataset(source=Spoilt(*bad))
+    by_processes = batches(made, 2)
+    expected = used(batches(made))
+    assert used(by_processes) == expected
+    assert {key: int(made[key].image[0, 0, 0]) for key in reversed(expected)} == expected
 
     replaced = {key: image for key, image in expected.items() if key.image in bad}
     assert {key.image for key in replaced} == set(bad)
-    assert len(replaced) == 2 * len(bad)  # once an epoch each
     assert not set(replaced.values()) & set(bad)
     assert all(image == key.image for key, image in expected.items() if key.image not in bad)
     # drawn anew for each occasion and each seed, not one stand-in for all
-    assert len(set(replaced.values())) > 2
-    of_other_seed = used(batches_of(folder, 0, seed=1)).items()
-    assert {key: image for key, image in of_other_seed if key.image in bad} != replaced
+    assert len(set(replaced.values())) > len(bad)
+    of_other_seed = used(batches(dataset(source=Spoilt(*bad), seed=1)))
+    assert {key: of_other_seed[key] for key in replaced} != replaced
 
-
-def test_a_bad_file_is_reported_with_the_batch_that_met_it(folder):
-    first, second = spoil(folder, 5, 6)
-    Path(second).write_text("an error page", encoding="utf-8")
-    for batch in batches_of(folder, 2):
-        expected = {str(folder / f"{key.image:02}.png") for key in batch.keys} & {first, second}
-        reported = {entry.path: entry.reason for entry in batch.bad}
-        assert expected <= reported.keys() <= {first, second}  # a replacement may be bad as well
-        assert reported.get(first, "the file is empty") == "the file is empty"
-        assert "cannot identify" in reported.get(second, "cannot identify")
-        assert (batch.images.shape, batch.targets.shape) == ((BATCH, 1, 8, 8), (BATCH, 16))
+    for batch in by_processes:
+        met = {f"shades[{key.image}]" for key in batch.keys if key.image in bad}
+        # a replacement may be bad as well
+        assert met <= {path for path, _ in batch.bad} <= {f"shades[{image}]" for image in bad}
+        assert {reason for _, reason in batch.bad} <= {"cannot be decoded: it is torn"}
         assert not batch.failed
 
 
@@ -375,11 +326,10 @@ def test_when_a_batch_counts_as_failed(images, failed):
     assert len(batch.bad) == sum(len(sample.bad) for sample in samples)
 
 
-def test_replacement_gives_up_after_a_fixed_number_of_attempts(folder):
-    spoil(folder, *range(COUNT))
-    sample = dataset_of(folder)[SampleKey(4, 0, 0, 0)]
+def test_replacement_gives_up_after_a_fixed_number_of_attempts():
+    sample = dataset(source=Spoilt(*range(40)))[SampleKey(4, 0, 0, 0)]
     assert len(sample.bad) == 1 + MAX_REPLACEMENTS
-    assert sample.bad[0] == BadSample(str(folder / "04.png"), "the file is empty")
+    assert sample.bad[0] == BadSample("shades[4]", "cannot be decoded: it is torn")
     assert collate([sample]).failed  # even alone
 
 
@@ -452,17 +402,16 @@ def test_processes_agree_on_the_set_and_only_the_first_one_writes(tmp_path, monk
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_unmounted_folder_stops_the_first_batch(folder, tmp_path, num_workers):
+def test_an_unmounted_folder_stops_the_first_batch(data, tmp_path, num_workers):
     """On one process only, so it is an error that this process has to say itself."""
-    made = dataset_of(folder)
-    shutil.rmtree(folder)
-    sampler = StepSampler(num_images=COUNT, batch_size=BATCH, seed=0, stop_step=1000)
-    batch = next(iter(loading(num_workers)(made, batch_sampler=sampler)))
+    made = dataset(source=FolderSource(str(shutil.copytree(data, tmp_path / "disk")), 1))
+    shutil.rmtree(tmp_path / "disk")
+    batch = batches(made, num_workers)[0]
     # the attempts of each sample, and no loop without end
-    assert len(batch.bad) == BATCH * (1 + MAX_REPLACEMENTS)
+    assert len(batch.bad) == 12 * (1 + MAX_REPLACEMENTS)
     distinct = len({entry.path for entry in batch.bad})
     with pytest.raises(LocalInputError, match=rf"{distinct} files.*No such file or directory"):
-        BadSamples(tmp_path / "bad_samples.jsonl", COUNT, is_main=True).collect(batch)
+        BadSamples(tmp_path / "bad_samples.jsonl", 120, is_main=True).collect(batch)
 
 
 @pytest.mark.parametrize(

@@ -2,77 +2,37 @@
 
 import shlex
 
-import numpy as np
 import pytest
 from packs import PACKED, pack
-from runs import STEPS_PER_EPOCH, digits, loading, log_lines, pretraining, step_losses
-from test_sampler import PICTURES, assert_same_batches, batches, dataset
+from runs import STEPS_PER_EPOCH, digits, log_lines, pretraining, step_losses
+from test_sampler import Spoilt, batches, dataset
 from torch import Tensor
 
 import main_pretrain
 from data import sources
-from data.images import BadImageError
-from data.loader import PretrainDataset
 from data.packs import source as packs_source
-from data.sampler import SampleKey
-from data.sources import ArraySource
 from util.errors import InputError
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import load_config
 
 
-class Spoilt(ArraySource):
-    """Some images are bad; image i is filled with i if `flat`."""
-
-    def __init__(self, bad: tuple[int, ...], flat: bool):
-        shades = np.arange(len(PICTURES), dtype=np.uint8)[:, None, None, None]
-        images = shades + 0 * PICTURES if flat else PICTURES
-        super().__init__("noise", images, np.arange(len(images)), 3)
-        self.bad = bad
-
-    def read(self, index: int) -> Tensor:
-        if index in self.bad:
-            raise BadImageError("spoiled")
-        return super().read(index)
-
-
-def repeated(repeats: int, bad: tuple[int, ...], flat: bool = False) -> PretrainDataset:
-    return dataset(source=Spoilt(bad, flat), aug_repeats=repeats)
-
-
-def test_workers_prefetching_and_restarts_change_nothing():
-    bad = (4, 5, 6)
-    expected = batches(repeated(3, bad))
-    assert any(batch.bad for batch in expected)
-    assert_same_batches(batches(repeated(3, bad), 2), expected)
-    tail = batches(repeated(3, bad), 1, start_step=4, prefetch_factor=5)
-    assert_same_batches(tail, expected[4:])
-
-
 def test_the_samples_of_a_bad_file_share_one_replacement():
     bad = (1, 2, 3, 7, 11, 18, 22, 23, 30, 34, 36)
-    alone = repeated(4, bad, flat=True)
+    made = dataset(source=Spoilt(*bad), aug_repeats=4)
     replaced: dict[tuple[int, int], set[int]] = {}
-    for batch in batches(repeated(4, bad, flat=True)):
+    for batch in batches(made):
         assert not batch.failed
         for image, key in zip(batch.images, batch.keys, strict=True):
             shown = int(image[0, 0, 0])
-            assert shown == int(alone[key].image[0, 0, 0])
+            assert shown == int(made[key].image[0, 0, 0])
             if key.image in bad:
                 replaced.setdefault((key.epoch, key.image), set()).add(shown)
-                assert f"noise[{key.image}]" in {entry.path for entry in batch.bad}
+                assert f"shades[{key.image}]" in {entry.path for entry in batch.bad}
             else:
                 assert shown == key.image
     assert len(replaced) > 3
     assert all(len(images) == 1 and not images & set(bad) for images in replaced.values())
     assert len(set.union(*replaced.values())) > 1
-
-
-@pytest.mark.parametrize(("images", "failed"), [([5], False), ([5, 6], True)])
-def test_a_batch_of_one_bad_image_has_not_failed_and_one_of_several_has(images, failed):
-    keys = [SampleKey(image, 0, 4 * n + i, 0) for n, image in enumerate(images) for i in range(4)]
-    (batch,) = loading(0)(repeated(4, bad=(5, 6)), batch_sampler=[keys])
-    assert (batch.failed, len(batch.images)) == (failed, 0 if failed else 4)
 
 
 @pytest.mark.parametrize(
