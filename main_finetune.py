@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data.labels import take_subset
-from data.loader import LabelledDataset, TrainBatch
+from data.loader import Batch, LabelledDataset
 from data.transforms import PixelNormalizer, finetune_transform
 from engine.evaluation.best import read_best
 from engine.evaluation.classification import Evaluator, open_labelled_data
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
         mixer = BatchMixer(cfg, len(data.class_names), run.device)
 
-        def loss_fn(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             # Mixing, erasing and drop path are pure functions of the seed and the batch's place.
             first = batch.keys[0]
             seed_libraries(derive_seed(cfg.seed, BATCH, first.epoch, first.position))

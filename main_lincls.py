@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.labels import LabelledSource, Subset, stratified_choice, take_subset
-from data.loader import LabelledDataset, TrainBatch
+from data.loader import Batch, LabelledDataset
 from data.transforms import PixelNormalizer, pretrain_transform
 from engine.evaluation.classification import Evaluator, open_labelled_data
 from engine.evaluation.from_weights import build_frozen
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         )
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
 
-        def loss_fn(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 features = backbone.forward_features(normalize(batch.images))  # (B, D)
             losses = probe_loss(

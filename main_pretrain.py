@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from data.loader import PretrainDataset, TrainBatch
+from data.loader import Batch, PretrainDataset
 from data.sources import build_pretrain_source
 from data.transforms import PixelNormalizer, pretrain_transform
 from engine.loop import train
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         batches = train_batches(cfg, run, job.plan, dataset, job.state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
 
-        def loss_fn(model: nn.Module, batch: TrainBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             images = normalize(batch.images)  # (B, C, H, W) float
             return model(images, batch.targets.to(run.device, non_blocking=True)), {}
 

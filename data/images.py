@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -22,27 +22,20 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchcodec.decoders import decode_image as torchcodec_decode
 
-
-class ImageKind(NamedTuple):
-    """A kind of image file: the endings of its names without the dot, the usual one first, and
-    whether torchcodec decodes its still images."""
-
-    endings: tuple[str, ...]
-    by_torchcodec: bool = False
-
-
 # The kinds that are listed in folders, found in shards, decoded, packed and checked, by Pillow's
-# name. It is an allow-list, as some of Pillow's other formats start programs (PostScript).
+# name, with the endings of their files' names without the dot, the usual one first. It is an
+# allow-list, as some of Pillow's other formats start programs (PostScript).
 IMAGE_KINDS = {
-    "JPEG": ImageKind(("jpg", "jpeg", "jpe"), by_torchcodec=True),
-    "PNG": ImageKind(("png",), by_torchcodec=True),
-    "WEBP": ImageKind(("webp",), by_torchcodec=True),
-    "GIF": ImageKind(("gif",)),
-    "BMP": ImageKind(("bmp",)),
-    "TIFF": ImageKind(("tif", "tiff")),
-    "PPM": ImageKind(("ppm", "pgm")),
+    "JPEG": ("jpg", "jpeg", "jpe"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp",),
+    "TIFF": ("tif", "tiff"),
+    "PPM": ("ppm", "pgm"),
 }
-IMAGE_ENDINGS = tuple(f".{ending}" for kind in IMAGE_KINDS.values() for ending in kind.endings)
+BY_TORCHCODEC = ("JPEG", "PNG", "WEBP")  # if it is a still image
+IMAGE_ENDINGS = tuple(f".{ending}" for endings in IMAGE_KINDS.values() for ending in endings)
 # Pillow has the same limit but only warns up to twice of it; an animated WebP was seen to take 25
 # bytes per pixel in decoding.
 MAX_PIXELS = 89_478_485
@@ -116,10 +109,9 @@ def open_image(file: BinaryIO) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BadImageError(f"declares too many pixels: {error}") from error
     except DECODING_ERRORS as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = (str(error) or type(error).__name__).splitlines()[0]
         # torchcodec's texts begin with a place in its C++ source
-        text = re.sub(r"^.*\.cpp:\d+, ", "", text)
-        raise BadImageError(f"cannot be decoded: {text}") from error
+        raise BadImageError(re.sub(r"^(.*\.cpp:\d+, )?", "cannot be decoded: ", text)) from error
 
 
 def kind_of(image: Image.Image) -> str:
@@ -129,8 +121,7 @@ def kind_of(image: Image.Image) -> str:
 
 def uses_torchcodec(image: Image.Image) -> bool:
     """Whether torchcodec decodes the image: stills of the kinds that it knows."""
-    kind = IMAGE_KINDS.get(image.format or "")
-    return kind is not None and kind.by_torchcodec and getattr(image, "n_frames", 1) == 1
+    return image.format in BY_TORCHCODEC and getattr(image, "n_frames", 1) == 1
 
 
 def _is_16_bit(image: Image.Image) -> bool:
@@ -147,16 +138,13 @@ def _decode_with_pillow(image: Image.Image, in_chans: int) -> Tensor:
     upright = image if turn is None else image.transpose(turn)
     if is_16_bit:
         upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-    pixels = np.asarray(upright.convert("RGB" if in_chans == 3 else "L"))
-    pixels = pixels.copy().reshape(*pixels.shape[:2], in_chans)  # (H, W, C)
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (C, H, W)
+    pixels = np.array(upright.convert("RGB" if in_chans == 3 else "L"))  # (H, W, 3) or (H, W)
+    return torch.from_numpy(pixels).view(*pixels.shape[:2], in_chans).permute(2, 0, 1)  # (C, H, W)
 
 
 def to_channels(image: Tensor, in_chans: int) -> Tensor:
     """An already decoded uint8 image `(1 or 3, H, W)` as RGB or grey."""
-    if image.shape[0] == in_chans:
-        return image
-    if in_chans == 3:
-        return image.expand(3, -1, -1)
+    if in_chans >= len(image):
+        return image.expand(in_chans, -1, -1)
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R 601, as Pillow and torchcodec
     return (image * luma).sum(dim=0, keepdim=True).round().to(torch.uint8)  # (1, H, W)

@@ -6,7 +6,6 @@ have the same classes, none of them empty: a wrong layout would only show as a b
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from data.known_sets import read_known_set
 from data.packs.source import PackedSource
-from data.sources import ArraySource, FolderSource, ImageSource, check_folder
+from data.sources import ArraySource, FolderSource, ImageSource, check_folder, list_folder
 from util.errors import DataError, InputError
 from util.rng import SUBSET, generator
 
@@ -46,7 +45,7 @@ class ClassFolder(FolderSource):
     for those in no class folder."""
 
     def __init__(self, split: Path, class_names: list[str], in_chans: int):
-        super().__init__(str(split), in_chans, prefer_train=False)
+        super().__init__(split, in_chans, prefer_train=False)
         self.labels = folder_labels(self.names, class_names)
 
 
@@ -79,38 +78,33 @@ class Subset(LabelledSource):
 def build_labelled_data(
     dataset: str, data_path: str | None, in_chans: int, download: bool, num_classes: int | None
 ) -> LabelledData:
-    """Training and validation images of a data set.
+    """Training and validation images of a data set. If the classes of neither split have names,
+    their labels are the names.
 
-    Raises: InputError if they are not there, the splits' classes differ, a class is empty, or there
-        are not `num_classes` of them (None accepts any number).
+    Raises: InputError if the images are not there, the splits' classes differ, a class is empty, or
+        there are not `num_classes` of them (None accepts any number).
     """
-    if dataset in ("folder", "packed"):
-        assert data_path is not None, "the settings' checks ask for data_path"
-        data = _read_splits(Path(data_path), dataset == "packed", in_chans)
-    else:
-        train, val = (
-            ArraySource(
-                f"{dataset} {split}",
-                *read_known_set(dataset, data_path, split == "train", download),
-                in_chans,
-            )
-            for split in SPLITS
-        )
-        count = 100 if dataset == "cifar100" else 10
-        data = LabelledData(train, val, [str(label) for label in range(count)])
-    found = len(data.class_names)
-    if num_classes not in (None, found):
+    (train, train_names), (val, val_names) = (
+        _open_split(dataset, data_path, split, in_chans, download) for split in SPLITS
+    )
+    root = Path(data_path or dataset)
+    if train_names is not None and val_names is not None:
+        check_same_classes(root, {"train": train_names, "val": val_names})
+    class_names = (
+        train_names
+        or val_names
+        or [str(label) for label in range(np.unique(train.labels[train.labels >= 0]).size)]
+    )
+    if num_classes not in (None, len(class_names)):
         raise InputError(
-            f"num_classes is {num_classes} and the data has {found} classes: leave num_classes out"
+            f"num_classes is {num_classes} and the data has {len(class_names)} classes: leave "
+            "num_classes out"
         )
-    for split, source in (("train", data.train), ("val", data.val)):
-        outside = source.labels[(source.labels < 0) | (source.labels >= found)]
-        if len(outside):
-            raise DataError(
-                f"the {split} split of {dataset} has the label {outside[0]}, outside its {found} "
-                "classes"
-            )
-    return data
+    train, val = (
+        _with_labels(root / split, source, class_names)
+        for split, source in zip(SPLITS, (train, val), strict=True)
+    )
+    return LabelledData(train, val, class_names)
 
 
 def take_subset(source: LabelledSource, count: int | None, seed: int) -> LabelledSource:
@@ -140,10 +134,9 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     by_remainder = shuffled[np.argsort((quota - exact)[shuffled], kind="stable")]
     quota[by_remainder[: count - quota.sum()]] += 1
     chosen = []
-    for label, number in zip(classes, quota, strict=True):
-        members = np.flatnonzero(labels == label)
-        order = torch.randperm(len(members), generator=generator(seed, SUBSET, int(label))).numpy()
-        chosen.append(members[order[:number]])
+    for label, size, number in zip(classes.tolist(), sizes.tolist(), quota, strict=True):
+        order = torch.randperm(size, generator=generator(seed, SUBSET, label)).numpy()
+        chosen.append(np.flatnonzero(labels == label)[order[:number]])
     return np.sort(np.concatenate(chosen))
 
 
@@ -152,114 +145,64 @@ def class_folders(split: Path) -> list[str]:
 
     Raises: InputError if it cannot be listed.
     """
-    try:
-        return sorted(
-            path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith(".")
-        )
-    except OSError as error:
-        raise InputError(f"cannot list {split}: {error.strerror}") from error
+    return sorted(list_folder(split, "")[1])
 
 
 def folder_labels(names: np.ndarray, class_names: list[str]) -> np.ndarray:
     """Labels `(n,)` int64 of images by their paths below a split, -1 for images outside the class
     folders."""
-    position = {name: label for label, name in enumerate(class_names)}
-    folders = [os.fsdecode(name).partition(os.sep)[::2] for name in names.tolist()]  # (class, rest)
-    return np.array([position[folder] if rest else -1 for folder, rest in folders], dtype=np.int64)
+    position = {os.fsencode(name): label for label, name in enumerate(class_names)}
+    labels = [position.get(name.partition(b"/")[0], -1) for name in names.tolist()]
+    return np.array(labels, dtype=np.int64)
 
 
-def check_same_classes(
-    root: Path, names: dict[str, list[str]], noun: str = "class folders"
-) -> None:
+def check_same_classes(root: Path, names: dict[str, list[str]]) -> None:
     """Raises: DataError if the splits' class names differ."""
-    for one, other in (("train", "val"), ("val", "train")):
-        alone = sorted(set(names[one]) - set(names[other]))
-        if alone:
-            raise DataError(
-                f"{len(alone)} {noun} are in {root / one} and not in {other}/: {_some(alone)}"
-            )
-
-
-def _read_splits(root: Path, is_packed: bool, in_chans: int) -> LabelledData:
-    """Both splits of a folder. Raises: InputError, as `build_labelled_data`."""
-    check_folder(root)
-    folders = {split: root / split for split in SPLITS}
-    content = "each with shards" if is_packed else "with a folder per class"
-    for split, folder in folders.items():
-        if not folder.is_dir():
-            raise DataError(
-                f"data_path {root} has no {split}/: it must hold train/ and val/, {content}"
-            )
-    open_splits = _open_packs if is_packed else _open_class_folders
-    sources, class_names = open_splits(root, folders, in_chans)
-    noun = "classes" if is_packed else "class folders"
-    train, val = (
-        _labelled_part(folders[split], source, class_names, noun)
-        for split, source in sources.items()
-    )
-    return LabelledData(train, val, class_names)
-
-
-def _open_class_folders(
-    root: Path, folders: dict[str, Path], in_chans: int
-) -> tuple[Mapping[str, LabelledSource], list[str]]:
-    names = {split: class_folders(folder) for split, folder in folders.items()}
-    for split, folder in folders.items():
-        if not names[split]:
-            raise DataError(f"{folder} has no class folders: it must hold a folder per class")
-    check_same_classes(root, names)
-    sources = {
-        split: ClassFolder(folder, names[split], in_chans) for split, folder in folders.items()
-    }
-    return sources, names["train"]
-
-
-def _open_packs(
-    root: Path, folders: dict[str, Path], in_chans: int
-) -> tuple[Mapping[str, LabelledSource], list[str]]:
-    """Both splits' packs and the class names; without names in either index, the labels are the
-    names."""
-    packs = {split: PackedSource(folder, in_chans) for split, folder in folders.items()}
-    for pack in packs.values():
-        if (pack.labels < 0).all():
-            raise DataError(
-                f"the images in {pack.folder} have no labels, which evaluation needs: pack a "
-                "folder with class folders"
-            )
-    named = {split: pack.index.class_names for split, pack in packs.items()}
-    names = {split: class_names for split, class_names in named.items() if class_names is not None}
-    if len(names) == len(SPLITS):
-        check_same_classes(root, names, "classes")
-    if names:
-        return packs, next(iter(names.values()))
-    highest = max(int(pack.labels.max()) for pack in packs.values())
-    if highest >= len(packs["train"]):
+    train, val = set(names["train"]), set(names["val"])
+    if train != val:
         raise DataError(
-            f"the labels in {root} go up to {highest}, with {len(packs['train'])} training images"
+            f"train/ and val/ in {root} must have the same classes: only in train/ are "
+            f"{sorted(train - val)[:SHOWN]}, and only in val/ {sorted(val - train)[:SHOWN]}"
         )
-    return packs, [str(label) for label in range(highest + 1)]
 
 
-def _labelled_part(
-    split: Path, source: LabelledSource, class_names: list[str], noun: str
-) -> LabelledSource:
-    """The images with a label. Raises: DataError if a class has no image."""
-    filled = set(np.unique(source.labels).tolist())
-    empty = [name for label, name in enumerate(class_names) if label not in filled]
-    if empty:
-        raise DataError(f"{len(empty)} {noun} in {split} hold no image: {_some(empty)}")
+def _open_split(
+    dataset: str, data_path: str | None, split: str, in_chans: int, download: bool
+) -> tuple[LabelledSource, list[str] | None]:
+    """The images of a split, and the names of its classes if they are known. Raises: InputError."""
+    if dataset not in ("folder", "packed"):
+        content = read_known_set(dataset, data_path, split == "train", download)
+        return ArraySource(f"{dataset} {split}", *content, in_chans), None
+    folder = check_folder(data_path) / split
+    if not folder.is_dir():
+        raise DataError(
+            f"data_path {data_path} has no {split}/: it must hold train/ and val/, each with a "
+            "folder per class, or with shards for --dataset packed"
+        )
+    if dataset == "packed":
+        pack = PackedSource(folder, in_chans)
+        return pack, pack.index.class_names
+    class_names = class_folders(folder)
+    return ClassFolder(folder, class_names, in_chans), class_names
+
+
+def _with_labels(split: Path, source: LabelledSource, class_names: list[str]) -> LabelledSource:
+    """The images with a label. Raises: DataError if a class has no image, or a label no class."""
     labelled = np.flatnonzero(source.labels >= 0)
+    labels = set(np.unique(source.labels[labelled]).tolist())
+    empty = [name for label, name in enumerate(class_names) if label not in labels]
+    unknown = [label for label in labels if label >= len(class_names)]
+    if empty or unknown or not class_names:
+        raise DataError(
+            f"{split} must hold images in class folders, or packed from class folders, of each of "
+            f"the {len(class_names)} classes and of no other; classes without an image: "
+            f"{empty[:SHOWN]}, labels without a class: {unknown[:SHOWN]}"
+        )
     if len(labelled) == len(source):
         return source
-    num_left_out = len(source) - len(labelled)
     logger.warning(
         "%s: %d images have no label or lie in no class folder, and are left out",
         split,
-        num_left_out,
+        len(source) - len(labelled),
     )
     return Subset(source, labelled)
-
-
-def _some(names: list[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

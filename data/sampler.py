@@ -14,11 +14,11 @@ epochs. So over the same number of epochs an image is seen as often, and decoded
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 from util.rng import ORDER, generator
 
@@ -35,6 +35,7 @@ class SampleKey(NamedTuple):
     step: int
 
 
+@lru_cache(maxsize=1)
 def epoch_order(num_images: int, block_size: int, seed: int, epoch: int) -> np.ndarray:
     """The images of an epoch (of several, with `aug_repeats`), `(num_images,)` int64: a function of
     the arguments.
@@ -56,7 +57,7 @@ def epoch_order(num_images: int, block_size: int, seed: int, epoch: int) -> np.n
 
 
 @dataclass(kw_only=True, eq=False)
-class StepSampler(Sampler[list[SampleKey]]):
+class StepSampler:
     """The micro-batches of one process from `start_step` to `stop_step`, across epochs.
 
     Args:
@@ -82,12 +83,6 @@ class StepSampler(Sampler[list[SampleKey]]):
     block_size: int = 1
     aug_repeats: int = 1
 
-    def __post_init__(self) -> None:
-        self.total_batch = self.batch_size * self.accum_iter * self.world_size
-        self.steps_per_epoch = self.num_images // self.total_batch
-        self._order_number, self._order = -1, np.empty(0, dtype=np.int64)
-        assert self.batch_size % self.aug_repeats == 0, "the settings' checks see to that"
-
     def __len__(self) -> int:
         return (self.stop_step - self.start_step) * self.accum_iter
 
@@ -96,20 +91,21 @@ class StepSampler(Sampler[list[SampleKey]]):
 
     def __getitem__(self, number: int) -> list[SampleKey]:
         """The micro-batch of this number, counted from `start_step` on."""
-        step, micro = divmod(self.start_step * self.accum_iter + number, self.accum_iter)
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if epoch // self.aug_repeats != self._order_number:
-            self._order_number = epoch // self.aug_repeats
-            self._order = epoch_order(
-                self.num_images, self.block_size, self.seed, self._order_number
-            )
-        decoded_per_epoch = self.steps_per_epoch * self.total_batch // self.aug_repeats
-        start = epoch % self.aug_repeats * decoded_per_epoch
-        share = micro * self.world_size + self.rank
-        first = step_in_epoch * self.total_batch + share * self.batch_size
+        total = self.batch_size * self.accum_iter * self.world_size
+        per_epoch = self.num_images // total * total
+        micro = self.start_step * self.accum_iter + number
+        first = (micro * self.world_size + self.rank) * self.batch_size  # sample of the run
+        epoch, position = divmod(first, per_epoch)
+        order_number, place = divmod(first, per_epoch * self.aug_repeats)
+        order = epoch_order(self.num_images, self.block_size, self.seed, order_number)
         return [
-            SampleKey(int(self._order[start + position // self.aug_repeats]), epoch, position, step)
-            for position in range(first, first + self.batch_size)
+            SampleKey(
+                image=int(order[(place + sample) // self.aug_repeats]),
+                epoch=epoch,
+                position=position + sample,
+                step=micro // self.accum_iter,
+            )
+            for sample in range(self.batch_size)
         ]
 
     def images(self, step: int) -> list[int]:

@@ -21,6 +21,8 @@ from data.packs.source import open_pack
 from util.errors import DataError, InputError
 
 WALK_THREADS = 16  # they wait for the disk or the network, not for a core
+# Folders that systems leave beside images, with previews and remains in them.
+PASSED_OVER = ("@eaDir", "__MACOSX", "lost+found")
 
 
 class ImageSource(Protocol):
@@ -31,39 +33,36 @@ class ImageSource(Protocol):
 
     block_size: int = 1
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """The number of images."""
 
     def read(self, index: int) -> Tensor:
         """The image as uint8 `(C, H, W)`. Raises: BadImageError."""
-        ...
 
     def name(self, index: int) -> str:
         """The file's path, or what a message should call the image."""
-        ...
 
     def fingerprint(self) -> str:
         """Equal for equal lists of images."""
-        ...
 
     def read_ahead(self) -> None:
         """Announces that every image will be read, block by block."""
         return
 
 
-def check_folder(data_path: Path) -> None:
-    """Raises: InputError if `data_path` is no folder."""
-    if not data_path.is_dir():
-        problem = "is not a folder" if data_path.exists() else "does not exist"
-        raise InputError(f"data_path {data_path} {problem}")
+def check_folder(data_path: str | Path | None) -> Path:
+    """`data_path` as a path. Raises: InputError if it is no folder."""
+    if data_path is None or not Path(data_path).is_dir():
+        raise InputError(f"data_path {data_path} is not an existing folder")
+    return Path(data_path)
 
 
 class FolderSource(ImageSource):
     """Every image file under a folder, at any depth; by default only those of `train/` if there is
     one."""
 
-    def __init__(self, data_path: str, in_chans: int, prefer_train: bool = True):
+    def __init__(self, data_path: str | Path, in_chans: int, prefer_train: bool = True):
         root = Path(data_path)
-        check_folder(root)
         self.root = root / "train" if prefer_train and (root / "train").is_dir() else root
         self.in_chans = in_chans
         names = image_names(self.root)
@@ -80,10 +79,9 @@ class FolderSource(ImageSource):
 
     def read(self, index: int) -> Tensor:
         try:
-            encoded = Path(self.name(index)).read_bytes()
+            return decode_image(Path(self.name(index)).read_bytes(), self.in_chans)
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
-        return decode_image(encoded, self.in_chans)
 
     def name(self, index: int) -> str:
         return str(self.root / os.fsdecode(self.names[index].item()))
@@ -119,56 +117,55 @@ def build_pretrain_source(
 ) -> ImageSource:
     """The training images of a data set. Raises: InputError if they are not there."""
     if dataset not in ("folder", "packed"):
-        images, labels = read_known_set(dataset, data_path, train=True, download=download)
-        return ArraySource(dataset, images, labels, in_chans)
-    assert data_path is not None, "the settings' checks ask for data_path"
+        return ArraySource(dataset, *read_known_set(dataset, data_path, True, download), in_chans)
+    root = check_folder(data_path)
     if dataset == "folder":
-        return FolderSource(data_path, in_chans)
-    return open_pack(data_path, in_chans, ("train",))
+        return FolderSource(root, in_chans)
+    return open_pack(root, in_chans, ("train",))
 
 
 def image_names(root: Path) -> list[str]:
-    """Paths of the images below `root`, sorted. Hidden files and folders are left out, and links
-    are followed, each folder once: under the name with the fewest parts, of these the first.
+    """Paths of the images below `root`, sorted. Links are followed, each folder once: under the
+    name with the fewest parts, of these the first.
 
     Raises: InputError if a folder cannot be listed.
     """
-    names: list[str] = []
-    seen: set[tuple[int, int]] = set()
+    found: dict[tuple[int, int], list[str]] = {}  # images by device and inode of their folder
     level = [""]  # folders of one depth
     with ThreadPoolExecutor(WALK_THREADS) as pool:
         while level:
             subfolders: list[str] = []
-            for identity, images, folders in pool.map(partial(_list_folder, root), level):
-                if identity not in seen:
-                    seen.add(identity)
-                    names += images
+            for identity, folders, images in pool.map(partial(list_folder, root), level):
+                if identity not in found:
+                    found[identity] = images
                     subfolders += folders
             level = sorted(subfolders)
-    return sorted(names)
+    return sorted(name for images in found.values() for name in images)
 
 
-def _list_folder(root: Path, path: str) -> tuple[tuple[int, int], list[str], list[str]]:
-    """A folder's device and inode, and the paths below the root of its images and subfolders."""
-    images, subfolders = [], []
+def list_folder(root: Path, path: str) -> tuple[tuple[int, int], list[str], list[str]]:
+    """A folder's device and inode, and the paths below the root of its subfolders and images.
+    Hidden files and folders are left out, and those in PASSED_OVER.
+
+    Raises: InputError if it cannot be listed.
+    """
     try:
         status = (root / path).stat()
-        with os.scandir(root / path) as found:
-            for entry in found:
-                below_root = f"{path}/{entry.name}" if path else entry.name
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    subfolders.append(below_root)
-                elif entry.name.lower().endswith(IMAGE_ENDINGS):
-                    images.append(below_root)
+        # the first step of a walk; what cannot be told, such as a link to itself, is a file
+        _, *names = next(os.walk(root / path, onerror=_raise))
     except OSError as error:
         raise InputError(f"cannot list {error.filename}: {error.strerror}") from error
-    return (status.st_dev, status.st_ino), images, subfolders
+    start = f"{path}/" if path else ""
+    folders, files = (
+        [f"{start}{name}" for name in of_kind if name[0] != "." and name not in PASSED_OVER]
+        for of_kind in names
+    )
+    return (
+        (status.st_dev, status.st_ino),
+        folders,
+        [name for name in files if name.lower().endswith(IMAGE_ENDINGS)],
+    )
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # such as a link to itself
-        return False
+def _raise(error: OSError) -> None:
+    raise error

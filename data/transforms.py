@@ -7,7 +7,7 @@ leave the training's random state alone.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.data import create_transform
@@ -22,34 +22,9 @@ from util.settings.evaluation import FinetuneConfig
 LONGEST_ASPECT = 4
 
 
-@dataclass(frozen=True)
-class CropAndFlip:
-    """A random resized crop, flipped horizontally with probability `hflip`; uint8 `(C, h, w)` to
-    uint8 `(C, H, W)`.
-
-    The draws and pixels are those of torchvision's two transforms in sequence, in two thirds of the
-    time. The result has channels-last memory.
-    """
-
-    crop: v2.RandomResizedCrop
-    hflip: float
-
-    def __call__(self, image: Tensor) -> Tensor:
-        box = self.crop.make_params([image])
-        part = image[
-            :, box["top"] : box["top"] + box["height"], box["left"] : box["left"] + box["width"]
-        ]
-        # a resize is fastest from and to channels-last memory, and a part of an image has to be
-        # copied for that
-        part = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        size, interpolation = list(self.crop.size), self.crop.interpolation
-        resized = F.resize(part, size, interpolation=interpolation, antialias=True)  # (C, H, W)
-        return resized.flip(-1) if torch.rand(1) < self.hflip else resized
-
-
 def pretrain_transform(
     img_size: int | tuple[int, int], crop_min: float, interpolation: str, hflip: float
-) -> CropAndFlip:
+) -> Callable[[Tensor], Tensor]:
     """Random resized crop of area share [crop_min, 1] and aspect 3/4 to 4/3, then a horizontal
     flip; uint8 in and out.
 
@@ -59,7 +34,22 @@ def pretrain_transform(
     crop = v2.RandomResizedCrop(
         _pair(img_size), scale=(crop_min, 1.0), interpolation=v2.InterpolationMode(interpolation)
     )
-    return CropAndFlip(crop, hflip)
+    return partial(crop_and_flip, crop, hflip)
+
+
+def crop_and_flip(crop: v2.RandomResizedCrop, hflip: float, image: Tensor) -> Tensor:
+    """A random resized crop, flipped horizontally with probability `hflip`; uint8 `(C, h, w)` to
+    uint8 `(C, H, W)`.
+
+    The draws and pixels are those of torchvision's two transforms in sequence, in two thirds of the
+    time. The result has channels-last memory.
+    """
+    part = F.crop(image, **crop.make_params([image]))
+    # a resize is fastest from and to channels-last memory, and a part of an image has to be copied
+    # for that
+    part = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    resized = F.resize(part, list(crop.size), interpolation=crop.interpolation, antialias=True)
+    return resized.flip(-1) if torch.rand(1) < hflip else resized  # (C, H, W)
 
 
 def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
@@ -100,18 +90,15 @@ class EvalTransform:
 
     def __init__(self, img_size: int | tuple[int, int], crop_pct: float | None):
         self.size = _pair(img_size)
-        if crop_pct is None:
-            crop_pct = 1.0 if max(self.size) <= 32 else 224 / 256
-        self.cover = tuple(math.floor(side / crop_pct) for side in self.size)
+        usual_pct = 1.0 if max(self.size) <= 32 else 224 / 256
+        self.cover = tuple(math.floor(side / (crop_pct or usual_pct)) for side in self.size)
 
     def __call__(self, image: Tensor) -> Tensor:
         cut, resized = self._sizes(*image.shape[-2:])
-        if cut != image.shape[-2:]:
-            image = F.center_crop(image, list(cut))
-        if resized != cut:
-            image = F.resize(
-                image, list(resized), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-            )
+        image = F.center_crop(image, list(cut))
+        image = F.resize(
+            image, list(resized), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        )
         return F.center_crop(image, list(self.size))  # (C, H, W)
 
     def seen(self, height: int, width: int) -> tuple[float, float, float, float]:
@@ -121,7 +108,8 @@ class EvalTransform:
         for side, cut, resized, size in zip(
             (height, width), *self._sizes(height, width), self.size, strict=True
         ):
-            start = _crop_start(side, cut) + _crop_start(resized, size) * cut / resized
+            # as torchvision's centre crop rounds
+            start = round((side - cut) / 2) + round((resized - size) / 2) * cut / resized
             edges.append((start, start + size * cut / resized))
         (top, bottom), (left, right) = edges
         return top, left, bottom, right
@@ -130,12 +118,11 @@ class EvalTransform:
         """The size that is first cut from the centre of an image, and the size to which that is
         resized."""
         longest = LONGEST_ASPECT * max(self.cover) / min(self.cover) * min(height, width)
-        if max(height, width) > longest:  # else resizing a 1 x 5000 image would take a gigabyte
-            height, width = min(height, math.ceil(longest)), min(width, math.ceil(longest))
+        # without this resizing a 1 x 5000 image would take a gigabyte
+        height, width = min(height, math.ceil(longest)), min(width, math.ceil(longest))
         rows, columns = self.cover
-        if rows * width >= columns * height:  # the height decides, and the width is rounded down
-            return (height, width), (rows, rows * width // height)
-        return (height, width), (columns * height // width, columns)
+        resized = max(rows, columns * height // width), max(columns, rows * width // height)
+        return (height, width), resized
 
 
 class PixelNormalizer:
@@ -161,11 +148,6 @@ class PixelNormalizer:
     def to_unit(self, images: Tensor) -> Tensor:
         """The inverse: float images `(B, C, H, W)` as pixels, clamped to [0, 1]."""
         return ((images - self.shift) / self.scale / 255).clamp(0, 1)
-
-
-def _crop_start(side: int, size: int) -> int:
-    """Where torchvision's centre crop begins."""
-    return round((side - size) / 2)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

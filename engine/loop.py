@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from data.loader import TrainBatch
+from data.loader import Batch
 from engine.optim import StepFn, optimizer_step, set_lr, update_ema
 from engine.parallel import on_device, wrap_model
 from engine.run.batches import Batches
@@ -26,7 +26,7 @@ from util.dist import autocast_dtype
 
 SLOW_LOADING = 0.1  # share of the time
 logger = logging.getLogger(__name__)
-LossFn = Callable[[nn.Module, TrainBatch], tuple[Tensor, dict[str, Tensor]]]
+LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Stopwatch:

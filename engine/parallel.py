@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data.loader import TrainBatch
+from data.loader import Batch
 from models.build import build_model
 from models.mae import MaskedAutoencoder
 from util.dist import Processes, autocast_dtype, waiting
@@ -101,7 +101,7 @@ def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_si
     )
 
 
-def on_device(batches: Iterable[TrainBatch], device: torch.device) -> Iterator[TrainBatch]:
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches in their order; on CUDA with their tensors on the device, elsewhere as they come.
 
     A batch is taken from `batches` when it is asked for and never before, so errors, bad files and

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from compare import assert_same as assert_same  # others take these two from here
 from compare import results_of as results_of
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import engine.loop
 import main_pretrain
 from data.known_sets import read_mnist5k
-from data.loader import loader_settings
+from data.loader import Sample, loader_maker
 from engine.run.checkpoint import load_newest_checkpoint
 from engine.run.records import read_log
 from util.dist import Processes
@@ -44,10 +45,10 @@ def digits(output_dir: Path, *more: Any) -> list[str]:
     return [*DIGITS, "--output_dir", str(output_dir), *map(str, more)]
 
 
-def loading(num_workers: int, prefetch_factor: int = 2) -> dict[str, Any]:
-    """A loader's settings on the CPU, in one process."""
+def loading(num_workers: int, prefetch_factor: int = 2) -> partial[DataLoader[Sample]]:
+    """Makes loaders on the CPU, in one process."""
     cfg = DataConfig(num_workers=num_workers, prefetch_factor=prefetch_factor)
-    return loader_settings(cfg, Processes(0, 1, 0, 1, torch.device("cpu")))
+    return loader_maker(cfg, Processes(0, 1, 0, 1, torch.device("cpu")))
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -7,12 +7,10 @@ there is no index.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,34 +23,19 @@ INDEX, ENTRIES, NAMES = "index.json", "index.npy", "names.npy"
 
 
 @dataclass(frozen=True)
-class ShardRecord:
-    """A shard in index.json."""
-
-    name: str
-    size: int
-    fingerprint: str
-    num_images: int
-
-
-@dataclass(frozen=True)
 class PackIndex:
-    """An opened index: entries `(n,)` of ENTRY, names `(bytes,)` uint8.
+    """An opened index: entries `(n,)` of ENTRY, names of the shards, and `names` `(bytes,)` uint8
+    of the images' members, one after the other.
 
     class_names: in the order of the labels, None if they are not known.
     fingerprint: of the images' names, labels and contents, however they are spread over shards.
     """
 
-    shards: list[ShardRecord]
+    shards: list[str]
     class_names: list[str] | None
     fingerprint: str
     entries: np.ndarray
     names: np.ndarray
-
-    def name(self, index: int) -> str:
-        """The name of an image's member."""
-        start, *following = self.entries["name"][index : index + 2].tolist()
-        end = following[0] if following else len(self.names)
-        return self.names[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
 def write_index(
@@ -70,15 +53,11 @@ def write_index(
     entries = np.concatenate([shard.entries for _, shard in shards])
     if not len(entries):
         raise InputError(f"there is no image in the shards of {folder}")
-    records = [
-        ShardRecord(name, shard.size, shard.fingerprint, len(shard.entries))
-        for name, shard in shards
-    ]
-    entries["shard"] = np.repeat(np.arange(len(shards)), [shard.num_images for shard in records])
+    entries["shard"] = np.repeat(np.arange(len(shards)), [len(s.entries) for _, s in shards])
     names = [name for _, shard in shards for name in shard.names]
     entries["name"] = np.cumsum([0, *map(len, names)])[:-1]
     text = b"".join(names)
-    columns = [entries[column].tobytes() for column in ("name", "length", "crc32", "label")]
+    parts = [text, *(entries[part].tobytes() for part in ("name", "length", "crc32", "label"))]
     content = {
         "version": VERSION,
         "num_images": len(entries),
@@ -86,8 +65,16 @@ def write_index(
         "num_left_out": num_left_out,
         "side": side,
         "class_names": class_names,
-        "fingerprint": hashlib.sha256(b"".join([text, *columns])).hexdigest(),
-        "shards": [asdict(record) for record in records],
+        "fingerprint": hashlib.sha256(b"".join(parts)).hexdigest(),
+        "shards": [
+            {
+                "name": name,
+                "size": shard.size,
+                "fingerprint": shard.fingerprint,
+                "num_images": len(shard.entries),
+            }
+            for name, shard in shards
+        ],
     }
     _check_replaceable(folder)
     with writing(folder / INDEX):
@@ -108,8 +95,8 @@ def _check_replaceable(folder: Path) -> None:
     interrupted."""
     there = [folder / name for name in (INDEX, ENTRIES, NAMES) if (folder / name).exists()]
     try:
-        if (folder / INDEX).exists():
-            is_ours = "fingerprint" in _read_json(folder)
+        if folder / INDEX in there:
+            is_ours = "fingerprint" in json.loads((folder / INDEX).read_text(encoding="utf-8"))
         else:  # index.npy is the first to be written
             is_ours = not there or np.load(folder / ENTRIES, mmap_mode="r").dtype == ENTRY
     except (OSError, ValueError, TypeError, EOFError):
@@ -124,27 +111,35 @@ def _check_replaceable(folder: Path) -> None:
 def open_index(folder: Path) -> PackIndex:
     """The index of a folder of shards, which are still those that it was made of.
 
-    Raises: DataError if index or shards are missing or damaged, or do not fit one another;
-    InputError if there is no folder.
+    Raises: DataError if index or shards are missing or damaged, or do not fit one another.
     """
-    if not folder.is_dir():
-        raise InputError(
-            f"data_path {folder} {'is not a folder' if folder.exists() else 'does not exist'}"
-        )
     again = f"python tools/pack_dataset.py --index {folder}/*.tar"
     try:
-        content = _read_json(folder)
-        shards = [ShardRecord(**record) for record in content["shards"]]
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        shards = content["shards"]
+        counts = [shard["num_images"] for shard in shards]
         entries, names = (
             np.load(folder / name, mmap_mode="r").view(np.ndarray) for name in (ENTRIES, NAMES)
         )
-        index = PackIndex(shards, content["class_names"], content["fingerprint"], entries, names)
         if (
             (content["version"], entries.dtype, names.dtype) != (VERSION, ENTRY, np.uint8)
-            or not len(entries) == sum(shard.num_images for shard in shards) > 0
-            or any(Path(shard.name).name != shard.name for shard in shards)
+            or not len(entries) == sum(counts) > 0
+            or any(Path(shard["name"]).name != shard["name"] for shard in shards)
         ):
             raise ValueError("its files do not fit one another")
+        for shard, inside in zip(shards, np.split(entries, np.cumsum(counts)[:-1]), strict=True):
+            with (folder / shard["name"]).open("rb") as file:
+                fingerprint = shard_fingerprint(file.fileno(), inside["offset"])
+            is_inside = (inside["length"] <= shard["size"] - inside["offset"]).all()
+            if fingerprint != shard["fingerprint"] or not is_inside:
+                raise ValueError(f"it is older than {shard['name']}, or damaged")
+        return PackIndex(
+            shards=[shard["name"] for shard in shards],
+            class_names=content["class_names"],
+            fingerprint=content["fingerprint"],
+            entries=entries,
+            names=names,
+        )
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} has no {Path(error.filename).name}: give the command that packed it again, "
@@ -152,42 +147,14 @@ def open_index(folder: Path) -> PackIndex:
         ) from error
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(
-            f"the index of {folder} is damaged ({error}): index the shards again, {again}"
+            f"the index of {folder} cannot be used ({error}): index the shards again, {again}"
         ) from error
-    missing = [shard.name for shard in shards if not (folder / shard.name).exists()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(shards)} shards in {folder} are missing: {missing[0]}"
-        )
-    starts = np.cumsum([shard.num_images for shard in shards])[:-1]
-    for shard, offsets in zip(shards, np.split(entries["offset"], starts), strict=True):
-        path = folder / shard.name
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                fingerprint = shard_fingerprint(file.fileno(), size, offsets)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        if (size, fingerprint) != (shard.size, shard.fingerprint):
-            raise DataError(
-                f"the index of {folder} is older than its shards ({shard.name}): index them "
-                f"again, {again}"
-            )
-    return index
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise TypeError(f"{INDEX} holds no object")
-    return content
 
 
 def earlier_class_names(folder: Path) -> list[str] | None:
     """The class names in a folder's index, whether or not its shards have changed; None if there
     are none."""
     try:
-        names: list[str] | None = _read_json(folder)["class_names"]
+        return json.loads((folder / INDEX).read_text(encoding="utf-8"))["class_names"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return names

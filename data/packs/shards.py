@@ -1,7 +1,8 @@
 """The samples of one tar shard in WebDataset's format, whoever wrote it.
 
-A sample is a run of members with one key (a name up to the first dot of its last part): an image,
-and `<key>.cls` with its label as text, if it has one. Members with other endings are skipped.
+A sample is an image and `<key>.cls` with its label as text, if it has one. They follow one another
+and have one key, which is a name up to the first dot of its last part. Members with other endings
+and hidden files are skipped.
 
 Python's tarfile reads the headers and nothing is unpacked. tarfile believes what a header declares
 and stops without a word at a damaged one, so sizes, offsets and the end of the file are checked
@@ -14,8 +15,9 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +38,16 @@ ENTRY = np.dtype(
     ]
 )
 LABEL_ENDING = "cls"
-SAMPLE_ENDINGS = {LABEL_ENDING, *(ending[1:] for ending in IMAGE_ENDINGS)}
+# key and ending of a member's name
+SAMPLE = re.compile(
+    rf"((?:.*/)?[^/.]+)\.({'|'.join([LABEL_ENDING, *(ending[1:] for ending in IMAGE_ENDINGS)])})",
+    re.DOTALL | re.IGNORECASE,
+)
+MAX_IMAGE = 1 << 30  # bytes
 MAX_LABEL = 32  # bytes of a .cls member
 MAX_HEADERS = 1 << 20  # bytes of one member's headers; real ones are below a hundredth of that
 MAX_PADDING = 1 << 20  # bytes from the end mark on; tar pads to 10 KiB
 BLOCK = tarfile.BLOCKSIZE
-CHUNK = 1 << 20  # bytes read at a time
 SAMPLED = 8  # member headers of a shard that its fingerprint covers
 
 
@@ -68,33 +74,27 @@ def index_shard(path: Path) -> ShardIndex:
         with _HeaderFile(path) as file:
             descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
             rows, names = [], []
-            keyed = ((*split_name(member.name), member) for member in _members(path, file, size))
-            for key, run in groupby((row for row in keyed if row[0]), key=lambda row: row[0]):
-                image, label = _read_sample(path, descriptor, key, (row[1:] for row in run))
-                if image is not None:
-                    crc32 = _crc32(descriptor, image)
-                    rows.append((0, image.offset_data, image.size, crc32, label, 0))
-                    names.append(image.name.encode("utf-8", "surrogateescape"))
+            matched = ((SAMPLE.fullmatch(m.name), m) for m in _members(path, file, size))
+            found = ((match[1], match[2].lower(), m) for match, m in matched if match)
+            for key, run in groupby(found, key=itemgetter(0)):
+                image, label = _read_sample(path, descriptor, key, [row[1:] for row in run])
+                crc32 = zlib.crc32(os.pread(descriptor, image.size, image.offset_data))
+                rows.append((0, image.offset_data, image.size, crc32, label, 0))
+                names.append(image.name.encode("utf-8", "surrogateescape"))
             entries = np.array(rows, dtype=ENTRY)
-            fingerprint = shard_fingerprint(descriptor, size, entries["offset"])
-            return ShardIndex(size, fingerprint, entries, names)
+            return ShardIndex(
+                size, shard_fingerprint(descriptor, entries["offset"]), entries, names
+            )
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def shard_fingerprint(descriptor: int, size: int, offsets: np.ndarray) -> str:
-    """The fingerprint of a shard of `size` bytes whose images begin at `offsets`."""
+def shard_fingerprint(descriptor: int, offsets: np.ndarray) -> str:
+    """The fingerprint of an open shard whose images begin at `offsets`."""
+    size = os.fstat(descriptor).st_size
     places = np.linspace(0, len(offsets) - 1, min(SAMPLED, len(offsets))).astype(int)
     headers = [os.pread(descriptor, BLOCK, int(offset) - BLOCK) for offset in offsets[places]]
     return hashlib.sha256(b"".join([str(size).encode(), *headers])).hexdigest()[:16]
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and ending, in lower case, of a member. The key is empty for a hidden file or one without
-    an ending."""
-    folder, slash, last = name.rpartition("/")
-    stem, dot, ending = last.partition(".")
-    return (folder + slash + stem, ending.lower()) if stem and dot else ("", "")
 
 
 class _HeaderFile(io.FileIO):
@@ -117,12 +117,15 @@ def _members(path: Path, file: _HeaderFile, size: int) -> Iterator[tarfile.TarIn
             while (member := archive.next()) is not None:
                 file.left, end = MAX_HEADERS, archive.offset
                 length = member.size if member.isreg() else 0
-                if member.size < 0 or member.offset_data + length > size:
-                    raise tarfile.ReadError(f"{member.name!r} declares {member.size} bytes")
-                if member.issparse():
-                    raise tarfile.ReadError(f"{member.name!r} is sparse (tar --sparse)")
-                if {"path", "size"} & archive.pax_headers.keys():
-                    raise tarfile.ReadError("one path or size is given to all members")
+                if (
+                    member.issparse()
+                    or member.size < 0
+                    or member.offset_data + length > size
+                    or {"path", "size"} & archive.pax_headers.keys()  # given to all members
+                ):
+                    raise tarfile.ReadError(
+                        f"{member.name!r} declares {member.size} bytes, is sparse or shares a path"
+                    )
                 yield member
         rest = os.pread(file.fileno(), MAX_PADDING + 1, end)
         if not BLOCK <= len(rest) <= MAX_PADDING or rest.strip(b"\0"):
@@ -136,48 +139,30 @@ def _members(path: Path, file: _HeaderFile, size: int) -> Iterator[tarfile.TarIn
 
 
 def _read_sample(
-    path: Path, descriptor: int, key: str, members: Iterable[tuple[str, tarfile.TarInfo]]
-) -> tuple[tarfile.TarInfo | None, int]:
-    """The image (None if there is none) and the label (-1 if there is none) of members with one
-    key."""
-    image, label = None, -1
-    for ending, member in members:
-        if ending not in SAMPLE_ENDINGS:
-            continue
-        if not member.isreg():
+    path: Path, descriptor: int, key: str, members: list[tuple[str, tarfile.TarInfo]]
+) -> tuple[tarfile.TarInfo, int]:
+    """The image and the label (-1 if there is none) of members with one key, each with its
+    ending."""
+    for _, member in members:
+        leads_out = member.name.startswith("/") or ".." in member.name.split("/")
+        if leads_out or not member.isreg() or member.size > MAX_IMAGE:
             raise InputError(
-                f"{path}: {member.name!r} is a link or device: pack the file that it stands for"
+                f"{path}: {member.name!r} is a link or a device, has more than {MAX_IMAGE} bytes, "
+                "or its name leads out of the archive: pack plain files"
             )
-        if member.name.startswith("/") or ".." in member.name.split("/"):
-            raise InputError(f"{path}: the name {member.name!r} leads out of the archive")
-        if ending == LABEL_ENDING:
-            label = _read_label(path, descriptor, member)
-        elif image is not None:
-            raise InputError(
-                f"{path} has two images under one key: {image.name!r} and {member.name!r}"
-            )
-        else:
-            image = member
-    if image is None and label >= 0:
+    images = [member for ending, member in members if ending != LABEL_ENDING]
+    if len(images) != 1:
         raise InputError(
-            f"{path}: the label of {key!r} has no image beside it: the members of a sample must "
-            "follow one another (tar --sort=name)"
+            f"{path}: the key {key!r} has the images {[image.name for image in images]}, expected "
+            "one: the members of a sample must follow one another (tar --sort=name)"
         )
-    return image, label
-
-
-def _read_label(path: Path, descriptor: int, member: tarfile.TarInfo) -> int:
-    text = os.pread(descriptor, min(member.size, MAX_LABEL + 1), member.offset_data)
-    if len(text) > MAX_LABEL or not re.fullmatch(rb"\s*\d{1,9}\s*", text):
+    texts = [
+        os.pread(descriptor, min(member.size, MAX_LABEL + 1), member.offset_data)
+        for ending, member in members
+        if ending == LABEL_ENDING
+    ]
+    if any(len(text) > MAX_LABEL or not re.fullmatch(rb"\s*\d{1,9}\s*", text) for text in texts):
         raise InputError(
-            f"{path}: {member.name!r} must hold a label, an integer from 0 on, got {text!r}"
+            f"{path}: {key}.{LABEL_ENDING} must hold a label, an integer from 0 on, got {texts}"
         )
-    return int(text)
-
-
-def _crc32(descriptor: int, member: tarfile.TarInfo) -> int:
-    crc = 0
-    for start in range(0, member.size, CHUNK):
-        length = min(CHUNK, member.size - start)
-        crc = zlib.crc32(os.pread(descriptor, length, member.offset_data + start), crc)
-    return crc
+    return images[0], int(texts[0]) if texts else -1

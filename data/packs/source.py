@@ -6,8 +6,8 @@ Each image's crc32 is checked before it is decoded. Epochs are ordered by blocks
 
 import os
 import zlib
-from collections import OrderedDict, deque
 from contextlib import suppress
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 
@@ -36,9 +36,10 @@ class PackedSource:
         self.in_chans = in_chans
         self.index = open_index(folder)
         self.labels = self.index.entries["label"].astype(np.int64)
-        self.files: OrderedDict[int, FileIO] = OrderedDict()  # by shard, the last used at the end
         self.reads_ahead = False
-        self.announced: deque[int] = deque(maxlen=RECENT)  # blocks
+        # a shard that is dropped from the cache is closed, as nothing else refers to it
+        self.open_shard = lru_cache(maxsize=RECENT)(self._open_shard)
+        self.announce = lru_cache(maxsize=RECENT)(self._announce)
 
     def __reduce__(self) -> tuple[object, ...]:
         # a process that is spawned opens its own files
@@ -48,7 +49,7 @@ class PackedSource:
         return len(self.index.entries)
 
     def read_ahead(self) -> None:
-        self.reads_ahead = True
+        self.reads_ahead = hasattr(os, "posix_fadvise")
 
     def read(self, index: int) -> Tensor:
         return decode_image(self.read_bytes(index), self.in_chans)
@@ -56,61 +57,48 @@ class PackedSource:
     def read_bytes(self, index: int) -> bytes:
         """The image's file. Raises: BadImageError if it is not what it was when it was indexed."""
         shard, offset, length, crc32, _, _ = self.index.entries[index].tolist()
-        where = f"{self.index.shards[shard].name} at byte {offset}, member {self.index.name(index)}"
-        if offset + length > self.index.shards[shard].size:  # before memory is asked for
-            raise BadImageError(f"cannot be read: {where}, would end behind the shard")
         if self.reads_ahead:
-            self._announce(index // self.block_size)
+            self.announce(index // self.block_size)
         try:
-            content = os.pread(self._descriptor(shard), length, offset)
+            # reading at an offset moves no position, so processes may share inherited files
+            content = os.pread(self.open_shard(shard).fileno(), length, offset)
         except OSError as error:
-            raise BadImageError(f"cannot be read: {where}: {error.strerror}") from error
-        if len(content) < length:
-            raise BadImageError(f"is cut off: {where}, has {len(content)} of {length} bytes")
+            raise BadImageError(f"cannot be read: {error.strerror}") from error
         found = zlib.crc32(content)
         if found != crc32:
             raise BadImageError(
-                f"is damaged: {where}, has the crc32 {found:08x}, expected {crc32:08x}"
+                f"is damaged or cut off: at byte {offset}, {len(content)} of {length} bytes have "
+                f"the crc32 {found:08x}, expected {crc32:08x}"
             )
         return content
 
-    def _descriptor(self, shard: int) -> int:
-        """Of an open shard. Reading at an offset moves no position, so processes may share the
-        files that they inherit."""
-        if shard not in self.files:
-            if len(self.files) >= RECENT:
-                self.files.popitem(last=False)[1].close()
-            self.files[shard] = FileIO(self.folder / self.index.shards[shard].name)
-        self.files.move_to_end(shard)
-        return self.files[shard].fileno()
+    def _open_shard(self, shard: int) -> FileIO:
+        return FileIO(self.folder / self.index.shards[shard])
 
     def _announce(self, block: int) -> None:
-        """Has the system read a block from the disk, without waiting, unless that was done
-        recently."""
-        if block in self.announced or not hasattr(os, "posix_fadvise"):
-            return
-        self.announced.append(block)
+        """Has the system read a block from the disk, without waiting."""
         entries = self.index.entries[block * self.block_size : (block + 1) * self.block_size]
         for shard in np.unique(entries["shard"]).tolist():
             inside = entries[entries["shard"] == shard]
             start, last = int(inside["offset"][0]), inside[-1]
             length = int(last["offset"] + last["length"]) - start
             with suppress(OSError):  # reading an image there will report it
-                os.posix_fadvise(self._descriptor(shard), start, length, os.POSIX_FADV_WILLNEED)
+                descriptor = self.open_shard(shard).fileno()
+                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
     def name(self, index: int) -> str:
-        shard = self.index.shards[self.index.entries[index]["shard"]]
-        return str(self.folder / shard.name / self.index.name(index))
+        shard = self.index.shards[self.index.entries["shard"][index]]
+        start, end = [*self.index.entries["name"][index : index + 2].tolist(), None][:2]
+        return str(self.folder / shard / os.fsdecode(self.index.names[start:end].tobytes()))
 
     def fingerprint(self) -> str:
         return self.index.fingerprint
 
 
-def open_pack(data_path: str, in_chans: int, splits: tuple[str, ...]) -> PackedSource:
+def open_pack(data_path: str | Path, in_chans: int, splits: tuple[str, ...]) -> PackedSource:
     """The first of `splits` that the folder has, else the shards in the folder itself.
 
-    Raises: InputError.
+    Raises: DataError.
     """
-    root = Path(data_path)
-    folders = (root / split for split in splits)
-    return PackedSource(next(filter(Path.is_dir, folders), root), in_chans)
+    folders = [Path(data_path, split) for split in splits]
+    return PackedSource(next(filter(Path.is_dir, folders), Path(data_path)), in_chans)

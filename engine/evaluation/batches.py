@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 
-from data.loader import BadSample, EvalBatch
+from data.loader import BadSample, Batch
 from engine.run.interrupts import Stopped, received
 from util.dist import all_gather
 from util.errors import DataError
 
 
-def complete_batches(batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
+def complete_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
     """This process's batches; all processes must go on to the end, where they wait for one another.
 
     Raises: DataError at the end on all processes if one met a file that cannot be decoded,

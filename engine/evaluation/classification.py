@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from data.labels import LabelledData, LabelledSource, build_labelled_data
-from data.loader import EvalBatch
+from data.loader import Batch
 from data.transforms import PixelNormalizer
 from engine.evaluation.batches import complete_batches
 from engine.run.batches import eval_batches
@@ -119,7 +119,7 @@ class Evaluator:
 @torch.no_grad()
 def evaluate(
     classify: Callable[[Tensor], Tensor],
-    batches: Iterable[EvalBatch],
+    batches: Iterable[Batch],
     normalize: PixelNormalizer,
     dtype: torch.dtype | None,
     num_classes: int,
@@ -140,7 +140,7 @@ def evaluate(
     loss_dtype = torch.float32 if device.type == "mps" else torch.float64
     losses = torch.zeros(num_heads, dtype=loss_dtype, device=device)  # sums over images
     for batch in complete_batches(batches):
-        labels = batch.labels.to(device)
+        labels = batch.targets.to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             logits = classify(normalize(batch.images))
         logits = logits.float().view(num_heads, len(labels), num_classes)  # (H, B, C)

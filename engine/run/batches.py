@@ -8,13 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from data.labels import LabelledSource
-from data.loader import (
-    LabelledDataset,
-    PretrainDataset,
-    build_eval_loader,
-    build_train_loader,
-    loader_settings,
-)
+from data.loader import LabelledDataset, PretrainDataset, build_eval_loader, loader_maker
 from data.sampler import StepSampler
 from data.transforms import EvalTransform
 from engine.run.folder import Run, TrainConfig
@@ -97,7 +91,7 @@ def train_batches(
         block_size=dataset.source.block_size,
         aug_repeats=dataset.aug_repeats,
     )
-    return Batches(build_train_loader(dataset, sampler, loader_settings(cfg, run.processes)))
+    return Batches(loader_maker(cfg, run.processes)(dataset, batch_sampler=sampler))
 
 
 def eval_batches(
@@ -111,6 +105,6 @@ def eval_batches(
         cfg.batch_size,
         run.processes.rank,
         run.processes.world_size,
-        loader_settings(cfg, run.processes),
+        loader_maker(cfg, run.processes),
     )
     return Batches(loader, cfg.timeout)

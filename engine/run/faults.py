@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.loader import BadSample, TrainBatch
+from data.loader import BadSample, Batch
 from data.sampler import StepSampler
 from engine.run.records import read_log, without_nan, write_log
 from util.dist import all_gather
@@ -48,7 +48,7 @@ class BadSamples:
         self.new: list[BadSample] = []
         self.known = {entry["path"]: entry["reason"] for entry in read_log(path)}
 
-    def collect(self, batch: TrainBatch) -> None:
+    def collect(self, batch: Batch) -> None:
         """Takes over a batch's bad files. Raises: LocalDataError at once if the whole batch is
         bad."""
         self.new += batch.bad

@@ -1,19 +1,19 @@
 """Decoding: every kind of file that a folder of images may hold, and every way in which one may be
 broken."""
 
-import io
 import random
+import re
 import resource
 import struct
 import sys
 import time
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packs import saved as encoded
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from data.images import BadImageError, decode_image, to_channels
@@ -33,12 +33,6 @@ ALPHA = Image.fromarray((COLUMNS * 4).astype(np.uint8))  # from transparent to o
 PALETTE = RGB.quantize(64)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
 JPEG_ERROR = 6  # largest difference that compression makes on RGB at quality 98
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
@@ -209,8 +203,11 @@ def largest_difference(decoded: torch.Tensor, expected: np.ndarray) -> int:
 
 
 def refusal(content: bytes, in_chans: int = 3) -> str:
+    """The reason, which goes to a log and to bad_samples.jsonl: one line, no memory address, no
+    source line of somebody's build machine."""
     with pytest.raises(BadImageError) as error:
         decode_image(content, in_chans)
+    assert not re.search(r"\n| at 0x|\.cpp", str(error.value))
     return str(error.value)
 
 
@@ -241,42 +238,25 @@ def test_a_picture_of_16_bits_that_uses_8_of_them_stays_dark():
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_pixels_without_a_defined_range_are_refused(in_chans):
+    """32-bit integers, too: most would come out all white, or all black."""
     ramp = RAMP16.astype(np.float32) / 65535
     assert "floating-point" in refusal(encoded(Image.fromarray(ramp), "TIFF"), in_chans)
-
-
-def test_32_bit_integers_are_refused_rather_than_saturated():
-    """Their range is as little defined as that of floats: most would come out all white, or all
-    black."""
-    assert refusal(encoded(Image.fromarray(RAMP16.astype(np.int32) * 30000), "TIFF"))
+    ramp = RAMP16.astype(np.int32) * 30000
+    assert "32-bit" in refusal(encoded(Image.fromarray(ramp), "TIFF"), in_chans)
 
 
 @pytest.mark.parametrize(
     "colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (12, 200, 77)]
 )
-def test_grey_has_the_weights_of_pillow(colour):
-    flat = Image.new("RGB", (8, 8), colour)
-    expected = flat.convert("L").getpixel((0, 0))
-    for kind, options in (
-        ("PNG", {}),
-        ("JPEG", {"quality": 98}),
-        ("WEBP", {"lossless": True}),
-        ("BMP", {}),
-    ):
-        assert (
-            abs(decode_image(encoded(flat, kind, **options), 1).float().mean() - expected) <= 1.5
-        ), kind
-    pixels = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)
-    assert abs(to_channels(pixels, 1).item() - expected) <= 1
-
-
-def test_channels_of_decoded_pixels():
+def test_channels_of_decoded_pixels(colour):
+    """Grey has the weights of Pillow."""
     grey = torch.arange(12, dtype=torch.uint8).view(1, 3, 4)
     assert torch.equal(to_channels(grey, 1), grey)
     assert torch.equal(to_channels(grey, 3), grey.repeat(3, 1, 1))
-    colours = grey.repeat(3, 1, 1)
-    assert to_channels(colours, 3) is colours
-    assert torch.equal(to_channels(colours, 1), grey)  # the weights sum to 1
+    pixels = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)
+    assert torch.equal(to_channels(pixels, 3), pixels)
+    expected = Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0))
+    assert abs(to_channels(pixels, 1).item() - expected) <= 1
 
 
 STORED_AS = {
@@ -315,21 +295,16 @@ def oriented(kind: str, orientation: int, stored: np.ndarray) -> bytes:
     "kind", ["JPEG", "MPO", "PNG", "PNG animated", "WEBP", "WEBP animated", "TIFF", "TIFF LZW"]
 )
 def test_all_8_orientations_come_out_upright(kind):
-    """JPEG, PNG and still WebP by torchcodec, the others by Pillow."""
-    for orientation, stored in STORED_AS.items():
+    """JPEG, PNG and still WebP by torchcodec, the others by Pillow. One that does not exist is
+    ignored."""
+    none = {} if kind == "TIFF LZW" else {0: COLOURS, 9: COLOURS}  # which libtiff does not write
+    for orientation, stored in (STORED_AS | none).items():
         decoded = decode_image(oriented(kind, orientation, stored), 3)
         tolerance = JPEG_ERROR if kind in ("JPEG", "MPO") else 0
         assert largest_difference(decoded, shown(RGB, 3)) <= tolerance, orientation
         assert decode_image(oriented(kind, orientation, stored), 1).shape == (1, HEIGHT, WIDTH), (
             orientation
         )
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "WEBP animated", "TIFF"])
-def test_an_orientation_that_does_not_exist_is_ignored(kind):
-    for orientation in (0, 9):
-        decoded = decode_image(oriented(kind, orientation, COLOURS), 3)
-        assert largest_difference(decoded, shown(RGB, 3)) <= JPEG_ERROR
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "MPO"])
@@ -389,16 +364,9 @@ def test_the_content_decides_and_not_the_ending(tmp_path):
 
 def test_postscript_is_refused_without_starting_an_interpreter(monkeypatch):
     """Pillow would hand such a file to Ghostscript, which runs what it is given."""
-    started = []
-
-    def ghostscript(*_args, **_kwargs):
-        started.append(True)
-        return Image.new("RGB", (8, 8)).im
-
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
-    content = encoded(RGB, "EPS")
-    with pytest.raises(BadImageError):
-        decode_image(content, 3)
+    content, started = encoded(RGB, "EPS"), []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(True))
+    assert refusal(content)
     assert not started
 
 
@@ -426,34 +394,6 @@ def test_a_truncated_file_is_bad_and_not_a_grey_half(kind):
             assert refusal(content[: int(share * len(content)) + 1], in_chans), share
 
 
-def test_a_photograph_cut_anywhere_is_bad(photographs):
-    content = min(
-        photographs.rglob("*.JPEG"), key=lambda path: (path.stat().st_size, path.name)
-    ).read_bytes()
-    assert decode_image(content, 3).shape[0] == 3
-    for length in [
-        1,
-        2,
-        3,
-        10,
-        20,
-        *range(100, len(content), max(1, len(content) // 25)),
-        len(content) - 3,
-    ]:
-        refusal(content[:length])
-
-
-@pytest.mark.parametrize("kind", ["text", "JPEG", "PNG"])
-def test_a_reason_is_one_line_for_its_reader(kind):
-    """It goes to a log and to bad_samples.jsonl: no memory address, no source line of somebody's
-    build machine."""
-    content = b"an error page\n" * 20 if kind == "text" else encoded(NOISE, kind)
-    reason = refusal(content[: len(content) // 2])
-    assert "\n" not in reason
-    assert " at 0x" not in reason
-    assert ".cpp" not in reason
-
-
 def declared(kind: str, side: int) -> bytes:
     """A small file whose header declares `side x side` pixels."""
     if kind == "PNG":
@@ -475,9 +415,8 @@ def test_a_header_that_declares_too_many_pixels_is_refused_before_decoding(kind)
     peak, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, time.perf_counter()
     assert "too many pixels" in refusal(content)
     assert time.perf_counter() - begin < 1
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - peak < 50e6
-    )  # decoded it would be 2.7 GB
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - peak
+    assert grown < 50e6  # decoded it would be 2.7 GB
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -492,37 +431,15 @@ def test_tiny_and_thin_images_can_be_cropped(size, in_chans):
         assert (tuple(cropped.shape), cropped.dtype) == (expected, torch.uint8)
 
 
-def some_photographs(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(folder.rglob("*.JPEG"))[::50]]
-
-
 def test_photographs_have_the_colours_that_pillow_sees(photographs):
-    for content in some_photographs(photographs):
-        image = Image.open(io.BytesIO(content))
+    for path in sorted(photographs.rglob("*.JPEG"))[::50]:
+        content, image = path.read_bytes(), Image.open(path)
         assert largest_difference(decode_image(content, 3), shown(image, 3)) <= 2
         # A JPEG's own luma: not clipped to the range of colours before it is weighed, so a few
         # strong colours differ.
         difference = np.abs(decode_image(content, 1).numpy().astype(int) - shown(image, 1))
         assert difference.mean() < 0.5
         assert (difference > 2).mean() < 0.03
-
-
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "BMP", "CMYK"])
-def test_photographs_in_other_formats_have_the_colours_that_pillow_sees(photographs, kind):
-    photograph = (
-        Image.open(io.BytesIO(some_photographs(photographs)[1]))
-        .convert("RGB")
-        .crop((0, 0, 151, 101))
-    )
-    is_cmyk = kind == "CMYK"
-    content = encoded(
-        photograph.convert("CMYK") if is_cmyk else photograph,
-        "JPEG" if is_cmyk else kind,
-        quality=95,
-    )
-    image = Image.open(io.BytesIO(content))
-    for in_chans in (1, 3):
-        assert largest_difference(decode_image(content, in_chans), shown(image, in_chans)) <= 2
 
 
 def test_an_animation_that_lost_the_head_of_a_frame_is_bad():

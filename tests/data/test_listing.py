@@ -4,7 +4,6 @@ import os
 import random
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,8 @@ def test_images_are_found_at_any_depth_and_hidden_ones_are_not(tmp_path_factory,
         (["1.JPG", "2.JPEG", "3.Png", "4.TIFF", "5.jpe", "6.webp", "7.gif", "8.bmp"], None),
         (["a.jpg/1.jpg", "b.png"], None),
         (["cat/1.jpg", "cat/.2.jpg", "cat/._1.jpg", ".git/3.jpg", "dog/x.db"], ["cat/1.jpg"]),
-        (["labels.csv", "1.jpg.part", "jpg", "2.mp4", "__MACOSX/readme", "9.pgm"], ["9.pgm"]),
+        (["labels.csv", "1.jpg.part", "jpg", "2.mp4", "9.pgm"], ["9.pgm"]),
+        (["a/@eaDir/1.jpg", "__MACOSX/b/2.jpg", "lost+found/3.jpg", "4.jpg"], ["4.jpg"]),
     ],
 )
 def test_what_counts_as_an_image(tmp_path, names, found):
@@ -97,15 +97,14 @@ def test_the_list_depends_neither_on_the_file_system_nor_on_threads(tmp_path, mo
     for alias in ("a", "e"):
         (tmp_path / alias).symlink_to(tmp_path / "c")
     expected = [f"{folder}/{name}.jpg" for folder in "abd" for name in "xyz"]
-    chance, scandir = random.Random(seed), os.scandir
+    chance, walk = random.Random(seed), os.walk
 
-    @contextmanager
-    def slow_scandir_in_any_order(path):
+    def slow_walk_in_any_order(path, **more):
         time.sleep(chance.random() / 100)
-        with scandir(path) as entries:
-            yield chance.sample(found := list(entries), len(found))
+        for folder, *names in walk(path, **more):
+            yield folder, *(chance.sample(of_kind, len(of_kind)) for of_kind in names)
 
-    monkeypatch.setattr(os, "scandir", slow_scandir_in_any_order)
+    monkeypatch.setattr(os, "walk", slow_walk_in_any_order)
     assert image_names(tmp_path) == expected
 
 

@@ -17,16 +17,14 @@ from packs import PACKED, Killed, member, pack, patched, png, shards, write_tar
 from runs import (
     CLASSES,
     PICTURE_STEPS,
-    launch,
     loading,
     log_lines,
-    make_pictures,
     pictures,
     pretrain_pictures,
     pretraining,
     step_losses,
 )
-from test_sampler import dataset
+from test_sampler import assert_same_batches, dataset
 
 import engine.loop
 import main_finetune
@@ -35,7 +33,6 @@ import main_lincls
 import main_pretrain
 from data.images import BadImageError
 from data.labels import LabelledData, build_labelled_data
-from data.loader import build_train_loader
 from data.packs import index as pack_index
 from data.packs import source as packed
 from data.packs.shards import index_shard
@@ -48,14 +45,8 @@ from util.errors import DataError, InputError
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """120 + 60 digits of 3 classes."""
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
 def packs(tmp_path_factory, data) -> Path:
-    """The same, packed into six and three shards."""
+    """The pictures of `data`, packed into six and three shards."""
     return pack(data, tmp_path_factory.mktemp("packs") / "digits")
 
 
@@ -66,19 +57,15 @@ def own(tmp_path, packs) -> Path:
 
 
 def test_a_pack_shows_the_images_of_the_folder(data, packs):
-    source, folder = (
-        PackedSource(packs / "train", 3),
-        FolderSource(str(data / "train"), 3, prefer_train=False),
-    )
+    source = PackedSource(packs / "train", 3)
+    folder = FolderSource(str(data / "train"), 3, prefer_train=False)
     assert len(source) == len(folder) == 120
-    by_name = {
-        folder.name(i).removeprefix(f"{data}/train/").replace("/", "_"): folder.read(i)
-        for i in range(120)
-    }
+    names = [folder.name(i).removeprefix(f"{data}/train/").replace("/", "_") for i in range(120)]
     for index in range(120):
         shard, name = source.name(index).removeprefix(f"{packs}/train/").split("/")
         assert re.fullmatch(r"shard-00000\d\.tar", shard)
-        assert torch.equal(source.read(index), by_name[name.split("-", 1)[1]])
+        of_folder = folder.read(names.index(name.split("-", 1)[1]))
+        assert torch.equal(source.read(index), of_folder)
         assert (packs / "train" / shard).read_bytes().count(name.encode()) == 1
     assert PackedSource(packs / "train", 1).read(7).shape == (1, 28, 28)
 
@@ -99,24 +86,12 @@ def test_the_fingerprint_is_that_of_the_images_not_of_the_shards(tmp_path, data,
     assert len(seen) == 5
 
 
-def place_of(folder: Path, index: int) -> tuple[Path, int, int]:
-    """Shard, offset and length of an image."""
+def damage(folder: Path, index: int) -> int:
+    """Flips a bit of an image; returns the place of its first byte in its shard."""
     source = PackedSource(folder, 1)
-    entry = source.index.entries[index]
-    return (
-        folder / source.index.shards[entry["shard"]].name,
-        int(entry["offset"]),
-        int(entry["length"]),
-    )
-
-
-def flip_bit(folder: Path, index: int) -> str:
-    """Damages an image; returns how a message should name the place."""
-    path, offset, length = place_of(folder, index)
-    content = bytearray(path.read_bytes())
-    content[offset + length // 2] ^= 4
-    path.write_bytes(content)
-    return f"{path.name} at byte {offset}, member {Path(PackedSource(folder, 1).name(index)).name}"
+    shard, offset, length, *_ = source.index.entries[index].tolist()
+    patched(folder / source.index.shards[shard], offset + length // 2, b"\xff")
+    return offset
 
 
 def bad_reason(source: PackedSource, index: int) -> str:
@@ -126,25 +101,17 @@ def bad_reason(source: PackedSource, index: int) -> str:
 
 
 def test_a_damaged_image_is_a_bad_image_that_names_its_place(own):
-    folder = own / "train"
-    source = PackedSource(folder, 1)
-    where = flip_bit(folder, 50)
-    assert re.search(rf"{where}.* crc32 \w{{8}}, expected \w{{8}}$", bad_reason(source, 50))
+    source = PackedSource(own / "train", 1)
+    offset = damage(own / "train", 50)
+    expected = rf"at byte {offset}, (\d+) of \1 bytes .* crc32 \w{{8}}, expected \w{{8}}$"
+    assert re.search(expected, bad_reason(source, 50))
     assert source.read(49).shape == (1, 28, 28)
-    path, offset, length = place_of(folder, 60)
-    os.truncate(path, offset + length - 1)
-    expected = rf"cut off: {path.name} at byte {offset}, .* {length - 1} of {length} bytes"
-    assert re.search(expected, bad_reason(source, 60))
+    path = Path(source.name(119)).parent
+    os.truncate(path, int(source.index.entries["offset"][119]) + 5)
+    assert " 5 of " in bad_reason(source, 119)
     fresh = PackedSource(own / "val", 1)
-    shards(own / "val")[0].unlink()
-    assert "shard-000000.tar at byte 512, member 0" in bad_reason(fresh, 0)
-
-
-def test_a_length_in_the_index_is_checked_before_memory_is_asked_for(own):
-    entries = np.load(own / "train/index.npy")
-    entries["length"][3] = 2**62
-    np.save(own / "train/index.npy", entries)
-    assert "behind the shard" in bad_reason(PackedSource(own / "train", 1), 3)
+    shutil.rmtree(own / "val")
+    assert "No such file or directory" in bad_reason(fresh, 0)
 
 
 def edited(folder: Path, change: Callable[[dict], object]) -> None:
@@ -152,6 +119,17 @@ def edited(folder: Path, change: Callable[[dict], object]) -> None:
     content = json.loads((folder / "index.json").read_text())
     change(content)
     (folder / "index.json").write_text(json.dumps(content))
+
+
+def of_entries(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Changes what index.npy holds."""
+    np.save(folder / "index.npy", change(np.load(folder / "index.npy")))
+
+
+def longer(entries: np.ndarray) -> np.ndarray:
+    """Found before memory is asked for."""
+    entries["length"][3] = 2**62
+    return entries
 
 
 SECOND = "shard-000001.tar"
@@ -163,13 +141,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         SECOND,
     ),
     "another name in a shard": (lambda folder: patched(folder / SECOND, 0, b"9", 0), SECOND),
-    "fewer entries": (
-        lambda folder: np.save(folder / "index.npy", np.load(folder / "index.npy")[:-1]),
-        "do not fit",
-    ),
+    "fewer entries": (lambda folder: of_entries(folder, lambda all: all[:-1]), "do not fit"),
+    "a length": (lambda folder: of_entries(folder, longer), "shard-000000.tar, or damaged"),
     "a pickle": (
         lambda folder: np.save(folder / "names.npy", np.array([None, {}], dtype=object)),
-        "is damaged",
+        "cannot be used",
     ),
     "another version": (
         lambda folder: edited(folder, lambda content: content.update(version=2)),
@@ -184,7 +160,7 @@ for name in ("index.json", "index.npy", "names.npy"):
     DAMAGES[f"no {name}"] = (lambda folder, name=name: (folder / name).unlink(), f"no {name}")
     DAMAGES[f"a damaged {name}"] = (
         lambda folder, name=name: (folder / name).write_bytes(b"{}"),
-        "is damaged",
+        "cannot be used",
     )
 
 
@@ -194,8 +170,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(own, damage):
     damaging(own / "train")
     with pytest.raises(DataError) as error:
         PackedSource(own / "train", 1)
-    assert str(own / "train") in str(error.value)
-    assert named in str(error.value)
+    assert str(own / "train") in str(error.value) and named in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -214,50 +189,32 @@ def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
         build_pretrain_source("packed", str(data), 3, False)
 
 
-def loaded(source: PackedSource, context: str | None, num_workers: int = 2) -> list[torch.Tensor]:
-    made = dataset(source=source)
-    steps = StepSampler(num_images=len(source), batch_size=10, seed=0, stop_step=8, block_size=16)
-    settings = loading(num_workers) | ({"multiprocessing_context": context} if context else {})
-    return [batch.images for batch in build_train_loader(made, steps, settings)]
-
-
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_processes_that_are_forked_or_spawned_read_the_same(packs, context):
-    source = PackedSource(packs / "train", 1)
-    expected = loaded(source, None, 0)
-    assert source.files  # is open when the processes start
-    for images, others in zip(expected, loaded(source, context), strict=True):
-        assert torch.equal(images, others)
-
-
-def test_a_pickled_source_holds_no_data_and_opens_its_own_files(packs):
+    """Each opens its own files, and is sent no data."""
     source = PackedSource(packs / "train", 1)
     source.read_ahead()
-    source.read(3)
+    made = dataset(source=source)
+    steps = StepSampler(num_images=120, batch_size=10, seed=0, stop_step=8, block_size=16)
+    expected = list(loading(0)(made, batch_sampler=steps))
+    assert source.open_shard.cache_info().currsize == 6  # they are open when the processes start
+    found = list(loading(2)(made, batch_sampler=steps, multiprocessing_context=context))
+    assert_same_batches(found, expected)
     copy = pickle.loads(pickle.dumps(source))
     assert len(pickle.dumps(source)) < 500
-    assert (type(copy), copy.reads_ahead, len(copy.files)) == (PackedSource, True, 0)
-    assert torch.equal(copy.read(100), source.read(100))
-    assert copy.labels.tolist() == source.labels.tolist()
+    assert (copy.reads_ahead, copy.open_shard.cache_info().currsize) == (True, 0)
 
 
 def test_few_shards_are_open_at_a_time(packs, monkeypatch):
     monkeypatch.setattr(packed, "RECENT", 2)
     source = PackedSource(packs / "train", 1)
-    assert not source.files
-    for index in [0, 119, 60, 0, 119, *range(120)]:
+    for index in (0, 119, 0, 60, 0, 119):  # of three shards: the one that was used last stays
         source.read(index)
-        assert len(source.files) <= 2
-    assert list(source.files) == [4, 5]
-    source.read(
-        int(np.flatnonzero(source.index.entries["shard"] == 4)[0])
-    )  # used again: the other one goes next
-    source.read(0)
-    assert list(source.files) == [4, 0]
+    assert source.open_shard.cache_info() == (2, 4, 2, 2)  # hits, misses, at most and now open
 
 
 def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
-    """The images of block 2 of 32, which lie in three shards, and nothing before it is asked
+    """The images of block 2 of 32, which lie in several shards, and nothing before it is asked
     for."""
     announced = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: announced.append(arguments))
@@ -268,19 +225,15 @@ def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
     source.read_ahead()
     for index in (70, 64, 95, 70):
         source.read(index)
-    entries = source.index.entries[64:96]
-    expected = {}
-    for entry in entries:
-        start, end = expected.get(int(entry["shard"]), (int(entry["offset"]), 0))
-        expected[int(entry["shard"])] = (start, int(entry["offset"] + entry["length"]))
-    assert len(expected) >= 2
-    assert [(offset, offset + length) for _, offset, length, _ in announced] == list(
-        expected.values()
+    shards, offsets, lengths = (
+        source.index.entries[n][64:96] for n in ("shard", "offset", "length")
     )
-    assert [descriptor for descriptor, *_ in announced] == [
-        source.files[shard].fileno() for shard in expected
-    ]
-    assert {advice for *_, advice in announced} == {os.POSIX_FADV_WILLNEED}
+    expected = []
+    for shard in np.unique(shards).tolist():
+        start, end = offsets[shards == shard][0], (offsets + lengths)[shards == shard][-1]
+        descriptor = source.open_shard(shard).fileno()
+        expected.append((descriptor, start, end - start, os.POSIX_FADV_WILLNEED))
+    assert announced == expected and len(expected) >= 2
     source.read(63)
     assert len(announced) > len(expected)
 
@@ -319,12 +272,14 @@ CATS_AND_DOGS = ([0, 1], ["cat", "dog"])
     [
         (CATS_AND_DOGS, None, "val/"),
         (None, CATS_AND_DOGS, "train/"),
-        (([0, 1],), ([None, None],), "/val have no labels"),
-        (([0, 1],), ([0, 0],), "/val hold no image: 1"),
-        (([0, 1],), ([0, 1, 999_999_999],), "999999999"),
-        (CATS_AND_DOGS, ([0, 1, 999_999_999],), "label 999999999, outside its 2 classes"),
-        (CATS_AND_DOGS, ([0, 1], ["cat", "mouse"]), "/train and not in val/: dog"),
-        (CATS_AND_DOGS, ([0, 0], ["cat", "dog"]), "/val hold no image: dog"),
+        (([0, 1],), ([None, None],), "/val must hold images in class folders, or packed from"),
+        (([None],), ([None],), "/train must hold images in class folders, or packed from"),
+        (([0, 1],), ([0, 0],), "/val must hold"),
+        (([0, 1],), ([0, 1, 999_999_999],), "of the 2 classes and of no other"),
+        (([0, 2],), ([0, 2],), "image: ['1'], labels without a class: [2]"),
+        (CATS_AND_DOGS, ([0, 1, 999_999_999],), "labels without a class: [999999999]"),
+        (CATS_AND_DOGS, ([0, 1], ["cat", "mouse"]), "are ['dog'], and only in val/ ['mouse']"),
+        (CATS_AND_DOGS, ([0, 0], ["cat", "dog"]), "classes without an image: ['dog']"),
     ],
 )
 def test_packs_that_evaluation_cannot_take_are_refused(tmp_path, train, val, named):
@@ -340,12 +295,9 @@ def test_classes_without_names_are_called_by_their_labels(tmp_path):
     make_pack(tmp_path / "train", [2, 0, 1, 0])
     make_pack(tmp_path / "val", [0, 1, 2])
     assert labelled(tmp_path).class_names == ["0", "1", "2"]
-    make_pack(tmp_path / "val", [0, 1, 2], ["cat", "dog", "cow"])
-    assert labelled(tmp_path).class_names == [
-        "cat",
-        "dog",
-        "cow",
-    ]  # one split's names are both splits'
+    names = ["cat", "dog", "cow"]
+    make_pack(tmp_path / "val", [0, 1, 2], names)
+    assert labelled(tmp_path).class_names == names  # one split's names are both splits'
 
 
 def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
@@ -359,18 +311,17 @@ def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
 
 
 def test_pictures_are_made_of_the_validation_images_or_else_all(tmp_path, packs, data):
-    assert (
-        validation_source("packed", str(packs), 1)
-        .name(0)
-        .startswith(f"{packs}/val/shard-000000.tar/000000000-")
-    )
-    assert len(validation_source("packed", str(packs), 1)) == 60
+    def shown(root: Path) -> tuple[int, Path]:
+        source = validation_source("packed", str(root), 1)
+        return len(source), Path(source.name(0)).parent.parent
+
+    assert shown(packs) == (60, packs / "val")
     flat = pack(data / "val", tmp_path / "flat")
-    assert validation_source("packed", str(flat), 1).name(0).startswith(f"{flat}/shard-000000.tar/")
+    assert shown(flat) == (60, flat)
     shutil.copytree(packs / "train", tmp_path / "half/train")
-    assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 120
+    assert shown(tmp_path / "half") == (120, tmp_path / "half/train")
     make_pack(tmp_path / "half/val", [None])  # labels are not needed
-    assert len(validation_source("packed", str(tmp_path / "half"), 1)) == 1
+    assert shown(tmp_path / "half") == (1, tmp_path / "half/val")
 
 
 @pytest.fixture
@@ -381,37 +332,20 @@ def small_blocks(monkeypatch) -> list[int]:
     taken = []
 
     class Seen(StepSampler):
-        def __post_init__(self):
-            super().__post_init__()
+        def __init__(self, **settings):
+            super().__init__(**settings)
             taken.append(self.block_size)
 
     monkeypatch.setattr(batches_module, "StepSampler", Seen)
     return taken
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, packs, small_blocks):
-    """Stopped after the first epoch of two; then with loader processes, and after a move to another
-    folder."""
-    pretrain_pictures(packs, tmp_path / "whole", *PACKED)
-    pretrain_pictures(packs, tmp_path / "parts", *PACKED, "--stop_epoch", 1)
-    moved = shutil.copytree(packs, tmp_path / "moved")
-    pretrain_pictures(moved, tmp_path / "parts", *PACKED, "--num_workers", 2)
-    losses = step_losses(tmp_path / "whole")
-    assert len(set(losses.values())) == 2 * PICTURE_STEPS
-    assert step_losses(tmp_path / "parts") == losses
-    assert (tmp_path / "parts/model.safetensors").read_bytes() == (
-        tmp_path / "whole/model.safetensors"
-    ).read_bytes()
-    assert small_blocks == [8, 8, 8]
-
-
 def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(
     tmp_path, packs, small_blocks, monkeypatch
 ):
     """Saved at every line; the process ends in place of step 16, the checkpoint is of step 15 of
-    20."""
-    often = ("--save_minutes", 1e-9, "--log_interval", 5)
-    pretrain_pictures(packs, tmp_path / "whole", *PACKED, "--log_interval", 1)
+    20. It goes on with loader processes, after a move to another folder."""
+    pretrain_pictures(packs, tmp_path / "whole", *PACKED)
     original, taken = engine.loop.optimizer_step, []
 
     def counted(*arguments, **keywords):
@@ -420,19 +354,21 @@ def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(
             raise Killed
         return original(*arguments, **keywords)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(engine.loop, "optimizer_step", counted)
-        with pytest.raises(Killed):
-            pretrain_pictures(packs, tmp_path / "parts", *PACKED, *often)
+        often = ("--save_minutes", 1e-9, "--log_interval", 5)
+        pretrain_pictures(packs, tmp_path / "parts", *PACKED, *often)
     assert (tmp_path / "parts/checkpoint-00000015.pth").exists()
-    pretrain_pictures(packs, tmp_path / "parts", *PACKED, "--log_interval", 1)
-    losses = step_losses(tmp_path / "whole")
-    assert {step: loss for step, loss in step_losses(tmp_path / "parts").items() if step > 15} == {
+    moved = shutil.copytree(packs, tmp_path / "moved")
+    pretrain_pictures(moved, tmp_path / "parts", *PACKED, "--num_workers", 2)
+    losses, of_parts = step_losses(tmp_path / "whole"), step_losses(tmp_path / "parts")
+    assert len(set(losses.values())) == 2 * PICTURE_STEPS
+    assert {step: of_parts[step] for step in range(16, 21)} == {
         step: losses[step] for step in range(16, 21)
     }
-    assert (tmp_path / "parts/model.safetensors").read_bytes() == (
-        tmp_path / "whole/model.safetensors"
-    ).read_bytes()
+    whole, parts = (tmp_path / f"{name}/model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    assert small_blocks == [8, 8, 8]
 
 
 def test_a_run_on_other_images_is_not_gone_on_with(tmp_path, packs, data):
@@ -444,50 +380,6 @@ def test_a_run_on_other_images_is_not_gone_on_with(tmp_path, packs, data):
     other = pack(source, tmp_path / "other")
     with pytest.raises(InputError, match="images: .*120.* -> .*120"):
         pretrain_pictures(other, tmp_path / "run", *PACKED)
-
-
-@pytest.mark.long
-def test_two_processes_train_as_one_and_go_on_as_one(tmp_path, packs):
-    """12 images a step: by one process; by two; and by one, two and one again, an epoch each."""
-    decoder = ["--decoder_embed_dim", 16, "--decoder_depth", 1, "--decoder_num_heads", 2]
-    more = [
-        *PACKED,
-        *decoder,
-        "--lr",
-        1e-2,
-        "--save_epochs",
-        1,
-        "--monitor_epochs",
-        0,
-        "--num_workers",
-        1,
-    ]
-
-    def start(folder: str, processes: int, *flags) -> None:
-        arguments = pictures(
-            packs, tmp_path / folder, *more, "--batch_size", 12 // processes, *flags
-        )
-        result = launch(arguments, processes)
-        assert result.returncode == 0, result.stderr
-
-    start("one", 1)
-    start("two", 2)
-    for epoch, processes in ((1, 1), (2, 2), (3, 1)):
-        start("both", processes, "--stop_epoch", epoch)
-    losses = step_losses(tmp_path / "one")
-    for folder in ("two", "both"):
-        others = step_losses(tmp_path / folder)
-        assert others.keys() == losses.keys() == set(range(1, 31))
-        for step, loss in losses.items():
-            assert float.fromhex(others[step]) == pytest.approx(float.fromhex(loss), abs=1e-5), step
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory, packs) -> Path:
-    return (
-        pretrain_pictures(packs, tmp_path_factory.mktemp("pretrained"), *PACKED)
-        / "model.safetensors"
-    )
 
 
 def test_the_evaluations_take_a_pack(tmp_path, data, packs, weights):
@@ -522,47 +414,29 @@ def test_the_order_by_blocks_reaches_every_stage_and_only_there(
     assert small_blocks == [8, 8, 8, 1]
 
 
-def test_the_monitor_looks_at_a_pack(tmp_path, packs, data):
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_the_monitor_looks_at_a_pack(tmp_path, packs, data, has_labels):
     """With labels it classifies; without, it draws."""
+    root = packs if has_labels else pack(data / "train", tmp_path / "flat")
     looking = ["--monitor_epochs", 1, "--monitor_images", 3]
-    pretrain_pictures(packs, tmp_path / "labelled", *PACKED, *looking)
-    looks = [line for line in log_lines(tmp_path / "labelled") if "monitor_s" in line]
+    pretrain_pictures(root, tmp_path / "run", *PACKED, *looking)
+    looks = [line for line in log_lines(tmp_path / "run") if "monitor_s" in line]
     assert [look["epoch"] for look in looks] == [0, 1, 2]
-    assert all("knn_acc1" in look and "psnr" in look for look in looks)
-    flat = pack(data / "train", tmp_path / "flat")
-    pretrain_pictures(flat, tmp_path / "unlabelled", *PACKED, *looking)
-    looks = [line for line in log_lines(tmp_path / "unlabelled") if "monitor_s" in line]
-    assert len(looks) == 3
-    assert all("knn_acc1" not in look and "psnr" in look for look in looks)
+    assert all(("knn_acc1" in look) == has_labels and "psnr" in look for look in looks)
 
 
 def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, own, weights):
-    where = flip_bit(own / "train", 50)
+    damaged = PackedSource(own / "train", 1).name(50)
+    where = f"at byte {damage(own / 'train', 50)}"
     pretrain_pictures(own, tmp_path / "run", *PACKED)
     (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()
-    bad = json.loads(line)
-    assert bad["path"] == PackedSource(own / "train", 1).name(50)
-    assert where in bad["reason"]
+    assert json.loads(line)["path"] == damaged
+    assert where in json.loads(line)["reason"]
     assert log_lines(tmp_path / "run")[-1]["step"] == 2 * PICTURE_STEPS
-    in_val = flip_bit(own / "val", 33)
-    commands = (
-        (main_knn.main, where, pictures(own, tmp_path / "knn", training=False)),
-        (
-            main_finetune.main,
-            in_val,
-            pictures(own, tmp_path / "tune", "--epochs", 1, "--warmup_epochs", 0),
-        ),
-    )
-    for main, damaged, arguments in commands:
-        with pytest.raises(InputError, match=damaged):
-            main([*arguments, *PACKED, "--finetune", str(weights)])
-
-
-def test_a_shard_that_disappears_while_training_stops_the_run(own):
-    """As an unmounted disk does."""
-    source = build_pretrain_source("packed", str(own), 1, False)
-    shutil.rmtree(own)
-    sampler = StepSampler(num_images=120, batch_size=10, seed=0, stop_step=8, block_size=8)
-    batch = next(iter(build_train_loader(dataset(source=source), sampler, loading(0))))
-    assert batch.failed
-    assert "No such file or directory" in batch.bad[0].reason
+    with pytest.raises(InputError, match=where):
+        knn = pictures(own, tmp_path / "knn", *PACKED, "--finetune", weights, training=False)
+        main_knn.main(knn)
+    where = f"at byte {damage(own / 'val', 33)}"
+    tune = ["--finetune", weights, "--epochs", 1, "--warmup_epochs", 0]
+    with pytest.raises(InputError, match=where):
+        main_finetune.main(pictures(own, tmp_path / "tune", *PACKED, *tune))

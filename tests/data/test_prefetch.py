@@ -4,24 +4,24 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import log_lines, make_pictures, pretraining
+from runs import log_lines, pretraining
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import main_pretrain
-from data.loader import BadSample, TrainBatch
+from data.loader import BadSample, Batch
 from data.sampler import SampleKey
 from data.sources import FolderSource
 from engine.parallel import on_device
 
 
-def test_an_error_of_the_loader_ends_a_run_after_the_steps_before(tmp_path, monkeypatch):
-    data, read, reads = make_pictures(tmp_path / "data"), FolderSource.read, []
+def test_an_error_of_the_loader_ends_a_run_after_the_steps_before(tmp_path, data, monkeypatch):
+    reads: list[int] = []
 
-    def fails(self, index):
+    def fails(source, index, read=FolderSource.read):
         reads.append(index)
         if len(reads) == 3 * 12 + 5:  # in the fourth step
             raise RuntimeError("the cable is out")
-        return read(self, index)
+        return read(source, index)
 
     monkeypatch.setattr(FolderSource, "read", fails)
     with pytest.raises(RuntimeError, match="the cable is out"):
@@ -63,7 +63,7 @@ def test_on_cuda_a_batch_is_copied_beside_the_computation_which_waits_for_it_alo
             log.append("take")
             images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
             keys, bad = [SampleKey(number, 0, number, 0)], [BadSample(f"{number}.png", "torn")]
-            yield TrainBatch(images, torch.zeros(2, 5, dtype=torch.int64), keys, bad, False)
+            yield Batch(images, torch.zeros(2, 5, dtype=torch.int64), keys, bad, False)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies", log))
     monkeypatch.setattr(torch.cuda, "stream", inside)

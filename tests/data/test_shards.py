@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from packs import contents, index_tars, member, patched, png, refused, write_tar
-from runs import CLASSES, make_pictures, run
+from runs import CLASSES, run
 
 from data.images import IMAGE_ENDINGS, decode_image
 from data.packs.shards import index_shard
@@ -25,13 +25,7 @@ from util.errors import InputError
 
 def found_in(path: Path) -> list[tuple[str, int]]:
     index = index_shard(path)
-    return list(
-        zip(
-            [name.decode("utf-8", "surrogateescape") for name in index.names],
-            index.entries["label"].tolist(),
-            strict=True,
-        )
-    )
+    return [*zip(map(os.fsdecode, index.names), index.entries["label"].tolist(), strict=True)]
 
 
 def test_samples_are_runs_of_members_with_one_key(tmp_path):
@@ -55,6 +49,11 @@ def test_samples_are_runs_of_members_with_one_key(tmp_path):
             member("4.txt", b"no image"),
             member("5.mp4", b"no image"),
             member("6.x.jpg", b"an ending that is not listed"),
+            member("/etc/passwd", b"root"),
+            member("../x.txt", b"x"),
+            member("latest", type=tarfile.SYMTYPE, linkname="/"),
+            member("dev/null", type=tarfile.CHRTYPE),
+            member("a.txt", type=tarfile.LNKTYPE),
             member("1.jpg", png(5)),
             member("__index__", b"?"),
         ],
@@ -94,33 +93,21 @@ def test_every_usual_way_to_write_a_name(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["gnu", "pax", "ustar", "v7"])
-def test_tar_files_of_the_system_s_own_tar(tmp_path, format):
-    data = make_pictures(tmp_path / "pictures")
+def test_tar_files_of_the_system_s_own_tar(tmp_path, data, format):
     (tmp_path / "in").mkdir()
     for path in sorted((data / "val").rglob("*.png"))[::6]:
-        shutil.copy(path, tmp_path / f"in/{path.parent.name}_{path.name}")
-        (tmp_path / f"in/{path.parent.name}_{path.stem}.cls").write_text(
-            f"{CLASSES.index(path.parent.name)}\n"
-        )
-    command = [
-        "tar",
-        "--sort=name",
-        f"--format={format}",
-        "-cf",
-        tmp_path / "a.tar",
-        "-C",
-        tmp_path / "in",
-        ".",
-    ]
-    assert run(list(map(str, command))).returncode == 0
+        label, copy = path.parent.name, tmp_path / f"in/{path.parent.name}_{path.name}"
+        shutil.copy(path, copy)
+        copy.with_suffix(".cls").write_text(f"{CLASSES.index(label)}\n")
+    make = ["tar", "--sort=name", f"--format={format}", "-C", tmp_path / "in", "-cf"]
+    assert run([*map(str, make), str(tmp_path / "a.tar"), "."]).returncode == 0
     index_tars(tmp_path / "a.tar")
     source = PackedSource(tmp_path, 1)
     assert len(source) == 10
     for index in range(10):
         name = source.name(index).removeprefix(f"{tmp_path}/a.tar/")
-        assert torch.equal(
-            source.read(index), decode_image((tmp_path / "in" / name).read_bytes(), 1)
-        )
+        expected = decode_image((tmp_path / "in" / name).read_bytes(), 1)
+        assert torch.equal(source.read(index), expected)
         assert source.labels[index] == CLASSES.index(name.split("_")[0])
 
 
@@ -213,7 +200,7 @@ HOSTILE: dict[str, tuple[Writer, str]] = {
     "sparse by GNU": (of_kind(tarfile.GNUTYPE_SPARSE, content=b"1"), ""),
     "two images": (
         tar_of(member("1.jpg", b"1"), member("1.txt"), member("1.png", b"2")),
-        "'1.jpg' and '1.png'",
+        "['1.jpg', '1.png']",
     ),
     "labels apart": (
         tar_of(member("1.jpg", b"1"), member("2.jpg", b"1"), member("1.cls", b"0")),
@@ -250,21 +237,6 @@ def test_hostile_and_broken_tar_files_are_refused(tmp_path, case):
     assert named in found
     assert str(path.parent if case == "no image" else path) in found
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")] == [Path("in/a.tar")]
-
-
-def test_links_and_names_that_are_no_samples_are_passed_over(tmp_path):
-    path = write_tar(
-        tmp_path / "a.tar",
-        [
-            member("/etc/passwd", b"root"),
-            member("../x.txt", b"x"),
-            member("latest", type=tarfile.SYMTYPE, linkname="/"),
-            member("dev/null", type=tarfile.CHRTYPE),
-            member("1.png", png(9)),
-            member("a.txt", type=tarfile.LNKTYPE),
-        ],
-    )
-    assert found_in(path) == [("1.png", -1)]
 
 
 @pytest.mark.parametrize("seed", range(5))

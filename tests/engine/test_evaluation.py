@@ -174,7 +174,7 @@ def test_processes_share_every_image_out_once(count, batch_size, world_size):
         for batch, expected in zip(loader, share.split(batch_size), strict=bool(len(share))):
             assert (batch.images.dtype, batch.bad) == (torch.uint8, [])
             assert torch.equal(batch.images, torch.as_tensor(source.images)[expected])
-            assert batch.labels.tolist() == source.labels[expected.numpy()].tolist()
+            assert batch.targets.tolist() == source.labels[expected.numpy()].tolist()
             seen += len(expected)
     assert seen == count
 

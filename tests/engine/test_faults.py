@@ -375,11 +375,11 @@ class Killed(PretrainDataset):
 
     flag: Path
 
-    def __getitems__(self, keys):
-        if keys[0].step == 15 and multiprocessing.parent_process() and not self.flag.exists():
+    def __getitem__(self, key):
+        if key.step == 15 and multiprocessing.parent_process() and not self.flag.exists():
             self.flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitems__(keys)
+        return super().__getitem__(key)
 
 
 @pytest.mark.fault("R14")
@@ -404,17 +404,17 @@ def test_an_error_of_the_data_in_a_loader_process_is_raised_as_it_is(tmp_path, d
     def broken(*_):
         raise ConnectionResetError("of the data's own making")
 
-    monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitems__", broken)
+    monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitem__", broken)
     with pytest.raises(ConnectionResetError, match=r"^of the data's own making$"):
         main_pretrain.main(pretraining(data, tmp_path, "--num_workers", 1))
 
 
 @pytest.mark.fault("R14")
 def test_a_killed_loader_process_ends_an_evaluation_with_one_line(tmp_path, data, monkeypatch):
-    def killed(dataset, index, original=EvalDataset.__getitem__):
-        if index == 40 and multiprocessing.parent_process():
+    def killed(dataset, key, original=EvalDataset.__getitem__):
+        if key.image == 40 and multiprocessing.parent_process():
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(dataset, index)
+        return original(dataset, key)
 
     arguments = pictures(data, tmp_path / "run", "--num_workers", 1)
     knn = ["--finetune", "random", "--class_token", "true", "--batch_size", 7, "--num_workers", 2]
@@ -450,13 +450,13 @@ def test_loader_processes_that_find_no_shared_memory_end_the_run_at_once(
     """From the first tensor that a process shares on, or from a later one on."""
     shared: list[None] = []
 
-    def share(storage, original=torch.UntypedStorage._share_fd_cpu_):
+    def share(cls, size, original=torch.UntypedStorage._new_shared, **device):
         shared.append(None)
         if multiprocessing.parent_process() and len(shared) > failing:
             raise RuntimeError("unable to allocate shared memory: No space left on device (28)")
-        return original(storage)
+        return original(size, **device)
 
-    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", share)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", classmethod(share))
     began = time.monotonic()
     with pytest.raises(LocalInputError, match="enlarge the shared memory /dev/shm"):
         main_pretrain.main(pretraining(data, tmp_path, "--num_workers", 1))
@@ -504,16 +504,16 @@ def test_the_images_of_the_error_are_those_of_the_step(tmp_path, data, monkeypat
     the log."""
     seen: dict[int, list[int]] = {}
 
-    def watched(dataset, keys, original=PretrainDataset.__getitems__):
-        seen.setdefault(keys[0].step + 1, []).extend(key.image for key in keys)
-        return original(dataset, keys)
+    def watched(dataset, key, original=PretrainDataset.__getitem__):
+        seen.setdefault(key.step + 1, []).append(key.image)
+        return original(dataset, key)
 
     def step_fn(optimizer, *args, original=engine.loop.optimizer_step, **kwargs):
         for parameter in optimizer.param_groups[0]["params"] if len(seen) > 3 else ():
             parameter.grad.fill_(float("inf"))
         return original(optimizer, *args, **kwargs)
 
-    monkeypatch.setattr(PretrainDataset, "__getitems__", watched)
+    monkeypatch.setattr(PretrainDataset, "__getitem__", watched)
     monkeypatch.setattr(engine.loop, "optimizer_step", step_fn)
     with pytest.raises(InputError, match="^7 steps in a row") as error:
         main_pretrain.main(pretraining(data, tmp_path, "--log_interval", 5, "--max_bad_steps", 6))

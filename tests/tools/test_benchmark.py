@@ -132,7 +132,7 @@ def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path, monkeypatch
     ("flags", "words"),
     [
         (["loader"], "loader needs photographs: give --images FOLDER"),
-        (["loader", "--images", "nowhere"], "nowhere does not exist"),
+        (["loader", "--images", "nowhere"], "nowhere: No such file"),
         (["step", "--rounds", "0"], "rounds must be 1 or more"),
         (["step", "--shapes", "huge"], "invalid choice: 'huge'"),
         (["speed"], "invalid choice: 'speed'"),

@@ -155,7 +155,7 @@ def _examine_file(file: BinaryIO, ending: str, full: bool, place: int, found: Fi
     found.sides[place] = sides
     found.kinds[described] += 1
     ending = ending.lower()
-    if ending[1:] not in IMAGE_KINDS[kind].endings:
+    if ending[1:] not in IMAGE_KINDS[kind]:
         found.notes[f"{kind} named {ending or 'without an ending'}"] += 1
     found.notes["turned upright by EXIF"] += is_turned
 

@@ -98,13 +98,13 @@ def pack_image(encoded: bytes, side: int) -> tuple[bytes, str]:
     short, long = sorted(image.shape[-2:])
     if not side or short <= side or long * side // short > LONGEST:
         with open_image(BytesIO(encoded)) as header:
-            return encoded, IMAGE_KINDS[kind_of(header)].endings[0]
+            return encoded, IMAGE_KINDS[kind_of(header)][0]
     image = F.resize(image, [side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     is_grey = torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
     pixels = image[0] if is_grey else image.permute(1, 2, 0)  # (H, W) or (H, W, 3)
     packed = BytesIO()
     Image.fromarray(pixels.numpy()).save(packed, format="JPEG", quality=QUALITY)
-    return packed.getvalue(), IMAGE_KINDS["JPEG"].endings[0]
+    return packed.getvalue(), IMAGE_KINDS["JPEG"][0]
 
 
 def make_shard(
