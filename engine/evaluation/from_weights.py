@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.blocks import init_for_pretraining
+from models.blocks import init_weights
 from models.build import build_model, classifier_spec, mae_spec
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
@@ -74,7 +74,7 @@ def build_frozen(cfg: FrozenConfig, weights: str, num_classes: int) -> Classifie
     """
     if weights == RANDOM_WEIGHTS:
         model = _build(cfg, num_classes, _class_token(cfg), fc_norm=False)
-        init_for_pretraining(model)
+        init_weights(model)
         return Classifier(model.eval().requires_grad_(False), None)
     tensors, info = _read(cfg, weights)
     class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))

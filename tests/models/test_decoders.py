@@ -53,7 +53,7 @@ def numpy_cross_decoder(
     model: MaskedAutoencoder, latent: np.ndarray, kept: np.ndarray, wanted: int
 ) -> np.ndarray:
     """The prediction of one patch of one image, by itself: `(+K, D)`, `(K,)` -> `(P*P*C,)`."""
-    has_cls = int(model.decoder_class_token)
+    has_cls = int(model.spec.decoder_class_token)
     table = array(model.decoder_pos_embed)[0]
     if model.cls_token is not None and not has_cls:
         latent = latent[1:]
@@ -91,7 +91,7 @@ def test_the_cross_decoder_equals_numpy_patch_by_patch(changes):
         nn.init.normal_(parameter, std=0.2)
     images, ids = batch(model)
     count = 12 if "pred_ratio" in changes else 4  # of 16 patches
-    assert model.num_predicted == count
+    assert model.spec.num_predicted == count
     patches = model.patchify(images)
     latent = array(model.forward_encoder(patches, ids[:, :4]))
     errors = []
