@@ -210,9 +210,13 @@ def encoder_spec(
 ) -> ClassifierSpec:
     """The encoder of a pretrained model, read through its own norm and without a head. Without
     `global_pool` the class token is read, if there is one."""
-    pool = global_pool or ("token" if spec.class_token else "avg")
     shared = {f.name: getattr(spec, f.name) for f in fields(EncoderSpec)}
-    return ClassifierSpec(**shared, num_classes=0, global_pool=pool, fc_norm=False)
+    return ClassifierSpec(
+        **shared,
+        num_classes=0,
+        global_pool=global_pool or ("token" if spec.class_token else "avg"),
+        fc_norm=False,
+    )
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:

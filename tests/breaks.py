@@ -123,7 +123,7 @@ test_logits_and_features_equal_timm_in_float64_for_each_readout
 
 15 blocks: a cross-attention block normalises the encoder's output once more
 models/blocks.py models/test_decoders.py
-test_the_cross_decoder_equals_numpy_patch_by_patch
+test_the_cross_decoder_equals_torch_attention_patch_by_patch
 -x = x + self.drop_path(self.attn(self.norm1(x), memory, maps))
 +normed = None if memory is None else self.norm1(memory)
 +        x = x + self.drop_path(self.attn(self.norm1(x), normed, maps))

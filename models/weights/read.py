@@ -179,8 +179,8 @@ def _image_size(
     if no_height or no_width or rows * columns != num_patches:
         raise InputError(
             f"{num_patches} patches of {spelled(patch_size)} do not make images of "
-            f"{spelled(size)}: tools/convert_checkpoint.py --img_size H W --format safetensors "
-            f"writes a file that records another size"
+            f"{spelled(size)}, and images are square where no size is given: "
+            f"tools/convert_checkpoint.py --img_size H W --format safetensors writes a file with it"
         )
     return size
 
