@@ -8,21 +8,21 @@ tensors on the CPU (None if the file does not tell them), and `img_size`, (H, W)
 """
 
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from models.build import build_model
 from models.mae import MaskedAutoencoder
-from models.spec import ClassifierSpec, MAESpec, encoder_spec, pair
+from models.spec import ClassifierSpec, MAESpec, encoder_spec
 from models.vit import VisionTransformer
 from models.weights.adapt import load_into_classifier, load_into_mae
-from models.weights.info import WeightsInfo, complete
+from models.weights.info import WeightsInfo, complete, require_known
 from models.weights.read import read_weights
 from util.errors import InputError
 
-dependencies = ["torch", "numpy", "einops", "timm", "safetensors"]
+dependencies = ["torch", "numpy", "einops", "timm", "safetensors", "pydantic"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -45,9 +45,7 @@ def encoder(
     Raises: InputError for weights that cannot be read or lack `num_heads`.
     """
     tensors, info = _read(weights, img_size, num_heads=num_heads)
-    spec = info.spec
-    if isinstance(spec, MAESpec):
-        spec = encoder_spec(spec, "token" if spec.class_token else "avg")
+    spec = encoder_spec(info.spec) if isinstance(info.spec, MAESpec) else info.spec
     pool = global_pool or spec.global_pool
     model = build_model(replace(spec, num_classes=0, drop_path_rate=0.0, global_pool=pool))
     load_into_classifier(model, tensors, info, weights, uses_head=False)
@@ -104,24 +102,17 @@ def classifier(
 
 
 def _read(
-    weights: str, img_size: tuple[int, int] | None, **given: Any
+    weights: str, img_size: tuple[int, int] | None, **given: object
 ) -> tuple[dict[str, Tensor], WeightsInfo]:
     """As `read_weights`, completed by what the caller gives. Raises: InputError if one of these is
     still unknown."""
     tensors, info = read_weights(weights, img_size)
     info = complete(info, **given)
-    if missing := sorted(info.unknown & given.keys()):
-        raise InputError(
-            f"{weights} ({info.kind}) does not say {', '.join(missing)}: give it as an argument, "
-            f"as {missing[0]}=..."
-        )
+    require_known(info, given)
     return tensors, info
 
 
 def _finished(model: ModelT, info: WeightsInfo) -> ModelT:
-    added: dict[str, Any] = {"img_size": pair(info.spec.img_size)}
     for name, values in (("mean", info.mean), ("std", info.std)):
-        added[name] = None if values is None else torch.tensor(values).view(-1, 1, 1)
-    for name, value in added.items():
-        setattr(model, name, value)
+        setattr(model, name, None if values is None else torch.tensor(values).view(-1, 1, 1))
     return model.eval()

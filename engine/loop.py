@@ -143,10 +143,11 @@ def log_window(job: Job, stopwatch: Stopwatch, lr: float, num_bad_files: int) ->
     }
     stopwatch.open_window(state.step)
     bad_files = f"  bad_files {num_bad_files}" if num_bad_files else ""
+    eta = timedelta(seconds=round(values["eta_s"]))
     line = (
         f"step {state.step}/{plan.total_steps}  epoch {values['epoch']:.2f}  loss {loss:.4f}  "
         f"lr {lr:.2e}  grad_norm {grad_norm:.3f}  {values['images_per_s']:.0f} images/s  "
-        f"data_wait {100 * values['data_wait']:.0f}%  eta {timedelta(seconds=round(values['eta_s']))}{bad_files}"
+        f"data_wait {100 * values['data_wait']:.0f}%  eta {eta}{bad_files}"
     )
     job.run.records.write("train", state.step, values, line)
     if values["data_wait"] > SLOW_LOADING:

@@ -9,15 +9,14 @@ Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width,
 channels.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.spec import EncoderSpec, pair
 
@@ -41,8 +40,9 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, spec: EncoderSpec):
         super().__init__()
-        size = pair(spec.patch_size)
-        self.proj = nn.Conv2d(spec.in_chans, spec.embed_dim, kernel_size=size, stride=size)
+        self.proj = nn.Conv2d(
+            spec.in_chans, spec.embed_dim, kernel_size=spec.patch_size, stride=spec.patch_size
+        )
 
     def forward(self, patches: Tensor) -> Tensor:
         """`(B, N, P*P*C)` in (p, p, c) order -> `(B, N, D)`, for any subset of an image's
@@ -51,173 +51,127 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)  # (B, N, D)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`(B, heads, T, d)`, two of `(B, heads, S, d)` -> out `(B, heads, T, d)` and weights `(B,
-    heads, T, S)`."""
-    shape = (*q.shape[:-1], k.shape[2])
-    # The scale is part of the product: a scaled copy of q would be kept for the gradient.
-    queries, keys = q.flatten(0, 1), k.flatten(0, 1)
-    scores = torch.baddbmm(q.new_zeros(()), queries, keys.mT, beta=0, alpha=scale)
-    attention = scores.softmax(dim=-1).view(shape)
-    return attention.to(v.dtype) @ v, attention
+def attend(q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+    """Scaled dot-product attention (arXiv 1706.03762, equation 1), by the path that is fastest on
+    the device at this length.
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The first half of `explicit_attention`, by the path that is fastest on the device at this
-    length."""
-    if q.device.type == "cpu" and k.shape[2] < CPU_FUSED_FROM_TOKENS:
-        return explicit_attention(q, k, v, scale)[0]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    `(B, heads, T, d)`, two of `(B, heads, S, d)` -> `(B, T, D)`. The attention weights `(B, heads,
+    T, S)` are added to `maps`, with their graph.
+    """
+    scale = q.shape[-1] ** -0.5
+    fused = q.device.type != "cpu" or k.shape[2] >= CPU_FUSED_FROM_TOKENS
+    if fused and maps is None:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    else:
+        # The scale is part of the product: a scaled copy of q would be kept for the gradient.
+        queries, keys = q.flatten(0, 1), k.flatten(0, 1)
+        scores = torch.baddbmm(q.new_zeros(()), queries, keys.mT, beta=0, alpha=scale)
+        attention = scores.softmax(dim=-1).view(*q.shape[:-1], -1)  # (B, heads, T, S)
+        if maps is not None:
+            maps.append(attention)
+        out = attention.to(v.dtype) @ v
+    return rearrange(out, "b h t d -> b t (h d)")  # (B, T, D)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (arXiv 1706.03762, equation 1) with one projection for q, k and
-    v."""
+    """Multi-head attention of the tokens to one another, or with `cross` to a memory."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, cross: bool = False):
         super().__init__()
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
+        if cross:
+            self.q = nn.Linear(dim, dim)
+            self.kv = nn.Linear(dim, 2 * dim)
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(
-            self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads
-        )
-        return q, k, v  # each (B, heads, T, D / heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, D)` -> `(B, T, D)`."""
-        out = attend(*self._split(x), self.scale)
-        return self.proj(rearrange(out, "b h t d -> b t (h d)"))  # (B, T, D)
-
-    def forward_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, and the attention weights `(B, heads, T, T)` with their graph."""
-        out, attention = explicit_attention(*self._split(x), self.scale)
-        return self.proj(rearrange(out, "b h t d -> b t (h d)")), attention
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries to a memory (arXiv 1706.03762, equation 1)."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """`(B, T, D)` queries, `(B, S, D)` memory -> `(B, T, D)`."""
-        # each (B, heads, T or S, D / heads)
-        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads)
-        k, v = rearrange(self.kv(memory), "b s (two h d) -> two b h s d", two=2, h=self.num_heads)
-        out = rearrange(attend(q, k, v, self.scale), "b h t d -> b t (h d)")
-        return self.proj(out)  # (B, T, D)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, D)` -> `(B, T, D)`."""
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, maps: list[Tensor] | None = None
+    ) -> Tensor:
+        """`(B, T, D)`, with `cross` also the memory `(B, S, D)` -> `(B, T, D)`."""
+        # each of q, k, v: (B, heads, T or S, D / heads)
+        if memory is None:
+            q, k, v = rearrange(
+                self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads
+            )
+        else:
+            q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.num_heads)
+            k, v = rearrange(
+                self.kv(memory), "b s (two h d) -> two b h s d", two=2, h=self.num_heads
+            )
+        return self.proj(attend(q, k, v, maps))  # (B, T, D)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, D)` -> `(B, T, D)`."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def forward_with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, and the attention weights `(B, heads, T, T)` with their graph."""
-        attended, attention = self.attn.forward_with_attention(self.norm1(x))
-        x = x + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(self.norm2(x))), attention
-
-
-class CrossBlock(nn.Module):
-    """Pre-norm block of a cross-attention decoder: x + cross(norm(x), memory), then x +
-    mlp(norm(x)).
-
-    The queries do not attend to one another. Source: arXiv 2401.14391, section 3.2, without its
-    inter-block attention (each block choosing among the encoder's layers).
+    With `cross` it is the block of a cross-attention decoder: the tokens are queries that attend to
+    a memory, which is not normalised, and not to one another. Source: arXiv 2401.14391, section
+    3.2, without its inter-block attention (each block choosing among the encoder's layers).
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        cross: bool = False,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = CrossAttention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, cross)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim))
+        )
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """`(B, T, D)` queries, `(B, S, D)` memory -> `(B, T, D)`."""
-        x = x + self.attn(self.norm1(x), memory)
-        return x + self.mlp(self.norm2(x))
-
-
-def encoder_blocks(spec: EncoderSpec, drop_path_rate: float = 0.0) -> nn.ModuleList:
-    """The encoder's blocks; stochastic depth rises linearly from 0 to `drop_path_rate`."""
-    rates = [drop_path_rate * i / max(spec.depth - 1, 1) for i in range(spec.depth)]
-    return nn.ModuleList(
-        Block(spec.embed_dim, spec.num_heads, spec.mlp_ratio, rate) for rate in rates
-    )
-
-
-def run_blocks(blocks: nn.ModuleList, x: Tensor, *memory: Tensor, checkpointing: bool) -> Tensor:
-    """`x` through all blocks; with `checkpointing` each block is computed again for its gradient
-    instead of kept."""
-    for block in blocks:
-        if checkpointing:  # no block draws here: stochastic depth belongs to the classifier
-            x = checkpoint(block, x, *memory, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = block(x, *memory)
-    return x
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, maps: list[Tensor] | None = None
+    ) -> Tensor:
+        """`(B, T, D)`, with `cross` also the memory `(B, S, D)` -> `(B, T, D)`; `maps` as
+        `attend`."""
+        x = x + self.drop_path(self.attn(self.norm1(x), memory, maps))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def init_linears(model: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
-    """Draws the weights of all Linear layers in their order; their biases are zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            draw(module.weight)
-            nn.init.zeros_(module.bias)
+class Encoder(nn.Module):
+    """What all models share: the patch projection, the class token and the blocks.
+
+    Stochastic depth rises linearly from 0 to `drop_path_rate`.
+    """
+
+    def __init__(self, spec: EncoderSpec, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.img_size = pair(spec.img_size)
+        self.patch_size = pair(spec.patch_size)
+        self.grid_size = spec.grid_size
+        width = spec.embed_dim
+        self.patch_embed = PatchEmbed(spec)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
+        rates = [drop_path_rate * i / max(spec.depth - 1, 1) for i in range(spec.depth)]
+        self.blocks = nn.ModuleList(
+            Block(width, spec.num_heads, spec.mlp_ratio, rate) for rate in rates
+        )
 
 
-def init_patch_embed(patch_embed: PatchEmbed) -> None:
-    """Xavier-uniform on the projection's `(D, C*P*P)` view, zero bias: it acts as a linear
-    layer."""
-    weight = patch_embed.proj.weight
-    fan_in = weight[0].numel()
-    bound = (6 / (fan_in + weight.shape[0])) ** 0.5
-    nn.init.uniform_(weight, -bound, bound)
-    assert patch_embed.proj.bias is not None
-    nn.init.zeros_(patch_embed.proj.bias)
+def init_weights(
+    model: Encoder, draw: Callable[[Tensor], object] = nn.init.xavier_uniform_
+) -> None:
+    """Draws the weights of all Linear layers, in their order; biases are zero, tokens normal with
+    std 0.02. The default is the public MAE's.
 
-
-def init_for_pretraining(model: Any) -> None:
-    """The initial weights of the public MAE: Linear xavier-uniform, biases zero, tokens normal with
-    std 0.02."""
-    init_linears(model, nn.init.xavier_uniform_)
-    init_patch_embed(model.patch_embed)
-    for name in ("mask_token", "cls_token"):
-        if getattr(model, name, None) is not None:
-            nn.init.normal_(getattr(model, name), std=0.02)
+    The patch projection is xavier-uniform on its `(D, C*P*P)` view: it acts as a linear layer.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            draw(parameter)
+    nn.init.xavier_uniform_(model.patch_embed.proj.weight.flatten(1))
+    for token in (getattr(model, "mask_token", None), model.cls_token):
+        if token is not None:
+            nn.init.normal_(token, std=0.02)

@@ -3,6 +3,7 @@
 `size: small` fills the four keys of VIT_SIZES that the settings leave null.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, overload
 
@@ -30,12 +31,12 @@ VIT_SIZES: dict[str, dict[str, int]] = {
 SpecT = TypeVar("SpecT", bound=EncoderSpec)
 
 
-def mae_spec(cfg: AutoencoderConfig, **decided: Any) -> MAESpec:
+def mae_spec(cfg: AutoencoderConfig, **decided: object) -> MAESpec:
     """The autoencoder that settings ask for; `decided` are fields that come before theirs."""
     return _spec(MAESpec, cfg, decided)
 
 
-def classifier_spec(cfg: ClassifierConfig, **decided: Any) -> ClassifierSpec:
+def classifier_spec(cfg: ClassifierConfig, **decided: object) -> ClassifierSpec:
     """The classifier that settings ask for; `decided` are the fields that data and weights decide:
     `num_classes`, `class_token`, `fc_norm`."""
     return _spec(ClassifierSpec, cfg, decided)
@@ -45,17 +46,14 @@ def classifier_spec(cfg: ClassifierConfig, **decided: Any) -> ClassifierSpec:
 def build_model(spec: MAESpec) -> MaskedAutoencoder: ...
 @overload
 def build_model(spec: ClassifierSpec) -> VisionTransformer: ...
-@overload
-def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer: ...
 def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer:
     """The freshly initialised model of a specification.
 
     Raises: InputError for a model that cannot be.
     """
-    values = {f.name: getattr(spec, f.name) for f in fields(spec)}
     if isinstance(spec, MAESpec):
-        return MaskedAutoencoder(**values)
-    return VisionTransformer(**values)
+        return MaskedAutoencoder(**vars(spec))
+    return VisionTransformer(**vars(spec))
 
 
 def encoder_of(model: MaskedAutoencoder) -> VisionTransformer:
@@ -71,7 +69,7 @@ def encoder_of(model: MaskedAutoencoder) -> VisionTransformer:
     return encoder.eval().requires_grad_(False)
 
 
-def mae_config_problems(cfg: AutoencoderConfig, **decided: Any) -> list[str]:
+def mae_config_problems(cfg: AutoencoderConfig, **decided: object) -> list[str]:
     """What is wrong with the autoencoder that settings ask for, one line each."""
     return mae_spec(cfg, **decided).problems()
 
@@ -79,13 +77,12 @@ def mae_config_problems(cfg: AutoencoderConfig, **decided: Any) -> list[str]:
 def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:
     """What is wrong with the classifier that settings ask for, one line each."""
     # Data and weights decide the rest, and a class token where the settings are silent.
-    class_token = cfg.class_token is not False
-    return classifier_spec(cfg, num_classes=1, class_token=class_token, fc_norm=None).problems()
+    decided = {"num_classes": 1, "class_token": cfg.class_token is not False}
+    return classifier_spec(cfg, **decided).problems()
 
 
-def _spec(kind: type[SpecT], cfg: ModelConfig, decided: dict[str, Any]) -> SpecT:
-    row = VIT_SIZES[cfg.size]
-    stated = {f.name: getattr(cfg, f.name) for f in fields(kind) if hasattr(cfg, f.name)}
-    values: dict[str, Any] = stated | decided
-    missing = {n: row[n] for n, value in values.items() if value is None and n in row}
-    return kind(**(values | missing))
+def _spec(kind: type[SpecT], cfg: ModelConfig, decided: Mapping[str, object]) -> SpecT:
+    stated = {f.name: getattr(cfg, f.name, None) for f in fields(kind)}
+    given = {name: value for name, value in stated.items() if value is not None}
+    values: dict[str, Any] = {**VIT_SIZES[cfg.size], **given, **decided}
+    return kind(**values)

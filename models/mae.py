@@ -19,26 +19,18 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from models.blocks import (
-    LAYER_NORM_EPS,
-    Block,
-    CrossBlock,
-    PatchEmbed,
-    encoder_blocks,
-    init_for_pretraining,
-    patchify,
-    run_blocks,
-)
+from models.blocks import LAYER_NORM_EPS, Block, Encoder, init_weights, patchify
 from models.pos_embed import sincos_pos_embed
-from models.spec import MAESpec, pair
+from models.spec import MAESpec
 
 # Beginnings of the names of the tensors that an encoder does not have.
 DECODER_NAMES = ("decoder_", "mask_token")
 TARGET_VAR_EPS = 1e-6  # added to a patch's variance under the root
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Encoder):
     """Asymmetric encoder-decoder that predicts the pixels of removed patches.
 
     Args:
@@ -63,47 +55,33 @@ class MaskedAutoencoder(nn.Module):
     """
 
     def __init__(self, **fields: Any):
-        super().__init__()
-        self.spec = spec = MAESpec(**fields).checked()
-        self.img_size = pair(spec.img_size)
-        self.patch_size = pair(spec.patch_size)
+        spec = MAESpec(**fields).checked()
+        super().__init__(spec)
+        self.spec = spec
         self.in_chans = spec.in_chans
-        self.grid_size = spec.grid_size
         self.num_patches = spec.num_patches
         self.num_kept = spec.num_kept
-        self.num_predicted = spec.num_predicted
-        self.mask_ratio = spec.mask_ratio
         self.norm_pix_loss = spec.norm_pix_loss
-        self.decoder_class_token = spec.decoder_class_token
         self.decoder = spec.decoder
         self.checkpointing = False
-
-        self.patch_embed = PatchEmbed(spec)
-        self.cls_token = (
-            nn.Parameter(torch.zeros(1, 1, spec.embed_dim)) if spec.class_token else None
-        )
-        self.register_buffer(
-            "pos_embed", sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
-        )
-        self.blocks = encoder_blocks(spec)
+        self.pos_embed = nn.Buffer(
+            sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
+        )  # (1, N + class_token, D)
         self.norm = nn.LayerNorm(spec.embed_dim, eps=LAYER_NORM_EPS)
 
         width = spec.decoder_embed_dim
         self.decoder_embed = nn.Linear(spec.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer(
-            "decoder_pos_embed", sincos_pos_embed(width, spec.grid_size, spec.decoder_class_token)
-        )
-        block: type[Block] | type[CrossBlock] = CrossBlock if spec.decoder == "cross" else Block
+        self.decoder_pos_embed = nn.Buffer(
+            sincos_pos_embed(width, spec.grid_size, spec.decoder_class_token)
+        )  # (1, N + decoder_class_token, decoder D)
         self.decoder_blocks = nn.ModuleList(
-            block(width, spec.decoder_num_heads, spec.mlp_ratio) for _ in range(spec.decoder_depth)
+            Block(width, spec.decoder_num_heads, spec.mlp_ratio, cross=spec.decoder == "cross")
+            for _ in range(spec.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, math.prod(self.patch_size) * spec.in_chans)
-        init_for_pretraining(self)
-
-    pos_embed: Tensor  # (1, N + class_token, D)
-    decoder_pos_embed: Tensor  # (1, N + decoder_class_token, decoder D)
+        init_weights(self)
 
     def patchify(self, images: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, N, P*P*C)`, patches row-major, each vector in (p, p, c) order."""
@@ -116,20 +94,17 @@ class MaskedAutoencoder(nn.Module):
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """`(B, N, P*P*C)` -> `(B, C, H, W)`, the inverse of `patchify`."""
-        h, w = self.grid_size
-        p, q = self.patch_size
+        h, (p, q) = self.grid_size[0], self.patch_size
         # (B, C, H, W)
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=q)
 
     def forward_encoder(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
         """Encodes the kept patches: `(B, N, P*P*C)`, `(B, K)` -> normalised latent `(B, +K, D)`."""
-        kept = _gather(patches, ids_keep)  # (B, K, P*P*C)
-        patch_pos = self.pos_embed if self.cls_token is None else self.pos_embed[:, 1:]  # (1, N, D)
-        x = self.patch_embed(kept) + patch_pos[0, ids_keep]  # (B, K, D)
+        x = self.patch_embed(_gather(patches, ids_keep))  # (B, K, D)
         if self.cls_token is not None:
-            cls = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
-            x = torch.cat([cls.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+K, D)
-        return self.norm(run_blocks(self.blocks, x, checkpointing=self.checkpointing))  # (B, +K, D)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+K, D)
+        x = x + self.pos_embed[0, _rows(ids_keep, self.spec.class_token)]  # (B, +K, D)
+        return self.norm(self._run(self.blocks, x))  # (B, +K, D)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_pred: Tensor) -> Tensor:
         """Decodes the patches `ids_pred` `(B, M)` from `latent` `(B, +K, D)`.
@@ -138,22 +113,18 @@ class MaskedAutoencoder(nn.Module):
         `(B, K+M, decoder D)`. The cross decoder treats each patch alone, so that `ids_pred` may be
         any patches, and returns only those: `(B, M, decoder D)`.
         """
-        if self.cls_token is not None and not self.decoder_class_token:
+        has_cls = int(self.spec.decoder_class_token)
+        if self.spec.class_token and not has_cls:
             latent = latent[:, 1:]  # (B, K, D)
         embedded = self.decoder_embed(latent)  # (B, +K, decoder D)
-        has_cls = int(self.decoder_class_token)
         table = self.decoder_pos_embed[0]  # (N + has_cls, decoder D)
-        positions = table[ids_keep + has_cls]  # (B, K, decoder D)
-        if has_cls:
-            positions = torch.cat([table[:1].expand(len(latent), 1, -1), positions], dim=1)
-        memory = embedded + positions  # (B, +K, decoder D)
+        memory = embedded + table[_rows(ids_keep, has_cls)]  # (B, +K, decoder D)
         # (B, M, decoder D)
         queries = self.mask_token.to(embedded.dtype) + table[ids_pred + has_cls]
-        blocks, checkpointing = self.decoder_blocks, self.checkpointing
         if self.decoder == "cross":
-            return run_blocks(blocks, queries, memory, checkpointing=checkpointing)
+            return self._run(self.decoder_blocks, queries, memory)
         x = torch.cat([memory, queries], dim=1)  # (B, +K+M, decoder D)
-        return run_blocks(blocks, x, checkpointing=checkpointing)[:, has_cls:]  # (B, K+M, ...)
+        return self._run(self.decoder_blocks, x)[:, has_cls:]  # (B, K+M, ...)
 
     def target(self, patches: Tensor) -> Tensor:
         """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised
@@ -176,14 +147,11 @@ class MaskedAutoencoder(nn.Module):
                 (`models/masks.py` draws it); None draws one per image from torch's global
                 generator.
         """
-        patches = self.patchify(images)  # (B, N, P*P*C)
-        if ids_shuffle is None:
-            ids_shuffle = self._draw_shuffle(images)
-        ids_keep = ids_shuffle[:, : self.num_kept]  # (B, K)
-        ids_pred = ids_shuffle[:, self.num_kept :][:, : self.num_predicted]  # (B, M)
+        patches, ids_shuffle = self._prepare(images, ids_shuffle)
+        kept, predicted = self.num_kept, self.spec.num_predicted
+        ids_keep, ids_pred = ids_shuffle[:, :kept], ids_shuffle[:, kept : kept + predicted]
         latent = self.forward_encoder(patches, ids_keep)
-        decoded = self.forward_decoder(latent, ids_keep, ids_pred)
-        decoded = decoded[:, -ids_pred.shape[1] :]  # (B, M, decoder D)
+        decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -predicted:]
         pred = self.decoder_pred(self.decoder_norm(decoded))  # (B, M, P*P*C)
         target = self.target(_gather(patches, ids_pred))  # (B, M, P*P*C)
         # All patches have the same size, so the mean of their means is the mean of all values.
@@ -197,9 +165,7 @@ class MaskedAutoencoder(nn.Module):
 
         The first `num_kept` patches of `ids_shuffle` are kept; None is the model's own number.
         """
-        patches = self.patchify(images)  # (B, N, P*P*C)
-        if ids_shuffle is None:
-            ids_shuffle = self._draw_shuffle(images)
+        patches, ids_shuffle = self._prepare(images, ids_shuffle)
         kept = self.num_kept if num_kept is None else num_kept
         if not 0 < kept < self.num_patches:
             raise ValueError(f"num_kept must be 1 to {self.num_patches - 1}, got {kept}")
@@ -220,13 +186,25 @@ class MaskedAutoencoder(nn.Module):
         does not know them.
         """
         if self.norm_pix_loss:
-            mean, std = _patch_statistics(self.patchify(images))
-            pred = pred * std + mean
+            patches = self.patchify(images)  # (B, N, P*P*C)
+            std = (patches.var(dim=-1, keepdim=True) + TARGET_VAR_EPS).sqrt()
+            pred = pred * std + patches.mean(dim=-1, keepdim=True)
         return self.unpatchify(pred)  # (B, C, H, W)
 
-    def _draw_shuffle(self, images: Tensor) -> Tensor:
-        noise = torch.rand(images.shape[0], self.num_patches, device=images.device)
-        return noise.argsort(dim=1)  # (B, N)
+    def _run(self, blocks: nn.ModuleList, x: Tensor, *memory: Tensor) -> Tensor:
+        for block in blocks:
+            if self.checkpointing:  # no block draws: stochastic depth belongs to the classifier
+                x = checkpoint(block, x, *memory, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, *memory)
+        return x
+
+    def _prepare(self, images: Tensor, ids_shuffle: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The patches `(B, N, P*P*C)`, and their order `(B, N)`, drawn where it is None."""
+        if ids_shuffle is None:
+            noise = torch.rand(images.shape[0], self.num_patches, device=images.device)
+            ids_shuffle = noise.argsort(dim=1)
+        return self.patchify(images), ids_shuffle
 
 
 def _gather(x: Tensor, ids: Tensor) -> Tensor:
@@ -235,8 +213,7 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], ids]
 
 
-def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and root of (unbiased variance + eps) of each patch: `(B, *, F)` -> two of `(B, *,
-    1)`."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    return mean, (patches.var(dim=-1, keepdim=True) + TARGET_VAR_EPS).sqrt()
+def _rows(ids: Tensor, class_token: bool | int) -> Tensor:
+    """The rows of a position table for the patches `ids` `(B, K)`, first the class token's if there
+    is one: `(B, +K)`."""
+    return F.pad(ids + 1, (1, 0)) if class_token else ids

@@ -15,18 +15,12 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], class_token: bo
     The first D/2 channels encode the patch's column, the last D/2 its row. In each half the first
     D/4 channels are sines, the last D/4 cosines, of position * 10000^(-i / (D/4)).
 
-    Raises: ValueError where `embed_dim` is not divisible by 4.
     Source: sine-cosine encoding of arXiv 1706.03762, section 3.5, per axis.
     """
-    if embed_dim % 4:
-        raise ValueError(
-            f"a sine-cosine position table needs a width divisible by 4, got {embed_dim}"
-        )
-    height, width = grid_size
     quarter = embed_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # (D/4,)
-    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)  # (N,)
-    columns = torch.arange(width, dtype=torch.float64).repeat(height)  # (N,)
+    sides = [torch.arange(side, dtype=torch.float64) for side in grid_size]
+    rows, columns = torch.cartesian_prod(*sides).T  # (N,) each
     angles = [torch.outer(positions, frequencies) for positions in (columns, rows)]  # 2 x (N, D/4)
     table = torch.cat(
         [f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1

@@ -2,12 +2,13 @@
 
 Settings make a specification (`models/build.py`), the constructors take its fields by keyword,
 checkpoints and weight files hold it, and recognising a foreign file yields one. A new
-architecture flag is a field here, with its check in `problems`, and its use in the model.
+architecture flag is a field here, with its check in `rules`, and its use in the model.
 
 Shapes: `N` patches, `K` kept patches, `M` predicted patches.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -26,15 +27,18 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
     return math.floor(num_patches * (1 - mask_ratio) + 1e-6)
 
 
-def mask_problems(num_patches: int, mask_ratio: float) -> list[str]:
-    """Why a share of the patches cannot be removed, in at most one line."""
+def mask_rules(num_patches: int, mask_ratio: float) -> dict[str, bool]:
+    """Whether a share of the patches can be removed, as `EncoderSpec.rules` says it."""
     kept = num_kept(num_patches, mask_ratio)
-    if not num_patches or 0 < kept < num_patches:
-        return []
-    return [
-        f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: "
-        f"at least one must stay and one must go"
-    ]
+    return {
+        f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: at least one must stay "
+        "and one must go": not num_patches or 0 < kept < num_patches
+    }
+
+
+def broken(rules: dict[str, bool]) -> list[str]:
+    """The texts of the rules that do not hold."""
+    return [text for text, holds in rules.items() if not holds]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +83,19 @@ class EncoderSpec:
         """Width of the hidden layer of the encoder's MLPs."""
         return int(self.embed_dim * self.mlp_ratio)
 
+    def rules(self) -> dict[str, bool]:
+        """What must hold for such a model: the text of an error, and whether all is well."""
+        sides = zip(pair(self.img_size), pair(self.patch_size), strict=True)
+        fits = {
+            f"patch_size {self.patch_size} does not divide img_size {self.img_size}": not any(
+                image % patch for image, patch in sides
+            )
+        }
+        return fits | _width_rules("", self.embed_dim, self.num_heads)
+
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
-        found = []
-        sides = zip(("height", "width"), pair(self.img_size), pair(self.patch_size), strict=True)
-        for side, image, patch in sides:
-            if image % patch:
-                found.append(f"patch_size {patch} does not divide the image {side} {image}")
-        return found + _width_problems("", self.embed_dim, self.num_heads)
+        return broken(self.rules())
 
     def checked(self) -> Self:
         """This specification. Raises: InputError with all its problems."""
@@ -94,7 +103,7 @@ class EncoderSpec:
             raise InputError("; ".join(found))
         return self
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The fields as plain values, as checkpoints and weight files hold them."""
         return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
 
@@ -130,40 +139,30 @@ class MAESpec(EncoderSpec):
     @property
     def num_predicted(self) -> int:
         """Number of predicted patches, M: all removed ones, or floor(N * pred_ratio) of them."""
-        removed = self.num_patches - self.num_kept
-        if self.pred_ratio is None:
-            return removed
-        return min(removed, math.floor(self.num_patches * self.pred_ratio + 1e-6))
+        share = 1.0 if self.pred_ratio is None else self.pred_ratio
+        return min(self.num_patches - self.num_kept, math.floor(self.num_patches * share + 1e-6))
 
-    def problems(self) -> list[str]:
-        """What is wrong with this model, one line each."""
-        found = super().problems()
-        found += _width_problems("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
-        if self.decoder_class_token and not self.class_token:
-            found.append(
+    def rules(self) -> dict[str, bool]:
+        """As `EncoderSpec.rules`."""
+        return (
+            super().rules()
+            | _width_rules("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
+            | mask_rules(self.num_patches, self.mask_ratio)
+            | {
                 "decoder_class_token true needs class_token true: there is no class token to pass "
-                "on"
-            )
-        impossible_mask = mask_problems(self.num_patches, self.mask_ratio)
-        found += impossible_mask
-        if self.decoder not in ("self", "cross"):
-            found.append(f"decoder must be self or cross, got {self.decoder!r}")
-        if self.pred_ratio is None:
-            return found
-        if self.decoder != "cross":
-            found.append(
-                "pred_ratio belongs to decoder cross: the standard decoder sees all removed patches"
-            )
-        elif not 0 < self.pred_ratio <= self.mask_ratio:
-            found.append(
-                f"pred_ratio {self.pred_ratio:g} must be above 0 and at most mask_ratio "
-                f"{self.mask_ratio:g}"
-            )
-        elif not impossible_mask and not self.num_predicted:
-            found.append(
-                f"pred_ratio {self.pred_ratio:g} predicts none of {self.num_patches} patches"
-            )
-        return found
+                "on": self.class_token or not self.decoder_class_token,
+                f"decoder must be self or cross, got {self.decoder!r}": (
+                    self.decoder in ("self", "cross")
+                ),
+                "pred_ratio belongs to decoder cross: the standard decoder sees all removed "
+                "patches": self.pred_ratio is None or self.decoder == "cross",
+                f"pred_ratio {self.pred_ratio} must be at most mask_ratio {self.mask_ratio:g} and "
+                f"predict at least one of {self.num_patches} patches": (
+                    self.pred_ratio is None
+                    or (self.pred_ratio <= self.mask_ratio and self.num_predicted > 0)
+                ),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,42 +186,51 @@ class ClassifierSpec(EncoderSpec):
         if self.fc_norm is None:
             object.__setattr__(self, "fc_norm", self.global_pool == "avg")
 
-    def problems(self) -> list[str]:
-        """What is wrong with this model, one line each."""
-        found = super().problems()
-        if self.global_pool not in ("avg", "token"):
-            found.append(f"global_pool must be avg or token, got {self.global_pool!r}")
-        if self.global_pool == "token" and not self.class_token:
-            found.append("global_pool token reads the class token: it needs class_token true")
-        if self.global_pool == "token" and self.fc_norm:
-            found.append("fc_norm belongs to global_pool avg, got global_pool token")
-        return found
+    def rules(self) -> dict[str, bool]:
+        """As `EncoderSpec.rules`."""
+        reads_token = self.global_pool == "token"
+        return super().rules() | {
+            f"global_pool must be avg or token, got {self.global_pool!r}": (
+                self.global_pool in ("avg", "token")
+            ),
+            "global_pool token reads the class token: it needs class_token true": (
+                self.class_token or not reads_token
+            ),
+            "fc_norm belongs to global_pool avg, got global_pool token": (
+                not (self.fc_norm and reads_token)
+            ),
+        }
 
 
 ModelSpec = MAESpec | ClassifierSpec
 
 
-def encoder_spec(spec: EncoderSpec, global_pool: Literal["avg", "token"]) -> ClassifierSpec:
-    """The encoder of a pretrained model, read through its own norm and without a head."""
+def encoder_spec(
+    spec: EncoderSpec, global_pool: Literal["avg", "token"] | None = None
+) -> ClassifierSpec:
+    """The encoder of a pretrained model, read through its own norm and without a head. Without
+    `global_pool` the class token is read, if there is one."""
     shared = {f.name: getattr(spec, f.name) for f in fields(EncoderSpec)}
-    return ClassifierSpec(**shared, num_classes=0, global_pool=global_pool, fc_norm=False)
+    return ClassifierSpec(
+        **shared,
+        num_classes=0,
+        global_pool=global_pool or ("token" if spec.class_token else "avg"),
+        fc_norm=False,
+    )
 
 
-def spec_from_dict(values: dict[str, Any]) -> ModelSpec:
+def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:
     """The record that `as_dict` turned into plain values. Raises: TypeError for other fields."""
-    sizes: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-    return MAESpec(**sizes) if "decoder_embed_dim" in values else ClassifierSpec(**sizes)
+    return MAESpec(**values) if "decoder_embed_dim" in values else ClassifierSpec(**values)
 
 
-def _width_problems(part: str, embed_dim: int, num_heads: int) -> list[str]:
-    """What is wrong with a transformer's width; `part` is a prefix of the names, as `decoder_`."""
-    found = []
-    if num_heads < 1:
-        found.append(f"{part}num_heads must be 1 or more, got {num_heads}")
-    elif embed_dim % num_heads:
-        found.append(f"{part}embed_dim {embed_dim} is not divisible by {part}num_heads {num_heads}")
-    if embed_dim % 4:
-        found.append(
-            f"{part}embed_dim {embed_dim} is not divisible by 4, which the position table needs"
-        )
-    return found
+def _width_rules(part: str, embed_dim: int, num_heads: int) -> dict[str, bool]:
+    """The rules for a transformer's width; `part` is a prefix of the names, as `decoder_`."""
+    return {
+        f"{part}num_heads {num_heads} must be 1 or more and divide {part}embed_dim {embed_dim}": (
+            num_heads > 0 and not embed_dim % num_heads
+        ),
+        f"{part}embed_dim {embed_dim} must be divisible by 4, for the position table": (
+            not embed_dim % 4
+        ),
+    }

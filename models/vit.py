@@ -12,20 +12,12 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models.blocks import (
-    LAYER_NORM_EPS,
-    Block,
-    PatchEmbed,
-    encoder_blocks,
-    init_linears,
-    init_patch_embed,
-    patchify,
-)
+from models.blocks import LAYER_NORM_EPS, Encoder, init_weights, patchify
 from models.pos_embed import sincos_pos_embed
-from models.spec import ClassifierSpec, pair
+from models.spec import ClassifierSpec
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Encoder):
     """ViT classifier with the readouts that go with masked-autoencoder pretraining.
 
     Args:
@@ -44,30 +36,19 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(self, **fields: Any):
-        super().__init__()
-        self.spec = spec = ClassifierSpec(**fields).checked()
-        self.patch_size = pair(spec.patch_size)
-        self.grid_size = spec.grid_size
+        spec = ClassifierSpec(**fields).checked()
+        super().__init__(spec, spec.drop_path_rate)
+        self.spec = spec
         self.global_pool = spec.global_pool
-
         width = spec.embed_dim
-        self.patch_embed = PatchEmbed(spec)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
         self.pos_embed = nn.Parameter(sincos_pos_embed(width, spec.grid_size, spec.class_token))
-        self.blocks = encoder_blocks(spec, spec.drop_path_rate)
-        fresh_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.norm: nn.Module = nn.Identity() if spec.fc_norm else fresh_norm
-        self.fc_norm: nn.Module = fresh_norm if spec.fc_norm else nn.Identity()
-        self.head: nn.Module = nn.Identity()
-        if spec.num_classes:
-            self.head = nn.Linear(width, spec.num_classes)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        init_linears(self, partial(trunc_normal_, std=0.02))
-        init_patch_embed(self.patch_embed)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=0.02)
+        norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm: nn.Module = nn.Identity() if spec.fc_norm else norm
+        self.fc_norm: nn.Module = norm if spec.fc_norm else nn.Identity()
+        self.head: nn.Module = (
+            nn.Linear(width, spec.num_classes) if spec.num_classes else nn.Identity()
+        )
+        init_weights(self, partial(trunc_normal_, std=0.02))
 
     def _embed(self, images: Tensor) -> Tensor:
         x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
@@ -82,11 +63,14 @@ class VisionTransformer(nn.Module):
         patches = x if self.cls_token is None else x[:, 1:]  # (B, N, D)
         return self.fc_norm(patches.mean(dim=1))  # (B, D)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The pooled, normalised feature that the head sees: `(B, C, H, W)` -> `(B, D)`."""
+    def forward_features(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """The pooled, normalised feature that the head sees: `(B, C, H, W)` -> `(B, D)`.
+
+        The attention weights of each block, `(B, heads, T, T)`, are added to `maps`.
+        """
         x = self._embed(images)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, maps=maps)
         return self._pool(x)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -98,21 +82,17 @@ class VisionTransformer(nn.Module):
 
         Gradients flow through both.
         """
-        layers = list(self._attend(self._embed(images)))
-        return self.head(self._pool(layers[-1][0])), [attention for _, attention in layers]
+        maps: list[Tensor] = []
+        return self.head(self.forward_features(images, maps)), maps
 
     def iterate_attention(self, images: Tensor) -> Iterator[Tensor]:
         """The attention weights of each block, `(B, heads, T, T)`, while only one is in memory."""
-        for _, attention in self._attend(self._embed(images)):
-            yield attention
+        maps: list[Tensor] = []
+        x = self._embed(images)
+        for block in self.blocks:
+            x = block(x, maps=maps)
+            yield maps.pop()
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """The attention weights of all blocks, `(B, heads, T, T)` each."""
-        return list(self.iterate_attention(images))
-
-    def _attend(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens `(B, T, D)` after each block, and the block's attention `(B, heads, T, T)`."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            x, attention = block.forward_with_attention(x)
-            yield x, attention
+        return self.forward_with_attention(images)[1]

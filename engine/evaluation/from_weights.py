@@ -6,7 +6,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from models.blocks import init_for_pretraining
+from models.blocks import init_weights
 from models.build import build_model, classifier_spec, mae_spec
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
@@ -71,7 +71,7 @@ def build_frozen(
     """
     if weights == RANDOM_WEIGHTS:
         model, sha256 = _build(cfg, num_classes, _class_token(cfg), fc_norm=False), None
-        init_for_pretraining(model)
+        init_weights(model)
     else:
         tensors, info = _read(cfg, weights)
         class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))

@@ -5,8 +5,7 @@ Shapes: `N` patches, `D` width.
 """
 
 import logging
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -14,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.mae import DECODER_NAMES, MaskedAutoencoder
-from models.spec import EncoderSpec, MAESpec, ModelSpec
+from models.spec import MAESpec, ModelSpec
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, spelled
 from util.errors import InputError
 
-# Fields in which file and settings may differ: an encoder's positions are resized, and the others
-# play no part in an autoencoder's weights.
-RESIZABLE = ("img_size",)
+# Fields in which file and settings may differ. A classifier's positions are resized and its readout
+# and head replaced; an autoencoder's weights do not depend on how it is trained.
+ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate")
 TRAINING_ONLY = ("mask_ratio", "pred_ratio", "norm_pix_loss")
 logger = logging.getLogger(__name__)
 
@@ -45,17 +44,15 @@ def load_into_classifier(
     then.
     """
     spec, own = model.spec, model.state_dict()
-    problems = _differences(info, spec, {f.name for f in fields(EncoderSpec)}.difference(RESIZABLE))
+    problems = _differences(info, spec, ADAPTED)
     if info.known("fc_norm") and not spec.fc_norm:
         problems.append(
             "it holds fc_norm (after the mean) and no norm, the settings' readout needs norm: only "
             "global_pool avg fits"
         )
-    if problems:
-        raise _misfit(path, info, problems)
-    _log_found(path, info)
-    dropped: tuple[str, ...] = ()
-    if info.has_decoder:
+    _refuse_or_log(path, info, problems)
+    dropped: tuple[str, ...] = ()  # beginnings of names
+    if isinstance(info.spec, MAESpec):
         dropped += DECODER_NAMES
         logger.info("decoder dropped: a classifier has none")
     if spec.fc_norm and not info.known("fc_norm"):
@@ -73,7 +70,6 @@ def load_into_classifier(
     if old != new:
         tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], old, new, spec.class_token)
         logger.info("positions resized from %s to %s patches", spelled(old), spelled(new))
-
     fresh = frozenset(own.keys() - tensors.keys())
     assert all(name.startswith(("fc_norm.", "head.")) for name in fresh), fresh
     model.load_state_dict({name: own[name] for name in fresh} | tensors, strict=True)
@@ -88,20 +84,18 @@ def load_into_mae(
     Raises: InputError naming both sides of everything that does not fit; the model is untouched
     then.
     """
-    names = [f.name for f in fields(MAESpec) if hasattr(info.spec, f.name)]
-    problems = _differences(info, model.spec, set(names).difference(TRAINING_ONLY))
-    if not info.has_decoder:
+    problems = _differences(info, model.spec, TRAINING_ONLY)
+    if not isinstance(info.spec, MAESpec):
         problems.append(
             "it holds no decoder: take a file of the whole autoencoder, as pretraining writes it"
         )
-    if problems:
-        raise _misfit(path, info, problems)
-    _log_found(path, info)
-    if info.known("norm_pix_loss") not in (None, model.norm_pix_loss):
+    _refuse_or_log(path, info, problems)
+    target = info.known("norm_pix_loss")
+    if target not in (None, model.norm_pix_loss):
         logger.warning(
             "norm_pix_loss is %s in the file, %s in the settings: its decoder predicts another "
             "target",
-            info.known("norm_pix_loss"),
+            target,
             model.norm_pix_loss,
         )
     model.load_state_dict(tensors, strict=True)
@@ -122,30 +116,27 @@ def resize_pos_embed(
     return torch.cat([class_row, rows], dim=1)  # (1, N + class_token, D)
 
 
-def _differences(info: WeightsInfo, spec: ModelSpec, names: Iterable[str]) -> list[str]:
-    """Which of these fields differ between the file and the settings, one line each."""
-    sides = {
-        f.name: (getattr(info.spec, f.name), getattr(spec, f.name))
-        for f in fields(spec)
-        if f.name in names and f.name not in info.unknown
-    }
+def _differences(info: WeightsInfo, spec: ModelSpec, ignored: Collection[str]) -> list[str]:
+    """Which of the fields that both have differ between the file and the settings, one line each;
+    not those in `ignored`."""
+    theirs, ours = vars(info.spec), vars(spec)
+    names = [name for name in ours if name in theirs and name not in {*ignored, *info.unknown}]
     # Different ratios may give the same width of the MLP.
     if info.spec.mlp_dim * spec.embed_dim == spec.mlp_dim * info.spec.embed_dim:
-        del sides["mlp_ratio"]
+        names.remove("mlp_ratio")
     return [
-        f"{name} {spelled(file)} in the file, {spelled(ours)} in the settings"
-        for name, (file, ours) in sides.items()
-        if file != ours
+        f"{name} {spelled(theirs[name])} in the file, {spelled(ours[name])} in the settings"
+        for name in names
+        if theirs[name] != ours[name]
     ]
 
 
-def _log_found(path: str | Path, info: WeightsInfo) -> None:
+def _refuse_or_log(path: str | Path, info: WeightsInfo, problems: list[str]) -> None:
+    """Raises: InputError if there are problems; otherwise says what the file holds."""
+    if problems:
+        raise InputError(f"{path} ({info.kind}) does not fit: {'; '.join(problems)}")
     logger.info("%s: %s", path, info)
     if missing := sorted(name for name in info.unknown if name.endswith("num_heads")):
         logger.warning(
             "%s does not say %s; the values of the settings are taken", path, " and ".join(missing)
         )
-
-
-def _misfit(path: str | Path, info: WeightsInfo, problems: list[str]) -> InputError:
-    return InputError(f"{path} ({info.kind}) does not fit: {'; '.join(problems)}")

@@ -8,9 +8,10 @@ Shapes: `D` width. The library keeps q, k and v apart, this project has them in 
 rows.
 """
 
+import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,43 @@ from torch import Tensor
 
 from models.blocks import LAYER_NORM_EPS
 from models.spec import MAESpec, pair
-from models.weights.files import read_json
 from util.errors import InputError
 
 MARK = "embeddings.patch_embeddings.projection.weight"  # with or without its prefix, in each file
-ENCODER_LAYER = re.compile(r"(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
-DECODER_LAYER = re.compile(
-    r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.(.+)\.(weight|bias)"
-)
-PUBLISHED = {  # parts of a block as the published weights name them; q, k and v become one
-    "attention.attention.query": "q",
-    "attention.attention.key": "k",
-    "attention.attention.value": "v",
+# A name is a stack of blocks and a place in it, or neither, then a part, then the kind of tensor.
+NAME = re.compile(r"(?:(.+)\.(\d+)\.)?(.+?)(\.weight|\.bias)?")
+PUBLISHED = {  # stacks and parts as the published weights name them; q, k and v become one
+    "vit.encoder.layer": "blocks",
+    "decoder.decoder_layers": "decoder_blocks",
+    "attention.attention.query": "attn.q",
+    "attention.attention.key": "attn.k",
+    "attention.attention.value": "attn.v",
     "attention.output.dense": "attn.proj",
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
+    "vit.embeddings.cls_token": "cls_token",
+    "vit.embeddings.position_embeddings": "pos_embed",
+    "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "vit.layernorm": "norm",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    "decoder.decoder_embed": "decoder_embed",
+    "decoder.decoder_norm": "decoder_norm",
+    "decoder.decoder_pred": "decoder_pred",
 }
-PARTS = PUBLISHED | {
-    "attention.q_proj": "q",
-    "attention.k_proj": "k",
-    "attention.v_proj": "v",
+WRITTEN = {ours: theirs for theirs, ours in PUBLISHED.items()}
+# All generations; a `ViTMAEModel` has no prefix.
+READ = {theirs.removeprefix("vit."): ours for theirs, ours in PUBLISHED.items()} | {
+    "layers": "blocks",
+    "decoder.decoder_encoder.layer": "decoder_blocks",
+    "attention.q_proj": "attn.q",
+    "attention.k_proj": "attn.k",
+    "attention.v_proj": "attn.v",
     "attention.o_proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
 }
-ENCODER = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "layernorm.weight": "norm.weight",
-    "layernorm.bias": "norm.bias",
-}
-DECODER = ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")
-DEFAULTS: dict[str, Any] = {  # the library's, for settings that a config leaves out
+DEFAULTS = {  # the library's, for settings that a config leaves out
     "num_attention_heads": 12,
     "decoder_num_attention_heads": 16,
     "image_size": 224,
@@ -72,41 +74,25 @@ def is_huggingface(tensors: Iterable[str]) -> bool:
 
 
 def from_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Canonical names; a name that no ViTMAE has stays as it is."""
-    renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for key, tensor in tensors.items():
-        name = _canonical(key)
-        if match := re.fullmatch(r"(.+)\.([qkv])\.(weight|bias)", name):
-            parts.setdefault(f"{match[1]}.attn.qkv.{match[3]}", {})[match[2]] = (key, tensor)
-        else:
-            renamed[name] = tensor
-    for name, found in parts.items():
-        if len(found) == 3:
-            renamed[name] = torch.cat([found[part][1] for part in "qkv"])  # (3D, D) or (3D,)
-        else:
-            renamed.update(found.values())
-    return renamed
+    """Canonical names; parts of a name that no ViTMAE has stay as they are."""
+    found = {_renamed(name.removeprefix("vit."), READ): t for name, t in tensors.items()}
+    for name in [name for name in found if ".attn.q." in name]:
+        parts = [name.replace(".q.", f".{part}.") for part in "qkv"]
+        if all(part in found for part in parts):
+            # (3D, D) or (3D,)
+            found[name.replace(".q.", ".qkv.")] = torch.cat([found.pop(part) for part in parts])
+    return found
 
 
-def read_config(folder: Path, where: str) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The fields of the specification that the `config.json` in a folder says and the tensors'
     shapes do not.
 
     Raises: InputError for another model or activation, or if there is no such file.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{where}: Hugging Face's weights need their config.json beside them")
-    config = read_json(path)
-    if config.get("model_type") != "vit_mae":
-        raise InputError(
-            f"{path}: only model_type 'vit_mae' is read, got {config.get('model_type')!r}"
-        )
-    config = DEFAULTS | config
-    if config["hidden_act"] != "gelu":
-        raise InputError(f"{path}: only hidden_act 'gelu' is read, got {config['hidden_act']!r}")
     try:
+        config: dict[str, Any] = DEFAULTS | json.loads(path.read_text(encoding="utf-8"))
         height, width = pair(config["image_size"])
         eps = float(config["layer_norm_eps"])
         stated = {
@@ -116,8 +102,11 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
             "mask_ratio": float(config["mask_ratio"]),
             "norm_pix_loss": bool(config["norm_pix_loss"]),
         }
-    except (TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: a setting has the wrong type: {error}") from None
+    except (OSError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"needs {path} as Hugging Face writes it for ViTMAE: {error}") from None
+    for name, needed in {"model_type": "vit_mae", "hidden_act": "gelu"}.items():
+        if config.get(name) != needed:
+            raise InputError(f"{path}: only {name} {needed!r} is read, got {config.get(name)!r}")
     if eps != LAYER_NORM_EPS:
         logger.warning("%s: layer_norm_eps is %g there and %g here", path, eps, LAYER_NORM_EPS)
     return stated
@@ -125,24 +114,14 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
 
 def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published weights' names of a `ViTMAEForPreTraining`."""
-    inner = {ours: theirs for theirs, ours in PUBLISHED.items()}
-    fixed = {ours: f"vit.{theirs}" for theirs, ours in ENCODER.items()}
-    renamed = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", key)
-        if match is None:
-            renamed[fixed.get(key, f"decoder.{key}")] = tensor
-            continue
-        layer = f"{'decoder.decoder_layers' if match[1] else 'vit.encoder.layer'}.{match[2]}"
-        if match[3] == "attn.qkv":
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"{layer}.{inner[part]}.{match[4]}"] = rows
-        else:
-            renamed[f"{layer}.{inner[match[3]]}.{match[4]}"] = tensor
-    return renamed
+    separate = dict(tensors)
+    for name in [name for name in tensors if ".qkv." in name]:
+        for part, rows in zip("qkv", separate.pop(name).chunk(3), strict=True):
+            separate[name.replace(".qkv.", f".{part}.")] = rows.clone()  # memory of its own
+    return {_renamed(name, WRITTEN): tensor for name, tensor in separate.items()}
 
 
-def huggingface_config(spec: MAESpec) -> dict[str, Any]:
+def huggingface_config(spec: MAESpec) -> dict[str, object]:
     """The `config.json` of a `ViTMAEForPreTraining`."""
     return {
         "architectures": ["ViTMAEForPreTraining"],
@@ -169,12 +148,9 @@ def huggingface_config(spec: MAESpec) -> dict[str, Any]:
     }
 
 
-def _canonical(key: str) -> str:
-    """A canonical name, with q, k and v apart; the name itself if there is none."""
-    for pattern, stack in ((ENCODER_LAYER, "blocks"), (DECODER_LAYER, "decoder_blocks")):
-        match = pattern.fullmatch(key)
-        if match and match[2] in PARTS:
-            return f"{stack}.{match[1]}.{PARTS[match[2]]}.{match[3]}"
-    if key.startswith("decoder.") and key.split(".")[1] in DECODER:
-        return key.removeprefix("decoder.")
-    return ENCODER.get(key.removeprefix("vit."), key)
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """`name` with its stack and its part replaced."""
+    match = NAME.fullmatch(name)
+    stack, place, part, kind = match.groups("") if match else ("", "", name, "")
+    prefix = f"{names.get(stack, stack)}.{place}." if place else ""
+    return f"{prefix}{names.get(part, part)}{kind}"

@@ -6,11 +6,15 @@ size may settle them; otherwise they are named in `WeightsInfo.unknown`, and `co
 from the user.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from models.spec import MAESpec, ModelSpec
+from models.spec import ModelSpec, spec_from_dict
 from util.errors import InputError
+
+# What the model needs; the readout of a foreign classifier follows from its norm and class token.
+ASKED_FOR = ("num_heads", "decoder_num_heads", "norm_pix_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +34,6 @@ class WeightsInfo:
     unknown: frozenset[str] = frozenset()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-
-    @property
-    def has_decoder(self) -> bool:
-        """Whether this is a whole autoencoder."""
-        return isinstance(self.spec, MAESpec)
 
     def known(self, name: str) -> Any:
         """A field of `spec`; None if the file does not tell it or its model has no such field."""
@@ -57,7 +56,7 @@ def spelled(value: object) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def complete(info: WeightsInfo, **given: Any) -> WeightsInfo:
+def complete(info: WeightsInfo, **given: object) -> WeightsInfo:
     """Fills in fields of the specification that the file does not tell; None leaves one unknown.
 
     Raises: InputError naming both sides where the file says otherwise, or for a model that cannot
@@ -71,14 +70,13 @@ def complete(info: WeightsInfo, **given: Any) -> WeightsInfo:
     ]
     if clashes:
         raise InputError("; ".join(clashes))
-    spec = replace(info.spec, **given).checked()
+    spec = spec_from_dict({**vars(info.spec), **given}).checked()
     return replace(info, spec=spec, unknown=info.unknown - given.keys())
 
 
-def require_known(info: WeightsInfo) -> None:
-    """Raises: InputError naming the fields that the model needs and the file does not tell."""
-    # The readout of a foreign classifier follows from its norm and class token.
-    if missing := sorted(info.unknown - {"global_pool"}):
+def require_known(info: WeightsInfo, names: Collection[str] = ASKED_FOR) -> None:
+    """Raises: InputError naming those of these fields that the file does not tell."""
+    if missing := sorted(info.unknown.intersection(names)):
         raise InputError(
             f"{info.kind}: the file does not say {', '.join(missing)}, which has to be given"
         )

@@ -16,10 +16,18 @@ from torch import Tensor
 CHECKPOINT_VERSION = 2  # of checkpoint-*.pth files, which engine/run/checkpoint.py writes
 
 
-def own_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
-    """The content of a file with these tensors and a header of plain values."""
-    metadata = {name: json.dumps(value) for name, value in header.items()}
-    return safetensors_bytes(tensors, {"format": "pt", **metadata})
+def own_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bytes:
+    """The content of a file with these tensors and a header of plain values, which is written in a
+    fixed order (the library's is random)."""
+    metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in header.items()}
+    content = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata
+    )
+    whole, end = split_header(content)
+    whole["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    assert len(text) == end - 8, "the same JSON in another order has the same length"
+    return content[:8] + text + content[end:]
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -42,16 +50,3 @@ def split_header(content: bytes) -> tuple[dict[str, Any], int]:
     """
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), end
-
-
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file, with its metadata in a fixed order (the library's is
-    random)."""
-    content = safetensors.torch.save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata)
-    )
-    header, end = split_header(content)
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
-    assert len(text) == end - 8, "the same JSON in another order has the same length"
-    return content[:8] + text + content[end:]

@@ -9,7 +9,7 @@ Shapes: `N` patches, `D` width, `P` patch side, `C` channels.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ CANONICAL = re.compile(
     r"(patch_embed\.proj|norm|fc_norm|head|decoder_embed|decoder_norm|decoder_pred)\.(weight|bias)|"
     r"(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 )
-# The geometry is read from these.
-ALWAYS = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
-WITH_DECODER = ("decoder_embed.weight", "decoder_pos_embed")
+# The geometry is read from these, which have this many dimensions.
+ALWAYS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
+WITH_DECODER = {"decoder_embed.weight": 2, "decoder_pos_embed": 3}
 UNSUPPORTED = {  # parts of other ViTs, by a piece of their names
     ".ls1.": "layer scale",
     ".ls2.": "layer scale",
@@ -50,6 +50,7 @@ UNSUPPORTED = {  # parts of other ViTs, by a piece of their names
     "running_mean": "BatchNorm, as a linear probe's head has",
 }
 MAX_NAMES = 5  # in one list of an error
+PUBLISHED_HEADS = {(row["embed_dim"], row["depth"]): row["num_heads"] for row in VIT_SIZES.values()}
 PAPER_DECODER_HEADS = {512: 16}  # by the width of the decoder of every published MAE size
 PAPER_MASK_RATIO = 0.75  # arXiv 2111.06377, section 4.1; plays no part in the weights
 
@@ -66,134 +67,122 @@ def read_weights(
     Raises: InputError for anything else, naming the path and both sides. Nothing that a file says
     is ever run.
     """
-    path = Path(path)
-    files = weights_files(path)
+    files = weights_files(Path(path))
     raw, sha256 = read_files(files)
-    if raw.source in ("checkpoint", "weights"):
-        tensors, info = raw.tensors, _own_info(raw, str(path), sha256)
-    else:
-        tensors, owner, stated = _renamed(raw, files[0].parent, str(path))
-        _check_names(tensors, str(path))
-        spec, unknown = _foreign_spec(tensors, stated, str(path), img_size)
-        kind = f"{owner} ({_contents(spec)})"
-        info = WeightsInfo(kind=kind, spec=spec, sha256=sha256, unknown=unknown)
-    if img_size not in (None, pair(info.spec.img_size)):
-        raise InputError(
-            f"{path}: its img_size is {spelled(info.spec.img_size)}, {spelled(img_size)} was given"
-        )
-    _check_tensors(tensors, info, str(path))
+    try:
+        if raw.source in ("checkpoint", "weights"):
+            tensors, info = raw.tensors, _own_info(raw, sha256)
+        else:
+            tensors, info = _foreign(raw, sha256, files[0].parent, img_size)
+        if img_size not in (None, pair(info.spec.img_size)):
+            raise InputError(
+                f"its img_size is {spelled(info.spec.img_size)}, {spelled(img_size)} was given"
+            )
+        _check_tensors(tensors, info.spec)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # noqa: BLE001 (a file may say anything)
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{path}: describes a model that cannot be: {what}") from error
     return tensors, info
 
 
-def _own_info(raw: RawWeights, where: str, sha256: str) -> WeightsInfo:
+def _own_info(raw: RawWeights, sha256: str) -> WeightsInfo:
     """From the specification that this project's files carry."""
     if "patch_embed.proj.weight" not in raw.tensors:
         raise InputError(
-            f"{where}: holds only {_listed(raw.tensors)}, as the checkpoints of a linear "
+            f"holds only {_listed(list(raw.tensors))}, as the checkpoints of a linear "
             f"classification do: name the model.safetensors that its run wrote at the end"
         )
-    try:
-        spec = spec_from_dict(raw.header["model_args"])
-        mean, std = (raw.header[n] and tuple(raw.header[n]) for n in ("mean", "std"))
-    except Exception as error:  # noqa: BLE001 (a header may hold anything)
-        raise InputError(f"{where}: its header describes no model: {error}") from error
-    # Before a model of this depth is built.
-    for name, stack in (("depth", "blocks."), ("decoder_depth", "decoder_blocks.")):
-        stated, found = getattr(spec, name, 0), _depth(raw.tensors, stack)
-        if stated != found:
-            raise InputError(
-                f"{where}: its header says {name} {stated}, but it holds {found} of the layers "
-                f"{stack}*"
-            )
+    spec = spec_from_dict(raw.header["model_args"])
+    mean, std = (raw.header[n] and tuple(raw.header[n]) for n in ("mean", "std"))
+    blocks = spec.depth + getattr(spec, "decoder_depth", 0)
+    if blocks > len(raw.tensors):  # before a model of this depth is built
+        raise InputError(f"its header says {blocks} blocks, but it has {len(raw.tensors)} tensors")
     kind = f"this project's {raw.source} ({_contents(spec)})"
     return WeightsInfo(kind=kind, spec=spec, sha256=sha256, mean=mean, std=std)
 
 
-def _renamed(
-    raw: RawWeights, folder: Path, where: str
-) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
-    """Canonical names, whose weights they are, and fields of the specification that do not show in
-    the tensors' shapes."""
-    names = raw.tensors
-    if is_huggingface(names):
-        return from_huggingface(names), "Hugging Face ViTMAE", read_config(folder, where)
+def _foreign(
+    raw: RawWeights, sha256: str, folder: Path, img_size: tuple[int, int] | None
+) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """Canonical tensors of another project's file, and what they are."""
+    tensors = raw.tensors
+    # Fields of the specification that do not show in the tensors' shapes.
     types = {"norm_pix_loss": bool, "mask_ratio": float}
     stated = {n: raw.header[n] for n, kind in types.items() if isinstance(raw.header.get(n), kind)}
-    if is_reference(names):
-        renamed = from_reference(names)
-        return renamed, "reference project", stated | decoder_heads(renamed)
-    is_mae = raw.source == "model" or "mask_token" in names
-    return names, "MAE" if is_mae else "timm", stated
+    if is_huggingface(tensors):
+        owner = "Hugging Face ViTMAE"
+        tensors, stated = from_huggingface(tensors), read_config(folder)
+    elif is_reference(tensors):
+        owner = "reference project"
+        tensors = from_reference(tensors)
+        stated["decoder_num_heads"] = decoder_heads(tensors)
+    else:
+        owner = "MAE" if raw.source == "model" or "mask_token" in tensors else "timm"
+    _check_names(tensors)
+    if img_size:
+        stated["img_size"] = img_size
+    spec, unknown = _foreign_spec(tensors, stated)
+    kind = f"{owner} ({_contents(spec)})"
+    return tensors, WeightsInfo(kind=kind, spec=spec, sha256=sha256, unknown=unknown)
 
 
 def _foreign_spec(
-    tensors: dict[str, Tensor], stated: dict[str, Any], where: str, img_size: tuple[int, int] | None
+    tensors: dict[str, Tensor], stated: dict[str, Any]
 ) -> tuple[ModelSpec, frozenset[str]]:
     """The specification, from the tensors' shapes, the published sizes and what the file `stated`,
     and the fields of it that are unknown."""
-    embed_dim, in_chans, *patch_size = _shape(tensors, "patch_embed.proj.weight", 4, where)
-    hidden_dim = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, where)[0]
-    class_token, depth = "cls_token" in tensors, _depth(tensors, "blocks.")
-    num_patches = _shape(tensors, "pos_embed", 3, where)[1] - class_token
-    published = {(r["embed_dim"], r["depth"]): r["num_heads"] for r in VIT_SIZES.values()}
-    found: dict[str, Any] = {
-        "num_heads": published.get((embed_dim, depth)),
+    embed_dim, in_chans, height, width = tensors["patch_embed.proj.weight"].shape
+    depth, class_token = _depth(tensors, "blocks."), "cls_token" in tensors
+    num_patches = tensors["pos_embed"].shape[1] - class_token
+    found: dict[str, object] = {
+        "num_heads": PUBLISHED_HEADS.get((embed_dim, depth)),
+        "mask_ratio": PAPER_MASK_RATIO,
         **stated,
-        "patch_size": tuple(patch_size),
+        "img_size": _image_size(num_patches, (height, width), stated.get("img_size")),
+        "patch_size": (height, width),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": depth,
-        "mlp_ratio": _mlp_ratio(hidden_dim, embed_dim),
+        "mlp_ratio": _mlp_ratio(len(tensors["blocks.0.mlp.fc1.weight"]), embed_dim),
         "class_token": class_token,
     }
-    found["img_size"] = _image_size(
-        num_patches, (patch_size[0], patch_size[1]), img_size or stated.get("img_size"), where
-    )
-    kind: type[ModelSpec]
-    stand_ins: dict[str, Any]
-    if "decoder_embed.weight" in tensors:
-        kind = MAESpec
-        width = _shape(tensors, "decoder_embed.weight", 2, where)[0]
-        rows = _shape(tensors, "decoder_pos_embed", 3, where)[1]
-        found["decoder_embed_dim"] = width
-        found["decoder_depth"] = _depth(tensors, "decoder_blocks.")
-        found["decoder_class_token"] = rows == num_patches + 1
-        found.setdefault("decoder_num_heads", PAPER_DECODER_HEADS.get(width))
-        found.setdefault("mask_ratio", PAPER_MASK_RATIO)
-        stand_ins = {"num_heads": 1, "decoder_num_heads": 1, "norm_pix_loss": False}
+    kind: type[ModelSpec] = MAESpec if "decoder_embed.weight" in tensors else ClassifierSpec
+    # For fields that the file may leave unknown.
+    stand_ins: dict[str, object] = {"num_heads": 1, "decoder_num_heads": 1, "norm_pix_loss": False}
+    if kind is MAESpec:
+        decoder_dim = len(tensors["decoder_embed.weight"])
+        found.setdefault("decoder_num_heads", PAPER_DECODER_HEADS.get(decoder_dim))
+        found |= {
+            "decoder_embed_dim": decoder_dim,
+            "decoder_depth": _depth(tensors, "decoder_blocks."),
+            "decoder_class_token": tensors["decoder_pos_embed"].shape[1] == num_patches + 1,
+        }
     else:
-        kind = ClassifierSpec
-        found["num_classes"] = len(tensors["head.weight"]) if "head.weight" in tensors else 0
-        found["fc_norm"] = "fc_norm.weight" in tensors
-        reads_token = class_token and not found["fc_norm"]
-        stand_ins = {"num_heads": 1, "global_pool": "token" if reads_token else "avg"}
-    unknown = frozenset(name for name in stand_ins if found.get(name) is None)
-    found |= {name: stand_ins[name] for name in unknown}
+        fc_norm = "fc_norm.weight" in tensors
+        found |= {"num_classes": len(tensors.get("head.weight", ())), "fc_norm": fc_norm}
+        stand_ins["global_pool"] = "token" if class_token and not fc_norm else "avg"
     names = {f.name for f in fields(kind)}
-    return kind(**{name: value for name, value in found.items() if name in names}), unknown
+    unknown = names.intersection(n for n in stand_ins if found.get(n) is None)
+    found |= {name: stand_ins[name] for name in unknown}
+    return spec_from_dict({n: found[n] for n in names & found.keys()}), frozenset(unknown)
 
 
 def _image_size(
-    num_patches: int, patch_size: tuple[int, int], img_size: tuple[int, int] | None, where: str
+    num_patches: int, patch_size: tuple[int, int], img_size: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """(H, W) of the images: the stated size, after a check, or the square with this number of
-    patches."""
-    if img_size is None:
-        side = math.isqrt(max(num_patches, 0))
-        if side * side != num_patches:
-            raise InputError(
-                f"{where}: {num_patches} patches of {spelled(patch_size)} make no square image and "
-                f"the file does not say which: tools/convert_checkpoint.py --img_size H W --format "
-                f"safetensors writes a file that says it"
-            )
-        return side * patch_size[0], side * patch_size[1]
-    (rows, no_height), (columns, no_width) = map(divmod, img_size, patch_size)
+    """(H, W) of the images: the stated size, or that of a square of patches."""
+    side = math.isqrt(max(num_patches, 0))
+    size = img_size or (side * patch_size[0], side * patch_size[1])
+    (rows, no_height), (columns, no_width) = map(divmod, size, patch_size)
     if no_height or no_width or rows * columns != num_patches:
         raise InputError(
-            f"{where}: images of {spelled(img_size)} do not have {num_patches} patches of "
-            f"{spelled(patch_size)}"
+            f"{num_patches} patches of {spelled(patch_size)} do not make images of "
+            f"{spelled(size)}, and images are square where no size is given: "
+            f"tools/convert_checkpoint.py --img_size H W --format safetensors writes a file with it"
         )
-    return img_size
+    return size
 
 
 def _mlp_ratio(hidden_dim: int, embed_dim: int) -> float:
@@ -209,60 +198,50 @@ def _contents(spec: ModelSpec) -> str:
     return "classifier" if spec.num_classes else "encoder"
 
 
-def _check_names(tensors: dict[str, Tensor], where: str) -> None:
+def _check_names(tensors: dict[str, Tensor]) -> None:
     """That these are the weights of a ViT that this project has, before their shapes are read."""
     unexpected = [name for name in tensors if not CANONICAL.fullmatch(name)]
     has_decoder = any("decoder_" in name or name == "mask_token" for name in tensors)
-    needed = ALWAYS + WITH_DECODER if has_decoder else ALWAYS
-    _refuse(where, unexpected, [name for name in needed if name not in tensors], [])
-
-
-def _check_tensors(tensors: dict[str, Tensor], info: WeightsInfo, where: str) -> None:
-    """That every tensor of the model is there, as numbers in its shape, and no other."""
-    try:
-        with torch.device("meta"):
-            expected = {n: tuple(t.shape) for n, t in build_model(info.spec).state_dict().items()}
-    except Exception as error:  # noqa: BLE001 (a header may hold anything)
-        raise InputError(f"{where}: {info.kind} has a geometry that cannot be: {error}") from error
+    needed = ALWAYS | WITH_DECODER if has_decoder else ALWAYS
     wrong = [
-        f"{name} is {tuple(tensor.shape)}, expected {expected[name]}"
-        for name, tensor in tensors.items()
-        if name in expected and tensor.shape != expected[name]
+        f"{name} is {tuple(tensors[name].shape)}, expected {ndim} dimensions"
+        for name, ndim in needed.items()
+        if name in tensors and (tensors[name].ndim != ndim or not tensors[name].numel())
     ]
-    wrong += [
-        f"{name} is {tensor.dtype} on {tensor.device}, expected floating point"
-        for name, tensor in tensors.items()
-        if not tensor.is_floating_point() or tensor.device.type != "cpu"
+    _refuse(unexpected, [name for name in needed if name not in tensors], wrong)
+
+
+def _check_tensors(tensors: dict[str, Tensor], spec: ModelSpec) -> None:
+    """That every tensor of the model is there, as numbers in its shape, and no other."""
+    with torch.device("meta"):
+        expected = {n: tuple(t.shape) for n, t in build_model(spec).state_dict().items()}
+    wrong = [
+        f"{name} is {tuple(t.shape)}, {t.dtype} on {t.device}, expected {expected[name]}, floating "
+        f"point on cpu"
+        for name, t in tensors.items()
+        if name in expected
+        and (t.shape != expected[name] or not t.is_floating_point() or t.device.type != "cpu")
     ]
     unexpected = [name for name in tensors if name not in expected]
-    _refuse(where, unexpected, [name for name in expected if name not in tensors], wrong)
+    _refuse(unexpected, [name for name in expected if name not in tensors], wrong)
 
 
-def _refuse(where: str, unexpected: list[str], missing: list[str], wrong: list[str]) -> None:
+def _refuse(unexpected: list[str], missing: list[str], wrong: list[str]) -> None:
     """Raises: InputError that lists both sides, if there is anything to list."""
     sides = {"unexpected": unexpected, "missing": missing, "unfit": wrong}
     found = [f"{side} {_listed(names)}" for side, names in sides.items() if names]
-    if not found:
-        return
     parts = {word for name in unexpected for piece, word in UNSUPPORTED.items() if piece in name}
-    because = f" (it has {', '.join(sorted(parts))})" if parts else ""
-    raise InputError(
-        f"{where}: not the weights of a ViT that this project has{because}: {'; '.join(found)}"
-    )
+    if found:
+        because = f" (it has {', '.join(sorted(parts))})" if parts else ""
+        raise InputError(
+            f"not the weights of a ViT that this project has{because}: {'; '.join(found)}"
+        )
 
 
-def _listed(names: Iterable[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     """The first few names and how many there are in all."""
-    names = list(names)
     rest = f", ... ({len(names)} in all)" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + rest
-
-
-def _shape(tensors: dict[str, Tensor], name: str, ndim: int, where: str) -> tuple[int, ...]:
-    shape = tuple(tensors[name].shape)
-    if len(shape) != ndim or 0 in shape:
-        raise InputError(f"{where}: {name} is {shape}, expected {ndim} dimensions")
-    return shape
 
 
 def _depth(tensors: dict[str, Tensor], stack: str) -> int:

@@ -3,6 +3,8 @@
 Shapes: `D` width, `P` patch side, `C` channels.
 """
 
+import re
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -25,13 +27,6 @@ def is_reference(tensors: dict[str, Tensor]) -> bool:
     )
 
 
-def decoder_heads(tensors: dict[str, Tensor]) -> dict[str, int | None]:
-    """The attention heads of a decoder under canonical names; None for a width that it does not
-    have."""
-    width = len(tensors["decoder_embed.weight"]) if "decoder_embed.weight" in tensors else 1
-    return {"decoder_num_heads": None if width % HEAD_DIM else width // HEAD_DIM}
-
-
 def from_reference(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Canonical names for the reference project's models; a name that it does not have stays as it
     is.
@@ -50,16 +45,16 @@ def from_reference(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "decoder_embed.weight" in renamed:
         weight = renamed["decoder_embed.weight"]
         renamed.setdefault("decoder_embed.bias", weight.new_zeros(len(weight)))
-    patch = renamed.get("patch_embed.proj.weight")
-    for name in ("decoder_pred.weight", "decoder_pred.bias"):
-        rows = renamed.get(name)
-        if rows is None or patch is None or patch.ndim != 4 or patch[0].numel() != len(rows):
-            continue  # the check of the shapes will say it
-        c, height, width = patch.shape[1:]
-        order = "(c p q) ... -> (p q c) ..."
-        renamed[name] = rearrange(rows, order, c=c, p=height, q=width)
+    for name in {"decoder_pred.weight", "decoder_pred.bias"} & renamed.keys():
+        in_chans = renamed["patch_embed.proj.weight"].shape[1]
+        renamed[name] = rearrange(renamed[name], "(c n) ... -> (n c) ...", c=in_chans)
     if "cls_token" in renamed:  # its fc_norm normalises what is read, here the class token
-        for kind in ("weight", "bias"):
-            if f"fc_norm.{kind}" in renamed:
-                renamed[f"norm.{kind}"] = renamed.pop(f"fc_norm.{kind}")
+        renamed = {re.sub(r"^fc_norm\.", "norm.", name): t for name, t in renamed.items()}
     return renamed
+
+
+def decoder_heads(tensors: dict[str, Tensor]) -> int | None:
+    """The attention heads of a decoder under canonical names; None for a width that it does not
+    have."""
+    width = len(tensors.get("decoder_embed.weight", ()))
+    return None if width % HEAD_DIM else width // HEAD_DIM

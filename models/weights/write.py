@@ -4,15 +4,16 @@ each of them back.
 A file or folder appears whole or not at all.
 """
 
+import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -20,10 +21,11 @@ from models.mae import DECODER_NAMES
 from models.spec import ClassifierSpec, MAESpec, ModelSpec, encoder_spec
 from models.weights.huggingface import huggingface_config, to_huggingface
 from models.weights.info import WeightsInfo, require_known, spelled
-from models.weights.own import own_bytes, safetensors_bytes
+from models.weights.own import own_bytes
 from util.errors import InputError
 from util.files import write_whole
 
+Contents = bytes | dict[str, bytes]  # of a file, or of the files of a folder by their names
 NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate")  # or visible in the tensors' names
 logger = logging.getLogger(__name__)
 
@@ -41,41 +43,42 @@ def write_weights(
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} is already there: name another target, or remove it")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: its folder {path.parent} is not there")
     # safetensors refuses tensors that share memory, as the parts of one file may
     separate = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    contents = FORMATS[form](separate, info)
     try:
-        FORMATS[form](separate, info, path)
-    except (OSError, safetensors.SafetensorError) as error:
+        if isinstance(contents, bytes):
+            write_whole(path, partial(Path.write_bytes, data=contents))
+        else:
+            _write_folder(path, contents)
+    except OSError as error:
         raise InputError(f"{path}: cannot be written: {error}") from error
 
 
-def _write_mae(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> None:
+def _mae(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     """The public MAE code's: `{"model": tensors}`."""
     _require("the public MAE format", info, _unpublished(info.spec))
-    write_whole(path, lambda target: torch.save({"model": tensors}, target))
+    file = io.BytesIO()
+    torch.save({"model": tensors}, file)
+    return file.getvalue()
 
 
-def _write_timm(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> None:
+def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     """timm's `VisionTransformer`: the encoder, and the head if there is one."""
     kept = {name: t for name, t in tensors.items() if not name.startswith(DECODER_NAMES)}
     if dropped := len(tensors) - len(kept):
         logger.info("timm has no decoder: %d tensors dropped (decoder_*, mask_token)", dropped)
-    content = safetensors_bytes(kept, {"format": "pt"})
-    write_whole(path, lambda target: target.write_bytes(content))
-    spec = info.spec
-    if isinstance(spec, MAESpec):
-        spec = encoder_spec(spec, "token" if spec.class_token else "avg")
+    spec = encoder_spec(info.spec) if isinstance(info.spec, MAESpec) else info.spec
     keywords = [
         f"{f.name}={'?' if f.name in info.unknown else repr(getattr(spec, f.name))}"
         for f in fields(ClassifierSpec)
         if f.name != "drop_path_rate"
     ]
     logger.info("for timm: VisionTransformer(%s)", ", ".join(keywords))
+    return own_bytes(kept, {})
 
 
-def _write_huggingface(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> None:
+def _huggingface(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     """A folder for `ViTMAEForPreTraining.from_pretrained`."""
     spec, problems = info.spec, _unpublished(info.spec)
     if not isinstance(spec, MAESpec):
@@ -84,24 +87,22 @@ def _write_huggingface(tensors: dict[str, Tensor], info: WeightsInfo, path: Path
     require_known(info)
     assert isinstance(spec, MAESpec)
     config = json.dumps(huggingface_config(spec), indent=2) + "\n"
-    renamed = {name: tensor.clone() for name, tensor in to_huggingface(tensors).items()}
-    content = safetensors_bytes(renamed, {"format": "pt"})
-    _write_folder(path, {"config.json": config.encode(), "model.safetensors": content})
+    content = own_bytes(to_huggingface(tensors), {})
+    return {"config.json": config.encode(), "model.safetensors": content}
 
 
-def _write_safetensors(tensors: dict[str, Tensor], info: WeightsInfo, path: Path) -> None:
+def _safetensors(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     """This project's own, as a finished run writes it."""
     require_known(info)
     header = {"model_args": info.spec.checked().as_dict(), "mean": info.mean, "std": info.std}
-    content = own_bytes(tensors, header)
-    write_whole(path, lambda target: target.write_bytes(content))
+    return own_bytes(tensors, header)
 
 
-FORMATS: dict[str, Callable[[dict[str, Tensor], WeightsInfo, Path], None]] = {
-    "mae": _write_mae,
-    "timm": _write_timm,
-    "huggingface": _write_huggingface,
-    "safetensors": _write_safetensors,
+FORMATS: dict[str, Callable[[dict[str, Tensor], WeightsInfo], Contents]] = {
+    "mae": _mae,
+    "timm": _timm,
+    "huggingface": _huggingface,
+    "safetensors": _safetensors,
 }
 
 
@@ -113,12 +114,10 @@ def _unpublished(spec: ModelSpec) -> list[str]:
         "it needs square images": isinstance(spec.img_size, int),
         "it needs square patches": isinstance(spec.patch_size, int),
     }
-    optional = [
-        f for f in fields(spec) if f.default is not MISSING and f.name not in NOT_IN_WEIGHTS
-    ]
     needs |= {
         f"it needs {f.name} {spelled(f.default)}": getattr(spec, f.name) == f.default
-        for f in optional
+        for f in fields(spec)
+        if f.default is not MISSING and f.name not in NOT_IN_WEIGHTS
     }
     return [need for need, met in needs.items() if not met]
 
@@ -128,16 +127,13 @@ def _require(target: str, info: WeightsInfo, problems: list[str]) -> None:
         raise InputError(f"{target} cannot hold {info.kind}: {'; '.join(problems)}")
 
 
-def _write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+def _write_folder(path: Path, contents: dict[str, bytes]) -> None:
     """A folder of files that appears whole or not at all. Raises: OSError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
         for name, content in contents.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_whole(temporary / name, partial(Path.write_bytes, data=content))
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

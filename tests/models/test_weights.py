@@ -8,18 +8,19 @@ import logging
 import os
 import pickle
 import random
+import re
+from unittest import mock
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from conftest import ROOT
-from reference import MAE, READOUTS, VIT, huggingface_mae, randomized
-from runs import command, run
-from timm.models.vision_transformer import VisionTransformer as TimmViT
+from reference import MAE, READOUTS, VIT, huggingface_mae, randomized, timm_vit
+from runs import command, flip_bit, run
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
-from models.build import build_model
+import hubconf
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights import files as weights_files
@@ -36,6 +37,9 @@ NO_TOKEN = MAE | {"class_token": False, "decoder_class_token": False}
 TOKEN_LEAVES = MAE | {"decoder_class_token": False}
 CROSS = MAE | {"decoder": "cross", "pred_ratio": 0.25}
 AVG = READOUTS[1]
+HALF = MAE | {"mask_ratio": 0.5}
+SMALL = {"embed_dim": 32, "num_heads": 2}
+PUBLISHED_DECODER = {"decoder_embed_dim": 512, "decoder_num_heads": 16}
 STATS = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.2]}
 HEAD, FC_NORM = {"head.weight", "head.bias"}, {"fc_norm.weight", "fc_norm.bias"}
 
@@ -46,8 +50,8 @@ def built(fields, seed=0):
     return randomized(kind(**fields), seed)
 
 
-def images(size=(32, 32)):
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
 def order():
@@ -92,18 +96,6 @@ def saved(folder, content, name="a.pth"):
 
 def own_read(folder, fields):
     return read_weights(own_file(folder, built(fields)))
-
-
-def loaded(path, **given):
-    """The model that a file describes, with its weights."""
-    tensors, info = read_weights(path)
-    info = complete(info, **given)
-    model = build_model(info.spec).eval()
-    if info.has_decoder:
-        load_into_mae(model, tensors, info, path)
-    else:
-        assert load_into_classifier(model, tensors, info, path) == set()
-    return model
 
 
 def refusal(call, *arguments, **keywords):
@@ -181,147 +173,112 @@ def test_own_files_with_equal_content_have_equal_bytes(tmp_path):
     same(safetensors.torch.load(content), tensors)
 
 
-# The public MAE code's
+# Other projects'
 
 
-def test_public_mae_files(tmp_path):
-    model = built(MAE | {"embed_dim": 32, "num_heads": 2})
-    args = argparse.Namespace(norm_pix_loss=True, mask_ratio=0.5, lr=1e-3, device="cuda", dist=None)
-    content = {"model": model.state_dict(), "optimizer": {"state": {0: torch.ones(2)}}, "epoch": 3}
-    path = saved(tmp_path, content | {"scaler": {}, "args": args})
-    tensors, info = read_weights(path)
-    same(tensors, model.state_dict())
-    assert (info.kind, info.unknown) == ("MAE (autoencoder)", {"decoder_num_heads"})
-    assert info.known("num_heads") == 2  # of a size in the table
-    assert info.known("norm_pix_loss") is True and info.known("mask_ratio") == 0.5
-    assert info.mean is None
-    found = loaded(path, decoder_num_heads=2).reconstruct(images(), order().argsort(dim=1), 4)
-    assert torch.equal(found[0], model.reconstruct(images(), order().argsort(dim=1))[0])
-    # The permission ended with the reading.
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()
-
-    info = read_weights(saved(tmp_path, {"model": encoder_part(model.state_dict())}))[1]
-    assert (info.kind, info.known("num_classes")) == ("MAE (encoder)", 0)
-    assert info.known("decoder_num_heads") is None and not info.has_decoder
-
-    published = built(MAE | {"decoder_embed_dim": 512, "decoder_num_heads": 16})
-    info = read_weights(saved(tmp_path, {"model": published.state_dict()}))[1]
-    assert info.known("decoder_num_heads") == 16
-
-    classifier = built(VIT | AVG)
-    path = saved(tmp_path, {"model": classifier.state_dict(), "args": args})
-    info = read_weights(path)[1]
-    assert (info.kind, info.known("fc_norm")) == ("MAE (classifier)", True)
-    assert info.unknown == {"num_heads", "global_pool"}
-    assert torch.equal(loaded(path, num_heads=3)(images()), classifier(images()))
+def public_mae(model):
+    """What the public MAE code saves in training."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": {"state": {0: torch.ones(2)}},
+        "epoch": 3,
+        "scaler": {},
+        "args": argparse.Namespace(
+            norm_pix_loss=True, mask_ratio=0.5, lr=1e-3, device="cuda", dist=None
+        ),
+    }
 
 
-# The reference project's, written here from its description
+def timm_checkpoint(model):
+    """What timm's training script saves, with the names that timm gives."""
+    args = argparse.Namespace(opt="sgd")
+    return {"state_dict": timm_vit(model).state_dict(), "args": args, "metric": 1.0}
 
 
-def reference_blocks(tensors, ours, theirs):
-    """Its blocks: q_bias and v_bias in place of the qkv bias."""
-    out = {}
-    for name in [name for name in tensors if name.startswith(f"{ours}.")]:
-        renamed = theirs + name.removeprefix(ours)
-        if name.endswith("qkv.bias"):
-            q, k, v = tensors[name].clone().chunk(3)
-            assert not k.any()
-            out[renamed.replace("qkv.bias", "q_bias")] = q
-            out[renamed.replace("qkv.bias", "v_bias")] = v
+def reference_project(model):
+    """What the reference project would have saved, written from its description; `model` loses the
+    biases that it does not have."""
+    theirs = {}
+    for key, tensor in model.state_dict().items():
+        name = key
+        for pattern, new in REFERENCE_NAMES[type(model)]:
+            name = re.sub(pattern, new, name)
+        if key.endswith("qkv.bias"):
+            q, k, v = tensor.chunk(3)
+            k.zero_()
+            theirs[name.replace("qkv.bias", "q_bias")] = q.clone()
+            theirs[name.replace("qkv.bias", "v_bias")] = v.clone()
+        elif key == "decoder_embed.bias":
+            tensor.zero_()
+        elif key.startswith("decoder_pred"):  # (8 * 8 * 3, ...), pixels in (p, p, c) order
+            theirs[name] = tensor.unflatten(0, (64, 3)).transpose(0, 1).flatten(0, 1)
         else:
-            out[renamed] = tensors[name]
-    return out
+            theirs[name] = tensor
+    ema = {name: tensor + 1 for name, tensor in theirs.items()}
+    return {"state_dict": theirs, "state_dict_ema": ema, "arch": "a", "epoch": 1}
 
 
-def reference_pretraining(model):
-    """The state dict that it would have saved for this autoencoder."""
-    ours = model.state_dict()
-    first = ("cls", "pos", "patch", "norm.")
-    theirs = {f"encoder.{name}": t for name, t in ours.items() if name.startswith(first)}
-    theirs |= reference_blocks(ours, "blocks", "encoder.blocks")
-    theirs |= reference_blocks(ours, "decoder_blocks", "decoder.blocks")
-    theirs["encoder_to_decoder.weight"] = ours["decoder_embed.weight"]
-    theirs |= {name: ours[name] for name in ("mask_token", "decoder_pos_embed")}
-    for kind in ("weight", "bias"):
-        theirs[f"decoder.norm.{kind}"] = ours[f"decoder_norm.{kind}"]
-        rows = ours[f"decoder_pred.{kind}"]  # (8 * 8 * 3, ...), pixels in (p, p, c) order
-        theirs[f"decoder.head.{kind}"] = (
-            rows.view(64, 3, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
-        )
-    return theirs
+REFERENCE_NAMES = {
+    MaskedAutoencoder: [
+        (r"^decoder_(blocks|norm)", r"decoder.\1"),
+        (r"^decoder_pred", "decoder.head"),
+        (r"^decoder_embed", "encoder_to_decoder"),
+        (r"^(cls|pos|patch|blocks|norm)", r"encoder.\1"),
+    ],
+    VisionTransformer: [(r"^norm", "fc_norm")],  # one name for both readouts
+}
+ONE_HEAD = {"decoder_embed_dim": 64, "decoder_num_heads": 1}
+AUTOENCODER, CLASSIFIER = {"num_heads", "norm_pix_loss"}, {"num_heads", "global_pool"}
 
 
-def without_key_bias(model):
-    """Such a model as the reference project can hold."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("qkv.bias"):
-                tensor.chunk(3)[1].zero_()
-            if name == "decoder_embed.bias":
-                tensor.zero_()
-    return model
-
-
-@pytest.mark.parametrize("wrapper", ["model", "state_dict"])
-@pytest.mark.parametrize("fields", [NO_TOKEN, TOKEN_LEAVES])
-def test_reference_pretraining(tmp_path, fields, wrapper):
-    model = built(fields | {"decoder_embed_dim": 64, "decoder_num_heads": 1})
-    content = {wrapper: reference_pretraining(without_key_bias(model)), "arch": "a", "epoch": 1}
-    content["state_dict_ema"] = {name: t + 1 for name, t in content[wrapper].items()}
-    path = saved(tmp_path, content | {"args": argparse.Namespace(lr=1.0)})
+@pytest.mark.parametrize(
+    ("fields", "content", "kind", "unknown"),
+    [
+        # the heads of sizes in the tables, and the arguments of the run
+        (HALF | SMALL, public_mae, "MAE (autoencoder)", {"decoder_num_heads"}),
+        (HALF | PUBLISHED_DECODER, public_mae, "MAE (autoencoder)", {"num_heads"}),
+        (VIT | {"num_classes": 0}, public_mae, "MAE (encoder)", CLASSIFIER),
+        (VIT | AVG, public_mae, "MAE (classifier)", CLASSIFIER),
+        (NO_TOKEN | ONE_HEAD, reference_project, "reference project (autoencoder)", AUTOENCODER),
+        (
+            TOKEN_LEAVES | ONE_HEAD,
+            reference_project,
+            "reference project (autoencoder)",
+            AUTOENCODER,
+        ),
+        (VIT, reference_project, "reference project (classifier)", CLASSIFIER),
+        (VIT | READOUTS[3], reference_project, "reference project (classifier)", CLASSIFIER),
+        (VIT | {"num_classes": 0}, timm_checkpoint, "timm (encoder)", CLASSIFIER),
+    ]
+    + [(VIT | readout, timm_checkpoint, "timm (classifier)", CLASSIFIER) for readout in READOUTS],
+)
+def test_other_projects_files_give_their_tensors_and_what_they_tell(
+    tmp_path, fields, content, kind, unknown
+):
+    model = built(fields)
+    path = saved(tmp_path, content(model))
     tensors, info = read_weights(path)
     same(tensors, model.state_dict())  # with the position tables as they are
-    assert info.kind == "reference project (autoencoder)"
-    assert info.unknown == {"num_heads", "norm_pix_loss"}
-    assert complete(info, num_heads=3, norm_pix_loss=True).spec == model.spec
-
-
-@pytest.mark.parametrize("readout", [{}, AVG | {"class_token": False}])
-def test_reference_classifiers(tmp_path, readout):
-    model = without_key_bias(built(VIT | readout))
-    ours = model.state_dict()
-    theirs = {name: t for name, t in ours.items() if not name.startswith(("blocks", "norm"))}
-    # One name for both readouts.
-    theirs |= {f"fc_{name}": t for name, t in ours.items() if name.startswith("norm")}
-    path = saved(tmp_path, {"model": theirs | reference_blocks(ours, "blocks", "blocks")})
-    assert read_weights(path)[1].kind == "reference project (classifier)"
-    assert torch.equal(loaded(path, num_heads=3)(images()), model(images()))
+    assert (info.kind, info.unknown, info.mean) == (kind, unknown, None)
+    given = {name: getattr(model.spec, name) for name in unknown}
+    assert complete(info, **given).spec == model.spec
+    # The permission ended with the reading.
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 # timm's
 
 
-@pytest.mark.parametrize("readout", READOUTS)
-def test_timm_classifiers_give_their_own_logits_and_come_back(tmp_path, readout):
-    theirs = randomized(TimmViT(**VIT | readout)).double()
-    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "a.safetensors")
-    args = argparse.Namespace(opt="sgd")
-    saved(tmp_path, {"state_dict": theirs.state_dict(), "args": args, "metric": 1.0})
-    for name in ("a.safetensors", "a.pth"):
-        tensors, info = read_weights(tmp_path / name)
-        same(tensors, dict(theirs.state_dict()))
-        assert info.kind == "timm (classifier)"
-    model = VisionTransformer(**VIT | readout).double().eval()
-    assert load_into_classifier(model, tensors, info, "a") == set()
-    pixels = images().double()
-    torch.testing.assert_close(model(pixels), theirs(pixels), rtol=0, atol=1e-9)
-
-    write_weights(tensors, info, tmp_path / "back.safetensors", "timm")
-    back = TimmViT(**VIT | readout).double().eval()
-    back.load_state_dict(safetensors.torch.load_file(tmp_path / "back.safetensors"), strict=True)
-    assert torch.equal(back(pixels), theirs(pixels))
-
-
-def test_timm_encoders_by_name(tmp_path):
-    create = {"img_size": 32, "num_classes": 0}
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_timm_loads_what_is_written_by_name(tmp_path, num_classes):
+    create = {"img_size": 32, "num_classes": num_classes}
     theirs = randomized(timm.create_model("test_vit", **create))
-    tensors, info = read_weights(saved(tmp_path, theirs.state_dict()))
-    assert (info.kind, info.known("num_heads")) == ("timm (encoder)", None)
-    write_weights(tensors, info, tmp_path / "a.safetensors", "timm")
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "theirs")
+    write_weights(*read_weights(tmp_path / "theirs"), tmp_path / "a.safetensors", "timm")
     again = timm.create_model("test_vit", **create, checkpoint_path=tmp_path / "a.safetensors")
     assert torch.equal(again.eval()(images()), theirs(images()))
-    model = loaded(tmp_path / "a.safetensors", num_heads=2)
+    read = hubconf.classifier if num_classes else hubconf.encoder
+    model = read(str(tmp_path / "a.safetensors"), num_heads=2)
     torch.testing.assert_close(model(images()), theirs(images()), rtol=0, atol=1e-5)
 
 
@@ -345,34 +302,19 @@ HF = ViTMAEConfig(
 )
 
 
-def published_names(key):
-    """The names of the published weights, from those that the current model has in memory."""
-    key = key.replace("vit.layers.", "vit.encoder.layer.").replace("mlp.fc1", "intermediate.dense")
-    key = key.replace("mlp.fc2", "output.dense")
-    key = key.replace("attention.o_proj", "attention.output.dense")
-    for part in ("query", "key", "value"):
-        key = key.replace(f"attention.{part[0]}_proj", f"attention.attention.{part}")
-    return key
-
-
-@pytest.mark.parametrize("names", ["saved", "in memory", "published", "sharded", "the file itself"])
-def test_huggingface_autoencoders_give_their_own_loss(tmp_path, names):
+@pytest.mark.parametrize("names", ["saved", "in memory", "sharded", "the file itself"])
+def test_huggingface_autoencoders_give_their_tensors_and_settings(tmp_path, names):
     model = built(MAE | {"mlp_ratio": 2.0, "mask_ratio": 0.5})
-    theirs = huggingface_mae(model).eval()
-    theirs.save_pretrained(tmp_path, **({"max_shard_size": "60KB"} if names == "sharded" else {}))
-    if names in ("in memory", "published"):
+    theirs = huggingface_mae(model)
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB" if names == "sharded" else "1GB")
+    if names == "in memory":
         (tmp_path / "model.safetensors").unlink()
-        rename = published_names if names == "published" else str
-        tensors = {rename(key): t for key, t in theirs.state_dict().items()}
-        saved(tmp_path, tensors, "pytorch_model.bin")
+        saved(tmp_path, theirs.state_dict(), "pytorch_model.bin")
     path = tmp_path / "model.safetensors" if names == "the file itself" else tmp_path
     tensors, info = read_weights(path)
     same(tensors, model.state_dict())
     assert (info.kind, info.unknown) == ("Hugging Face ViTMAE (autoencoder)", frozenset())
     assert info.spec == model.spec
-    loss = loaded(path)(images(), order().argsort(dim=1))
-    expected = theirs(images(), noise=order()).loss
-    assert abs(loss.item() - expected.item()) < 1e-6
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-12])
@@ -384,27 +326,24 @@ def test_huggingface_encoders_give_their_own_features(tmp_path, caplog, eps):
     assert (info.kind, info.known("num_heads")) == ("Hugging Face ViTMAE (encoder)", 3)
     # The class token's feature, on which the order of the patches has no influence.
     feature = theirs(images()).last_hidden_state[:, 0]
-    torch.testing.assert_close(loaded(tmp_path)(images()), feature, rtol=0, atol=1e-4)
+    torch.testing.assert_close(hubconf.encoder(str(tmp_path))(images()), feature, rtol=0, atol=1e-4)
     assert ("layer_norm_eps is 1e-12 there and 1e-06 here" in caplog.text) == (eps == 1e-12)
 
 
 def test_huggingface_loads_what_is_written_and_gives_our_loss(tmp_path):
-    ours = built(MAE | {"mask_ratio": 0.5})
+    ours = built(HALF)
     write_weights(*read_weights(own_file(tmp_path, ours)), tmp_path / "hf", "huggingface")
     theirs, report = ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(report.values()), report
-    assert theirs.config.layer_norm_eps == 1e-6
     assert theirs.config.architectures == ["ViTMAEForPreTraining"]
-    expected = theirs.eval()(images(), noise=order()).loss.item()
+    expected = theirs(images(), noise=order()).loss.item()
     assert abs(ours(images(), order().argsort(dim=1)).item() - expected) < 1e-6
-    reference = huggingface_mae(ours).state_dict()
-    same(dict(theirs.state_dict()), dict(reference))
-    encoder, report = ViTMAEModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not report["missing_keys"]
-    assert torch.equal(encoder.embeddings.position_embeddings, ours.pos_embed)
+    assert not ViTMAEModel.from_pretrained(tmp_path / "hf", output_loading_info=True)[1][
+        "missing_keys"
+    ]
     assert names_in(tmp_path / "hf") == ["config.json", "model.safetensors"]
     written = safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors")
-    assert {published_names(name) for name in reference} == set(written)
+    assert "vit.encoder.layer.1.attention.attention.query.weight" in written  # as published
 
 
 # There and back
@@ -438,9 +377,9 @@ def test_a_foreign_encoder_becomes_a_file_that_records_its_grid(tmp_path):
     assert_named(refusal(read_weights, path), path, "12 patches", "8x8", "--img_size")
     assert_named(refusal(read_weights, path, (16, 32)), path, "16x32", "12 patches")
     assert_named(refusal(read_weights, path, (12, 64)), path, "12x64", "12 patches")
-    tensors, info = read_weights(path, (16, 48))
-    info = complete(info, num_heads=3)
-    write_weights(tensors, info, tmp_path / "b", "safetensors")
+    info = convert(
+        path, tmp_path / "b", "--format", "safetensors", "--img_size", 16, 48, "--num_heads", 3
+    )
     back, found = read_weights(tmp_path / "b")
     same(back, encoder)  # in half precision, as they were
     assert (found.kind, found.spec) == ("this project's weights (encoder)", info.spec)
@@ -470,15 +409,13 @@ def test_a_foreign_encoder_becomes_a_file_that_records_its_grid(tmp_path):
 def test_a_format_that_cannot_hold_a_model_is_refused_before_anything_is_written(
     tmp_path, fields, form, named
 ):
-    message = refusal(write_weights, *own_read(tmp_path, fields), tmp_path / "there", form)
-    assert_named(message, *named)
+    content = own_read(tmp_path, fields)
+    assert_named(refusal(write_weights, *content, tmp_path / "there", form), *named)
     assert names_in(tmp_path) == ["own.safetensors"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_writing_never_replaces_anything_and_leaves_nothing_where_it_fails(
-    tmp_path, monkeypatch, form
-):
+def test_writing_never_replaces_anything_and_leaves_nothing_where_it_fails(tmp_path, form):
     content = own_read(tmp_path, MAE)
     (tmp_path / "there").write_text("precious")
     for target in (tmp_path / "there", tmp_path / "none" / "there"):
@@ -486,11 +423,8 @@ def test_writing_never_replaces_anything_and_leaves_nothing_where_it_fails(
     assert (tmp_path / "there").read_text() == "precious"
     (tmp_path / "there").unlink()
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    message = refusal(write_weights, *content, tmp_path / "there", form)
+    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+        message = refusal(write_weights, *content, tmp_path / "there", form)
     assert_named(message, tmp_path / "there", "No space left")
     assert names_in(tmp_path) == ["own.safetensors"]
 
@@ -503,13 +437,15 @@ def test_what_the_file_cannot_tell_is_asked_for(tmp_path):
     for form in ("huggingface", "safetensors"):
         assert_named(refusal(write_weights, tensors, info, tmp_path / "b", form), *missing)
     assert names_in(tmp_path) == ["a.pth"]
-    write_weights(tensors, complete(info, **missing), tmp_path / "b", "safetensors")
+    flags = [word for name, value in missing.items() for word in (f"--{name}", str(value).lower())]
+    convert(tmp_path / "a.pth", tmp_path / "b", "--format", "safetensors", *flags)
     known = read_weights(tmp_path / "b")[1]
     assert known.spec == model.spec
-    assert_named(refusal(complete, info, decoder_num_heads=0), "decoder_num_heads", "got 0")
+    assert_named(refusal(complete, info, decoder_num_heads=0), "decoder_num_heads 0")
     assert_named(refusal(complete, info, num_heads=5), "embed_dim 48", "num_heads 5")
-    message = refusal(complete, known, num_heads=4, norm_pix_loss=None)
-    assert message == "num_heads 3 in the file, 4 given"
+    assert_named(
+        refusal(complete, known, num_heads=4, norm_pix_loss=None), "3 in the file, 4 given"
+    )
 
 
 # Into a classifier
@@ -520,23 +456,18 @@ def load(fields, tensors, info):
     return model, load_into_classifier(model, tensors, info, "the path")
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_pretraining_into_each_readout(tmp_path, caplog, class_token):
+@pytest.mark.parametrize("readout", READOUTS)
+def test_pretraining_into_each_readout(tmp_path, caplog, readout):
     caplog.set_level(logging.INFO)
-    tensors, info = own_read(tmp_path, MAE if class_token else NO_TOKEN)
-    for readout in READOUTS:
-        if readout.get("class_token", True) != class_token:
-            continue
-        caplog.clear()
-        model, fresh = load(readout, tensors, info)
-        own = model.state_dict()
-        assert fresh == (HEAD | FC_NORM if readout.get("fc_norm") else HEAD)
-        same({n: own[n] for n in own.keys() - fresh}, {n: tensors[n] for n in own.keys() - fresh})
-        assert_named(caplog.text, "the path: this project's", "decoder dropped", "7 classes")
-        assert ("norm dropped" in caplog.text) == bool(readout.get("fc_norm"))
-    if class_token:
-        model, fresh = load(AVG, tensors, info)
-        assert torch.equal(model.fc_norm.weight, torch.ones(48))
+    has_norm = bool(readout.get("fc_norm"))
+    tensors, info = own_read(tmp_path, MAE if readout.get("class_token", True) else NO_TOKEN)
+    model, fresh = load(readout, tensors, info)
+    own = model.state_dict()
+    assert fresh == (HEAD | FC_NORM if has_norm else HEAD)
+    same({n: own[n] for n in own.keys() - fresh}, {n: tensors[n] for n in own.keys() - fresh})
+    assert_named(caplog.text, "the path: this project's", "decoder dropped", "7 classes")
+    assert ("norm dropped" in caplog.text) == has_norm and "resized" not in caplog.text
+    assert not has_norm or torch.equal(model.fc_norm.weight, torch.ones(48))
 
 
 def test_a_fine_tuned_classifier_keeps_its_fc_norm_and_its_head(tmp_path, caplog):
@@ -552,24 +483,21 @@ def test_a_fine_tuned_classifier_keeps_its_fc_norm_and_its_head(tmp_path, caplog
         assert_named(refusal(load, readout, tensors, info), "fc_norm", "global_pool avg")
 
 
-def test_positions_on_a_2_by_3_grid_become_4_by_6():
-    """Bicubic in numbers: twice as many samples, each at a quarter between two old ones, kernel a =
-    -0.75."""
-    table = torch.randn(1, 7, 2, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
+# The cubic kernel with a = -0.75 at the distances 1.75, 0.75, 0.25 and 1.25.
+BICUBIC_TAPS = (-0.03515625, 0.26171875, 0.87890625, -0.10546875)
 
-    def kernel(x):
-        x = abs(x)
-        if x <= 1:
-            return 1.25 * x**3 - 2.25 * x**2 + 1
-        return -0.75 * x**3 + 3.75 * x**2 - 6 * x + 3 if x < 2 else 0.0
+
+def test_positions_on_a_2_by_3_grid_become_4_by_6():
+    """Bicubic in numbers: twice as many samples, each at a quarter between two old ones."""
+    table = torch.randn(1, 7, 2, dtype=torch.float16, generator=torch.Generator().manual_seed(0))
 
     def matrix(n):
         """Interpolation from n samples to 2 n, with the ends repeated."""
         weights = torch.zeros(2 * n, n, dtype=torch.float64)
-        for i in range(2 * n):
-            at = (i + 0.5) / 2 - 0.5
-            for k in range(int(at // 1) - 1, int(at // 1) + 3):
-                weights[i, min(max(k, 0), n - 1)] += kernel(at - k)
+        for i in range(n):
+            for offset, tap in zip((-2, -1, 0, 1), BICUBIC_TAPS, strict=True):
+                weights[2 * i, min(max(i + offset, 0), n - 1)] += tap
+                weights[2 * i + 1, min(max(i - offset, 0), n - 1)] += tap
         return weights
 
     resized = resize_pos_embed(table, (2, 3), (4, 6), class_token=True)
@@ -590,22 +518,16 @@ def test_another_grid_resizes_the_positions_and_says_so(tmp_path, caplog, img_si
     expected = resize_pos_embed(tensors["pos_embed"], (2, 3), grid, class_token=True)
     assert torch.equal(model.pos_embed, expected)
     assert tensors["pos_embed"].shape == (1, 7, 48)  # the caller's are left alone
-    caplog.clear()
-    model, _ = load({"img_size": (16, 24)}, tensors, info)
-    assert torch.equal(model.pos_embed, tensors["pos_embed"]) and "resized" not in caplog.text
-
-
-CLASSIFIER = VIT | READOUTS[2]
 
 
 @pytest.mark.parametrize(
     ("fields", "changes", "said"),
     [
-        (CLASSIFIER, {"patch_size": (8, 4)}, {"patch_size": ("8", "8x4")}),
-        (CLASSIFIER, {"in_chans": 1}, {"in_chans": ("3", "1")}),
-        (CLASSIFIER, {"class_token": False}, {"class_token": ("true", "false")}),
+        (VIT | READOUTS[2], {"patch_size": (8, 4)}, {"patch_size": ("8", "8x4")}),
+        (VIT | READOUTS[2], {"in_chans": 1}, {"in_chans": ("3", "1")}),
+        (VIT | READOUTS[2], {"class_token": False}, {"class_token": ("true", "false")}),
         (
-            CLASSIFIER,
+            VIT | READOUTS[2],
             {"embed_dim": 24, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "img_size": 64},
             {
                 "embed_dim": ("48", "24"),
@@ -643,20 +565,17 @@ def test_another_model_is_refused_with_both_sides_of_every_difference(
     same(model.state_dict(), before)
 
 
-def test_the_mlp_width_counts_and_not_the_ratio(tmp_path):
+def test_of_a_foreign_file_the_mlp_width_counts_and_the_heads_are_those_of_the_settings(
+    tmp_path, caplog
+):
     """27 hidden units are int(24 * 1.15), and foreign files tell the width only."""
-    model = built(VIT | {"embed_dim": 24, "mlp_ratio": 1.15})
+    changes = {"embed_dim": 24, "mlp_ratio": 1.15}
+    model = built(VIT | changes)
     tensors, info = read_weights(saved(tmp_path, model.state_dict()))
     assert info.spec.mlp_ratio == 1.125
-    assert load({"embed_dim": 24, "mlp_ratio": 1.15}, tensors, info)[1] == set()
-
-
-def test_unknown_heads_are_taken_from_the_settings_and_said(tmp_path, caplog):
-    model = built(VIT)
-    tensors, info = read_weights(saved(tmp_path, model.state_dict()))
-    found, _ = load({}, tensors, info)
+    found, fresh = load(changes, tensors, info)
+    assert fresh == set() and torch.equal(found.eval()(images()), model(images()))
     assert_named(caplog.text, "the path", "num_heads")
-    assert torch.equal(found.eval()(images()), model(images()))
 
 
 # Into an autoencoder
@@ -724,15 +643,10 @@ def write_refused(folder, kind, what):
         own_file(folder, built(MAE), path.name, model_args=stated)
     elif kind == "checkpoint":
         return own_checkpoint(folder, built(VIT), **what)
-    else:  # of a Hugging Face folder, config.json changed or the index of its parts
+    else:  # of a Hugging Face folder, config.json changed
         ViTMAEModel(HF).save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
-        if kind == "config":
-            (folder / "config.json").write_text(json.dumps(config | what))
-        else:
-            (folder.parent / "outside.safetensors").write_bytes(b"")
-            (folder / "model.safetensors").unlink()
-            (folder / "model.safetensors.index.json").write_text(json.dumps(what))
+        (folder / "config.json").write_text(json.dumps(config | what))
         return folder
     return path
 
@@ -745,16 +659,14 @@ ONES = torch.ones
     ("kind", "what", "named"),
     [
         ("bytes", b"", ["empty file"]),
-        ("bytes", b"weights: none\n" * 9, ["a text file"]),
-        ("bytes", LFS, ["git lfs"]),
-        ("bytes", b"\x89PNG\r\n\x1a\n" + bytes(40), ["an image"]),
-        ("bytes", b"\xff\xd8\xff\xe0" + bytes(40), ["an image"]),
-        ("bytes", bytes(40), ["unknown kind"]),
-        ("bytes", b"PK\x03\x04" + bytes(40), ["PyTorch file"]),
-        ("bytes", b"\x80\x02}q\x00.", ["PyTorch file"]),
-        ("bytes", b"\x10" + bytes(7) + b"{}" + bytes(14), ["safetensors"]),
+        ("bytes", b"weights: none\n" * 9, ["weights: none"]),
+        ("bytes", LFS, ["git-lfs"]),
+        ("bytes", b"\x89PNG\r\n\x1a\n" + bytes(40), ["not a PyTorch or safetensors file", "PNG"]),
+        ("bytes", b"PK\x03\x04" + bytes(40), ["is it whole?"]),
+        ("bytes", b"\x80\x02}q\x00.", ["is it whole?"]),
+        ("bytes", b"\x10" + bytes(7) + b"{}" + bytes(14), ["is it whole?"]),
         ("content", ONES(3), ["dict of tensors", "Tensor"]),
-        ("content", {"model": {}}, ["empty"]),
+        ("content", {"model": {}}, ["nothing"]),
         ("content", {"model": {"a": ONES(1), "b": 3}}, ["'b'"]),
         ("content", {"epoch": 3, 4: 5}, ["'epoch', 4", "'state_dict'"]),
         (
@@ -776,27 +688,24 @@ ONES = torch.ones
         ("tensors", {"blocks.9000000.norm1.bias": ONES(48)}, ["blocks.9000000.norm1.bias"]),
         ("tensors", {"pos_embed": ONES(17, 48)}, ["pos_embed is (17, 48)", "3 dimensions"]),
         ("tensors", {"pos_embed": ONES(1, 16, 48)}, ["15 patches of 8x8"]),  # no_embed_class
-        ("header", {"depth": 3}, ["depth 3", "2 of the layers blocks.*"]),
-        ("header", {"decoder_depth": 3}, ["decoder_depth 3", "2 of the layers decoder_blocks.*"]),
-        ("header", {"embed_dim": 96}, ["blocks.0.attn.proj.bias is (48,), expected (96,)"]),
-        ("header", {"embed_dim": "wide"}, ["geometry that cannot be"]),
-        ("header", {"patch_size": 0}, ["geometry that cannot be"]),
+        ("header", {"depth": 3}, ["missing blocks.2.norm1.weight"]),
+        ("header", {"depth": 9000000}, ["9000002 blocks", "62 tensors"]),
+        ("header", {"decoder_depth": 3}, ["missing decoder_blocks.2.norm1.weight"]),
+        ("header", {"embed_dim": 96}, ["blocks.0.attn.proj.bias is (48,)", "expected (96,)"]),
+        ("header", {"embed_dim": "wide"}, ["model that cannot be"]),
+        ("header", {"patch_size": 0}, ["model that cannot be"]),
         ("header", {"num_heads": 0}, ["num_heads"]),
-        ("header", {"img_size": []}, ["header"]),
+        ("header", {"img_size": []}, ["model that cannot be"]),
         ("header", {"colour": 1}, ["colour"]),
         ("header", {"in_chans": None}, ["in_chans"]),
-        ("checkpoint", {"model_args": 3}, ["header"]),
+        ("checkpoint", {"model_args": 3}, ["model that cannot be"]),
         ("checkpoint", {"format_version": 99}, ["99", str(CHECKPOINT_VERSION)]),
         ("checkpoint", {"model": {"weights.0": ONES(2, 3)}}, ["weights.0", "model.safetensors"]),
         ("config", {"model_type": "vit"}, ["model_type 'vit_mae'", "'vit'"]),
         ("config", {"hidden_act": "relu"}, ["hidden_act 'gelu'", "'relu'"]),
-        ("config", {"image_size": "big"}, ["wrong type"]),
+        ("config", {"image_size": "big"}, ["config.json", "b"]),
         ("config", {"image_size": 48}, ["48x48", "16 patches of 8x8"]),
         ("config", {"num_attention_heads": 5}, ["embed_dim 48", "num_heads 5"]),
-        ("index", {"weight_map": {"a": "../outside.safetensors"}}, ["outside.safetensors"]),
-        ("index", {"weight_map": {"a": "missing.safetensors"}}, ["missing.safetensors"]),
-        ("index", {"weight_map": {}}, ["names no parts"]),
-        ("index", [], ["JSON object", "list"]),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_the_path_and_the_reason(tmp_path, kind, what, named):
@@ -819,9 +728,7 @@ def test_paths_without_weights_are_refused(tmp_path):
 
 def test_a_checkpoint_that_disagrees_with_its_sha256_is_refused(tmp_path):
     path = own_checkpoint(tmp_path, built(MAE))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip_bit(path)
     assert_named(refusal(read_weights, path), path, "damaged", f"{path.name}.sha256")
 
 
@@ -835,20 +742,20 @@ def test_damaged_files_are_one_clear_error_or_still_whole(tmp_path, form):
     else:
         torch.save({"model": tensors}, path, _use_new_zipfile_serialization=form == "zip")
     content, generator = path.read_bytes(), random.Random(0)
-    damaged = [content[:cut] for cut in (1, 9, 100, 5000, len(content) // 2, len(content) - 1)]
+    for size in (1, 9, 100, 5000, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        assert_named(refusal(read_weights, path), path)
+    refused = 0
     for i in range(150):
-        at = generator.randrange(4000 if i % 2 else len(content))
-        flipped = content[at] ^ 1 << generator.randrange(8)
-        damaged.append(content[:at] + bytes([flipped]) + content[at + 1 :])
-    refused = []
-    for i, instead in enumerate(damaged):
-        path.write_bytes(instead)
+        damaged = bytearray(content)
+        damaged[generator.randrange(4000 if i % 2 else len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
         try:
             read_weights(path)
         except InputError as error:
             assert_named(str(error), path)
-            refused.append(i)
-    assert refused[:6] == [0, 1, 2, 3, 4, 5] and len(refused) > 16
+            refused += 1
+    assert refused > 10
 
 
 # The tool
@@ -859,25 +766,13 @@ def convert(*arguments):
 
 
 def test_the_tool_describes_and_converts(tmp_path, capsys):
-    source = own_file(tmp_path, built(MAE))
-    tensors, info = read_weights(source)
+    source, target = own_file(tmp_path, built(MAE)), tmp_path / "there"
+    info = read_weights(source)[1]
     assert convert(source, "--describe") == info
     assert capsys.readouterr().out == f"{info}\n"
-    for form in FORMATS:
-        convert(source, tmp_path / form, "--format", form)
-        assert capsys.readouterr().out.endswith(f"wrote {tmp_path / form}\n")
-        back = read_weights(tmp_path / form)[0]
-        same(back, {name: t for name, t in tensors.items() if name in back})
-    given = ("--num_heads", 3, "--decoder_num_heads", 2, "--norm_pix_loss", "false")
-    arguments = (tmp_path / "mae", tmp_path / "a", "--format", "huggingface")
-    assert_named(refusal(convert, *arguments), "decoder_num_heads", "norm_pix_loss")
-    convert(*arguments, *given)
-    assert read_weights(tmp_path / "a")[1].known("norm_pix_loss") is False
-
-    path = saved(tmp_path, built(VIT | {"img_size": (16, 48)}).state_dict())
-    given = ("--img_size", 16, 48, "--num_heads", 3)
-    convert(path, tmp_path / "b", "--format", "safetensors", *given)
-    assert read_weights(tmp_path / "b")[1].spec.img_size == (16, 48)
+    convert(source, target, "--format", "mae")
+    assert capsys.readouterr().out == f"{info}\nwrote {target}\n"
+    assert read_weights(target)[1].kind == "MAE (autoencoder)"
 
 
 @pytest.mark.parametrize(
@@ -943,7 +838,7 @@ def test_torch_hub_asks_for_what_a_foreign_file_does_not_say(tmp_path):
     vit = built(VIT)
     path = saved(tmp_path, vit.state_dict())
     for entry in ("encoder", "classifier"):
-        assert_named(refusal(hub, entry, path), path, "num_heads=")
+        assert_named(refusal(hub, entry, path), "num_heads")
     model = hub("classifier", path, num_heads=3)
     assert torch.equal(model(images()), vit(images())) and model.mean is None
     assert_named(refusal(hub, "autoencoder", path, num_heads=3), path, "no decoder")
