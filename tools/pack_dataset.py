@@ -20,11 +20,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
-from data.packs.shards import index_shard
+from data.packs.shards import ShardIndex, index_shard
 from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
 from util.errors import InputError, LineParser, run_cli
 from util.files import TEMPORARY, path, write_text, writing
@@ -74,8 +72,6 @@ def pack(args: argparse.Namespace) -> dict[str, int]:
 
     Raises: InputError.
     """
-    if args.target.resolve() == args.source.resolve():
-        raise InputError(f"{args.target} is the folder of images: give another one to pack into")
     has_splits = (args.source / "train").is_dir()
     splits = [name for name in SPLITS if (args.source / name).is_dir()] if has_splits else [""]
     listings = {name: list_images(args.source / name, has_splits) for name in splits}
@@ -102,18 +98,17 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
             return num_images
         made = in_processes(partial(make_shard, listing, args.side), tasks, args.workers)
         shards, bad = [], []
-        for (path, numbers), (content, left_out, was_there) in zip(tasks, made, strict=True):
+        for (path, _), (content, left_out, was_there) in zip(tasks, made, strict=True):
             shards.append((path.name, content))
             bad += left_out
-            how = "there already" if was_there else f"after {time.monotonic() - started:.0f} s"
             logger.info(
                 "%s: %d of %d, %d images, %d left out, %s",
                 path,
                 len(shards),
                 len(tasks),
-                len(numbers),
+                len(content.names),
                 len(left_out),
-                how,
+                "there already" if was_there else f"after {time.monotonic() - started:.0f} s",
             )
         if list_images(listing.root, listing.class_names is not None).digest() != listing.digest():
             raise InputError(
@@ -122,23 +117,33 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
         if bad:
             lines = [json.dumps(entry._asdict()) + "\n" for entry in bad]
             write_text(folder / BAD_SAMPLES, "".join(lines))
-        num_images = write_index(folder, shards, listing.class_names, args.side, len(bad))
+            logger.warning(
+                "%d images are left out, see %s; first %s %s",
+                len(bad),
+                folder / BAD_SAMPLES,
+                *bad[0],
+            )
+        return index_folder(folder, shards, listing.class_names, args.side, len(bad))
+
+
+def index_folder(
+    folder: Path,
+    shards: Sequence[tuple[str, ShardIndex]],
+    class_names: list[str] | None,
+    side: int | None = None,
+    num_left_out: int = 0,
+) -> int:
+    """Writes the index of shards by name, and says what they hold; returns the number of images."""
+    num_images = write_index(folder, shards, class_names, side, num_left_out)
     logger.info(
-        "%s: %d images in %d shards, %.1f MiB",
+        "%s: %d images in %d shards, %.1f MiB, %d with a label (from class folders in train/ and "
+        "val/, or .cls members)",
         folder,
         num_images,
         len(shards),
-        sum(content.size for _, content in shards) / 2**20,
+        sum(shard.size for _, shard in shards) / 2**20,
+        sum((shard.entries["label"] >= 0).sum() for _, shard in shards),
     )
-    outside = listing.images["label"] < 0
-    if listing.class_names is None:
-        logger.info("%s has no labels: they come from class folders in train/ and val/", folder)
-    elif outside.any():
-        logger.warning("%d images lie in no class folder and have no label", outside.sum())
-    if bad:
-        logger.warning(
-            "%d images were left out, see %s; first %s %s", len(bad), folder / BAD_SAMPLES, *bad[0]
-        )
     return num_images
 
 
@@ -168,11 +173,10 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 changes = differences(json.load(file), plan)
-            except BlockingIOError as error:
-                raise InputError(f"another process packs into {folder}") from error
-            except json.JSONDecodeError as error:
+            except (BlockingIOError, json.JSONDecodeError) as error:
                 raise InputError(
-                    f"{plan_path} is damaged ({error}): give another folder"
+                    f"another process packs into {folder}, or {plan_path} is damaged ({error}): "
+                    "wait for its end, or give another folder"
                 ) from error
             if changes:
                 raise InputError(
@@ -188,27 +192,16 @@ def index_shards(paths: list[Path], workers: int) -> int:
     Class names are those of an earlier index, if the labels fit them.
     """
     folder = paths[0].parent
-    elsewhere = [path for path in paths if path.parent != folder]
-    if elsewhere:
-        raise InputError(
-            f"shards of one index lie in one folder: {paths[0]} and {elsewhere[0]} do not"
-        )
+    if any(path.parent != folder for path in paths):
+        raise InputError(f"shards of one index lie in one folder, got {' '.join(map(str, paths))}")
     paths = sorted(set(paths))
-    indices = list(in_processes(index_shard, paths, workers))
-    labels = np.concatenate([index.entries["label"] for index in indices])
+    indexed = in_processes(index_shard, paths, workers)
+    shards = [(path.name, shard) for path, shard in zip(paths, indexed, strict=True)]
+    highest = max(shard.entries["label"].max(initial=-1) for _, shard in shards)
     class_names = earlier_class_names(folder)
-    if class_names is not None and labels.max(initial=-1) != len(class_names) - 1:
+    if class_names is not None and highest != len(class_names) - 1:
         class_names = None
-    shards = [(path.name, index) for path, index in zip(paths, indices, strict=True)]
-    num_images = write_index(folder, shards, class_names)
-    logger.info(
-        "%s: %d images in %d shards, %d with a label",
-        folder,
-        num_images,
-        len(paths),
-        (labels >= 0).sum(),
-    )
-    return num_images
+    return index_folder(folder, shards, class_names)
 
 
 if __name__ == "__main__":
