@@ -16,9 +16,7 @@ writes to a file.
 """
 
 import argparse
-import importlib.metadata
 import json
-import logging
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,13 +25,11 @@ import torch
 
 from tools.benchmarks.evaluation import benchmark_knn, benchmark_probe
 from tools.benchmarks.loader import benchmark_loader
-from tools.benchmarks.memory import benchmark_memory
-from tools.benchmarks.step import SHAPES, benchmark_processes, benchmark_step
+from tools.benchmarks.step import SHAPES, benchmark_memory, benchmark_processes, benchmark_step
 from tools.benchmarks.timing import Figures
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_text
 
-LIBRARIES = ("torch", "torchvision", "timm")
 PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "step": lambda args: {name: benchmark_step(SHAPES[name], args.rounds) for name in args.shapes},
     "processes": lambda args: {"small/16": benchmark_processes(SHAPES["small/16"], args.rounds)},
@@ -66,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Figures:
         raise InputError(f"rounds must be 1 or more, got {args.rounds}")
     if args.part == "loader" and args.images is None:
         raise InputError("loader needs photographs: give --images FOLDER")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {', '.join(versions)}")
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     figures = PARTS[args.part](args)
     text = json.dumps(figures, indent=2) + "\n"
     print(text, end="")
@@ -77,5 +72,4 @@ def main(argv: Sequence[str] | None = None) -> Figures:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.ERROR)
     run_cli(main)

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> Facts:
     facts, bad = check(args)
     sys.stdout.write("\n".join(report(facts, bad, args.img_size)) + "\n")
     if args.problems:  # as a run's bad_samples.jsonl
-        lines = [json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in bad]
+        lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in bad)
         write_text(args.problems, "".join(lines))
     if args.json:
         write_text(args.json, json.dumps(facts, indent=1) + "\n")
@@ -150,10 +150,9 @@ def check(args: argparse.Namespace) -> tuple[Facts, list[tuple[str, str]]]:
 def open_split(dataset: str, folder: Path) -> tuple[ClassFolder | PackedSource, list[str]]:
     """The images of a split with their labels, and the class names, for which shards may have to
     count; none if no image has a label. Raises: InputError if there are no images."""
-    source: ClassFolder | PackedSource
     if dataset == "folder":
         class_names = class_folders(folder)
-        source = ClassFolder(folder, class_names, 3)
+        source: ClassFolder | PackedSource = ClassFolder(folder, class_names, 3)
     else:
         source = PackedSource(folder, 3)
         class_names = source.index.class_names or [*map(str, range(source.labels.max() + 1))]
@@ -201,19 +200,19 @@ def split_facts(split: Split, args: argparse.Namespace) -> Facts:
     if split.class_names:
         labels = source.labels[source.labels >= 0]
         counts = np.bincount(labels, minlength=len(split.class_names)).tolist()
-        facts["images_per_class"] = dict(zip(split.class_names, counts, strict=False))
-        facts["without_class"] = len(source) - len(labels)
+        by_class = dict(zip(split.class_names, counts, strict=False))
+        facts |= {"images_per_class": by_class, "without_class": len(source) - len(labels)}
     if args.full and len(good):
         mean, square = good["moments"].mean(axis=0, dtype=float)
-        facts["mean"] = mean.round(4).tolist()
-        facts["std"] = np.sqrt(np.maximum(square - mean**2, 0)).round(4).tolist()
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        facts |= {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
     return facts
 
 
 def duplicate_facts(splits: list[Split], args: argparse.Namespace) -> Facts:
     """The facts about groups of equal images; those in several splits come first."""
     sources, keys = [split.source for split in splits], [split.findings["key"] for split in splits]
-    found = equal_images(sources, keys, args.full, args.workers)
+    found = equal_images(sources, keys, args.full)
     groups = sorted(found, key=lambda group: group[0][0] == group[-1][0])
     class_names = [
         {

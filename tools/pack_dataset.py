@@ -12,9 +12,6 @@ written, beside the shards.
 import argparse
 import fcntl
 import json
-import logging
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +19,7 @@ from pathlib import Path
 
 from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
-from data.packs.shards import ShardIndex, index_shard
+from data.packs.shards import index_shard
 from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
 from util.errors import InputError, LineParser, run_cli
 from util.files import TEMPORARY, path, write_text, writing
@@ -30,8 +27,6 @@ from util.pool import available_cores, in_processes
 from util.settings.read import differences
 
 PLAN, BAD_SAMPLES = "packing.json", "bad_samples.jsonl"
-VERSION = 1
-logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
@@ -61,10 +56,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         raise InputError("give either SRC and DST, or --index with tar files")
     if not 0 < args.shard_mb < float("inf"):
         raise InputError(f"--shard_mb must be above 0, got {args.shard_mb}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if args.index:
-        return {str(args.index[0].parent): index_shards(args.index, args.workers)}
-    return pack(args)
+    found = index_shards(args.index, args.workers) if args.index else pack(args)
+    for folder, num_images in found.items():
+        facts = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))
+        print(
+            f"{folder}: {num_images} images, {facts['num_labelled']} with a label, "
+            f"{facts['num_left_out']} left out (see {BAD_SAMPLES})"
+        )
+    return found
 
 
 def pack(args: argparse.Namespace) -> dict[str, int]:
@@ -90,61 +89,27 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
     starts = shard_starts(listing.images["size"], args.side, args.shard_mb).tolist()
     ranges = map(range, starts, [*starts[1:], len(listing.images)])
     tasks = [(folder / f"shard-{n:06d}.tar", numbers) for n, numbers in enumerate(ranges)]
-    started = time.monotonic()
     with claimed(folder, listing, args):
         if (folder / INDEX).exists() and all(path.exists() for path, _ in tasks):
-            num_images = len(open_index(folder).entries)
-            logger.info("%s is packed already: %d images", folder, num_images)
-            return num_images
+            return len(open_index(folder).entries)  # an earlier process was here
         made = in_processes(partial(make_shard, listing, args.side), tasks, args.workers)
         shards, bad = [], []
         for (path, _), (content, left_out, was_there) in zip(tasks, made, strict=True):
             shards.append((path.name, content))
             bad += left_out
-            logger.info(
-                "%s: %d of %d, %d images, %d left out, %s",
-                path,
-                len(shards),
-                len(tasks),
-                len(content.names),
-                len(left_out),
-                "there already" if was_there else f"after {time.monotonic() - started:.0f} s",
+            print(
+                f"{path}: {len(shards)} of {len(tasks)}, {len(content.names)} images, "
+                f"{len(left_out)} left out{', there already' if was_there else ''}",
+                flush=True,
             )
         if list_images(listing.root, listing.class_names is not None).digest() != listing.digest():
             raise InputError(
                 f"the images in {listing.root} changed while they were packed: {UNCHANGED}"
             )
         if bad:
-            lines = [json.dumps(entry._asdict()) + "\n" for entry in bad]
-            write_text(folder / BAD_SAMPLES, "".join(lines))
-            logger.warning(
-                "%d images are left out, see %s; first %s %s",
-                len(bad),
-                folder / BAD_SAMPLES,
-                *bad[0],
-            )
-        return index_folder(folder, shards, listing.class_names, args.side, len(bad))
-
-
-def index_folder(
-    folder: Path,
-    shards: Sequence[tuple[str, ShardIndex]],
-    class_names: list[str] | None,
-    side: int | None = None,
-    num_left_out: int = 0,
-) -> int:
-    """Writes the index of shards by name, and says what they hold; returns the number of images."""
-    num_images = write_index(folder, shards, class_names, side, num_left_out)
-    logger.info(
-        "%s: %d images in %d shards, %.1f MiB, %d with a label (from class folders in train/ and "
-        "val/, or .cls members)",
-        folder,
-        num_images,
-        len(shards),
-        sum(shard.size for _, shard in shards) / 2**20,
-        sum((shard.entries["label"] >= 0).sum() for _, shard in shards),
-    )
-    return num_images
+            text = "".join(json.dumps(entry._asdict()) + "\n" for entry in bad)
+            write_text(folder / BAD_SAMPLES, text)
+        return write_index(folder, shards, listing.class_names, args.side, len(bad))
 
 
 @contextmanager
@@ -154,7 +119,7 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
     Raises: InputError if the folder holds something else, or another process packs into it.
     """
     plan = {
-        "version": VERSION,
+        "version": 1,
         "side": args.side,
         "shard_mb": args.shard_mb,
         "num_images": len(listing.images),
@@ -186,8 +151,8 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
             yield
 
 
-def index_shards(paths: list[Path], workers: int) -> int:
-    """Writes the index of shards, which lie in one folder; returns the number of images.
+def index_shards(paths: list[Path], workers: int) -> dict[str, int]:
+    """Writes the index of shards, which lie in one folder; returns the number of images by folder.
 
     Class names are those of an earlier index, if the labels fit them.
     """
@@ -198,10 +163,9 @@ def index_shards(paths: list[Path], workers: int) -> int:
     indexed = in_processes(index_shard, paths, workers)
     shards = [(path.name, shard) for path, shard in zip(paths, indexed, strict=True)]
     highest = max(shard.entries["label"].max(initial=-1) for _, shard in shards)
-    class_names = earlier_class_names(folder)
-    if class_names is not None and highest != len(class_names) - 1:
-        class_names = None
-    return index_folder(folder, shards, class_names)
+    names = earlier_class_names(folder)
+    they_fit = names is not None and highest == len(names) - 1
+    return {str(folder): write_index(folder, shards, names if they_fit else None)}
 
 
 if __name__ == "__main__":

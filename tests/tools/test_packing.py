@@ -4,7 +4,6 @@ after a kill."""
 import fcntl
 import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -131,8 +130,7 @@ def test_without_train_all_of_a_folder_is_packed_without_labels(tmp_path, data):
         assert facts_of(folder)["class_names"] is None
 
 
-def test_only_train_and_images_outside_the_class_folders(tmp_path, data, caplog):
-    caplog.set_level(logging.INFO)
+def test_only_train_and_images_outside_the_class_folders(tmp_path, data, capsys):
     shutil.copytree(data / "train", tmp_path / "in/train")
     (tmp_path / "in/test").mkdir()
     for name in ("train/stray.png", "test/other.png"):
@@ -141,7 +139,8 @@ def test_only_train_and_images_outside_the_class_folders(tmp_path, data, caplog)
     assert [path.name for path in folder.iterdir()] == ["train"]
     labels = Counter(label for _, _, label in samples(folder / "train"))
     assert labels == {"0": 40, "1": 40, "2": 40, None: 1}
-    assert "121 images" in caplog.text and "120 with a label" in caplog.text
+    said = capsys.readouterr().out
+    assert "121 images" in said and "120 with a label" in said
 
 
 def test_splits_with_different_classes_are_refused_before_anything_is_written(tmp_path, data):
@@ -351,9 +350,8 @@ def test_a_shard_is_read_back_and_compared(tmp_path, data, monkeypatch):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["packing.json"]
 
 
-def test_a_pack_goes_on_where_it_stopped(tmp_path, spoilt, monkeypatch, caplog):
+def test_a_pack_goes_on_where_it_stopped(tmp_path, spoilt, monkeypatch, capsys):
     """Finished shards are kept, and what was left out of them is still listed."""
-    caplog.set_level(logging.INFO)
     whole, folder = pack(spoilt, tmp_path / "whole"), tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_image(patch, 110, lambda: (_ for _ in ()).throw(Killed))
@@ -362,14 +360,14 @@ def test_a_pack_goes_on_where_it_stopped(tmp_path, spoilt, monkeypatch, caplog):
     assert 4 <= len(made) - 1 <= 5 and "index.json" not in made  # and packing.json
     (folder / "shard-000005.tar.tmp").write_bytes(b"left by a process that was killed")
     (folder / "notes.tmp").write_bytes(b"not of the pack")
-    caplog.clear()
+    capsys.readouterr()
     pack(spoilt, folder)
-    assert caplog.text.count("there already") == len(made) - 1
+    assert capsys.readouterr().out.count("there already") == len(made) - 1
     assert made.items() <= files_of(folder).items()
     assert contents(folder) == contents(whole) | {"notes.tmp": b"not of the pack"}
     before = files_of(folder)
     pack(spoilt, folder)
-    assert "is packed already: 117 images" in caplog.text
+    assert f"{folder}: 117 images, 0 with a label, 4 left out" in capsys.readouterr().out
     assert files_of(folder) == before
 
 
@@ -462,7 +460,7 @@ def test_a_killed_process_leaves_no_half_shard_and_no_process(tmp_path, photogra
         assert not (folder / "index.json").exists()
     result = run(command)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("there already") >= 9
+    assert result.stdout.count("there already") >= 9
     assert contents(folder) == whole
 
 

@@ -1,5 +1,5 @@
-"""Images per second of a pretraining step: beside the peer's and the peak of matrix products, and
-by two processes beside one."""
+"""A pretraining step: its images per second beside the peer's and the peak of matrix products, and
+by two processes beside one; and its memory."""
 
 import multiprocessing
 import tempfile
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.optim import optimizer_step
 from models.build import build_model, mae_spec
 from models.spec import MAESpec, pair
+from tools.benchmarks.memory import LiveBytes
 from tools.benchmarks.timing import Figures, interleaved, rates, ratio
 from util.settings.pretrain import MAEConfig
 
@@ -29,8 +30,8 @@ PEERS = {  # variant -> its kind of attention
     for precision in ("fp32", "bf16")
     for attention in ("sdpa", "eager")
 }
+FP32 = "peer fp32"  # of the memory
 SIDES = (1024, 2048, 4096)  # of the square matrix products
-THREADS = 2  # of all processes together
 STEPS = 2  # in a round of the processes
 ONE, TWO = "1 process of 2 threads", "2 processes of 1 thread"
 
@@ -112,11 +113,10 @@ def step_of(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> Callab
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95), fused=True
     )
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step() -> None:
         loss_of().backward()
-        optimizer_step(optimizer, scaler, clip_grad=None)
+        optimizer_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), clip_grad=None)
 
     return step
 
@@ -160,6 +160,23 @@ def benchmark_step(shape: Shape, rounds: int) -> Figures:
     }
 
 
+def benchmark_memory(shape: Shape) -> Figures:
+    """MiB of a step's activations, ours beside the peer's in fp32 if it is installed: the peak over
+    forward and backward of all but parameters, gradients and the optimiser's state."""
+    checkpointing = build_model(shape.spec)
+    checkpointing.checkpointing = True
+    models = {"ours bf16": build_model(shape.spec), "ours bf16 checkpointing": checkpointing}
+    peaks = {}
+    for name, model in (models | build_peers(shape.spec, {FP32: "sdpa"})).items():
+        loss_of = loss_fn_of(model, shape, None if name == FP32 else torch.bfloat16)
+        loss_of().backward()  # makes the gradients, so that what is made below is activations
+        with LiveBytes() as live:
+            loss_of().backward()
+        peaks[name] = live.peak / 2**20
+    over_peer = {name: peaks[name] / peaks[FP32] for name in models if FP32 in peaks}
+    return {"activations_mib": peaks, "activations_over_peer": over_peer}
+
+
 def benchmark_processes(shape: Shape, rounds: int) -> Figures:
     """Images per second of a step by one process of two threads and by two processes of one thread
     that average their gradients over gloo, of the same total batch.
@@ -168,7 +185,7 @@ def benchmark_processes(shape: Shape, rounds: int) -> Figures:
     """
     spawn = multiprocessing.get_context("spawn")  # forked ones would share this one's thread pools
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        pools = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in range(1 + THREADS)]
+        pools = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in range(3)]
 
         def take_steps(members: list[ProcessPoolExecutor]) -> None:
             place = f"file://{folder}/{len(members)}"
@@ -193,7 +210,7 @@ def _take_steps(shape: Shape, rank: int, world_size: int, place: str) -> None:
 
 @cache
 def _step_of_process(shape: Shape, rank: int, world_size: int, place: str) -> Callable[[], None]:
-    torch.set_num_threads(THREADS // world_size)
+    torch.set_num_threads(2 // world_size)
     dist.init_process_group("gloo", place, rank=rank, world_size=world_size)
     model: nn.Module = build_model(shape.spec)
     if world_size > 1:

@@ -52,7 +52,6 @@ FINDING = np.dtype(
 PART = PackedSource.block_size  # images of one task
 TAIL = 4096  # bytes of a file's end that are read
 ROWS = 64  # of an image, about, from which its mean and variance are taken
-HEAD = 25  # bytes of a file's beginning that are read
 PNG_DEPTH = 24  # where a PNG's header has its bits per channel
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
 MODES = {"1": "1-bit", "I": "16-bit L"}
@@ -62,7 +61,7 @@ ANIMATED = ("GIF", "PNG", "WEBP")  # kinds whose several pictures are frames
 def examine(source: FolderSource | PackedSource, full: bool, workers: int) -> np.ndarray:
     """The images of a source as `(n,)` of FINDING, with a progress bar on a terminal."""
     source.read_ahead()
-    tasks = _parts_of(np.arange(len(source)))
+    tasks = np.split(np.arange(len(source)), range(PART, len(source), PART))
     parts = tqdm(
         in_processes(partial(_examine_part, source, full), tasks, workers),
         total=len(tasks),
@@ -75,7 +74,7 @@ def examine(source: FolderSource | PackedSource, full: bool, workers: int) -> np
 
 
 def equal_images(
-    sources: Sequence[FolderSource | PackedSource], keys: list[np.ndarray], full: bool, workers: int
+    sources: Sequence[FolderSource | PackedSource], keys: list[np.ndarray], full: bool
 ) -> list[list[tuple[int, int]]]:
     """Groups of equal images, each by the number of its source and its index there. Their bytes are
     equal, or after a full check their pixels.
@@ -86,13 +85,9 @@ def equal_images(
     repeated = values[(counts > 1) & (values != b"")]
     groups = defaultdict(list)
     for number, (source, of_source) in enumerate(zip(sources, keys, strict=True)):
-        candidates = np.flatnonzero(np.isin(of_source, repeated))
-        digests = of_source[candidates].tolist()
-        if not full:
-            parts = in_processes(partial(_hash_part, source), _parts_of(candidates), workers)
-            digests = [digest for part in parts for digest in part]
-        for digest, index in zip(digests, candidates.tolist(), strict=True):
-            groups[digest].append((number, index))
+        for index in np.flatnonzero(np.isin(of_source, repeated)).tolist():
+            content = of_source[index] if full else _digest(source, index)
+            groups[content].append((number, index))
     groups.pop(b"", None)  # files that have become unreadable
     return sorted(group for group in groups.values() if len(group) > 1)
 
@@ -111,25 +106,18 @@ def other_files(root: Path) -> Counter[str]:
     return found
 
 
-def open_file(source: FolderSource | PackedSource, index: int) -> BinaryIO:
+def _open_file(source: FolderSource | PackedSource, index: int) -> BinaryIO:
     """An image's file. Raises: OSError or BadImageError."""
     if isinstance(source, PackedSource):
         return BytesIO(source.read_bytes(index))
     return Path(source.name(index)).open("rb")
 
 
-def _parts_of(indices: np.ndarray) -> list[np.ndarray]:
-    """Indices in tasks for processes."""
-    return np.split(indices, range(PART, len(indices), PART))
-
-
-def _hash_part(source: FolderSource | PackedSource, indices: np.ndarray) -> list[bytes]:
-    """Digests of files, empty for one that has become unreadable."""
-    digests = [b""] * len(indices)
-    for place, index in enumerate(indices.tolist()):
-        with suppress(BadImageError, OSError), open_file(source, index) as file:
-            digests[place] = hashlib.sha256(file.read()).digest()
-    return digests
+def _digest(source: FolderSource | PackedSource, index: int) -> bytes:
+    """Of an image's file, empty if it has become unreadable."""
+    with suppress(BadImageError, OSError), _open_file(source, index) as file:
+        return hashlib.sha256(file.read()).digest()
+    return b""
 
 
 def _examine_part(
@@ -140,7 +128,7 @@ def _examine_part(
         warnings.simplefilter("ignore")  # Pillow's, about files that are named anyway
         for finding, index in zip(found, indices.tolist(), strict=True):
             try:
-                with open_file(source, index) as file:
+                with _open_file(source, index) as file:
                     _examine_file(file, Path(source.name(index)).suffix.lower(), full, finding)
             except BadImageError as error:
                 finding["reason"] = str(error)
@@ -151,7 +139,7 @@ def _examine_part(
 
 def _examine_file(file: BinaryIO, ending: str, full: bool, finding: np.void) -> None:
     """Fills the row of FINDING of an image. Raises: OSError or BadImageError."""
-    head = file.read(HEAD)
+    head = file.read(PNG_DEPTH + 1)
     size = finding["num_bytes"] = file.seek(0, os.SEEK_END)
     file.seek(0 if full else max(0, size - TAIL))
     content = file.read()
@@ -180,8 +168,7 @@ def _examine_file(file: BinaryIO, ending: str, full: bool, finding: np.void) -> 
     finding["kind"] = described
     if ending[1:] not in IMAGE_KINDS[kind].endings:
         finding["ending"] = f"{kind} named {ending or 'without an ending'}"
-    if is_turned:
-        finding["turn"] = "turned upright by EXIF"
+    finding["turn"] = "turned upright by EXIF" if is_turned else 0
 
 
 def _mode(image: Image.Image, head: bytes) -> str:

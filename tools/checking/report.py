@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 Facts = dict[str, Any]  # a JSON object
-Cells = dict[str, float | list[int]]  # label of a row in the table -> value in one column
 STAGES = {
     "pretrain": "pretraining",
     "finetune": "fine-tuning",
@@ -40,39 +39,46 @@ def report(facts: Facts, bad: list[tuple[str, str]], img_size: int) -> Iterator[
     path, splits, is_full = facts["path"], facts["splits"], facts["full"]
     what, read = KINDS[facts["dataset"]]
     total = sum(split["images"] for split in splits.values())
-    how = "decoded" if is_full else "looked at"
-    yield printable(f"{path}: {what}, {total:,} images {how} in {facts['seconds']} s")
-    yield ""
+    yield (
+        printable(
+            f"{path}: {what}, {total:,} images {'decoded' if is_full else 'looked at'} in "
+            f"{facts['seconds']} s"
+        )
+        + "\n"
+    )
     if splits:
         yield from _table(splits, img_size)
     first: Facts = next(iter(splits.values()), {})
     yield from (f"{fact}: {first[fact]}" for fact in ("mean", "std") if fact in first)
     yield from _equal_images(facts["duplicates"], "pixels" if is_full else "bytes")
-    names = [f"{os.path.relpath(name, path)}: {reason}" for name, reason in bad]
-    yield from _some("bad files:", names, "--problems FILE writes all")
+    reasons = [f"{os.path.relpath(name, path)}: {reason}" for name, reason in bad]
+    yield from _some("bad files:", reasons, "--problems FILE writes all")
     yield ""
-    yield from _verdicts(facts["verdicts"], first.get("bad", 0) > 0)
+    for stage, verdict in facts["verdicts"].items():
+        could = "could start" + (REPLACES.get(stage, "") if first.get("bad") else "")
+        yield printable(f"{STAGES[stage]}: {could if verdict is None else f'could not: {verdict}'}")
     if not is_full:
         yield f"\nOnly headers and {read} were looked at: --full decodes every image."
 
 
 def _table(splits: dict[str, Facts], img_size: int) -> Iterator[str]:
     """A row for each fact, a column for each split."""
-    rows = [] if list(splits) == ["all"] else [("", list(splits))]
+    if list(splits) != ["all"]:
+        yield _row("", list(splits))
     for section in zip(*(_sections(split, img_size) for split in splits.values()), strict=True):
         for label in dict.fromkeys(chain(*section)):
             values = [cells.get(label, 0) for cells in section]
             if any(values) or label in ALWAYS:
-                rows.append((label, [*map(_text, values)]))
-    label_width = max(len(label) for label, _ in rows)
-    widths = [max(map(len, column)) for column in zip(*(texts for _, texts in rows), strict=True)]
-    for label, texts in rows:
-        cells = "".join(f"   {text:>{width}}" for text, width in zip(texts, widths, strict=True))
-        yield f"{label:{label_width}}{cells}"
+                yield _row(label, [*map(_text, values)])
 
 
-def _sections(split: Facts, img_size: int) -> list[Cells]:
-    """The table's column about a split, in parts in which another split may have other rows."""
+def _row(label: str, texts: list[str]) -> str:
+    return f"{label:36}" + "".join(f"{text:>20}" for text in texts)
+
+
+def _sections(split: Facts, img_size: int) -> list[dict[str, float | list[int]]]:
+    """The table's column about a split, value by label, in parts in which another split may have
+    other rows."""
     sizes = [*split.get("images_per_class", {}).values()]
     return [
         {"images": split["images"]},
@@ -94,15 +100,13 @@ def _sections(split: Facts, img_size: int) -> list[Cells]:
     ]
 
 
-def _indented(counts: dict[str, int]) -> Cells:
+def _indented(counts: dict[str, int]) -> dict[str, float | list[int]]:
     return {f"  {key or 'without an ending'}": count for key, count in counts.items()}
 
 
 def _text(value: float | list[int]) -> str:
-    """A number, or several; equal ones once."""
-    several = value if isinstance(value, list) else [value]
-    shown = several if len(set(several)) > 1 else several[:1]
-    return " / ".join(f"{number:,}" for number in shown)
+    """A number, or several."""
+    return " / ".join(f"{number:,}" for number in (value if isinstance(value, list) else [value]))
 
 
 def _equal_images(facts: Facts, what: str) -> Iterator[str]:
@@ -125,17 +129,6 @@ def _some(head: str, lines: list[str], more: str) -> Iterator[str]:
         yield from ("", head, *(f"  {printable(line)}" for line in lines[:SHOWN]))
     if len(lines) > SHOWN:
         yield f"  ... and {len(lines) - SHOWN:,} more: {more}"
-
-
-def _verdicts(verdicts: dict[str, str | None], has_bad: bool) -> Iterator[str]:
-    """A line for all stages with the same verdict."""
-    stages: dict[str, list[str]] = {}
-    for stage, name in STAGES.items():
-        text = f"could not: {verdicts[stage]}"
-        if verdicts[stage] is None:
-            text = "could start" + (REPLACES.get(stage, "") if has_bad else "")
-        stages.setdefault(text, []).append(name)
-    yield from (printable(f"{', '.join(names)}: {text}") for text, names in stages.items())
 
 
 def printable(text: str) -> str:

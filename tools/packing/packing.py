@@ -12,7 +12,6 @@ import re
 import tarfile
 import zlib
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -70,8 +69,10 @@ def list_images(root: Path, has_classes: bool) -> Listing:
     class_names = (class_folders(root) or None) if has_classes else None
     labels = folder_labels(names, class_names) if class_names else np.full(len(names), -1)
     states = np.array([_state(root / os.fsdecode(name)) for name in names.tolist()]).T  # (2, n)
-    fields = [("name", names.dtype), ("size", "<i8"), ("mtime_ns", "<i8"), ("label", "<i8")]
-    images = np.rec.fromarrays([names, *states, labels], dtype=fields)
+    images = np.rec.fromarrays(
+        [names, *states, labels],
+        dtype=[("name", names.dtype), ("size", "<i8"), ("mtime_ns", "<i8"), ("label", "<i8")],
+    )
     return Listing(root, images, class_names)
 
 
@@ -135,8 +136,10 @@ def make_shard(
         for number in sorted({*numbers} - made):
             _pack_or_note(listing, side, number, bad)
     else:
-        write = partial(_write_shard, listing, side, path, numbers, bad)
-        write_output(path, lambda target: found.append(write(target)))
+        write_output(
+            path,
+            lambda target: found.append(_write_shard(listing, side, path, numbers, bad, target)),
+        )
     return found[0], bad, was_there
 
 
