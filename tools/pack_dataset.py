@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         facts = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))
         print(
             f"{folder}: {num_images} images, {facts['num_labelled']} with a label, "
-            f"{facts['num_left_out']} left out (see {BAD_SAMPLES})"
+            f"{facts['num_left_out']} left out"
         )
     return found
 
@@ -157,8 +157,11 @@ def index_shards(paths: list[Path], workers: int) -> dict[str, int]:
     Class names are those of an earlier index, if the labels fit them.
     """
     folder = paths[0].parent
-    if any(path.parent != folder for path in paths):
-        raise InputError(f"shards of one index lie in one folder, got {' '.join(map(str, paths))}")
+    elsewhere = [path for path in paths if path.parent != folder]
+    if elsewhere:
+        raise InputError(
+            f"shards of one index lie in one folder: {paths[0]} and {elsewhere[0]} do not"
+        )
     paths = sorted(set(paths))
     indexed = in_processes(index_shard, paths, workers)
     shards = [(path.name, shard) for path, shard in zip(paths, indexed, strict=True)]

@@ -3,14 +3,13 @@ shapes here)."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from packs import pack
 
 from models.build import build_model, mae_spec
-from tools import benchmark, pack_dataset
+from tools import benchmark
 from tools.benchmarks import evaluation, memory, step, timing
 from tools.benchmarks.step import SHAPES, Shape
 from util.errors import InputError
@@ -91,12 +90,8 @@ def test_step_gives_rates_ratios_and_the_share_of_the_peak(monkeypatch, tmp_path
     assert benchmark.main(["memory"])["base/16"]["activations_over_peer"] == {}
 
 
-def test_loader_compares_the_same_images(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 300, 400, 3), dtype=np.uint8)
-    for number in range(3):
-        Image.fromarray(pixels[number]).save(tmp_path / f"{number}.jpg")
-    pack_dataset.main([str(tmp_path), str(tmp_path / "packed")])
-    places = ["--images", str(tmp_path), "--packed", str(tmp_path / "packed")]
+def test_loader_compares_the_same_images(tmp_path, data):
+    places = ["--images", str(data), "--packed", str(pack(data, tmp_path / "packed"))]
     found = benchmark.main(["loader", *places, "--rounds", "1"])["one core"]
     pillow = found["images_per_s"].pop("pillow")
     over = {name: rate / pillow for name, rate in found["images_per_s"].items()}
@@ -107,7 +102,7 @@ def test_loader_compares_the_same_images(tmp_path):
 def test_two_processes_are_timed_beside_one(monkeypatch):
     monkeypatch.setitem(SHAPES, "small/16", TINY)
     found = benchmark.main(["processes", "--rounds", "1"])["small/16"]
-    one, two = (found["images_per_s"][team] for team in (step.ONE, step.TWO))
+    one, two = found["images_per_s"].values()
     assert found["two_over_one"] == pytest.approx(two / one)  # of one round
 
 

@@ -185,6 +185,7 @@ def benchmark_processes(shape: Shape, rounds: int) -> Figures:
     """
     spawn = multiprocessing.get_context("spawn")  # forked ones would share this one's thread pools
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        # one that is alone, and two that are a team
         pools = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in range(3)]
 
         def take_steps(members: list[ProcessPoolExecutor]) -> None:
@@ -210,7 +211,7 @@ def _take_steps(shape: Shape, rank: int, world_size: int, place: str) -> None:
 
 @cache
 def _step_of_process(shape: Shape, rank: int, world_size: int, place: str) -> Callable[[], None]:
-    torch.set_num_threads(2 // world_size)
+    torch.set_num_threads(2 // world_size)  # two threads in all
     dist.init_process_group("gloo", place, rank=rank, world_size=world_size)
     model: nn.Module = build_model(shape.spec)
     if world_size > 1:
