@@ -11,14 +11,12 @@ Times are medians of rounds in which every variant runs once, in turn, so that a
 all alike; ratios are medians of the rounds' ratios. `step` also gives the share of the peak of
 matrix products, measured in the same run. The peer of step and memory is
 `transformers.ViTMAEForPreTraining`, left out where it is not installed; that of the loader is
-Pillow with torchvision's transforms. --json writes the figures as one JSON object.
+Pillow with torchvision's transforms. The figures are printed as one JSON object, which --json also
+writes to a file.
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
-import logging
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,16 +25,13 @@ import torch
 
 from tools.benchmarks.evaluation import benchmark_knn, benchmark_probe
 from tools.benchmarks.loader import benchmark_loader
-from tools.benchmarks.memory import benchmark_memory
-from tools.benchmarks.models import SHAPES
-from tools.benchmarks.step import benchmark_processes, benchmark_step
+from tools.benchmarks.step import SHAPES, benchmark_memory, benchmark_processes, benchmark_step
 from tools.benchmarks.timing import Figures
 from util.errors import InputError, LineParser, run_cli
-from util.files import write_output
+from util.files import write_text
 
-LIBRARIES = ("torch", "torchvision", "timm")
 PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
-    "step": lambda args: {name: benchmark_step(name, args.rounds) for name in args.shapes},
+    "step": lambda args: {name: benchmark_step(SHAPES[name], args.rounds) for name in args.shapes},
     "processes": lambda args: {"small/16": benchmark_processes(SHAPES["small/16"], args.rounds)},
     "memory": lambda args: {"base/16": benchmark_memory(SHAPES["base/16"])},
     "loader": lambda args: {"one core": benchmark_loader(args.images, args.packed, args.rounds)},
@@ -67,28 +62,14 @@ def main(argv: Sequence[str] | None = None) -> Figures:
         raise InputError(f"rounds must be 1 or more, got {args.rounds}")
     if args.part == "loader" and args.images is None:
         raise InputError("loader needs photographs: give --images FOLDER")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {', '.join(versions)}")
-    if args.part in ("step", "memory") and importlib.util.find_spec("transformers") is None:
-        print("transformers is not installed: its columns are left out")
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     figures = PARTS[args.part](args)
-    show({f"{args.part}, {title}": found for title, found in figures.items()})
+    text = json.dumps(figures, indent=2) + "\n"
+    print(text, end="")
     if args.json is not None:
-        text = json.dumps(figures, indent=2) + "\n"
-        write_output(args.json, lambda target: target.write_text(text, encoding="utf-8"))
+        write_text(args.json, text)
     return figures
 
 
-def show(figures: Figures, indent: str = "") -> None:
-    """Prints the figures, one a line, below the titles of their groups."""
-    for name, value in figures.items():
-        if isinstance(value, float):
-            print(f"{indent}{name:<{34 - len(indent)}}{value:>10.4g}")
-        else:
-            print(f"{indent}{name}")
-            show(value, indent + "  ")
-
-
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.ERROR)
     run_cli(main)

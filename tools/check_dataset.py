@@ -17,23 +17,19 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from data.labels import SPLITS, build_labelled_data, class_folders, folder_labels
+from data.labels import SPLITS, ClassFolder, build_labelled_data, class_folders
 from data.packs.index import INDEX
-from data.packs.source import PackedSource, open_pack
-from data.sources import FolderSource, build_pretrain_source, check_folder
+from data.packs.source import PackedSource
+from data.sources import check_folder
 from engine.run.faults import why_training_stops
-from tools.checking.checks import PART, Findings, Source, examine, joined, other_files
-from tools.checking.duplicates import equal_images
-from tools.checking.report import STAGES, report, spread_of
+from tools.checking.checks import equal_images, examine, other_files
+from tools.checking.report import STAGES, Facts, report, spread_of
 from util.dist import available_cores
 from util.errors import InputError, LineParser, run_cli
 from util.files import path, write_text
@@ -41,16 +37,23 @@ from util.files import path, write_text
 
 @dataclass
 class Split:
-    """One split and what was found in it. labels `(n,)` int64, -1 for an image without one; no
-    class_names if no image has a label."""
+    """One split and what was found in it: `(n,)` of FINDING. No class_names if no image has a
+    label."""
 
-    source: Source
-    findings: Findings
-    labels: np.ndarray
+    source: ClassFolder | PackedSource
     class_names: list[str]
+    findings: np.ndarray
+
+    def bad(self) -> np.ndarray:
+        """Indices of the images that cannot be read."""
+        return np.flatnonzero(self.findings["reason"])
+
+    def num_labelled(self, indices: np.ndarray | slice = slice(None)) -> int:
+        """Number of images that an evaluation takes, of all or of those at `indices`."""
+        return int((self.source.labels[indices] >= 0).sum())
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> Facts:
     """Checks and reports; returns the facts that --json writes.
 
     Raises: InputError for a wrong command.
@@ -95,34 +98,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     facts, bad = check(args)
     sys.stdout.write("\n".join(report(facts, bad, args.img_size)) + "\n")
     if args.problems:  # as a run's bad_samples.jsonl
-        lines = [json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in bad]
+        lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in bad)
         write_text(args.problems, "".join(lines))
     if args.json:
         write_text(args.json, json.dumps(facts, indent=1) + "\n")
     return facts
 
 
-def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def check(args: argparse.Namespace) -> tuple[Facts, list[tuple[str, str]]]:
     """Examines all images; returns the facts, in plain values, and path and reason of each bad
     file."""
     root, started = args.path, time.monotonic()
-    is_packed = any((folder / INDEX).exists() for folder in (root, root / "train", root / "val"))
+    folders = {name: root / name for name in SPLITS}
+    is_packed = any((folder / INDEX).exists() for folder in (root, *folders.values()))
     dataset = args.dataset or ("packed" if is_packed else "folder")
-    sources: dict[str, Source] = {}
-    errors, num_classes = {}, 0
-    try:
-        sources = open_splits(dataset, root)
-    except InputError as error:
-        errors["pretrain"] = str(error)
+    errors, num_classes, splits = {}, 0, {}
+    for name, folder in folders.items() if folders["train"].is_dir() else [("all", root)]:
+        try:
+            source, class_names = open_split(dataset, folder)
+        except InputError as error:  # of val/ the evaluations' verdict reports it
+            errors["labelled" if name == "val" else "pretrain"] = str(error)
+        else:
+            splits[name] = Split(source, class_names, examine(source, args.full, args.workers))
     try:
         num_classes = len(build_labelled_data(dataset, str(root), 3, False, None).class_names)
     except InputError as error:
         errors["labelled"] = str(error)
-    splits = {name: check_split(source, args) for name, source in sources.items()}
-    keys = [split.findings.keys for split in splits.values()]
-    groups = equal_images(list(sources.values()), keys, args.full, args.workers)
     verdicts = verdicts_of(splits, errors)
-    has_classes = "train" in splits and splits["train"].class_names and (root / "val").is_dir()
+    has_classes = "train" in splits and splits["train"].class_names and folders["val"].is_dir()
     asked = args.stages or ["pretrain", *(["finetune", "lincls"] if has_classes else [])]
     facts = {
         "path": str(root),
@@ -131,121 +134,95 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str
         "seconds": round(time.monotonic() - started, 1),
         "num_classes": num_classes,
         "splits": {name: split_facts(split, args) for name, split in splits.items()},
-        "duplicates": duplicate_facts(groups, list(splits.values()), root),
+        "duplicates": duplicate_facts([*splits.values()], args),
         "verdicts": verdicts,
         "asked": asked,
         "could_start": all(verdicts[stage] is None for stage in asked),
     }
     bad = [
-        (split.source.name(index), reason)
+        (split.source.name(index), split.findings["reason"][index])
         for split in splits.values()
-        for index, reason in split.findings.bad.items()
+        for index in split.bad().tolist()
     ]
     return facts, bad
 
 
-def open_splits(dataset: str, root: Path) -> dict[str, Source]:
-    """The images that pretraining takes, first, and those of a val/ beside train/, if it has
-    any."""
-    first = build_pretrain_source(dataset, str(root), 3, False)
-    assert isinstance(first, FolderSource | PackedSource)
-    has_train = (root / "train").is_dir()
-    sources: dict[str, Source] = {"train" if has_train else "all": first}
-    if has_train and (root / "val").is_dir():
-        with suppress(InputError):  # the evaluations' verdict reports it
-            sources["val"] = (
-                open_pack(str(root), 3, ("val",))
-                if dataset == "packed"
-                else FolderSource(str(root / "val"), 3, prefer_train=False)
-            )
-    return sources
-
-
-def check_split(source: Source, args: argparse.Namespace) -> Split:
-    """Examines the images of one split, with a progress bar on a terminal."""
-    parts = tqdm(
-        examine(source, args.full, args.workers),
-        total=-(-len(source) // PART),
-        unit=f" x {PART} images",
-        dynamic_ncols=True,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
-    if isinstance(source, PackedSource):
-        labels = source.labels
-        class_names = source.index.class_names or [str(label) for label in range(labels.max() + 1)]
+def open_split(dataset: str, folder: Path) -> tuple[ClassFolder | PackedSource, list[str]]:
+    """The images of a split with their labels, and the class names, for which shards may have to
+    count; none if no image has a label. Raises: InputError if there are no images."""
+    if dataset == "folder":
+        class_names = class_folders(folder)
+        source: ClassFolder | PackedSource = ClassFolder(folder, class_names, 3)
     else:
-        class_names = class_folders(source.root)
-        labels = folder_labels(source.names, class_names)
-    return Split(source, joined(parts), labels, class_names if (labels >= 0).any() else [])
+        source = PackedSource(folder, 3)
+        class_names = source.index.class_names or [*map(str, range(source.labels.max() + 1))]
+    return source, class_names if (source.labels >= 0).any() else []
 
 
 def verdicts_of(splits: dict[str, Split], errors: dict[str, str]) -> dict[str, str | None]:
-    """By stage the reason why it could not start or would stop, None if it could train."""
+    """By stage the reason why it could not start or would stop, None if it could train.
+
+    errors: why the images of `pretrain`, or those with a label (`labelled`), cannot be opened.
+    """
     verdicts: dict[str, str | None] = dict.fromkeys(STAGES, errors.get("labelled"))
     verdicts["pretrain"] = errors.get("pretrain")
-    if splits:
+    if "pretrain" not in errors:
         first = next(iter(splits.values()))
-        verdicts["pretrain"] = why_training_stops(len(first.findings.bad), len(first.source))
+        verdicts["pretrain"] = why_training_stops(len(first.bad()), len(first.source))
     if "labelled" not in errors:
-        bad = {name: num_labelled(splits[name], [*splits[name].findings.bad]) for name in SPLITS}
+        bad = {name: splits[name].num_labelled(splits[name].bad()) for name in SPLITS}
         in_train, in_val = (
             f"{count:,} bad in {split}, and evaluation leaves none out" if count else None
             for split, count in bad.items()
         )
-        trained = why_training_stops(bad["train"], num_labelled(splits["train"])) or in_val
+        trained = why_training_stops(bad["train"], splits["train"].num_labelled()) or in_val
         verdicts |= {"finetune": trained, "lincls": trained, "knn": in_train or in_val}
     return verdicts
 
 
-def num_labelled(split: Split, indices: list[int] | slice = slice(None)) -> int:
-    """Number of images that an evaluation takes, of all or of those at `indices`."""
-    return int((split.labels[indices] >= 0).sum())
-
-
-def split_facts(split: Split, args: argparse.Namespace) -> dict[str, Any]:
+def split_facts(split: Split, args: argparse.Namespace) -> Facts:
     """The facts about one split."""
     found, source = split.findings, split.source
-    good = found.sides[found.sides[:, 0] > 0]
-    reasons = Counter(reason.partition(":")[0] for reason in found.bad.values())
-    others = other_files(source.root) if isinstance(source, FolderSource) else Counter[str]()
-    facts: dict[str, Any] = {
+    reasons, good = found["reason"][split.bad()], found[found["reason"] == 0]
+    others = other_files(source.root) if isinstance(source, ClassFolder) else Counter()
+    facts = {
         "images": len(source),
-        "kinds": dict(found.kinds.most_common()),
-        "bad": len(found.bad),
-        "bad_by_reason": dict(reasons.most_common()),
-        "notes": dict(found.notes.most_common()),
+        "kinds": counted(good["kind"]),
+        "bad": len(reasons),
+        "bad_by_reason": counted(reason.partition(":")[0] for reason in reasons),
+        "notes": counted([*good["ending"], *good["turn"]]),
         "other_files": dict(others.most_common()),
-        "bytes": found.num_bytes,
-        "short_side": spread_of(good[:, 0]),
-        "long_side": spread_of(good[:, 1]),
-        "smaller_than_crop": int((good[:, 0] < args.img_size).sum()),
+        "bytes": int(found["num_bytes"].sum()),
+        "short_side": spread_of(good["sides"][:, 0]),
+        "long_side": spread_of(good["sides"][:, 1]),
+        "smaller_than_crop": int((good["sides"][:, 0] < args.img_size).sum()),
     }
     if split.class_names:
-        counts = np.bincount(split.labels[split.labels >= 0], minlength=len(split.class_names))
-        facts["images_per_class"] = dict(zip(split.class_names, counts.tolist(), strict=False))
-        facts["without_class"] = len(source) - num_labelled(split)
+        labels = source.labels[source.labels >= 0]
+        counts = np.bincount(labels, minlength=len(split.class_names)).tolist()
+        by_class = dict(zip(split.class_names, counts, strict=False))
+        facts |= {"images_per_class": by_class, "without_class": len(source) - len(labels)}
     if args.full and len(good):
-        mean, square = found.sums / len(good)
-        facts["mean"] = mean.round(4).tolist()
-        facts["std"] = np.sqrt(np.maximum(square - mean**2, 0)).round(4).tolist()
+        mean, square = good["moments"].mean(axis=0, dtype=float)
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        facts |= {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
     return facts
 
 
-def duplicate_facts(
-    groups: list[list[tuple[int, int]]], splits: list[Split], root: Path
-) -> dict[str, Any]:
-    """The facts about groups of equal images, each by the number of its split and its index."""
-    leaks = [group for group in groups if len({number for number, _ in group}) > 1]
-    others = [group for group in groups if len({number for number, _ in group}) == 1]
+def duplicate_facts(splits: list[Split], args: argparse.Namespace) -> Facts:
+    """The facts about groups of equal images; those in several splits come first."""
+    sources, keys = [split.source for split in splits], [split.findings["key"] for split in splits]
+    found = equal_images(sources, keys, args.full)
+    groups = sorted(found, key=lambda group: group[0][0] == group[-1][0])
     class_names = [
         {
-            splits[number].class_names[splits[number].labels[index]]
+            splits[number].class_names[splits[number].source.labels[index]]
             for number, index in group
-            if splits[number].labels[index] >= 0
+            if splits[number].source.labels[index] >= 0
         }
         for group in groups
     ]
+    leaks = [group for group in groups if group[0][0] != group[-1][0]]
     return {
         "groups": len(groups),
         "images": sum(map(len, groups)),
@@ -253,10 +230,15 @@ def duplicate_facts(
         "val_images_in_train": sum(number for group in leaks for number, _ in group),
         "groups_in_several_classes": sum(len(names) > 1 for names in class_names),
         "files": [
-            [os.path.relpath(splits[number].source.name(index), root) for number, index in group]
-            for group in leaks + others
+            [os.path.relpath(sources[number].name(index), args.path) for number, index in group]
+            for group in groups
         ],
     }
+
+
+def counted(values: Iterable[str]) -> dict[str, int]:
+    """How often each value occurs, the most frequent first; empty ones are left out."""
+    return dict(Counter(filter(None, values)).most_common())
 
 
 if __name__ == "__main__":

@@ -12,15 +12,10 @@ written, beside the shards.
 import argparse
 import fcntl
 import json
-import logging
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
@@ -33,8 +28,6 @@ from util.pool import in_processes
 from util.settings.read import differences
 
 PLAN, BAD_SAMPLES = "packing.json", "bad_samples.jsonl"
-VERSION = 1
-logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, int]:
@@ -64,10 +57,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         raise InputError("give either SRC and DST, or --index with tar files")
     if not 0 < args.shard_mb < float("inf"):
         raise InputError(f"--shard_mb must be above 0, got {args.shard_mb}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if args.index:
-        return {str(args.index[0].parent): index_shards(args.index, args.workers)}
-    return pack(args)
+    found = index_shards(args.index, args.workers) if args.index else pack(args)
+    for folder, num_images in found.items():
+        facts = json.loads((Path(folder) / INDEX).read_text(encoding="utf-8"))
+        print(
+            f"{folder}: {num_images} images, {facts['num_labelled']} with a label, "
+            f"{facts['num_left_out']} left out"
+        )
+    return found
 
 
 def pack(args: argparse.Namespace) -> dict[str, int]:
@@ -75,8 +72,6 @@ def pack(args: argparse.Namespace) -> dict[str, int]:
 
     Raises: InputError.
     """
-    if args.target.resolve() == args.source.resolve():
-        raise InputError(f"{args.target} is the folder of images: give another one to pack into")
     has_splits = (args.source / "train").is_dir()
     splits = [name for name in SPLITS if (args.source / name).is_dir()] if has_splits else [""]
     listings = {name: list_images(args.source / name, has_splits) for name in splits}
@@ -95,52 +90,27 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
     starts = shard_starts(listing.images["size"], args.side, args.shard_mb).tolist()
     ranges = map(range, starts, [*starts[1:], len(listing.images)])
     tasks = [(folder / f"shard-{n:06d}.tar", numbers) for n, numbers in enumerate(ranges)]
-    started = time.monotonic()
     with claimed(folder, listing, args):
         if (folder / INDEX).exists() and all(path.exists() for path, _ in tasks):
-            num_images = len(open_index(folder).entries)
-            logger.info("%s is packed already: %d images", folder, num_images)
-            return num_images
+            return len(open_index(folder).entries)  # an earlier process was here
         made = in_processes(partial(make_shard, listing, args.side), tasks, args.workers)
         shards, bad = [], []
-        for (path, numbers), (content, left_out, was_there) in zip(tasks, made, strict=True):
+        for (path, _), (content, left_out, was_there) in zip(tasks, made, strict=True):
             shards.append((path.name, content))
             bad += left_out
-            how = "there already" if was_there else f"after {time.monotonic() - started:.0f} s"
-            logger.info(
-                "%s: %d of %d, %d images, %d left out, %s",
-                path,
-                len(shards),
-                len(tasks),
-                len(numbers),
-                len(left_out),
-                how,
+            print(
+                f"{path}: {len(shards)} of {len(tasks)}, {len(content.names)} images, "
+                f"{len(left_out)} left out{', there already' if was_there else ''}",
+                flush=True,
             )
         if list_images(listing.root, listing.class_names is not None).digest() != listing.digest():
             raise InputError(
                 f"the images in {listing.root} changed while they were packed: {UNCHANGED}"
             )
         if bad:
-            lines = [json.dumps(entry._asdict()) + "\n" for entry in bad]
-            write_text(folder / BAD_SAMPLES, "".join(lines))
-        num_images = write_index(folder, shards, listing.class_names, args.side, len(bad))
-    logger.info(
-        "%s: %d images in %d shards, %.1f MiB",
-        folder,
-        num_images,
-        len(shards),
-        sum(content.size for _, content in shards) / 2**20,
-    )
-    outside = listing.images["label"] < 0
-    if listing.class_names is None:
-        logger.info("%s has no labels: they come from class folders in train/ and val/", folder)
-    elif outside.any():
-        logger.warning("%d images lie in no class folder and have no label", outside.sum())
-    if bad:
-        logger.warning(
-            "%d images were left out, see %s; first %s %s", len(bad), folder / BAD_SAMPLES, *bad[0]
-        )
-    return num_images
+            text = "".join(json.dumps(entry._asdict()) + "\n" for entry in bad)
+            write_text(folder / BAD_SAMPLES, text)
+        return write_index(folder, shards, listing.class_names, args.side, len(bad))
 
 
 @contextmanager
@@ -150,7 +120,7 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
     Raises: InputError if the folder holds something else, or another process packs into it.
     """
     plan = {
-        "version": VERSION,
+        "version": 1,
         "side": args.side,
         "shard_mb": args.shard_mb,
         "num_images": len(listing.images),
@@ -169,11 +139,10 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 changes = differences(json.load(file), plan)
-            except BlockingIOError as error:
-                raise InputError(f"another process packs into {folder}") from error
-            except json.JSONDecodeError as error:
+            except (BlockingIOError, json.JSONDecodeError) as error:
                 raise InputError(
-                    f"{plan_path} is damaged ({error}): give another folder"
+                    f"another process packs into {folder}, or {plan_path} is damaged ({error}): "
+                    "wait for its end, or give another folder"
                 ) from error
             if changes:
                 raise InputError(
@@ -183,8 +152,8 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
             yield
 
 
-def index_shards(paths: list[Path], workers: int) -> int:
-    """Writes the index of shards, which lie in one folder; returns the number of images.
+def index_shards(paths: list[Path], workers: int) -> dict[str, int]:
+    """Writes the index of shards, which lie in one folder; returns the number of images by folder.
 
     Class names are those of an earlier index, if the labels fit them.
     """
@@ -195,21 +164,12 @@ def index_shards(paths: list[Path], workers: int) -> int:
             f"shards of one index lie in one folder: {paths[0]} and {elsewhere[0]} do not"
         )
     paths = sorted(set(paths))
-    indices = list(in_processes(index_shard, paths, workers))
-    labels = np.concatenate([index.entries["label"] for index in indices])
-    class_names = earlier_class_names(folder)
-    if class_names is not None and labels.max(initial=-1) != len(class_names) - 1:
-        class_names = None
-    shards = [(path.name, index) for path, index in zip(paths, indices, strict=True)]
-    num_images = write_index(folder, shards, class_names)
-    logger.info(
-        "%s: %d images in %d shards, %d with a label",
-        folder,
-        num_images,
-        len(paths),
-        (labels >= 0).sum(),
-    )
-    return num_images
+    indexed = in_processes(index_shard, paths, workers)
+    shards = [(path.name, shard) for path, shard in zip(paths, indexed, strict=True)]
+    highest = max(shard.entries["label"].max(initial=-1) for _, shard in shards)
+    names = earlier_class_names(folder)
+    they_fit = names is not None and highest == len(names) - 1
+    return {str(folder): write_index(folder, shards, names if they_fit else None)}
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ be training.
 """
 
 import base64
-import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 import jinja2
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from engine.pictures.output import MARK, MONITOR_PICTURE, check_replaceable
-from engine.run.records import read_results
+from engine.run.records import read_log, read_results
 from models.weights.files import weights_digest
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
@@ -65,68 +64,66 @@ class RunLog(NamedTuple):
     name: str
     records: list[dict[str, Any]]
 
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Epochs and values of one key, without values that were not finite."""
-        points = [(r["epoch"], r[key]) for r in self.records if r.get(key) is not None]
-        return [x for x, _ in points], [y for _, y in points]
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """Epoch and value of each record that has a finite value of this key."""
+        return [(r["epoch"], r[key]) for r in self.records if r.get(key) is not None]
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, Path | list[Path]]:
     """Writes the picture and the pages; returns their paths, `curves` and `reports`. Raises:
     InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("runs", metavar="OUTPUT", nargs="+", type=Path, help="a run's folder, or one above runs")
-    add("--save_path", type=Path, metavar="PNG", help="file of the curves of all runs")
+    parser.add_argument(
+        "runs", metavar="OUTPUT", nargs="+", type=Path, help="a run's folder, or one above runs"
+    )
+    parser.add_argument(
+        "--save_path", type=Path, metavar="PNG", help="file of the curves of all runs"
+    )
     args = parser.parse_args(argv)
-    found = {folder.resolve(): None for path in args.runs for folder in find_runs(path)}
+    found = dict.fromkeys(folder.resolve() for path in args.runs for folder in find_runs(path))
     common = Path(os.path.commonpath(found))
-    runs = [RunLog(run, name_of(run, common), read_log(run / "log.jsonl")) for run in found]
+    above = {common: common.parent.parent}  # a run that has no other beside it, or else common
+    runs = [
+        RunLog(
+            folder,
+            folder.relative_to(above.get(folder, common)).as_posix(),
+            read_records(folder / "log.jsonl"),
+        )
+        for folder in found
+    ]
     curves = args.save_path or common / "curves.png"
-    reports = [run.folder / "report.html" for run in runs]
-    check_replaceable(curves, *reports)
-    write(curves, draw(runs, COMPARED))
-    print(f"wrote {curves}: {', '.join(run.name for run in runs)}")
-    for run, path in zip(runs, reports, strict=True):
-        write(path, report(run).encode())
+    contents = {curves: draw(runs, COMPARED)}
+    contents |= {  # names need not be UTF-8
+        run.folder / "report.html": report(run).encode(errors="xmlcharrefreplace") for run in runs
+    }
+    check_replaceable(*contents)
+    for path, content in contents.items():
+        write_output(path, partial(Path.write_bytes, data=content))
         print(f"wrote {path}")
-    return {"curves": curves, "reports": reports}
+    return {"curves": curves, "reports": [*contents][1:]}
 
 
 def find_runs(path: Path) -> list[Path]:
     """The folder itself if it is a run's, else the runs below it. Raises: InputError if there is
     none."""
-    if (path / "log.jsonl").is_file():
-        return [path]
-    found = sorted(log.parent for log in path.rglob("log.jsonl") if log.is_file())
+    logs = [path / "log.jsonl"] if (path / "log.jsonl").is_file() else path.rglob("log.jsonl")
+    found = sorted(log.parent for log in logs if log.is_file())
     if not found:
         raise InputError(f"{path} is no run's folder and holds none: there is no log.jsonl")
     return found
 
 
-def name_of(folder: Path, common: Path) -> str:
-    """A run's name in pictures: its path below `common`, or the end of its path if it is alone."""
-    return folder.relative_to(common.parent.parent if folder == common else common).as_posix()
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl, without a last one that is still being written. Raises:
-    InputError."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            record["step"], record["epoch"]
-            found.append(record)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise InputError(
-                    f"{path}, line {number} is no record of a run: {line[:60]!r}"
-                ) from error
-    if not found:
-        raise InputError(f"{path} is empty: the run has not logged anything yet")
-    return found
+    InputError if there are none, or others than a run's."""
+    try:
+        records = read_log(path)
+    except UnicodeDecodeError:
+        records = []
+    are_of_a_run = (isinstance(r, dict) and {"step", "epoch"} <= r.keys() for r in records)
+    if not records or not all(are_of_a_run):
+        raise InputError(f"{path} holds no records of a run, or none yet")
+    return records
 
 
 def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
@@ -134,35 +131,29 @@ def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
     present = {
         title: keys
         for title, keys in panels.items()
-        if any(run.series(key)[0] for run in runs for key in keys)
-    }
-    present = present or {"loss": LOSS}  # an empty panel, as there is no curve yet
+        if any(run.series(key) for run in runs for key in keys)
+    } or {"loss": LOSS}  # an empty panel if there is no curve yet
     rows = -(-len(present) // COLUMNS)
     figure = Figure(figsize=(11, 3.4 * rows))
     figure.set_layout_engine("constrained", h_pad=0.1)
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
-    for panel, (title, keys) in zip(axes, present.items(), strict=False):
+    for place, (title, keys) in enumerate(present.items(), start=1):
+        panel = figure.add_subplot(rows, COLUMNS, place)
         for number, run in enumerate(runs):
             for style, (key, words) in enumerate(keys.items()):
-                x, y = run.series(key)
-                if x:
-                    name = f"{run.name} {words}".strip() if len(runs) > 1 else words
+                points = run.series(key)
+                if points:
                     panel.plot(
-                        x,
-                        y,
-                        label=name or None,
+                        *zip(*points, strict=True),
+                        label=f"{run.name} {words}".strip() if len(runs) > 1 else words,
                         color=f"C{number if len(runs) > 1 else style}",
                         linestyle=("-", "--", ":", "-.")[style % 4],
-                        marker="." if len(x) < 30 else None,
+                        marker="." if len(points) < 30 else None,
                     )
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel("epoch", fontsize=9)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set(title=title, xlabel="epoch")
+        panel.locator_params(axis="x", integer=True)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:
             panel.legend(fontsize=8)
-    for unused in axes[len(present) :]:
-        unused.remove()
     content = BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": MARK})
     return content.getvalue()
@@ -174,16 +165,21 @@ def report(run: RunLog) -> str:
     settings = run.folder / "config.yaml"
     bad = run.folder / "bad_samples.jsonl"
     values = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    template = jinja2.Template(
+        TEMPLATE.read_text(encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return template.render(
         generator=MARK,
         name=run.name,
         step=run.records[-1]["step"],
         epoch=run.records[-1]["epoch"],
-        state=state_of(run, values),
-        figures={words: y[-1] for key, words in FIGURES.items() if (y := run.series(key)[1])},
+        state=state_of(run, values.get("epochs")),
+        figures={
+            words: run.series(key)[-1][1] for key, words in FIGURES.items() if run.series(key)
+        },
         curves=as_url(draw([run], OF_ONE_RUN)),
         pictures=as_url(picture.read_bytes()) if picture.exists() else None,
         monitor=[record for record in run.records if record.get("kind") == "monitor"],
@@ -197,39 +193,36 @@ def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
     """Rows about the evaluations of a run's final weights, in folders beside it or beside its own
     folder: folder, protocol, top-1 in percent, numbers of images."""
     weights = folder / "model.safetensors"
-    if not weights.exists():
-        return []
-    digest = weights_digest(weights)
+    digest = weights_digest(weights) if weights.exists() else "none"
     found: list[tuple[str, ...]] = []
     near = [*folder.parent.glob("*/results.json"), *folder.parent.parent.glob("*/*/results.json")]
     for path in sorted({path.resolve() for path in near}):
         try:
             results = read_results(path)
             if results["sha256"] == digest:
-                images = f"{results['num_train']:,} / {results['num_samples']:,}"
-                name = os.path.relpath(path.parent, folder.parent)
-                found.append((name, results["protocol"], f"{results['acc1']:.2f}", images))
+                row = (
+                    os.path.relpath(path.parent, folder.parent),
+                    results["protocol"],
+                    f"{results['acc1']:.2f}",
+                    f"{results['num_train']:,} / {results['num_samples']:,}",
+                )
+                found.append(row)
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"skipped {path}: it holds no results of an evaluation ({error!r})")
     return found
 
 
-def state_of(run: RunLog, settings: dict[str, Any]) -> str:
-    """Whether a run has ended, and how."""
-    epoch, epochs = run.records[-1]["epoch"], settings.get("epochs")
+def state_of(run: RunLog, epochs: float | None) -> str:
+    """Whether a run of so many epochs has ended, and how."""
     if not (run.folder / "model.safetensors").exists():
         return "not finished"
-    return "finished" if epochs is None or epoch >= epochs else f"stopped, of {epochs} epochs"
+    is_whole = epochs is None or run.records[-1]["epoch"] >= epochs
+    return "finished" if is_whole else f"stopped, of {epochs} epochs"
 
 
 def as_url(png: bytes) -> str:
     """A picture inside the page itself."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Writes a file. Raises: InputError where that is not possible."""
-    return write_output(path, lambda target: target.write_bytes(content))
 
 
 if __name__ == "__main__":

@@ -3,19 +3,21 @@ shapes here)."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from packs import pack
 
-from models.build import build_model
-from tools import benchmark, pack_dataset
-from tools.benchmarks import evaluation, memory, models, step, timing
-from tools.benchmarks.models import SHAPES, shape_of
+from models.build import build_model, mae_spec
+from tools import benchmark
+from tools.benchmarks import evaluation, memory, step, timing
+from tools.benchmarks.step import SHAPES, Shape
 from util.errors import InputError
+from util.settings.pretrain import MAEConfig
 
-TINY = shape_of(4, 32, 8, (32, 2, 2), (16, 1, 2))
+SMALL = {"size": "debug", "img_size": 32, "decoder_embed_dim": 16, "decoder_num_heads": 2}
+TINY = Shape(4, mae_spec(MAEConfig(patch_size=8, decoder_depth=1, **SMALL)))
+DEEP = Shape(4, mae_spec(MAEConfig(patch_size=4, decoder_depth=4, depth=4, **SMALL)))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_live_bytes_are_those_of_tensors_alive_at_once():
 
 
 def test_activations_fall_with_checkpointing_and_are_the_same_every_time(monkeypatch):
-    monkeypatch.setitem(SHAPES, "base/16", shape_of(4, 32, 4, (64, 4, 2), (64, 4, 2)))
+    monkeypatch.setitem(SHAPES, "base/16", DEEP)
     found = benchmark.main(["memory"])["base/16"]
     peaks = found["activations_mib"]
     assert set(peaks) == {"ours bf16", "ours bf16 checkpointing", "peer fp32"}
@@ -54,63 +56,53 @@ def test_activations_fall_with_checkpointing_and_are_the_same_every_time(monkeyp
 
 def test_variants_take_turns_and_the_first_round_does_not_count():
     order = []
-    seconds = timing.interleaved(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3
-    )
+    variants = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = timing.interleaved(variants, 3)
     assert order == ["a", "b"] * 4 and [len(s) for s in seconds.values()] == [3, 3]
     assert timing.ratio({"slow": [4.0, 9.0, 2.0], "fast": [2.0, 3.0, 2.0]}, "slow", "fast") == 2.0
 
 
 def test_the_peer_is_the_same_model():
-    ours, theirs = build_model(TINY.spec), models.build_peer(TINY.spec, "eager")
-    count = [
-        sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (ours, theirs)
-    ]
-    assert count[0] == count[1]
+    models = [build_model(TINY.spec), *step.build_peers(TINY.spec, {"peer": "eager"}).values()]
+    ours, theirs = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models
+    )
+    assert ours == theirs
 
 
 def test_step_gives_rates_ratios_and_the_share_of_the_peak(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(SHAPES, "base/16", TINY)
-    monkeypatch.setattr(step, "peak_flops", lambda: 1e9)
     arguments = ["step", "--shapes", "base/16", "--rounds", "1"]
     found = benchmark.main([*arguments, "--json", str(tmp_path / "f.json")])
-    assert json.loads((tmp_path / "f.json").read_text()) == found
-    assert "step, base/16" in capsys.readouterr().out
-    rates = found["base/16"]["images_per_s"]
-    peers = {f"peer {word} {path}" for word in ("fp32", "bf16") for path in ("sdpa", "eager")}
-    assert set(rates) == {"ours bf16", "ours cross bf16"} | peers
-    share = rates["ours bf16"] * step.step_flops(TINY.spec) / 1e9
-    assert found["base/16"]["share_of_peak"] == pytest.approx(share)
-    fastest = max(rates["peer fp32 sdpa"], rates["peer fp32 eager"])
-    ratio = rates["ours bf16"] / fastest  # of one round
-    assert found["base/16"]["over_peer_fp32"] == pytest.approx(ratio)
-
-    monkeypatch.setattr(step, "build_peer", lambda *_: None)  # transformers is not installed
-    monkeypatch.setattr(memory, "build_peer", lambda *_: None)
-    found = benchmark.main(arguments)["base/16"]
-    assert set(found["images_per_s"]) == {"ours bf16", "ours cross bf16"}
-    assert "over_peer_fp32" not in found
-    assert "activations_over_peer" not in benchmark.main(["memory"])["base/16"]
-
-
-def test_loader_compares_the_same_images(tmp_path):
-    for number in range(3):
-        pixels = np.random.default_rng(number).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
-    pack_dataset.main([str(tmp_path), str(tmp_path / "packed")])
-    places = ["--images", str(tmp_path), "--packed", str(tmp_path / "packed")]
-    found = benchmark.main(["loader", *places, "--rounds", "1"])["one core"]
+    written = (tmp_path / "f.json").read_text()
+    assert json.loads(written) == found and written in capsys.readouterr().out
+    found, ours = found["base/16"], {"ours bf16", "ours cross bf16"}
     rates = found["images_per_s"]
-    assert set(rates) == {"pillow", "folder", "packed"}
-    for name in ("folder", "packed"):
-        assert found["over_pillow"][name] == pytest.approx(rates[name] / rates["pillow"])
+    assert set(rates) == ours | set(step.PEERS) and len(step.PEERS) == 4
+    share = rates["ours bf16"] * step.step_flops(TINY.spec) / found["peak_gflops"] / 1e9
+    assert found["share_of_peak"] == pytest.approx(share)
+    fastest = max(rates["peer fp32 sdpa"], rates["peer fp32 eager"])
+    assert found["over_peer_fp32"] == pytest.approx(rates["ours bf16"] / fastest)  # of one round
+
+    monkeypatch.setattr(step, "build_peers", lambda *_: {})  # transformers is not installed
+    found = benchmark.main(arguments)["base/16"]
+    assert set(found["images_per_s"]) == ours and "over_peer_fp32" not in found
+    assert benchmark.main(["memory"])["base/16"]["activations_over_peer"] == {}
+
+
+def test_loader_compares_the_same_images(tmp_path, data):
+    places = ["--images", str(data), "--packed", str(pack(data, tmp_path / "packed"))]
+    found = benchmark.main(["loader", *places, "--rounds", "1"])["one core"]
+    pillow = found["images_per_s"].pop("pillow")
+    over = {name: rate / pillow for name, rate in found["images_per_s"].items()}
+    assert set(over) == {"folder", "packed"} and found["over_pillow"] == pytest.approx(over)
 
 
 @pytest.mark.long
 def test_two_processes_are_timed_beside_one(monkeypatch):
     monkeypatch.setitem(SHAPES, "small/16", TINY)
     found = benchmark.main(["processes", "--rounds", "1"])["small/16"]
-    one, two = (found["images_per_s"][team] for team in (step.ONE, step.TWO))
+    one, two = found["images_per_s"].values()
     assert found["two_over_one"] == pytest.approx(two / one)  # of one round
 
 
@@ -122,12 +114,6 @@ def test_the_evaluations_are_timed():
     assert found["time_of_13_over_1"] == pytest.approx(one / thirteen)
 
 
-def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(benchmark.PARTS, "knn", lambda args: {"a": {"b": 1.0}})
-    with pytest.raises(InputError, match="cannot be written"):
-        benchmark.main(["knn", "--json", str(tmp_path / "nowhere" / "f.json")])
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -136,9 +122,11 @@ def test_figures_that_cannot_be_written_are_one_clear_line(tmp_path, monkeypatch
         (["step", "--rounds", "0"], "rounds must be 1 or more"),
         (["step", "--shapes", "huge"], "invalid choice: 'huge'"),
         (["speed"], "invalid choice: 'speed'"),
+        (["knn", "--json", "nowhere/f.json"], "cannot be written"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, words, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(benchmark.PARTS, "knn", lambda args: {"a": {"b": 1.0}})
     with pytest.raises(InputError, match=words):
         benchmark.main(flags)

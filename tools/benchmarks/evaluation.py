@@ -14,19 +14,20 @@ from tools.benchmarks.timing import Figures, interleaved, rates, ratio
 from util.dist import Processes
 from util.settings.evaluation import LinclsConfig
 
-KS = (10, 20, 100, 200)
-RATES = tuple(0.01 * 1.5**i for i in range(13))
+KS, QUERIES = (10, 20, 100, 200), 1_000  # of k-NN
 
 
 def benchmark_knn(rounds: int, num_train: int = 50_000, width: int = 384) -> Figures:
     """Queries per second of k-NN with four k in one search, beside one search for each k."""
-    sizes = (num_train, 1_000)  # training images, queries
-    rows, queries = (torch.randn(size, width) for size in sizes)
-    labels, query_labels = (torch.randint(1000, (size,)) for size in sizes)
-    features = Features(rows, labels, queries, query_labels)
-    alone = Processes(0, 1, 0, 1, torch.device("cpu"))
+    features = Features(
+        torch.randn(num_train, width),
+        torch.randint(1000, (num_train,)),
+        torch.randn(QUERIES, width),
+        torch.randint(1000, (QUERIES,)),
+    )
 
     def search(*ks: int) -> object:
+        alone = Processes(0, 1, 0, 1, torch.device("cpu"))
         return rank_labels(features, 1000, ks, 0.07, alone)
 
     variants = {
@@ -35,7 +36,7 @@ def benchmark_knn(rounds: int, num_train: int = 50_000, width: int = 384) -> Fig
     }
     seconds = interleaved(variants, rounds)
     return {
-        "queries_per_s": rates(seconds, len(queries)),
+        "queries_per_s": rates(seconds, QUERIES),
         "gain": ratio(seconds, "one k after the other", "every k at once"),
     }
 
@@ -49,7 +50,6 @@ def benchmark_probe(
     )
     backbone = build_model(spec).eval().requires_grad_(False)
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step_for(lrs: tuple[float, ...]) -> Callable[[], None]:
         probes = LinearProbes(spec.embed_dim, 1000, len(lrs), torch.default_generator)
@@ -59,11 +59,12 @@ def benchmark_probe(
             with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
                 features = backbone.forward_features(images)
             probe_loss(probes(features), labels).sum().backward()
-            probe_step(probes, optimizer, scaler)
+            probe_step(probes, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
         return step
 
-    seconds = interleaved({"1 rate": step_for((0.1,)), "13 rates": step_for(RATES)}, rounds)
+    lrs = tuple(0.01 * 1.5**i for i in range(13))
+    seconds = interleaved({"1 rate": step_for((0.1,)), "13 rates": step_for(lrs)}, rounds)
     return {
         "images_per_s": rates(seconds, batch),
         "time_of_13_over_1": ratio(seconds, "13 rates", "1 rate"),

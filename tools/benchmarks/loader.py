@@ -13,8 +13,6 @@ from data.sources import FolderSource
 from data.transforms import pretrain_transform
 from tools.benchmarks.timing import Figures, interleaved, rates, ratio
 
-MOST = 250  # images
-
 
 def benchmark_loader(images: str, packed: str | None, rounds: int) -> Figures:
     """Images per second on one core to a crop of 224, from a folder's files and from the same
@@ -23,7 +21,7 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> Figures:
     Raises: InputError if there are no images.
     """
     source = FolderSource(images, in_chans=3, prefer_train=False)
-    paths = [source.name(index) for index in range(min(len(source), MOST))]
+    paths = [source.name(index) for index in range(min(len(source), 250))]
     crop = pretrain_transform(224, 0.2, "bicubic", 0.5)
     theirs = v2.Compose(
         [
@@ -43,9 +41,7 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> Figures:
         variants["packed"] = lambda: [
             crop(shards.read(index % len(shards))) for index in range(len(paths))
         ]
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
     seconds = interleaved(variants, rounds)
-    torch.set_num_threads(threads)
     faster = {name: ratio(seconds, "pillow", name) for name in seconds if name != "pillow"}
     return {"images_per_s": rates(seconds, len(paths)), "over_pillow": faster}

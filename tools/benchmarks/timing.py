@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-Variants = Mapping[str, Callable[[], object]]
 Figures: TypeAlias = "Mapping[str, float | Figures]"
 
 
-def interleaved(variants: Variants, rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each variant in each round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):

@@ -27,7 +27,7 @@ from data.loader import BadSample
 from data.packs.shards import LABEL_ENDING, ShardIndex, index_shard
 from data.sources import FolderSource
 from util.errors import InputError
-from util.files import write_whole
+from util.files import write_output
 from util.rng import PACK, generator
 
 QUALITY = 90  # of JPEG
@@ -51,6 +51,10 @@ class Listing:
     images: np.ndarray
     class_names: list[str] | None
 
+    def path(self, number: int) -> Path:
+        """Where an image lies."""
+        return self.root / os.fsdecode(self.images["name"][number].item())
+
     def digest(self) -> str:
         """Equal for equal lists of unchanged files."""
         columns = [self.images[column].tobytes() for column in ("size", "mtime_ns", "label")]
@@ -65,8 +69,10 @@ def list_images(root: Path, has_classes: bool) -> Listing:
     class_names = (class_folders(root) or None) if has_classes else None
     labels = folder_labels(names, class_names) if class_names else np.full(len(names), -1)
     states = np.array([_state(root / os.fsdecode(name)) for name in names.tolist()]).T  # (2, n)
-    fields = [("name", names.dtype), ("size", "<i8"), ("mtime_ns", "<i8"), ("label", "<i8")]
-    images = np.rec.fromarrays([names, *states, labels], dtype=fields)
+    images = np.rec.fromarrays(
+        [names, *states, labels],
+        dtype=[("name", names.dtype), ("size", "<i8"), ("mtime_ns", "<i8"), ("label", "<i8")],
+    )
     return Listing(root, images, class_names)
 
 
@@ -122,28 +128,23 @@ def make_shard(
     """
     path, numbers = task
     bad: list[BadSample] = []
-    if path.exists():
-        content = index_shard(path)
-        made = {int(name[:DIGITS]) for name in content.names}
+    found: list[ShardIndex] = []
+    was_there = path.exists()
+    if was_there:
+        found.append(index_shard(path))
+        made = {int(name[:DIGITS]) for name in found[0].names}
         for number in sorted({*numbers} - made):
             _pack_or_note(listing, side, number, bad)
-        return content, bad, True
-    found: list[ShardIndex] = []
-    try:
-        write_whole(
+    else:
+        write_output(
             path,
-            lambda target: found.append(_write_shard(listing, side, path, numbers, target, bad)),
+            lambda target: found.append(_write_shard(listing, side, path, numbers, bad, target)),
         )
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror}; finished shards are kept, and the same "
-            "command continues"
-        ) from error
-    return found[0], bad, False
+    return found[0], bad, was_there
 
 
 def _write_shard(
-    listing: Listing, side: int, path: Path, numbers: range, target: Path, bad: list[BadSample]
+    listing: Listing, side: int, path: Path, numbers: range, bad: list[BadSample], target: Path
 ) -> ShardIndex:
     """Writes what becomes the tar file `path` and returns what is found in it. Images that cannot
     be read are added to `bad`."""
@@ -151,16 +152,14 @@ def _write_shard(
     with target.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for number in numbers:
-                packed = _pack_or_note(listing, side, number, bad)
-                if packed is not None:
-                    content, ending = packed
-                    name, _, _, label = listing.images[number].tolist()
-                    key = _key(number, name)
-                    _add(archive, f"{key}.{ending}", content)
+                content, ending = _pack_or_note(listing, side, number, bad)
+                if ending:
+                    label = listing.images["label"][number].item()
+                    member = f"{_key(listing, number)}.{ending}"
+                    _add(archive, member, content)
                     if label >= 0:
-                        _add(archive, f"{key}.{LABEL_ENDING}", str(label).encode())
-                    member = f"{key}.{ending}".encode()
-                    written.append((member, len(content), zlib.crc32(content), label))
+                        _add(archive, f"{_key(listing, number)}.{LABEL_ENDING}", b"%d" % label)
+                    written.append((member.encode(), len(content), zlib.crc32(content), label))
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # so that it is read back from the disk
@@ -169,21 +168,25 @@ def _write_shard(
     columns = (index.entries[column].tolist() for column in ("length", "crc32", "label"))
     if list(zip(index.names, *columns, strict=True)) != written:
         raise InputError(f"{path} was not read back as it was written: is the disk in order?")
+    for number in numbers:
+        if _state(listing.path(number)) != listing.images[["size", "mtime_ns"]][number].tolist():
+            raise InputError(f"{listing.path(number)} changed while it was packed: {UNCHANGED}")
     return index
 
 
 def _pack_or_note(
     listing: Listing, side: int, number: int, bad: list[BadSample]
-) -> tuple[bytes, str] | None:
-    """The packed file and its ending; None for an image that cannot be read, which is added to
-    `bad`."""
-    name, size, mtime_ns, _ = listing.images[number].tolist()
-    path = listing.root / os.fsdecode(name)
+) -> tuple[bytes, str]:
+    """The packed file and its ending; both are empty for an image that cannot be read, which is
+    added to `bad`."""
+    path = listing.path(number)
     try:
-        return pack_image(_read(path, size, mtime_ns), side)
+        return pack_image(path.read_bytes(), side)
+    except OSError as error:
+        bad.append(BadSample(str(path), f"cannot be read: {error.strerror}"))
     except BadImageError as error:
         bad.append(BadSample(str(path), str(error)))
-    return None
+    return b"", ""
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -192,26 +195,9 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, BytesIO(content))
 
 
-def _key(number: int, name: bytes) -> str:
+def _key(listing: Listing, number: int) -> str:
     """A running number, which makes the key unique and sorted, and the end of the source's name,
     for people."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", str(Path(os.fsdecode(name)).with_suffix("")))
+    path = Path(os.fsdecode(listing.images["name"][number].item()))
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", str(path.with_suffix("")))
     return f"{number:0{DIGITS}d}-{stem[-LONGEST_STEM:]}"
-
-
-def _read(path: Path, size: int, mtime_ns: int) -> bytes:
-    """A source file's content.
-
-    Raises: InputError if it is no longer as listed, BadImageError if it could never be read.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read()
-            status = os.fstat(file.fileno())
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and size >= 0:
-            raise InputError(f"{path} vanished while it was packed: {UNCHANGED}") from error
-        raise BadImageError(f"cannot be read: {error.strerror}") from error
-    if (status.st_size, status.st_mtime_ns, len(content)) != (size, mtime_ns, size):
-        raise InputError(f"{path} changed while it was packed: {UNCHANGED}")
-    return content
