@@ -67,7 +67,7 @@ class PackedSource:
         found = zlib.crc32(content)
         if found != crc32:
             raise BadImageError(
-                f"is damaged or cut off: at byte {offset}, {len(content)} of {length} bytes have "
+                f"is damaged: at byte {offset}, {len(content)} of {length} bytes have "
                 f"the crc32 {found:08x}, expected {crc32:08x}"
             )
         return content

@@ -51,7 +51,7 @@ def batches_of(labels: list[int], sizes: list[int]) -> list[SimpleNamespace]:
     """Image i is one pixel of value i."""
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
     parts = zip(images.split(sizes), torch.tensor(labels).split(sizes), strict=True)
-    return [SimpleNamespace(images=some, labels=of_some, bad=[]) for some, of_some in parts]
+    return [SimpleNamespace(images=some, targets=of_some, bad=[]) for some, of_some in parts]
 
 
 def scores_of(logits: torch.Tensor, labels: list[int], sizes: list[int]) -> list[Scores]:
