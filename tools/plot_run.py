@@ -22,7 +22,7 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine.pictures.output import MARK, MONITOR_PICTURE, check_replaceable
+from engine.pictures.drawing import MARK, MONITOR_PICTURE, check_replaceable
 from engine.run.results import read_results
 from models.weights.files import weights_digest
 from util.errors import InputError, LineParser, run_cli

@@ -99,7 +99,7 @@ class Records:
         the folder."""
         if not self.is_main:
             return
-        from engine.pictures.output import write_png  # here, as most stages draw nothing
+        from engine.pictures.drawing import write_png  # here, as most stages draw nothing
 
         write_png(self.folder / name, picture)
         if self.tensorboard is not None:

@@ -234,21 +234,21 @@ def test_a_look_that_a_signal_cuts_short_is_made_again(tmp_path, data, monkeypat
     more += ["--monitor_probe", "false"]
     main_pretrain.main(pretraining(data, tmp_path / "whole", *more))
     arguments = pretraining(data, tmp_path / "cut", *more)
-    complete_batches = features.complete_batches
+    eval_batches = features.eval_batches
     for stop in (10, 20):
         late = []
 
-        def terminated(batches, stop=stop, late=late):
+        def terminated(*arguments, stop=stop, late=late):
             log = tmp_path / "cut" / "log.jsonl"  # not there yet at the look before the first step
             due = log.exists() and log.read_text().count("epoch_loss") == stop // 10
-            for batch in complete_batches(batches):
+            for batch in eval_batches(*arguments):
                 if due:
                     os.kill(os.getpid(), signal.SIGTERM)
                     late.append(batch)
                 yield batch
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-            patch.setattr(features, "complete_batches", terminated)
+            patch.setattr(features, "eval_batches", terminated)
             main_pretrain.main(arguments)
         assert end.value.code == 128 + signal.SIGTERM and len(late) == 1  # of ten batches
         saved = load_newest_checkpoint(tmp_path / "cut")
