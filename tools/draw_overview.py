@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     path = Path(cfg.save_path)
     check_writable("save_path", path.parent)
     check_replaceable(path)
-    image = next(iter(open_images(cfg, "img_path", cfg.img_path).values()))
+    (image,) = open_images(
+        "img_path", cfg.img_path, cfg.dataset, cfg.data_path, 1, cfg.in_chans
+    ).values()
     stream = generator(cfg.seed[0], MASK, 0)
     with init_processes(cfg.device) as processes:
         model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     assert cfg.model_path is not None, "the config checks that there are weights"
     folder = Path(cfg.save_path)
     check_writable("save_path", folder)
-    images = open_images(cfg, "img_path", cfg.img_path)
+    images = open_images(
+        "img_path", cfg.img_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans
+    )
     tasks = [
         (full_name_of(cfg, name, seed, ratio), name, place, seed, ratio)
         for (place, name), seed, ratio in product(enumerate(images), cfg.seed, cfg.mask_ratio)

@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     assert cfg.finetune is not None, "the config checks that there are weights"
     folder = Path(cfg.save_path)
     check_writable("save_path", folder)
-    images = open_images(cfg, "image_path", cfg.image_path)
+    images = open_images(
+        "image_path", cfg.image_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans
+    )
     chosen = {"class": cfg.category_index, "layer": cfg.layer_index}
     suffix = "".join(f"_{key}{index}" for key, index in chosen.items() if index is not None)
     endings = ("rollout.png", "rollout.npy", "heads.png")

@@ -15,11 +15,15 @@ from data.labels import build_labelled_data
 from data.packs.source import open_pack
 from data.sources import FolderSource, ImageSource
 from util.errors import InputError
-from util.settings.tools import ExplainConfig, MaeVisConfig
 
 
 def open_images(
-    cfg: MaeVisConfig | ExplainConfig, setting: str, paths: Sequence[str]
+    setting: str,
+    paths: Sequence[str],
+    dataset: str,
+    data_path: str | None,
+    num_images: int,
+    in_chans: int,
 ) -> dict[str, Tensor]:
     """Images, uint8 `(C, H, W)`, by unique names for the files of their pictures: those of `paths`,
     which `setting` names, or without any validation images of the data set. From here on, log lines
@@ -30,12 +34,12 @@ def open_images(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     found = {}
     if paths:
-        for name, path in find_images(paths, cfg.num_images).items():
+        for name, path in find_images(paths, num_images).items():
             with named(f"{setting} {path}"):
-                found[name] = decode_image(path.read_bytes(), cfg.in_chans)
+                found[name] = decode_image(path.read_bytes(), in_chans)
         return found
-    source = validation_source(cfg.dataset, cfg.data_path, cfg.in_chans)
-    for index in spread(len(source), cfg.num_images):
+    source = validation_source(dataset, data_path, in_chans)
+    for index in spread(len(source), num_images):
         with named(f"validation image {source.name(index)}"):
             found[f"val_{index:05d}"] = source.read(index)
     return found

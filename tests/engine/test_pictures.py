@@ -25,7 +25,6 @@ from engine.pictures.drawing import (
 )
 from tools.vit_explain import draw_overlay, write_npy
 from util.errors import InputError
-from util.settings.tools import MaeVisConfig
 
 TURBO = matplotlib.colormaps["turbo"]
 
@@ -249,8 +248,7 @@ def test_named_images_keep_their_order_and_get_unique_names(images, paths, num_i
 def greys(*paths: Path, data_path: Path | None = None, num_images: int = 16) -> dict[str, int]:
     place = data_path and str(data_path)
     texts = tuple(map(str, paths))
-    cfg = MaeVisConfig(model_path="x", img_path=texts, data_path=place, num_images=num_images)
-    found = open_images(cfg, "img_path", cfg.img_path)
+    found = open_images("img_path", texts, "folder", place, num_images, 3)
     assert all(image.shape == (3, 6, 8) for image in found.values())
     return {name: int(image.max()) for name, image in found.items()}
 
