@@ -246,8 +246,7 @@ def test_named_images_keep_their_order_and_get_unique_names(images, paths, num_i
 
 
 def greys(*paths: Path, data_path: Path | None = None, num_images: int = 16) -> dict[str, int]:
-    place = data_path and str(data_path)
-    texts = tuple(map(str, paths))
+    texts, place = list(map(str, paths)), data_path and str(data_path)
     found = open_images("img_path", texts, "folder", place, num_images, 3)
     assert all(image.shape == (3, 6, 8) for image in found.values())
     return {name: int(image.max()) for name, image in found.items()}
