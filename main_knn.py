@@ -17,18 +17,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.labels import LabelledData, take_subset
 from engine.evaluation.classification import open_labelled_data, percent_by_class
-from engine.evaluation.features import (
-    Features,
-    Origin,
-    check_folders,
-    compute_features,
-    load_features,
-    save_features,
-)
+from engine.evaluation.features import Features, compute_features
+from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.knn import rank_labels
 from engine.run.folder import Run, open_run
@@ -74,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
                 Path(cfg.save_path, Path(path).name if len(checkpoints) > 1 else "")
                 for path in checkpoints
             ]
-            check_folders(run, cfg, [partial(digest_of, path) for path in checkpoints], folders)
+            check_folders(cfg, [partial(digest_of, path) for path in checkpoints], folders)
         data = open_labelled_data(cfg, run)
         data = replace(data, train=take_subset(data.train, cfg.subset, cfg.seed))
         for checkpoint in checkpoints[1:]:
@@ -96,16 +88,7 @@ def evaluate_checkpoint(
     """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
     None."""
     model, sha256 = build_frozen(cfg, checkpoint, len(data.class_names))
-    train_rows, val_rows = (
-        compute_features(cfg, run, model.to(run.device), source, cfg.crop_pct)
-        for source in (data.train, data.val)
-    )
-    features = Features(
-        train_rows,
-        torch.from_numpy(data.train.labels),
-        gather_rows(val_rows, len(data.val)),
-        torch.from_numpy(data.val.labels),
-    )
+    features = compute_features(cfg, run, model.to(run.device), data, cfg.crop_pct)
     origin = Origin(
         checkpoint=checkpoint,
         sha256=sha256,
@@ -115,9 +98,9 @@ def evaluate_checkpoint(
         class_names=data.class_names,
     )
     if folder is not None:
-        train_rows = gather_rows(train_rows, len(data.train), everywhere=False)  # all on rank 0
+        rows = gather_rows(features.train, len(data.train), everywhere=False)  # all on rank 0
         if run.processes.is_main:
-            complete = features._replace(train=train_rows)
+            complete = features._replace(train=rows)
             logger.info("wrote %s", save_features(folder, complete, origin))
     return classify(cfg, run, features, origin)
 
@@ -130,7 +113,7 @@ def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> Re
     acc1 = {str(k): 100 * int((of_k == 0).sum()) / len(labels) for k, of_k in ranks.items()}
     results: Results = {
         "protocol": f"k-NN, cosine, temperature {cfg.temperature:g}",
-        **{name: value for name, value in vars(origin).items() if name != "class_names"},
+        **{name: value for name, value in origin._asdict().items() if name != "class_names"},
         "num_train": num_train,
         "num_samples": len(labels),
         "k": cfg.ks[0],

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
 
         model = job.state.model
         assert isinstance(model, MaskedAutoencoder)
-        monitor = Monitor.begin(cfg, run, job.plan, model, source)
+        monitor = Monitor(cfg, run, job.plan, model, source)
         with Saver(job) as saver:
             if job.state.step == 0:
                 monitor.observe(job.state)

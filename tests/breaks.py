@@ -272,8 +272,8 @@ test_processes_share_every_image_out_once
 34 evaluation: each batch adds the mean of its losses, not their sum
 engine/evaluation/classification.py engine/test_evaluation.py
 test_the_loss_is_weighted_by_image_and_not_by_batch
--losses[head] += F.cross_entropy(of_head, labels, reduction="sum")
-+losses[head] += F.cross_entropy(of_head, labels)
+-[F.cross_entropy(of_head, labels, reduction="sum") for of_head in logits]
++[F.cross_entropy(of_head, labels) for of_head in logits]
 
 35 evaluation: top-5 looks at four classes
 engine/evaluation/classification.py engine/test_evaluation.py
@@ -300,11 +300,11 @@ test_a_diverged_head_has_no_loss_and_spoils_no_other
 +hits = best == labels[:, None]
 
 93 evaluation: an image that cannot be decoded is left out without a word
-engine/evaluation/batches.py engine/test_evaluation.py
+engine/evaluation/features.py engine/test_evaluation.py
 test_a_file_that_cannot_be_decoded_stops_the_evaluation
--        if batch.bad or received():
+-        if bad or received():
 -            break
-+        if batch.bad:
++        if bad:
 +            bad = []
 +            continue
 
@@ -321,8 +321,8 @@ test_the_lengths_of_features_do_not_count
 +chunk = chunk.to(queries.device).clamp(-1, 1)
 
 39 knn: on several processes neighbours are named by their place in a share
-engine/evaluation/knn.py engine/test_knn.py
-test_processes_in_many_turns_come_to_the_same
+engine/evaluation/knn.py engine/test_evaluation.py
+test_gloo_processes_come_to_the_same_as_one
 -places = torch.arange(len(features.train_labels))[processes.rank :: processes.world_size]
 +places = torch.arange(len(features.train))
 
@@ -586,8 +586,8 @@ test_to_unit_cuts_off_what_no_pixel_can_be
 100 pictures: the PSNR counts visible patches, too
 engine/pictures/reconstruction.py engine/test_reconstruction.py
 test_psnr_is_that_of_the_removed_patches_alone
--errors = ((pixels - original).square() * removed).sum(dim=(1, 2, 3))
-+errors = (pixels - original).square().sum(dim=(1, 2, 3))
+-((prediction - original).square() * removed).sum()
++(prediction - original).square().sum()
 
 101 pictures: the rollout discards the highest entries
 engine/pictures/rollout.py engine/test_rollout.py

@@ -9,8 +9,6 @@ It takes the settings of tools/run_mae_vis.py, for one image under one mask; --s
 picture.
 """
 
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +18,7 @@ from matplotlib.figure import Figure
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_autoencoder
 from engine.pictures.choose import open_images
-from engine.pictures.drawing import DPI, figure_picture, to_picture
-from engine.pictures.output import check_replaceable, write_png
+from engine.pictures.drawing import DPI, check_replaceable, figure_picture, to_picture, write_png
 from engine.pictures.reconstruction import Reconstruction, reconstruct
 from engine.run.folder import check_writable
 from models.mae import MaskedAutoencoder
@@ -47,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Writes the picture and returns its path."""
     cfg = load_config(OverviewConfig, "draw_overview", argv, siblings=STAGE_CONFIGS)
     assert cfg.model_path is not None, "the config checks that there are weights"
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     path = Path(cfg.save_path)
     check_writable("save_path", path.parent)
     check_replaceable(path)
@@ -60,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         mask = draw_mask(
             cfg.mask, model.grid_size, cfg.mask_ratio[0], generator(cfg.seed[0], MASK, 0)
         )
-        found = reconstruct(model, EvalTransform(cfg.img_size, 1.0)(image)[None], [mask], normalize)
+        found = reconstruct(model, EvalTransform(cfg.img_size, 1.0)(image), mask, normalize)
     write_png(path, draw(model, mask, found))
     print(f"wrote {path}")
     return path
@@ -70,7 +66,7 @@ def draw(model: MaskedAutoencoder, mask: Mask, found: Reconstruction) -> np.ndar
     """The drawing, left to right: image, kept patches, encoder, all tokens, decoder,
     reconstruction."""
     original, masked, pasted = (
-        to_picture(picture[0]) for picture in (found.original, found.masked, found.pasted)
+        to_picture(picture) for picture in (found.original, found.masked, found.pasted)
     )
     total, (rows, columns), (height, width) = model.num_patches, model.grid_size, model.patch_size
     cut = original.reshape(rows, height, columns, width, 3).swapaxes(1, 2)

@@ -21,7 +21,7 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from engine.pictures.output import MARK, MONITOR_PICTURE, check_replaceable
+from engine.pictures.drawing import MARK, MONITOR_PICTURE, check_replaceable
 from engine.run.records import read_log, read_results
 from models.weights.files import weights_digest
 from util.errors import InputError, LineParser, run_cli

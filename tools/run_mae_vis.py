@@ -11,19 +11,15 @@ validation images of the data set. --mask is random, block or grid. An image is 
 img_size, and its centre is cropped.
 """
 
-import logging
-import sys
 from collections.abc import Sequence
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
 
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_autoencoder
 from engine.pictures.choose import open_images
-from engine.pictures.drawing import draw_grid, to_picture
-from engine.pictures.output import check_replaceable, write_png
-from engine.pictures.reconstruction import COLUMNS, reconstruct, target_caption
+from engine.pictures.drawing import check_replaceable, draw_grid, to_picture, write_png
+from engine.pictures.reconstruction import CAPTIONS, COLUMNS, reconstruct
 from engine.run.folder import check_writable
 from models.build import mae_config_problems
 from models.masks import draw_mask
@@ -35,14 +31,13 @@ from util.settings.read import load_config
 from util.settings.tools import MaeVisConfig
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Writes the pictures; returns `grid` (the path of grid.png) and `psnr` in dB by the pictures'
     names."""
     cfg = load_config(
         MaeVisConfig, "run_mae_vis", argv, checks=[mask_problems], siblings=STAGE_CONFIGS
     )
     assert cfg.model_path is not None, "the config checks that there are weights"
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = Path(cfg.save_path)
     check_writable("save_path", folder)
     images = open_images(
@@ -66,25 +61,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ]
         rows, labels, psnr = [], [], {}
         for (full_name, name, _, seed, _), mask in zip(tasks, masks, strict=True):
-            found = reconstruct(model, fit(images[name])[None], [mask], normalize)
-            rows.append([to_picture(getattr(found, column)[0]) for column in COLUMNS])
+            found = reconstruct(model, fit(images[name]), mask, normalize)
+            rows.append([to_picture(picture) for picture in found[:-1]])
             for column, picture in zip(COLUMNS, rows[-1], strict=True):
                 write_png(folder / f"{full_name}_{column}.png", picture)
-            psnr[full_name] = float(found.psnr[0])
-            share = f"{100 * mask.mask_ratio:.3g} % removed ({cfg.mask}, seed {seed})"
-            labels.append(f"{name}  {share}  PSNR {psnr[full_name]:.2f} dB")
+            psnr[full_name] = found.psnr.item()
+            labels.append(
+                f"{name}  {100 * mask.mask_ratio:.3g} % removed ({cfg.mask}, seed {seed})  "
+                f"PSNR {psnr[full_name]:.2f} dB"
+            )
             print(labels[-1])
-    write_png(grid, draw_grid(rows, COLUMNS, labels, target_caption(model)))
+    write_png(grid, draw_grid(rows, COLUMNS, labels, CAPTIONS[model.norm_pix_loss]))
     print(f"wrote {grid} and {len(COLUMNS) * len(rows)} single pictures beside it")
     return {"grid": grid, "psnr": psnr}
 
 
 def mask_problems(cfg: MaeVisConfig) -> list[str]:
     """What is wrong with the geometry or with a mask ratio, one line each."""
-    found: dict[str, None] = {}
-    for ratio in cfg.mask_ratio:
-        found |= dict.fromkeys(mae_config_problems(cfg, mask_ratio=ratio, pred_ratio=None))
-    return list(found)
+    found = [mae_config_problems(cfg, mask_ratio=r, pred_ratio=None) for r in cfg.mask_ratio]
+    return list(dict.fromkeys(chain.from_iterable(found)))
 
 
 def full_name_of(cfg: MaeVisConfig, name: str, seed: int, ratio: float) -> str:

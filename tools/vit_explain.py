@@ -12,55 +12,75 @@ this needs a classifier with a head. Without --image_path the images are validat
 data set.
 """
 
-import logging
-import sys
+import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import cm, colors, figure
 from torch import Tensor
 
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_frozen
 from engine.pictures.choose import open_images
-from engine.pictures.drawing import draw_grid, draw_overlay, heat_over, square_rows, to_picture
-from engine.pictures.output import check_replaceable, write_npy, write_png
-from engine.pictures.rollout import class_attentions, read_patches, rollout
+from engine.pictures.drawing import (
+    COLORS,
+    DPI,
+    MARK,
+    check_replaceable,
+    draw_grid,
+    enlarged,
+    figure_picture,
+    heat_over,
+    to_picture,
+    write_png,
+)
+from engine.pictures.rollout import read_patches, rollout
 from engine.run.folder import check_writable
 from models.build import classifier_config_problems
 from models.vit import VisionTransformer
 from models.weights.read import read_weights
 from util.dist import init_processes
 from util.errors import InputError, run_cli
+from util.files import write_output
+from util.settings.base import where
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS
 from util.settings.read import load_config
 from util.settings.tools import ExplainConfig
 
-ENDINGS = ("rollout.png", "rollout.npy", "heads.png")
+OVERLAY = 480  # a small image is enlarged as often as keeps it within these pixels
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Writes the pictures and maps; returns the paths `grid` of rollouts.png and `overlays` of each
     image's picture."""
-    checks = [classifier_config_problems]
-    cfg = load_config(ExplainConfig, "vit_explain", argv, checks=checks, siblings=STAGE_CONFIGS)
+    cfg = load_config(
+        ExplainConfig,
+        "vit_explain",
+        argv,
+        checks=[classifier_config_problems],
+        siblings=STAGE_CONFIGS,
+    )
     assert cfg.finetune is not None, "the config checks that there are weights"
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    folder, suffix = Path(cfg.save_path), suffix_of(cfg)
+    folder = Path(cfg.save_path)
     check_writable("save_path", folder)
     images = open_images(
         "image_path", cfg.image_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans
     )
-    files = {name: [folder / f"{name}{suffix}_{end}" for end in ENDINGS] for name in images}
+    chosen = {"class": cfg.category_index, "layer": cfg.layer_index}
+    suffix = "".join(f"_{key}{index}" for key, index in chosen.items() if index is not None)
+    endings = ("rollout.png", "rollout.npy", "heads.png")
+    files = {name: [folder / f"{name}{suffix}_{end}" for end in endings] for name in images}
     grid = folder / f"rollouts{suffix}.png"
     check_replaceable(grid, *(path for paths in files.values() for path in paths))
-    num_classes = check_category(cfg, cfg.finetune)
+    info = None if cfg.finetune == RANDOM_WEIGHTS else read_weights(cfg.finetune)[1]
+    num_classes = 0 if info is None else info.known("num_classes") or 0
     pairs = []
     with init_processes(cfg.device) as processes:
         model = build_frozen(cfg, cfg.finetune, num_classes or 1)[0].to(processes.device)
-        check_layer(cfg, len(model.blocks))
+        check_choices(cfg, model, num_classes, info and info.known("global_pool"))
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, cfg.crop_pct)
         has_cls = model.cls_token is not None
@@ -69,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name, image in images.items():
             shown = fit(image)
             attentions = attentions_of(cfg, model, normalize(shown[None]))
-            patches = rollout(
-                attentions, cfg.head_fusion, cfg.discard_ratio, has_cls, cfg.layer_index, reader
-            )
+            layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
+            layers = attentions if cfg.layer_index is None else [attentions[layer]]
+            patches = rollout(layers, cfg.head_fusion, cfg.discard_ratio, has_cls, reader)
             heat = to_map(patches[0], model)  # (rows, columns)
             overlay_path, map_path, heads_path = files[name]
             write_npy(map_path, heat)
@@ -79,27 +99,61 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             write_png(overlay_path, draw_overlay(to_picture(image), heat, box, label_of(cfg)))
             picture = to_picture(shown)
             pairs.append([picture, heat_over(picture, heat)])
-            layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
             heads = read_patches(attentions[layer][0], has_cls, reader)  # (heads, N)
-            rows = square_rows([heat_over(picture, to_map(head, model)) for head in heads])
+            maps = [heat_over(picture, to_map(head, model)) for head in heads]
+            columns = math.ceil(math.sqrt(len(maps)))  # about as many as rows
+            rows = [maps[start : start + columns] for start in range(0, len(maps), columns)]
             title = f"{name}: the {len(heads)} heads of layer {layer}"
-            write_png(heads_path, draw_grid(rows, [], [title] + [""] * (len(rows) - 1)))
+            write_png(heads_path, draw_grid(rows, [title], [""] * len(rows)))
             print(f"wrote {overlay_path}, {map_path.name} and {heads_path.name}")
     write_png(grid, draw_grid(pairs, ["image", "rollout"], list(images)))
     print(f"wrote {grid}")
     return {"grid": grid, "overlays": [paths[0] for paths in files.values()]}
 
 
+def check_choices(
+    cfg: ExplainConfig, model: VisionTransformer, num_classes: int, trained_with: object
+) -> None:
+    """Raises: InputError if the settings contradict weights of `num_classes` classes (0 without a
+    head), `trained_with` a global_pool or None, or if the chosen class or layer does not exist."""
+    category, layer, depth = cfg.category_index, cfg.layer_index, len(model.blocks)
+    problems = where(
+        (
+            trained_with not in (None, cfg.global_pool),
+            f"global_pool is {cfg.global_pool} and {cfg.finetune} was trained with {trained_with}",
+        ),
+        (
+            num_classes > 0 and cfg.num_classes not in (None, num_classes),
+            f"num_classes is {cfg.num_classes} in the settings and {num_classes} in {cfg.finetune}",
+        ),
+        (
+            category is not None and category >= num_classes,
+            f"category_index is {category} and {cfg.finetune} has {num_classes} classes, counted "
+            f"from 0: name one of them, or a fine-tuned model with a head",
+        ),
+        (
+            layer is not None and layer >= depth,
+            f"layer_index is {layer} and the model has {depth} layers, counted from 0",
+        ),
+    )
+    if problems:
+        raise InputError("; ".join(problems))
+
+
 def attentions_of(cfg: ExplainConfig, model: VisionTransformer, images: Tensor) -> list[Tensor]:
-    """Each layer's attention `(B, heads, T, T)`, or its part that speaks for the chosen class."""
+    """Each layer's attention `(B, heads, T, T)`, or for a chosen class the positive part of the
+    attention times its gradient.
+
+    Source: arXiv 2103.15679, equation 5.
+    """
     if cfg.category_index is None:
-        with torch.no_grad():
-            return model.attention_maps(images)
-    logits, attentions = class_attentions(model, images, cfg.category_index)
+        return model.attention_maps(images)
+    logits, attentions = model.forward_with_attention(images.requires_grad_())
+    gradients = torch.autograd.grad(logits[:, cfg.category_index].sum(), attentions)
     share = 100 * logits.softmax(dim=-1)[0, cfg.category_index].item()
     choice = logits[0].argmax().item()
     print(f"class {cfg.category_index}: {share:.1f} %, the model's choice is class {choice}")
-    return attentions
+    return [(a * g).clamp(min=0).detach() for a, g in zip(attentions, gradients, strict=True)]
 
 
 def to_map(patches: Tensor, model: VisionTransformer) -> np.ndarray:
@@ -107,39 +161,28 @@ def to_map(patches: Tensor, model: VisionTransformer) -> np.ndarray:
     return patches.view(model.grid_size).float().cpu().numpy()
 
 
-def check_category(cfg: ExplainConfig, weights: str) -> int:
-    """The number of classes of the weights, 0 without a head. Raises: InputError if the settings
-    contradict the weights, or if the chosen class does not exist."""
-    info = None if weights == RANDOM_WEIGHTS else read_weights(weights)[1]
-    num_classes = 0 if info is None else info.known("num_classes") or 0
-    trained_with = None if info is None else info.known("global_pool")
-    if trained_with not in (None, cfg.global_pool):
-        raise InputError(
-            f"global_pool is {cfg.global_pool} and {weights} was trained with {trained_with}"
-        )
-    if num_classes and cfg.num_classes not in (None, num_classes):
-        raise InputError(
-            f"num_classes is {cfg.num_classes} in the settings and {num_classes} in {weights}"
-        )
-    if cfg.category_index is not None and not num_classes:
-        kind = weights if info is None else f"{weights} ({info.kind})"
-        raise InputError(
-            f"category_index needs a classifier, and {kind} has no head: name a fine-tuned model"
-        )
-    if cfg.category_index is not None and cfg.category_index >= num_classes:
-        raise InputError(
-            f"category_index is {cfg.category_index} and {weights} has {num_classes} classes, "
-            f"counted from 0"
-        )
-    return num_classes
+def draw_overlay(
+    picture: np.ndarray, heat: np.ndarray, box: Sequence[float], label: str
+) -> np.ndarray:
+    """A picture with a heat map over its part `box`, and a colour bar beside it.
 
-
-def check_layer(cfg: ExplainConfig, depth: int) -> None:
-    """Raises: InputError if the chosen layer does not exist."""
-    if cfg.layer_index is not None and cfg.layer_index >= depth:
-        raise InputError(
-            f"layer_index is {cfg.layer_index} and the model has {depth} layers, counted from 0"
-        )
+    A small picture is enlarged by a whole factor. The bar shows the values of the map, and `label`
+    says what they are. `box` is top, left, bottom and right, in pixels.
+    """
+    result = enlarged(picture, OVERLAY)
+    height = result.shape[0]
+    top, left, bottom, right = (edge * (height // picture.shape[0]) for edge in box)
+    # Rounded outwards, so that a part of less than a pixel is drawn too.
+    part = np.s_[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
+    result[part] = heat_over(result[part], heat)
+    scale = max(1.0, height / 600)  # enlarges the bar and its text beside a large picture
+    side = figure.Figure(figsize=(1.5 * scale, (height + 0.5) / DPI), dpi=DPI)
+    axes = side.add_axes((0.1, 0.08, 0.13, 0.84))
+    values = cm.ScalarMappable(colors.Normalize(float(heat.min()), float(heat.max())), COLORS)
+    bar = side.colorbar(values, cax=axes, format="%.3g")
+    bar.set_label(label, fontsize=9 * scale)
+    axes.tick_params(labelsize=9 * scale)
+    return np.hstack([result, figure_picture(side)])
 
 
 def label_of(cfg: ExplainConfig) -> str:
@@ -149,10 +192,12 @@ def label_of(cfg: ExplainConfig) -> str:
     return f"attention rollout{layer}{category}"
 
 
-def suffix_of(cfg: ExplainConfig) -> str:
-    """The chosen class and layer, as part of the files' names."""
-    category = "" if cfg.category_index is None else f"_class{cfg.category_index}"
-    return category + ("" if cfg.layer_index is None else f"_layer{cfg.layer_index}")
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """Writes an array in numpy's format. Raises: InputError where that is not possible."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    content.write(MARK.encode())  # readers stop where the array ends
+    write_output(path, lambda target: target.write_bytes(content.getvalue()))
 
 
 if __name__ == "__main__":

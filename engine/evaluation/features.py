@@ -1,45 +1,24 @@
-"""Features of frozen models: computed once per image, saved, and loaded again."""
+"""What a model makes of every image of a labelled source, and the features of frozen models.
 
-import dataclasses
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+An evaluation leaves no image out: each process takes its share, and all of them end together.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from data.labels import LabelledSource
+from data.labels import LabelledData, LabelledSource
+from data.loader import BadSample
 from data.transforms import PixelNormalizer
-from engine.evaluation.batches import complete_batches
 from engine.run.batches import eval_batches
-from engine.run.folder import Run, check_writable
+from engine.run.folder import Run, TrainConfig
+from engine.run.interrupts import Stopped, received
 from models.vit import VisionTransformer
-from util.dist import all_gather, autocast_dtype, broadcast
-from util.errors import InputError
-from util.files import write_whole
+from util.dist import all_gather, autocast_dtype, gather_rows
+from util.errors import DataError, InputError
 from util.settings.evaluation import KnnConfig
-from util.settings.pretrain import PretrainConfig
-
-FEATURES_FILE = "features.safetensors"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What features were computed from: the weights, the data set and how the model was read.
-
-    sha256: of the weights' file, None for an untrained model.
-    """
-
-    checkpoint: str
-    sha256: str | None
-    dataset: str
-    readout: str
-    img_size: int | tuple[int, int]
-    class_names: list[str]
 
 
 class Features(NamedTuple):
@@ -56,104 +35,71 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def compute_features(
-    cfg: KnnConfig | PretrainConfig,
+def answers(
+    cfg: TrainConfig | KnnConfig,
     run: Run,
-    backbone: VisionTransformer,
     source: LabelledSource,
     crop_pct: float | None,
-) -> Tensor:
-    """The pooled, normalised features `(share, D)` float32 of this process's share of `source`, on
-    the CPU: of the images rank, rank + world_size, ...
+    model: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The labels `(B,)` of each batch of this process's share of `source`, which are the images
+    rank, rank + world_size, ..., and what `model` makes of its normalised images `(B, C, H, W)`;
+    both on the device.
+
+    All processes must go on to the end, where they wait for one another.
 
     Args:
         crop_pct: as `EvalTransform` takes it.
 
-    Raises: InputError on all processes if a file cannot be decoded or a feature is not finite.
+    Raises: DataError at the end on all processes if one met a file that cannot be decoded,
+        Stopped if one got a signal; that process's batches end there.
     """
     normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
     dtype = autocast_dtype(cfg.precision, run.device)
-    share = range(run.processes.rank, len(source), run.processes.world_size)
-    features = torch.empty(len(share), backbone.spec.embed_dim)
-    parts = features.split(cfg.batch_size)
-    batches = complete_batches(eval_batches(cfg, run, source, crop_pct))
-    for batch, part in zip(batches, parts, strict=False):  # an empty share has one empty part
+    bad: list[BadSample] = []
+    for batch in eval_batches(cfg, run, source, crop_pct):
+        bad += batch.bad
+        if bad or received():
+            break
         with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-            part.copy_(backbone.forward_features(normalize(batch.images)))  # (B, D)
-    if not all(all_gather(all(bool(part.isfinite().all()) for part in parts))):
-        raise InputError(
-            "the features are not finite: the weights are broken, or precision fp32 is needed"
-        )
-    return features
+            answer = model(normalize(batch.images))
+        yield batch.targets.to(run.device), answer
+    ends = all_gather((bad, received()))
+    for samples, _ in ends:
+        for path, reason in samples:
+            raise DataError(
+                f"evaluation leaves no image out, and {path} {reason}: mend or remove the file"
+            )
+    if signum := max(signum for _, signum in ends):
+        raise Stopped(signum)
 
 
-def check_folders(
-    run: Run, cfg: KnnConfig, digests: Iterable[Callable[[], str | None]], folders: list[Path]
-) -> None:
-    """Makes the folder for the features of each checkpoint, before any compute.
+def compute_features(
+    cfg: TrainConfig | KnnConfig,
+    run: Run,
+    backbone: VisionTransformer,
+    data: LabelledData,
+    crop_pct: float | None,
+) -> Features:
+    """The pooled, normalised features of both splits, on the CPU; of the training images this
+    process's share.
 
-    Features of the same weights, read alike, are computed anew: the same command goes on.
-
-    Args:
-        digests: for each folder, what gives the sha256 of its checkpoint.
-
-    Raises: InputError on all processes if one cannot be written or holds other features.
+    Args and Raises: as `answers`; InputError on all processes if a feature is not finite.
     """
-    problem = ""
-    try:
-        pairs = zip(digests, folders, strict=True) if run.processes.is_main else ()
-        for digest, folder in pairs:
-            if (folder / FEATURES_FILE).exists() and not _is_repeated(folder, cfg, digest):
-                raise InputError(
-                    f"save_path: {folder / FEATURES_FILE} holds something else: remove it, or "
-                    f"name another folder"
-                )
-            check_writable("save_path", folder)
-    except InputError as error:
-        problem = str(error)
-    if problem := broadcast(problem):
-        raise InputError(problem)
-
-
-def _is_repeated(folder: Path, cfg: KnnConfig, digest: Callable[[], str | None]) -> bool:
-    """Whether a folder holds features of these weights, computed with the same settings."""
-    try:
-        origin = load_features(folder)[1]
-    except InputError:
-        return False
-    found = (origin.sha256, origin.dataset, origin.readout)
-    return found == (digest(), cfg.dataset, cfg.global_pool)
-
-
-def save_features(folder: Path, features: Features, origin: Origin) -> Path:
-    """Writes `features.safetensors` into `folder`. Raises: InputError where that fails."""
-    path = folder / FEATURES_FILE
-    tensors = {name: tensor.contiguous() for name, tensor in features._asdict().items()}
-    metadata = {"facts": json.dumps(dataclasses.asdict(origin))}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda target: safetensors.torch.save_file(tensors, target, metadata))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"save_path {folder} cannot be written: {error}") from error
-    return path
-
-
-def load_features(path: Path) -> tuple[Features, Origin]:
-    """What `save_features` wrote; `path` is the folder or the file.
-
-    The tensors are views of the file (safetensors maps it): only what is read comes into memory,
-    and once for all processes of a machine.
-
-    Raises: InputError if there is no such file, or another one.
-    """
-    if path.is_dir():
-        path = path / FEATURES_FILE
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            origin = Origin(**json.loads((file.metadata() or {})["facts"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Features(**tensors), origin
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"load_path {path} is no complete features file of main_knn.py: {error}"
-        ) from error
+    rows = []
+    for source in (data.train, data.val):
+        share = len(range(run.processes.rank, len(source), run.processes.world_size))
+        features = torch.empty(share, backbone.spec.embed_dim)
+        for (_, answer), part in zip(
+            answers(cfg, run, source, crop_pct, backbone.forward_features),
+            features.split(cfg.batch_size),
+            strict=False,  # an empty share has one empty part and no batch
+        ):
+            part.copy_(answer)  # (B, D)
+        if not all(all_gather(bool(features.sum().isfinite()))):
+            raise InputError(
+                "the features are not finite: the weights are broken, or precision fp32 is needed"
+            )
+        rows.append(features)
+    train_labels, val_labels = map(torch.from_numpy, (data.train.labels, data.val.labels))
+    return Features(rows[0], train_labels, gather_rows(rows[1], len(data.val)), val_labels)

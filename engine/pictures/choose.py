@@ -1,7 +1,10 @@
 """Images to make pictures of: files and folders by name, or the validation images of a data set."""
 
+import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +25,33 @@ def open_images(
     num_images: int,
     in_chans: int,
 ) -> dict[str, Tensor]:
-    """Images, uint8 `(C, H, W)`, by unique names for the files of their pictures. Without `paths`
-    they are validation images of the data set.
+    """Images, uint8 `(C, H, W)`, by unique names for the files of their pictures: those of `paths`,
+    which `setting` names, or without any validation images of the data set. From here on, log lines
+    go to stderr.
 
-    Raises: InputError naming `setting` for a path that does not exist, is no image, or is a folder
-    without images.
+    Raises: InputError for a path that does not exist, is no image, or is a folder without images.
     """
-    if paths:
-        files = find_images(paths, num_images)
-        return {name: _read(setting, path, in_chans) for name, path in files.items()}
-    source = validation_source(dataset, data_path, in_chans)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     found = {}
+    if paths:
+        for name, path in find_images(paths, num_images).items():
+            with named(f"{setting} {path}"):
+                found[name] = decode_image(path.read_bytes(), in_chans)
+        return found
+    source = validation_source(dataset, data_path, in_chans)
     for index in spread(len(source), num_images):
-        try:
+        with named(f"validation image {source.name(index)}"):
             found[f"val_{index:05d}"] = source.read(index)
-        except BadImageError as error:
-            raise InputError(f"validation image {source.name(index)}: {error}") from error
     return found
+
+
+@contextmanager
+def named(image: str) -> Iterator[None]:
+    """For a block that reads an image. Raises: InputError with its name where that fails."""
+    try:
+        yield
+    except (OSError, BadImageError) as error:
+        raise InputError(f"{image}: {error}") from error
 
 
 def validation_source(dataset: str, data_path: str | None, in_chans: int) -> ImageSource:
@@ -78,13 +91,3 @@ def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:
 def spread(total: int, count: int) -> list[int]:
     """At most `count` indices below `total`, evenly spaced."""
     return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]
-
-
-def _read(setting: str, path: Path, in_chans: int) -> Tensor:
-    """One image, uint8 `(C, H, W)`. Raises: InputError naming `setting`."""
-    try:
-        return decode_image(path.read_bytes(), in_chans)
-    except OSError as error:
-        raise InputError(f"{setting} {path} cannot be read: {error.strerror}") from error
-    except BadImageError as error:
-        raise InputError(f"{setting} {path}: {error}") from error

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from models.vit import VisionTransformer
-
 # over the heads
 FUSIONS: dict[str, Callable[..., Tensor]] = {
     "mean": torch.mean,
@@ -24,7 +22,6 @@ def rollout(
     head_fusion: str,
     discard_ratio: float,
     class_token: bool,
-    layer: int | None = None,
     reader: str = "token",
 ) -> Tensor:
     """Each patch's contribution to the class token, or without one to the mean patch, `(B, N)`.
@@ -36,7 +33,6 @@ def rollout(
         discard_ratio: share of an image's matrix, its lowest entries, that is set to 0, in [0, 1);
             the class token's column stays. 0 is the paper.
         class_token: whether the first token is a class token.
-        layer: the only layer to use, in place of all.
         reader: see `read_patches`.
 
     With W the fused and thinned attention of layer l: A_l = (W + I) / 2 with rows normalised to sum
@@ -44,15 +40,14 @@ def rollout(
     Source: arXiv 2005.00928, section 3, equation 1 and the paragraph before it.
     """
     result = None
-    for index, attention in enumerate(attentions):
-        if layer not in (None, index):
-            continue
+    for attention in attentions:
         fused = FUSIONS[head_fusion](attention, dim=1)  # (B, T, T)
-        fused = discard_lowest(fused, discard_ratio, class_token)
+        if discard_ratio:
+            fused = discard_lowest(fused, discard_ratio, class_token)
         mixed = (fused + torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)) / 2
         mixed = mixed / mixed.sum(dim=-1, keepdim=True)  # (B, T, T)
         result = mixed if result is None else mixed @ result
-    assert result is not None, "the caller checks that the layer exists"
+    assert result is not None, "a model has layers"
     return read_patches(result, class_token, reader)
 
 
@@ -64,8 +59,6 @@ def discard_lowest(fused: Tensor, discard_ratio: float, class_token: bool) -> Te
     """
     flat = fused.flatten(1)  # (B, T * T)
     count = int(discard_ratio * flat.shape[1] + 1e-6)
-    if not count:
-        return fused
     lowest = flat.sort(dim=1, stable=True).indices[:, :count]
     thinned = flat.scatter(1, lowest, 0.0).view_as(fused)  # (B, T, T)
     return torch.cat([fused[:, :, :1], thinned[:, :, 1:]], dim=2) if class_token else thinned
@@ -81,18 +74,3 @@ def read_patches(matrices: Tensor, class_token: bool, reader: str = "token") -> 
     if not class_token:
         return matrices.mean(dim=-2)
     return matrices[..., 0, 1:] if reader == "token" else matrices[..., 1:, 1:].mean(dim=-2)
-
-
-def class_attentions(
-    model: VisionTransformer, images: Tensor, category: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Logits `(B, num_classes)`, and the positive part of each layer's attention times its gradient
-    for one class.
-
-    These take the place of the attentions in `rollout`. Source: arXiv 2103.15679, equation 5.
-    """
-    with torch.enable_grad():
-        logits, attentions = model.forward_with_attention(images.detach().requires_grad_())
-        gradients = torch.autograd.grad(logits[:, category].sum(), attentions)  # in layer order
-    weighted = [(a * g).clamp(min=0).detach() for a, g in zip(attentions, gradients, strict=True)]
-    return logits.detach(), weighted

@@ -78,7 +78,7 @@ class Records:
     def write_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Writes a picture, uint8 `(H, W, 3)`, to TensorBoard and, in place of an earlier one, into
         the folder. Only the main process may call."""
-        from engine.pictures.output import write_png  # here, as most stages draw nothing
+        from engine.pictures.drawing import write_png  # here, as most stages draw nothing
 
         write_png(self.folder / name, picture)
         if self.tensorboard is not None:

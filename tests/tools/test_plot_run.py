@@ -146,12 +146,15 @@ def test_only_its_own_files_are_replaced(tmp_path, name):
     assert (folder / name).read_bytes() == b"<html>the user's own</html>"
 
 
-def test_names_and_settings_cannot_break_the_page(tmp_path):
+def test_names_and_settings_cannot_break_the_page(tmp_path, capsys):
     folder = log(tmp_path / os.fsdecode(b"<b>$x_1^caf\xe9"), ONE)  # no UTF-8
     (folder / "config.yaml").write_text("output_dir: <script>alert(1)</script>\nclip_grad: null\n")
     page = page_of(folder)
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "&lt;b&gt;$x_1^caf&#56553;" in page and "clip_grad: null" in page
+    assert (
+        os.fsdecode(b"caf\xe9") in capsys.readouterr().out
+    )  # taken, as pytest-xdist cannot send it
 
 
 @pytest.mark.parametrize("first", [b"", b'{"loss": 1}\n', b"[]\n", b"3\n", b"\xff\n"])
