@@ -450,8 +450,8 @@ test_print_config_is_the_settings_in_order_and_nothing_else
 57 settings: a base: file wins over the file that names it
 util/settings/read.py util/test_config.py
 test_precedence_is_defaults_then_base_then_yaml_then_command_line
--return below | content
-+return content | below
+-return below | {str(path): content}
++return {str(path): content} | below
 
 58 settings: true is a number
 util/settings/base.py util/test_config.py

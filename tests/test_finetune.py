@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import assert_same, assert_same_run, header_of
+from compare import assert_same, assert_same_run
 from runs import (
     CLASSES,
     PICTURE_STEPS,
@@ -33,6 +33,7 @@ import main_lincls
 from engine.evaluation.classification import Scores
 from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
+from models.weights.own import read_header
 from util.errors import InputError
 
 # learns: no regularisation, a full-speed schedule; chance is 33.3 %
@@ -322,8 +323,8 @@ def scripted(monkeypatch, correct: list[int]) -> None:
 
 
 def best_of(folder: Path) -> tuple[float, int]:
-    facts = header_of(folder / "best.safetensors")
-    return json.loads(facts["acc1"]), json.loads(facts["epoch"])
+    header = read_header(folder / "best.safetensors")
+    return header["acc1"], header["epoch"]
 
 
 def test_a_later_epoch_that_is_worse_or_equal_never_replaces_the_best(tmp_path, data, monkeypatch):

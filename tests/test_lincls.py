@@ -51,7 +51,7 @@ def scripted(monkeypatch, by_images: dict[int, list[int]]) -> None:
     """Makes evaluations of a split of so many images say how many each probe has right."""
 
     def call(self, classify, num_heads=1):
-        size = len(self.batches.loader.dataset.source)
+        size = len(self.source)
         assert num_heads == len(by_images[size])
         return [
             Scores(size, right, size, 1.0, [right, 0, 0], [size, 0, 0]) for right in by_images[size]

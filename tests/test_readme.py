@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from runs import make_pictures, results_of, run
-from test_datasets import archive_of, cifar_members, publish, server  # noqa: F401  (a fixture)
+from test_datasets import cifar_rows, publish, server  # noqa: F401  (a fixture)
 
 from tools import benchmark, pack_dataset
 
@@ -235,9 +235,7 @@ def test_commands_for_two_machines_say_which_one_each_is():
 def test_the_command_that_downloads(images, clone, monkeypatch, server):  # noqa: F811
     """The archive comes from a server on localhost."""
     (line,) = commands("download").values()
-    content = archive_of(cifar_members("cifar10"))  # 20 images
-    name = publish(monkeypatch, "cifar10", f"{server}/cifar-10-binary.tar.gz", content)
-    (clone / "served" / name).write_bytes(content)
+    publish(monkeypatch, clone / "served", "cifar10", cifar_rows("cifar10"), server)
     line = line.replace("/path/to/cifar10", "fetched")
     assert run_here(given(line, images, clone))["step"] == 2
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from data.images import BadImageError, decode_image
 from data.labels import build_labelled_data
 from data.packs.source import open_pack
-from data.sources import FolderSource, ImageSource
+from data.sources import FolderSource, ImageSource, check_folder
 from util.errors import InputError
 
 
@@ -62,11 +62,11 @@ def validation_source(dataset: str, data_path: str | None, in_chans: int) -> Ima
     """
     if dataset not in ("folder", "packed"):
         return build_labelled_data(dataset, data_path, in_chans, False, None).val
-    assert data_path is not None, "the config checks that data_path is given"
+    root = check_folder(data_path)
     if dataset == "packed":
-        return open_pack(data_path, in_chans, ("val", "train"))
-    split = Path(data_path) / "val"
-    return FolderSource(str(split if split.is_dir() else data_path), in_chans, prefer_train=False)
+        return open_pack(root, in_chans, ("val", "train"))
+    split = root / "val"
+    return FolderSource(split if split.is_dir() else root, in_chans, prefer_train=False)
 
 
 def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:

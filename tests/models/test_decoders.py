@@ -196,4 +196,4 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(tmp_path, monkeypat
         assert main_pretrain.main(digits(tmp_path / str(steps), *flags))["step"] == steps
         assert "synchronize" not in waits
         counts.append(len(waits))
-    assert counts[0] == counts[1] < 40
+    assert 0 < counts[0] == counts[1]

@@ -325,9 +325,9 @@ def could(facts: dict) -> set[str]:
     [
         ([], [], "pretrain finetune lincls knn", ""),
         # folders, and the evaluations' own words about them
-        ([], ["train/empty/.keep", "val/empty/.keep"], "pretrain", "hold no image: empty"),
-        (["val/dog"], ["val/hund/1.png"], "pretrain", "not in val/: dog"),
-        (["val"], ["val/1.png"], "pretrain", "val has no class folders"),
+        ([], ["train/empty/.keep", "val/empty/.keep"], "pretrain", "without an image: ['empty']"),
+        (["val/dog"], ["val/hund/1.png"], "pretrain", "only in train/ are ['dog']"),
+        (["val"], ["val/1.png"], "pretrain", "only in train/ are ['cat', 'dog']"),
         (["val"], ["val/cat/.keep", "val/dog/.keep"], "pretrain", "no images under"),
         (["val"], [], "pretrain", "has no val/"),
         (["train"], ["train/cat/.keep"], "", "train"),

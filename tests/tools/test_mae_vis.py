@@ -194,7 +194,7 @@ def test_a_file_name_that_is_no_text(weights, tmp_path):
         ("--model_path text.jpg", "text.jpg"),
         ("--model_path encoder.pth", "encoder.pth"),
         ("--model_path raw.safetensors", "norm_pix_loss"),
-        ("--patch_size 8 7", "patch_size 7"),
+        ("--patch_size 8 7", "patch_size"),
         ("--img_size 64", "img_size"),
         ("--decoder_depth 2", "decoder_depth"),
         ("--in_chans 1 --mean 0.5 --std 0.5", "in_chans"),

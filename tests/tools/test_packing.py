@@ -365,7 +365,7 @@ def test_a_folder_that_cannot_be_packed_into_is_refused_and_left_alone(own, data
     other = shutil.copytree(data, tmp_path / "in")
     (other / "val/one").rename(other / "val/two")
     for source, target, named in (
-        (other, tmp_path / "out", f"{other}/train and not in val/: one"),
+        (other, tmp_path / "out", "only in train/ are ['one']"),
         (data / "train", tmp_path / "full", tmp_path / "full"),
         (data, data, data),
         (data, tmp_path / "file/out", tmp_path / "file/out/train"),

@@ -95,9 +95,9 @@ MATRIX = [
     ("pretrain", "--std 1 1", "std"),
     ("pretrain", "--in_chans 2 --mean 0 0 --std 1 1", "in_chans"),
     ("pretrain", "--img_size 224 230", "patch_size"),
-    ("pretrain", "--num_heads 5", "embed_dim"),
+    ("pretrain", "--num_heads 5", "num_heads"),
     ("pretrain", "--class_token false", "decoder_class_token"),
-    ("pretrain", "--decoder_num_heads 7", "decoder_embed_dim"),
+    ("pretrain", "--decoder_num_heads 7", "decoder_num_heads"),
     ("pretrain", "--mask_ratio 0.999", "mask_ratio"),
     ("pretrain", "--batch_size 64 --aug_repeats 3", "batch_size"),
     ("pretrain", "--monitor_probe --monitor_knn 0", "monitor_probe"),
@@ -126,7 +126,7 @@ MATRIX = [
     (
         "pretrain",
         "--in_chans 2 --epochs 9 --num_heads 5",
-        "in_chans mean std warmup_epochs embed_dim",
+        "in_chans mean std warmup_epochs num_heads",
     ),
 ]
 

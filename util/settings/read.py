@@ -60,7 +60,9 @@ def load_config(
     path, print_config = flags.pop("config"), flags.pop("print_config")
     unknown = [token for token in extra if token.startswith("-")] or extra  # without their values
     flags |= {token.split("=")[0].lstrip("-") or token: None for token in unknown}
-    values: Values = ({} if path is None else _read_file(path)) | flags
+    sources = ({} if path is None else _read_file(path)) | {"command line": flags}
+    values = {name: value for content in sources.values() for name, value in content.items()}
+    origin = {name: source for source, content in sources.items() for name in content}
 
     elsewhere = {name for sibling in siblings for name in sibling.model_fields}
     skipped = [name for name in values if name in elsewhere - config_class.model_fields.keys()]
@@ -76,6 +78,7 @@ def load_config(
         wrong = {str(found["loc"][0]): found.get("ctx", {}) for found in error.errors()}
         problems = [
             f"{name} {_explanation(schemas, name, values[name], context.get('error'))}"
+            f" ({origin[name]})"
             for name, context in wrong.items()
         ]
     if problems:
@@ -174,14 +177,14 @@ def _explanation(
     """What is wrong with a value, or with a name that is none; `reason` is that of a validator of
     ours."""
     if name not in schemas:
-        near = [*difflib.get_close_matches(name, schemas, n=1), "--help"]
-        return f"is no setting, see {' or '.join(near)}"
+        near = difflib.get_close_matches(name, schemas, n=1)
+        return f"is no setting, did you mean {near[0]}?" if near else "is no setting, see --help"
     return str(reason or f"must be {_expected(schemas[name])}, got {value!r}")
 
 
-def _read_file(name: str, num_more: int = MAX_BASE_FILES) -> Values:
-    """The content of a flat YAML file, and of its chain of at most `num_more` `base:` files where
-    it has no value of its own. Raises: InputError."""
+def _read_file(name: str, num_more: int = MAX_BASE_FILES) -> dict[str, Values]:
+    """The contents of a flat YAML file and its chain of at most `num_more` `base:` files by their
+    paths, the file itself last. Raises: InputError."""
     try:
         path = Path(expand_path(name))
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
@@ -201,4 +204,4 @@ def _read_file(name: str, num_more: int = MAX_BASE_FILES) -> Values:
         ) from error
     base = content.pop("base", None)
     below = {} if base is None else _read_file(str(path.parent / str(base)), num_more - 1)
-    return below | content
+    return below | {str(path): content}
