@@ -160,9 +160,9 @@ def test_all_problems_of_all_sources_come_in_one_error(recipe):
         "--config", config, "--beta1", "1", "--tensorboard", "maybe", "--epochz=3", "--x", "4"
     )
     parts = {
-        "depht": " depth ",
+        "depht": "did you mean depth?",
         "zzz": "--help",
-        "epochz": " epochs ",
+        "epochz": "did you mean epochs?",
         "x": "--help",
         "lr": "a number > 0, got 'fast'",
         "min_lr": "got True",
@@ -175,6 +175,9 @@ def test_all_problems_of_all_sources_come_in_one_error(recipe):
     lines = str(error).splitlines()[1:]
     assert sorted(error.settings) == sorted(parts) == sorted(line.split()[0] for line in lines)
     assert all(parts[line.split()[0]] in line for line in lines)
+    sources = {line.split()[0]: line.rpartition("(")[2] for line in lines}
+    assert sources["depht"] == f"{Path(config).with_name('base.yaml')})"
+    assert (sources["epochs"], sources["beta1"]) == (f"{config})", "command line)")
     assert refused("stray").settings == ("stray",)
 
 
