@@ -55,8 +55,8 @@ class Batch(NamedTuple):
 
     images `(B, C, H, W)` uint8. targets int64: in pretraining the patches in shuffled order
     `(B, N)`, those that are kept first; in classification the labels `(B,)`. keys and bad as in
-    Sample. `failed`: every sample's own file was bad, or one found no readable replacement, which
-    an evaluation does not look for; there are no images then, and the caller has to stop.
+    Sample. failed: whether there are no images, because all files were bad or one had no readable
+    replacement (an evaluation looks for none); then the caller has to stop.
     """
 
     images: Tensor

@@ -139,7 +139,7 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 changes = differences(json.load(file), plan)
-            except (BlockingIOError, json.JSONDecodeError) as error:
+            except (BlockingIOError, json.JSONDecodeError, AttributeError) as error:  # no object
                 raise InputError(
                     f"another process packs into {folder}, or {plan_path} is damaged ({error}): "
                     "wait for its end, or give another folder"

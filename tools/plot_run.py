@@ -164,7 +164,8 @@ def report(run: RunLog) -> str:
     picture = run.folder / MONITOR_PICTURE
     settings = run.folder / "config.yaml"
     bad = run.folder / "bad_samples.jsonl"
-    values = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    values = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None
+    values = values if isinstance(values, dict) else {}  # the file may be empty
     template = jinja2.Template(
         TEMPLATE.read_text(encoding="utf-8"),
         autoescape=True,

@@ -47,8 +47,7 @@ def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> tuple[VisionTransf
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
     if cfg.eval and fresh:
         raise InputError(
-            f"eval: {cfg.finetune} is no classifier of {num_classes} classes, it lacks "
-            f"{sorted(fresh)}"
+            f"eval: {cfg.finetune} has no head for {num_classes} classes, it lacks {sorted(fresh)}"
         )
     if "head.weight" in fresh:
         nn.init.trunc_normal_(

@@ -35,7 +35,7 @@ def rank_labels(
     temperature: float,
     processes: Processes,
 ) -> dict[int, Tensor]:
-    """How many classes are guessed before each query's own, `(Q,)` int64 for each k: 0 is a hit.
+    """The rank of each query's own class among the guesses, `(Q,)` int64 for each k: 0 is a hit.
 
     All processes must call, and all get the ranks. `features.val` are the queries, the same on
     every process; `features.train` is this process's share of the training rows. A k above the
@@ -66,7 +66,8 @@ def nearest_keys(rows: Tensor, places: Tensor, queries: Tensor, k: int) -> Tenso
     the rounded similarity in its upper 32 bits, and the inverted place, below 2^32, in the lower
     ones. Where there are fewer than k rows, NO_NEIGHBOUR fills the rest.
     """
-    device = torch.device("cpu") if queries.device.type == "mps" else queries.device  # sorts int64
+    # MPS cannot sort int64
+    device = torch.device("cpu") if queries.device.type == "mps" else queries.device
     nearest = torch.full((len(queries), k), NO_NEIGHBOUR, device=device)
     for chunk, indices in zip(rows.split(ROWS), places.split(ROWS), strict=True):
         chunk = F.normalize(chunk.to(queries.device), dim=1)  # (R, D)

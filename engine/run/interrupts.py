@@ -29,7 +29,8 @@ class Stopped(SystemExit):
     its number; with 2, as for every mistake that is one line, if a loader process has failed."""
 
     def __init__(self, signum: int):
-        super().__init__(2 if signum == signal.SIGCHLD else 128 + signum)  # see `stop_with`
+        # `stop_with` notes a failed loader process as if its parent had got SIGCHLD.
+        super().__init__(2 if signum == signal.SIGCHLD else 128 + signum)
 
 
 def received() -> int:

@@ -60,9 +60,10 @@ class Saver(ExitStack):
         # All processes end together: when the first one ends, a launcher terminates the others,
         # even in the middle of a save.
         if signum := max(all_gather(received())):
+            failed = signum == signal.SIGCHLD  # as `stop_with` calls it
             logger.warning(
                 "stopped by %s; the same command goes on after step %d",
-                signal.Signals(signum).name,
+                "a failed loader process" if failed else signal.Signals(signum).name,
                 self.job.state.step,
             )
             raise failures[0] if failures else Stopped(signum)

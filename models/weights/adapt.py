@@ -47,8 +47,8 @@ def load_into_classifier(
     problems = _differences(info, spec, ADAPTED)
     if info.known("fc_norm") and not spec.fc_norm:
         problems.append(
-            "it holds fc_norm (after the mean) and no norm, the settings' readout needs norm: only "
-            "global_pool avg fits"
+            "it was trained with global_pool avg: it holds fc_norm, which follows the mean, and no "
+            "norm, which the settings' readout needs; set global_pool avg"
         )
     _refuse_or_log(path, info, problems)
     dropped: tuple[str, ...] = ()  # beginnings of names

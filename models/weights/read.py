@@ -180,7 +180,8 @@ def _image_size(
         raise InputError(
             f"{num_patches} patches of {spelled(patch_size)} do not make images of "
             f"{spelled(size)}, and images are square where no size is given: "
-            f"tools/convert_checkpoint.py --img_size H W --format safetensors writes a file with it"
+            f"tools/convert_checkpoint.py --img_size H W --format safetensors writes a "
+            f"file that states the size"
         )
     return size
 

@@ -60,8 +60,7 @@ class Settings(BaseModel):
         """A value as the text that spells it, which pydantic reads as the field's type.
 
         YAML reads `1e-3` as text and flags are text, so that all values can be read alike; and as
-        text `true` is never a number. A value stands for a list of one, and such a list for its
-        value.
+        text `true` is never a number. A single value and a list of one are the same.
         """
         items = raw if isinstance(raw, list | tuple) else [raw]
         texts = [None if str(item).lower() in ("null", "none") else str(item) for item in items]
@@ -168,7 +167,7 @@ class PixelConfig(Settings):
         return [
             (
                 in_chans not in (1, 3),
-                f"in_chans must be 1 (grey) or 3 (RGB) for the data path, got {in_chans}",
+                f"in_chans must be 1 or 3, as images are read as grey or RGB, got {in_chans}",
             ),
             (
                 len(self.mean) != in_chans,

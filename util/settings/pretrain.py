@@ -71,8 +71,8 @@ class MonitorConfig(Settings):
     )
     monitor_knn: CountOrZero = setting(
         2000,
-        "Number of labelled training images among which the monitor's k-NN looks for neighbours of "
-        "a quarter as many validation images, with at most one class per 20 images; 0 is off.",
+        "Number of labelled training images of the monitor's k-NN, which classifies a quarter as "
+        "many validation images. Fewer than 20 per class leave classes out; 0 is off.",
         may_change=True,
     )
     monitor_probe: bool = setting(
