@@ -108,7 +108,10 @@ def _read(
     still unknown."""
     tensors, info = read_weights(weights, img_size)
     info = complete(info, **given)
-    require_known(info, given)
+    try:
+        require_known(info, given)
+    except InputError as error:
+        raise InputError(f"{weights}: {error}, as an argument (num_heads=12)") from error
     return tensors, info
 
 

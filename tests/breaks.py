@@ -690,7 +690,7 @@ test_a_run_does_not_begin_beside_files_of_others
 107 R27: the best weights of a run without its log are taken for the run's own
 engine/run/folder.py engine/test_run_folder.py
 test_a_finished_run_whose_checkpoints_are_gone_does_not_begin_anew
--if any(record["kind"] == "val" for record in read_log(folder / "log.jsonl")):
+-if log.exists() and '"kind": "val"' in log.read_text(errors="replace"):
 +if True:
 
 108 R27: a run overwrites the weights that it starts from

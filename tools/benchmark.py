@@ -11,7 +11,7 @@ Times are medians of rounds in which every variant runs once, in turn, so that a
 all alike; ratios are medians of the rounds' ratios. `step` also gives the share of the peak of
 matrix products, measured in the same run. The peer of step and memory is
 `transformers.ViTMAEForPreTraining`, left out where it is not installed; that of the loader is
-Pillow with torchvision's transforms. The figures are printed as one JSON object, which --json also
+Pillow with torchvision's transforms. The figures end the output as a JSON object, which --json also
 writes to a file.
 """
 

@@ -135,21 +135,22 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
                     f"{folder} is not empty, and no pack was begun there: give a new folder"
                 )
             write_text(plan_path, json.dumps(plan, indent=1) + "\n")
-        with plan_path.open("r+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                changes = differences(json.load(file), plan)
-            except (BlockingIOError, json.JSONDecodeError, AttributeError) as error:  # no object
-                raise InputError(
-                    f"another process packs into {folder}, or {plan_path} is damaged ({error}): "
-                    "wait for its end, or give another folder"
-                ) from error
-            if changes:
-                raise InputError(
-                    f"{folder} holds a pack of other images or settings (old -> new): "
-                    f"{'; '.join(changes)}: give another folder"
-                )
-            yield
+        file = plan_path.open("r+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            changes = differences(json.load(file), plan)
+        except (BlockingIOError, json.JSONDecodeError, AttributeError) as error:  # no object
+            raise InputError(
+                f"another process packs into {folder}, or {plan_path} is damaged ({error}): "
+                "wait for its end, or give another folder"
+            ) from error
+        if changes:
+            raise InputError(
+                f"{folder} holds a pack of other images or settings (old -> new): "
+                f"{'; '.join(changes)}: give another folder"
+            )
+        yield
 
 
 def index_shards(paths: list[Path], workers: int) -> dict[str, int]:

@@ -88,11 +88,13 @@ def _launched_as() -> tuple[int, int, int, int]:
     if not stated.keys() & NAMES[:4]:
         return 0, 1, 0, 1
     with suppress(KeyError, ValueError):
-        rank, world_size, local_rank, local_world_size = (int(stated[name]) for name in NAMES[:4])
+        rank, world_size, local_rank = (int(stated[name]) for name in NAMES[:3])
+        local_world_size = int(stated.get("LOCAL_WORLD_SIZE", world_size))
+        has_address = world_size == 1 or stated.keys() >= {*NAMES[4:]}
         if (
-            stated.keys() == {*NAMES}
+            has_address
             and 0 <= rank < world_size
-            and 0 <= local_rank < local_world_size
+            and 0 <= local_rank < local_world_size <= world_size
         ):
             return rank, world_size, local_rank, local_world_size
     shown = " ".join(f"{name}={value!r}" for name, value in stated.items())
@@ -128,7 +130,7 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     """The device of a `device:` setting. Raises: InputError."""
     # how many processes find room, in the order of preference
     rooms = {
-        "cuda": torch.cuda.device_count(),
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": sys.maxsize if torch.backends.mps.is_available() else 0,
         "cpu": sys.maxsize,
     }

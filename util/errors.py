@@ -4,6 +4,7 @@ code 2."""
 import argparse
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -75,9 +76,18 @@ def run_cli(main: Callable[[], object]) -> None:
         _say("interrupted")
         sys.exit(130)
     except BrokenPipeError:
+        if not _reader_has_left():
+            raise
         # Descriptor 1, stdout, goes to the null device with what is still in its buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
+
+
+def _reader_has_left() -> bool:
+    """Whether stdout, descriptor 1, is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,7 @@
 """Paths as users write them; files that appear complete or not at all, because they are written
 under a temporary name, flushed to disk and renamed."""
 
+import errno
 import logging
 import os
 import re
@@ -82,7 +83,9 @@ def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # some file systems cannot
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
         _warn_of_unflushed(folder)
     finally:
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
@@ -26,11 +27,14 @@ def in_processes(
     Raises: what `function` raises, after the tasks that are under way; InputError if a process was
     killed.
     """
-    if workers <= 1 or len(tasks) <= 1:
+    workers = min(workers, len(tasks))
+    if workers <= 1:
         yield from map(function, tasks)
         return
+    # as torch's loaders start; forked processes share what `function` holds
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, initializer=_start, initargs=(function,)) as executor:
+        with ProcessPoolExecutor(workers, context, _start, (function,)) as executor:
             yield from cast(Iterator[Result], executor.map(_call, tasks))
     except BrokenProcessPool as error:
         raise InputError(

@@ -124,13 +124,17 @@ class BadSteps:
         )
         suspects = [entry for entry in entries if entry["loss"] is None] or entries
         first = [{**entry, "images": entry["images"][:IMAGES_SHOWN]} for entry in suspects[:1]]
+        known = (
+            f"the last bad steps since this start are in {self.path}, for example {first}"
+            if first
+            else "all were before this start, so that they are not recorded"
+        )
         error = InputError(
             f"{most_in_a_row} steps in a row had a non-finite gradient: lower lr, set clip_grad, "
-            f"or use precision bf16 or fp32; the last bad steps since this start are in {self.path}"
-            f", for example {first}"
+            f"or use precision bf16 or fp32; {known}"
         )
         try:
-            if self.is_main:
+            if self.is_main and entries:
                 write_log(self.path, entries)
         except LocalInputError as problem:  # a full disk must not hide what is known
             error.add_note(str(problem))

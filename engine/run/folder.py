@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from engine.run.checkpoint import checkpoint_steps, set_aside_damaged
-from engine.run.records import Kind, Records, drop_records, logging_to, read_log, write_results
+from engine.run.records import Kind, Records, drop_records, logging_to, write_results
 from util.dist import Processes, broadcast, init_processes
 from util.errors import DataError, InputError
 from util.files import TEMPORARY, write_text
@@ -29,8 +29,8 @@ from util.settings.pretrain import PretrainConfig
 from util.settings.read import dump_config
 
 TrainConfig = PretrainConfig | FinetuneConfig | LinclsConfig
-OF_THE_END = ("model.safetensors", "best.safetensors", "results.json")
-OF_THE_WAY = (
+RESULT_FILES = ("model.safetensors", "best.safetensors", "results.json")
+PROGRESS_FILES = (
     "config.yaml",
     "log.jsonl",
     "tb",
@@ -40,7 +40,7 @@ OF_THE_WAY = (
 )
 OWN_NAME = re.compile(
     r"checkpoint-\d{8,}\.pth(\.sha256)?|eval\.json|"
-    + "|".join(map(re.escape, OF_THE_END + OF_THE_WAY))
+    + "|".join(map(re.escape, RESULT_FILES + PROGRESS_FILES))
 )
 # Settings that a config.yaml may have more or less, as other versions write it; stages differ by 19
 OTHER_SETTINGS = 5
@@ -71,7 +71,8 @@ class Run:
             write_results(path, results)
             logger.info("wrote %s", path)
         self.records.write_settings(
-            {f"final/{name}": results[name] for name in ("acc1", "loss") if name in results}
+            # a loss that is not finite is None in the results
+            {f"final/{n}": results[n] for n in ("acc1", "loss") if results.get(n) is not None}
         )
         return results
 
@@ -143,7 +144,7 @@ def claim(folder: Path, cfg: RunConfig, stack: ExitStack) -> None:
             lost += _files_of_others(folder, cfg)
     if lost:
         raise InputError(
-            f"{folder} holds {', '.join(lost)}, which this run did not make and would overwrite: "
+            f"{folder} holds {', '.join(lost)}, which the run would overwrite: "
             f"move that away, or give another --output_dir"
         )
 
@@ -157,7 +158,7 @@ def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kin
     files, and the results of an earlier stop, whose state is in its checkpoint.
     """
     set_aside_damaged(folder, step)
-    stale = [folder / name for name in OF_THE_END if name != "best.safetensors" or step == 0]
+    stale = [folder / name for name in RESULT_FILES if name != "best.safetensors" or step == 0]
     for path in folder.glob(f"*{TEMPORARY}"):  # only now: they tell a save that was interrupted
         if OWN_NAME.fullmatch(path.name.removesuffix(TEMPORARY)):
             stale.append(path)
@@ -220,10 +221,11 @@ def _files_of_others(folder: Path, cfg: RunConfig) -> list[str]:
     settings = set(re.findall(r"^(\w+):", text, re.MULTILINE))
     own: list[str] = []
     if len(type(cfg).model_fields.keys() ^ settings) <= OTHER_SETTINGS:
-        own += OF_THE_WAY
-        if any(record["kind"] == "val" for record in read_log(folder / "log.jsonl")):
+        own += PROGRESS_FILES
+        log = folder / "log.jsonl"
+        if log.exists() and '"kind": "val"' in log.read_text(errors="replace"):
             own.append("best.safetensors")
-    return [n for n in OF_THE_END + OF_THE_WAY if (folder / n).exists() and n not in own]
+    return [n for n in RESULT_FILES + PROGRESS_FILES if (folder / n).exists() and n not in own]
 
 
 def _results_of_others(path: Path, protocol: str) -> list[str]:

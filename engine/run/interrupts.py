@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPEAT_S = 2.0  # launchers send a signal twice; one that comes later means it
 # torchrun's process id in processes that it has started
 LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-# Both are lists of at most one entry, as signals are the process's, and empty unless `noted`.
+# Both are lists of at most one entry, as signals are the process's; `noted` empties them.
 failures: list[LocalInputError] = []  # what `stop_with` was called with
 _received: list[tuple[int, float]] = []  # the first signal and when it came
 

@@ -101,11 +101,14 @@ class Records:
                 )
 
     def close(self) -> None:
-        """Closes the progress bar and the curves. Raises: LocalInputError."""
+        """Closes the progress bar and the curves."""
         self.bar.close()
         if self.tensorboard is not None:
-            with writing(self.folder / "tb"):
+            try:
                 self.tensorboard.close()
+            except OSError as error:  # the error that ends the run may come from the same full disk
+                tb = self.folder / "tb"
+                logger.warning("%s may lack its last points: %s", tb, error.strerror)
 
 
 class LogHandler(logging.FileHandler):

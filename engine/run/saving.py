@@ -61,10 +61,11 @@ class Saver(ExitStack):
         # even in the middle of a save.
         if signum := max(all_gather(received())):
             failed = signum == signal.SIGCHLD  # as `stop_with` calls it
+            step = self.job.state.step
             logger.warning(
-                "stopped by %s; the same command goes on after step %d",
+                "stopped by %s; the same command %s",
                 "a failed loader process" if failed else signal.Signals(signum).name,
-                self.job.state.step,
+                f"goes on after step {step}" if step else "begins anew",
             )
             raise failures[0] if failures else Stopped(signum)
 

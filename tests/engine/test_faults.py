@@ -256,7 +256,8 @@ def test_one_process_stops_at_the_next_step(tmp_path, data, signum, step):
     with stopped_by(signum, Saver, "between_steps", lambda saver: saver.job.state.step == step):
         main_pretrain.main(arguments)
     assert saved_step(tmp_path) == step
-    line = f"stopped by {signum.name}; the same command goes on after step {step}"
+    again = f"goes on after step {step}" if step else "begins anew"
+    line = f"stopped by {signum.name}; the same command {again}"
     assert line in (tmp_path / "log.txt").read_text()
     assert main_pretrain.main(arguments)["step"] == 20
 

@@ -52,7 +52,7 @@ from engine.run.folder import locked, open_run, take_over_folder
 from engine.run.records import write_results
 from models.mae import MaskedAutoencoder
 from util.errors import InputError, LocalInputError
-from util.files import write_output
+from util.files import flush_folder, write_output
 from util.settings.base import TrainRunConfig
 from util.settings.pretrain import PretrainConfig
 
@@ -304,7 +304,19 @@ def test_bad_steps_are_told_though_they_find_no_room(tmp_path):
     entry = {"step": 7, "lr": 0.5, "loss": None, "images": [14, 15], "process": 0}
     assert str(entry) in str(error.value)
     assert error.value.__notes__ == [f"{path} {FULL}"]
+    before_this_start = BadSteps(path, limit=1, window=1, is_main=True, sampler=sampler)
+    with pytest.raises(InputError, match="are not recorded$"):
+        before_this_start.check(1)
     assert path.read_text() == "of an earlier stop\n"
+
+
+def test_a_folder_that_the_disk_fails_to_flush_is_no_warning(tmp_path, monkeypatch):
+    def fails(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        flush_folder(tmp_path)
 
 
 def write_bad_samples(path: Path) -> None:

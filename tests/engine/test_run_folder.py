@@ -6,15 +6,18 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from compare import checkpoint, identity
 from runs import changed_files, command, digits, files_of, in_child, run
 from torch import nn
 
 from engine.run.checkpoint import save_checkpoint, save_weights
-from engine.run.folder import open_run, take_over_folder
+from engine.run.folder import Run, open_run, take_over_folder
 from engine.run.records import Records, drop_records, logging_to, read_log, write_log
+from util.dist import Processes
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig, KnnConfig
 from util.settings.pretrain import PretrainConfig
@@ -211,3 +214,21 @@ def test_a_line_is_on_the_terminal_once_and_in_the_file(tmp_path, capsys):
         logging.getLogger("x").info("hello")
     assert capsys.readouterr().out.count("hello") == 1
     assert (tmp_path / "log.txt").read_text().count("hello") == 1
+
+
+def test_a_log_that_is_none_is_of_others(tmp_path):
+    cfg = PretrainConfig(data_path="x", output_dir=str(tmp_path))
+    (tmp_path / "config.yaml").write_text(dump_config(cfg))
+    (tmp_path / "log.jsonl").write_bytes(b"[]\n\xff\n")
+    (tmp_path / "best.safetensors").touch()
+    with pytest.raises(InputError, match="best.safetensors"), open_run(cfg):
+        pass
+
+
+def test_a_figure_that_is_not_finite_is_no_curve(tmp_path):
+    """TensorBoard takes none."""
+    seen: list[dict] = []
+    records = SimpleNamespace(write_settings=seen.append)
+    run = Run(tmp_path, Processes(0, 1, 0, 1, torch.device("cpu")), records)
+    results = run.finish({"acc1": 0.0, "loss": None})
+    assert results == {"acc1": 0.0, "loss": None} and seen == [{"final/acc1": 0.0}]

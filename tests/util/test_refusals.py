@@ -13,7 +13,7 @@ import main_knn
 import main_lincls
 import main_pretrain
 from tools import draw_overview, run_mae_vis, vit_explain
-from util.dist import NAMES, init_processes
+from util.dist import NAMES, choose_device, init_processes
 from util.errors import InputError, LocalInputError, run_cli
 
 MAINS = {
@@ -240,9 +240,25 @@ def test_variables_of_a_launcher_that_do_not_fit_together_are_refused(launched, 
     assert all(f"{name}={value!r}" in str(error.value) for name, value in variables.items())
 
 
-@pytest.mark.parametrize("variables", [{}, FIRST_OF_TWO | {"WORLD_SIZE": "1"}])
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}])
 def test_a_single_process_needs_no_variables(launched, variables):
     launched(variables)
     with init_processes("cpu") as processes:
         assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
         assert processes.device == torch.device("cpu")
+
+
+def test_a_gpu_whose_driver_does_not_work_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", 0).type != "cuda"
+    with pytest.raises(InputError, match="device cuda"):
+        choose_device("cuda", 0)
+
+
+def test_a_broken_pipe_of_something_else_is_an_error(monkeypatch):
+    def fails():
+        raise BrokenPipeError("to a process")
+
+    with pytest.raises(BrokenPipeError, match="to a process"):
+        run_cli(fails)

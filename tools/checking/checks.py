@@ -33,7 +33,7 @@ from data.images import (
     open_image,
 )
 from data.packs.source import PackedSource
-from data.sources import FolderSource
+from data.sources import PASSED_OVER, FolderSource
 from util.pool import in_processes
 
 # What is found in one image; all but reason and num_bytes is 0 or empty for one that cannot be read
@@ -97,7 +97,7 @@ def other_files(root: Path) -> Counter[str]:
     out."""
     found: Counter[str] = Counter()
     for _, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [n for n in subfolders if n[0] != "." and n not in PASSED_OVER]
         found.update(
             Path(name).suffix.lower()
             for name in files

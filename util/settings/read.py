@@ -198,7 +198,7 @@ def _read_file(name: str, num_more: int = MAX_BASE_FILES) -> dict[str, Values]:
             )
         if "base" in content and not num_more:
             raise ValueError(f"it is one of more than {MAX_BASE_FILES} base: files in a chain")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             f"config {name} cannot be read: {' '.join(str(error).split())}", settings=("config",)
         ) from error
