@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.spec import broken, mask_rules, num_kept
+from models.spec import mask_problems, num_kept
 from util.errors import InputError
 
 # Of arXiv 2106.08254, algorithm 1: the smallest block as a share of all patches (16 of 14 x 14),
@@ -52,7 +52,7 @@ def draw_mask(
     Raises: InputError where nothing or everything would be kept, or where kind "grid" cannot have
     this ratio.
     """
-    if problems := broken(mask_rules(math.prod(grid_size), mask_ratio)):
+    if problems := mask_problems(math.prod(grid_size), mask_ratio):
         raise InputError("; ".join(problems))
     return MASKS[kind](grid_size, mask_ratio, generator)
 

@@ -2,7 +2,7 @@
 
 Settings make a specification (`models/build.py`), the constructors take its fields by keyword,
 checkpoints and weight files hold it, and recognising a foreign file yields one. A new
-architecture flag is a field here, with its check in `rules`, and its use in the model.
+architecture flag is a field here, with its check in `problems`, and its use in the model.
 
 Shapes: `N` patches, `K` kept patches, `M` predicted patches.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
-from util.errors import InputError
+from util.errors import InputError, where
 
 Size = int | tuple[int, int]
 
@@ -27,18 +27,16 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
     return math.floor(num_patches * (1 - mask_ratio) + 1e-6)
 
 
-def mask_rules(num_patches: int, mask_ratio: float) -> dict[str, bool]:
-    """Whether a share of the patches can be removed, as `EncoderSpec.rules` says it."""
+def mask_problems(num_patches: int, mask_ratio: float) -> list[str]:
+    """Why this share of the patches cannot be removed."""
     kept = num_kept(num_patches, mask_ratio)
-    return {
-        f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: at least one must stay "
-        "and one must go": not num_patches or 0 < kept < num_patches
-    }
-
-
-def broken(rules: dict[str, bool]) -> list[str]:
-    """The texts of the rules that do not hold."""
-    return [text for text, holds in rules.items() if not holds]
+    return where(
+        (
+            num_patches and not 0 < kept < num_patches,
+            f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: at least one must "
+            "stay and one must go",
+        )
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +81,16 @@ class EncoderSpec:
         """Width of the hidden layer of the encoder's MLPs."""
         return int(self.embed_dim * self.mlp_ratio)
 
-    def rules(self) -> dict[str, bool]:
-        """What must hold for such a model: the text of an error, and whether all is well."""
-        sides = zip(pair(self.img_size), pair(self.patch_size), strict=True)
-        fits = {
-            f"patch_size {self.patch_size} does not divide img_size {self.img_size}": not any(
-                image % patch for image, patch in sides
-            )
-        }
-        return fits | _width_rules("", self.embed_dim, self.num_heads)
-
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
-        return broken(self.rules())
+        sides = zip(pair(self.img_size), pair(self.patch_size), strict=True)
+        return where(
+            (
+                any(image % patch for image, patch in sides),
+                f"patch_size {self.patch_size} does not divide img_size {self.img_size}",
+            ),
+            *_width_rows("", self.embed_dim, self.num_heads),
+        )
 
     def checked(self) -> Self:
         """This specification. Raises: InputError with all its problems."""
@@ -142,27 +137,35 @@ class MAESpec(EncoderSpec):
         share = 1.0 if self.pred_ratio is None else self.pred_ratio
         return min(self.num_patches - self.num_kept, math.floor(self.num_patches * share + 1e-6))
 
-    def rules(self) -> dict[str, bool]:
-        """As `EncoderSpec.rules`."""
-        return (
-            super().rules()
-            | _width_rules("decoder_", self.decoder_embed_dim, self.decoder_num_heads)
-            | mask_rules(self.num_patches, self.mask_ratio)
-            | {
-                "decoder_class_token true needs class_token true: there is no class token to pass "
-                "on": self.class_token or not self.decoder_class_token,
-                f"decoder must be self or cross, got {self.decoder!r}": (
-                    self.decoder in ("self", "cross")
+    def problems(self) -> list[str]:
+        """What is wrong with this model, one line each."""
+        return [
+            *super().problems(),
+            *where(*_width_rows("decoder_", self.decoder_embed_dim, self.decoder_num_heads)),
+            *mask_problems(self.num_patches, self.mask_ratio),
+            *where(
+                (
+                    self.decoder_class_token and not self.class_token,
+                    "decoder_class_token true needs class_token true: there is no class token to "
+                    "pass on",
                 ),
-                "pred_ratio belongs to decoder cross: the standard decoder sees all removed "
-                "patches": self.pred_ratio is None or self.decoder == "cross",
-                f"pred_ratio {self.pred_ratio} must be at most mask_ratio {self.mask_ratio:g} and "
-                f"predict at least one of {self.num_patches} patches": (
-                    self.pred_ratio is None
-                    or (self.pred_ratio <= self.mask_ratio and self.num_predicted > 0)
+                (
+                    self.decoder not in ("self", "cross"),
+                    f"decoder must be self or cross, got {self.decoder!r}",
                 ),
-            }
-        )
+                (
+                    self.pred_ratio is not None and self.decoder != "cross",
+                    "pred_ratio belongs to decoder cross: the standard decoder sees all removed "
+                    "patches",
+                ),
+                (
+                    self.pred_ratio is not None
+                    and (self.pred_ratio > self.mask_ratio or self.num_predicted <= 0),
+                    f"pred_ratio {self.pred_ratio} must be at most mask_ratio "
+                    f"{self.mask_ratio:g} and predict at least one of {self.num_patches} patches",
+                ),
+            ),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,20 +189,23 @@ class ClassifierSpec(EncoderSpec):
         if self.fc_norm is None:
             object.__setattr__(self, "fc_norm", self.global_pool == "avg")
 
-    def rules(self) -> dict[str, bool]:
-        """As `EncoderSpec.rules`."""
+    def problems(self) -> list[str]:
+        """What is wrong with this model, one line each."""
         reads_token = self.global_pool == "token"
-        return super().rules() | {
-            f"global_pool must be avg or token, got {self.global_pool!r}": (
-                self.global_pool in ("avg", "token")
+        return super().problems() + where(
+            (
+                self.global_pool not in ("avg", "token"),
+                f"global_pool must be avg or token, got {self.global_pool!r}",
             ),
-            "global_pool token reads the class token: it needs class_token true": (
-                self.class_token or not reads_token
+            (
+                reads_token and not self.class_token,
+                "global_pool token reads the class token: it needs class_token true",
             ),
-            "fc_norm belongs to global_pool avg, got global_pool token": (
-                not (self.fc_norm and reads_token)
+            (
+                reads_token and self.fc_norm,
+                "fc_norm belongs to global_pool avg, got global_pool token",
             ),
-        }
+        )
 
 
 ModelSpec = MAESpec | ClassifierSpec
@@ -224,13 +230,16 @@ def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:
     return MAESpec(**values) if "decoder_embed_dim" in values else ClassifierSpec(**values)
 
 
-def _width_rules(part: str, embed_dim: int, num_heads: int) -> dict[str, bool]:
-    """The rules for a transformer's width; `part` is a prefix of the names, as `decoder_`."""
-    return {
-        f"{part}num_heads {num_heads} must be 1 or more and divide {part}embed_dim {embed_dim}": (
-            num_heads > 0 and not embed_dim % num_heads
+def _width_rows(part: str, embed_dim: int, num_heads: int) -> list[tuple[object, str]]:
+    """For `where`: what is wrong with a transformer's width; `part` is a prefix of the names, as
+    `decoder_`."""
+    return [
+        (
+            num_heads <= 0 or embed_dim % num_heads,
+            f"{part}num_heads {num_heads} must be 1 or more and divide {part}embed_dim {embed_dim}",
         ),
-        f"{part}embed_dim {embed_dim} must be divisible by 4, for the position table": (
-            not embed_dim % 4
+        (
+            embed_dim % 4,
+            f"{part}embed_dim {embed_dim} must be divisible by 4, for the position table",
         ),
-    }
+    ]

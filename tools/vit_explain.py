@@ -43,9 +43,8 @@ from models.build import classifier_config_problems
 from models.vit import VisionTransformer
 from models.weights.read import read_weights
 from util.dist import init_processes
-from util.errors import InputError, run_cli
+from util.errors import InputError, run_cli, where
 from util.files import write_output
-from util.settings.base import where
 from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS
 from util.settings.read import load_config
 from util.settings.tools import ExplainConfig

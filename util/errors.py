@@ -37,6 +37,11 @@ class LocalDataError(DataError, LocalInputError):
     """A DataError that only one process sees."""
 
 
+def where(*rows: tuple[object, str]) -> list[str]:
+    """The texts whose condition holds."""
+    return [text for condition, text in rows if condition]
+
+
 class LineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors, without the usage text."""
 

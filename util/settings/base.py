@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from util.errors import where
 from util.files import expand_path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -72,11 +73,6 @@ class Settings(BaseModel):
         """Values that are legal alone and wrong together: one line each, which begins with the
         setting's name."""
         return []
-
-
-def where(*rows: tuple[object, str]) -> list[str]:
-    """The texts whose condition holds."""
-    return [text for condition, text in rows if condition]
 
 
 class DeviceConfig(Settings):

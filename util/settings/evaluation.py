@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from util.errors import where
 from util.settings.base import (
     AdamWConfig,
     AugmentConfig,
@@ -27,7 +28,6 @@ from util.settings.base import (
     Text,
     TrainRunConfig,
     setting,
-    where,
 )
 from util.settings.pretrain import PretrainConfig
 

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from util.errors import where
 from util.settings.base import (
     AdamWConfig,
     AugmentConfig,
@@ -16,7 +17,6 @@ from util.settings.base import (
     TrainRunConfig,
     Width,
     setting,
-    where,
 )
 
 

@@ -3,6 +3,7 @@ stages do."""
 
 from typing import Literal
 
+from util.errors import where
 from util.settings.base import (
     Count,
     CountOrZero,
@@ -14,7 +15,6 @@ from util.settings.base import (
     Seed,
     ShareBelowOne,
     setting,
-    where,
 )
 from util.settings.evaluation import ClassifierConfig, EvalCropConfig
 from util.settings.pretrain import AutoencoderConfig
