@@ -3,8 +3,10 @@ processes or workers.
 
 An epoch is a permutation of the data set, by blocks if the images lie in large files. `position`
 counts through it. Optimiser step s of an epoch takes the positions [s * total, (s + 1) * total),
-which its micro-batches and processes share. The images left at the end of an epoch are not decoded
-and differ each time. One integer, the step, is enough to continue anywhere.
+which its micro-batches and processes share: with batches of 4, 2 processes and 2 micro-batches,
+process 0 takes 0 to 3 and 8 to 11 of the first step, process 1 takes 4 to 7 and 12 to 15. The
+images left at the end of an epoch are not decoded and differ each time. One integer, the step, is
+enough to continue anywhere.
 
 With `aug_repeats` M (repeated augmentation, arXiv 1901.09335) each M consecutive positions show one
 image, cropped, flipped and masked M times. Epochs are counted in samples, that is in crops: an
