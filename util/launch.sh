@@ -8,8 +8,9 @@
 #                NODE_RANK, and does not survive the loss of the machine MASTER_ADDR
 #   MAX_RESTARTS how often all processes are started again after one has died or a machine was lost;
 #                default 0, and 3 with LEAST:MOST
-#   PYTHON       interpreter; default: that of the active environment (venv or conda), else .venv
-#                beside the launcher, else python3
+#   PYTHON       interpreter; default: that of the active environment (venv or conda, whose base
+#                does not count, as it is active in every shell), else .venv beside the launcher,
+#                else python3
 #
 # Memory that a step frees stays with the process, by glibc's MALLOC_* variables unless they are set
 # already; otherwise every step on a CPU asks the system for it again, page by page.
@@ -29,7 +30,9 @@ whole_number() {
 choose_python() {
   if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
-    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$1/.venv/bin/python" ]; then
+    active=${VIRTUAL_ENV:-}${CONDA_PREFIX:-}
+    [ "${CONDA_DEFAULT_ENV:-}" != base ] || active=${VIRTUAL_ENV:-}
+    if [ -z "$active" ] && [ -x "$1/.venv/bin/python" ]; then
       PYTHON="$1/.venv/bin/python"
     fi
   fi
@@ -62,7 +65,7 @@ launch() {
   shift 2
 
   if [ -z "${NGPU:-}" ]; then
-    NGPU=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))') ||
+    NGPU=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 1)') ||
       fail "$PYTHON has no torch"
   fi
   export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" # 32 MiB, glibc's maximum

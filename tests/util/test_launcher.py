@@ -162,6 +162,7 @@ def test_a_failure_that_is_no_mistake_keeps_its_traceback_and_torchruns_summary(
         ({"VIRTUAL_ENV": "/env"}, "python3"),
         ({"CONDA_PREFIX": "/env"}, "python3"),
         ({"PYTHON": "mine", "CONDA_PREFIX": "/env"}, "mine"),
+        ({"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "base"}, ".venv/bin/python"),
         ({}, ".venv/bin/python"),
     ],
 )
