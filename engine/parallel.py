@@ -10,10 +10,8 @@ Source: ZeRO stage 3 (arXiv 1910.02054) in torch's FSDP2 (arXiv 2304.11277), who
 are `DTensor`s.
 """
 
-import atexit
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -78,10 +76,6 @@ def place_model(model: nn.Module, cfg: RunConfig, processes: Processes) -> None:
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for part in [*blocks_of(model), model]:  # at last what is in no block
         fully_shard(part, mesh=mesh)
-    # DTensor's caches keep gloo's threads to the very end. One that still has a collective's
-    # tensors to release when Python shuts down aborts the process, as some short runs did (torch
-    # 2.14.1, pytorch issue 190489), so a process waits for 0.3 s.
-    atexit.register(time.sleep, 0.3)
 
 
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:

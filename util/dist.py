@@ -1,8 +1,10 @@
 """Processes and devices: one process or many under torchrun, on CUDA, MPS or CPU, by the same
 code."""
 
+import atexit
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from util.watchdog import watched
 
 # torch's own limit counts by the clock, also while the job is suspended; `watched` does not
 UNLIMITED = timedelta(days=365)
+EXIT_S = 0.3  # for which a process of several waits at its very end
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _timeout = [30.0]  # minutes that a message may take, of `init_processes`
 Message = TypeVar("Message")
@@ -67,6 +70,9 @@ def init_processes(device: str, timeout: float = 30.0) -> Iterator[Processes]:
                 timeout=UNLIMITED,
             )
         _timeout[:] = [timeout]
+        # A gloo thread that still has a collective's tensors to release when Python shuts down
+        # aborts the process, as some short runs did (torch 2.14.1, pytorch issue 190489).
+        atexit.register(time.sleep, EXIT_S)
     try:
         yield Processes(rank, world_size, local_rank, local_world_size, chosen)
     except RuntimeError as error:

@@ -113,7 +113,7 @@ def test_resume_on_another_number_of_processes(alone, tmp_path):
     assert_steps_agree(alone[0], folder)
     assert (saved.total_batch, saved.samples_seen) == (64, 124 * 64)
     refused = launch(arguments, processes=2)
-    text = "the run's total batch of 64 is not a multiple of batch_size 64 x 2 processes = 128"
+    text = "64 is not a multiple of batch_size 64 x 2 processes = 128"
     assert refused.returncode != 0 and text in refused.stderr
     assert refused.stderr.count("error: ") == 1
 
