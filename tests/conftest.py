@@ -1,6 +1,7 @@
 """Shared fixtures, and the rule that continuous integration skips nothing."""
 
 import os
+import shutil
 import signal
 import tarfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from packs import pack
 from runs import ROOT as ROOT  # others take it from here
 from runs import make_pictures, pretrain_pictures
 
@@ -50,6 +52,18 @@ def photographs(tmp_path_factory) -> Path:
 def cifar10_jpeg(tmp_path_factory) -> Path:
     """CIFAR-10 as 60,000 JPEGs, train/ and val/."""
     return _unpacked(tmp_path_factory, "cifar10.tar.gz") / "cifar10"
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory, data) -> Path:
+    """The pictures of `data`, packed into six and three shards."""
+    return pack(data, tmp_path_factory.mktemp("packs") / "digits")
+
+
+@pytest.fixture
+def own(tmp_path, packs) -> Path:
+    """A copy of `packs` to spoil."""
+    return shutil.copytree(packs, tmp_path / "own")
 
 
 @pytest.fixture(scope="session")

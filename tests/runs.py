@@ -137,6 +137,22 @@ def cut_after(monkeypatch, steps: int, module=engine.loop, name: str = "optimize
     monkeypatch.setattr(module, name, counted)
 
 
+def note_reads(monkeypatch) -> list[str]:
+    """The calls that read a tensor's value or wait for a device, by name, as they come."""
+    reads: list[str] = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def noted(self, original=original, name=name):
+            reads.append(name)
+            return original(self)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    for device in (torch.cuda, torch.cpu, torch.mps):
+        monkeypatch.setattr(device, "synchronize", lambda *_: reads.append("synchronize"))
+    return reads
+
+
 def changed_files(folder: Path, before: dict[str, tuple[int, bytes]]) -> set[str]:
     """The files, of those in `before` and those that are there now, that differ in time or
     content."""

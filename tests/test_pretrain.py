@@ -21,6 +21,7 @@ from runs import (
     driven,
     files_of,
     log_lines,
+    note_reads,
     run,
     step_losses,
     stop_at,
@@ -220,15 +221,7 @@ def test_one_batch_equals_accumulated_micro_batches(finished, tmp_path):
 def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
     """Reads of a tensor's value in this process; images are decoded in another, which reads small
     CPU tensors."""
-    reads = []
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
-        original = getattr(torch.Tensor, name)
-
-        def counted(self, original=original, name=name):
-            reads.append(name)
-            return original(self)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
+    reads = note_reads(monkeypatch)
     counts = []
     for epochs in (2, 3):  # 62 steps more, whose last one logs
         reads.clear()

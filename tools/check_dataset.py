@@ -28,6 +28,7 @@ from data.packs.index import INDEX
 from data.packs.source import PackedSource
 from data.sources import check_folder
 from engine.run.faults import why_training_stops
+from engine.run.records import write_log
 from tools.checking.checks import equal_images, examine, other_files
 from tools.checking.report import STAGES, Facts, report, spread_of
 from util.dist import available_cores
@@ -98,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> Facts:
     facts, bad = check(args)
     sys.stdout.write("\n".join(report(facts, bad, args.img_size)) + "\n")
     if args.problems:  # as a run's bad_samples.jsonl
-        lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in bad)
-        write_text(args.problems, "".join(lines))
+        write_log(args.problems, [{"path": name, "reason": reason} for name, reason in bad])
     if args.json:
         write_text(args.json, json.dumps(facts, indent=1) + "\n")
     return facts

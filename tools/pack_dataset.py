@@ -20,6 +20,7 @@ from pathlib import Path
 from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
 from data.packs.shards import index_shard
+from engine.run.records import write_log
 from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
 from util.dist import available_cores
 from util.errors import InputError, LineParser, run_cli
@@ -108,8 +109,7 @@ def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
                 f"the images in {listing.root} changed while they were packed: {UNCHANGED}"
             )
         if bad:
-            text = "".join(json.dumps(entry._asdict()) + "\n" for entry in bad)
-            write_text(folder / BAD_SAMPLES, text)
+            write_log(folder / BAD_SAMPLES, [entry._asdict() for entry in bad])
         return write_index(folder, shards, listing.class_names, args.side, len(bad))
 
 

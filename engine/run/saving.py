@@ -95,8 +95,9 @@ class Saver(ExitStack):
         finite: list[torch.Tensor] = []
         content = vars(state.checkpoint(self.job.identity, plan.total_batch))
         content = on_host(content, run.processes.is_main, finite)
+        is_finite = bool(torch.stack(finite).all())
         # A process sees only its part of a sharded tensor.
-        if not state.may_diverge and not all(all_gather(all(finite))):
+        if not state.may_diverge and not all(all_gather(is_finite)):
             raise InputError(
                 f"the state is not finite after step {state.step}, so it is not saved: lower lr, "
                 f"set clip_grad, or use precision bf16 or fp32; the last checkpoint is from before"
@@ -159,7 +160,7 @@ def on_host(value: Any, keep: bool, finite: list[torch.Tensor]) -> Any:
     of it is finite.
     """
     if isinstance(value, torch.Tensor):
-        finite.append(own_part(value).isfinite().all())
+        finite.append(own_part(value).isfinite().all().cpu())
         tensor = full_tensor(value.detach())
         return tensor.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):

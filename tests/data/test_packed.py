@@ -44,18 +44,6 @@ from engine.run import batches as batches_module
 from util.errors import DataError, InputError
 
 
-@pytest.fixture(scope="module")
-def packs(tmp_path_factory, data) -> Path:
-    """The pictures of `data`, packed into six and three shards."""
-    return pack(data, tmp_path_factory.mktemp("packs") / "digits")
-
-
-@pytest.fixture
-def own(tmp_path, packs) -> Path:
-    """A copy to spoil."""
-    return shutil.copytree(packs, tmp_path / "own")
-
-
 def test_a_pack_shows_the_images_of_the_folder(data, packs):
     source = PackedSource(packs / "train", 3)
     folder = FolderSource(str(data / "train"), 3, prefer_train=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from reference import MAE
-from runs import digits, step_losses
+from runs import digits, note_reads, step_losses
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -177,17 +177,7 @@ def test_checkpointing_and_compiling_may_be_switched_on_later_and_change_no_loss
 def test_a_step_that_does_not_log_never_waits_for_the_device(tmp_path, monkeypatch):
     """Nothing between two log lines reads a value back: 62 steps wait as often as 31 of them
     would."""
-    waits = []
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
-        real = getattr(torch.Tensor, name)
-
-        def counted(self, real=real, name=name):
-            waits.append(name)
-            return real(self)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
-    for device in (torch.cuda, torch.cpu, torch.mps):
-        monkeypatch.setattr(device, "synchronize", lambda *_: waits.append("synchronize"))
+    waits = note_reads(monkeypatch)
     counts = []
     for steps, epochs in ((31, 1), (62, 1)):
         waits.clear()
@@ -196,4 +186,4 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(tmp_path, monkeypat
         assert main_pretrain.main(digits(tmp_path / str(steps), *flags))["step"] == steps
         assert "synchronize" not in waits
         counts.append(len(waits))
-    assert 0 < counts[0] == counts[1]
+    assert counts[0] == counts[1] < 40

@@ -54,18 +54,6 @@ def facts_of(folder: Path) -> dict:
     return json.loads((folder / "index.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def packs(tmp_path_factory, data) -> Path:
-    """The digits, packed into six and three shards."""
-    return pack(data, tmp_path_factory.mktemp("packs") / "digits")
-
-
-@pytest.fixture
-def own(tmp_path, packs) -> Path:
-    """A copy to spoil."""
-    return shutil.copytree(packs, tmp_path / "own")
-
-
 def test_a_folder_with_classes_becomes_shards_with_labels_in_mixed_order(data, packs):
     files = ["index.json", "index.npy", "names.npy", "packing.json"]
     for split, count, each in (("train", 6, 40), ("val", 3, 20)):
