@@ -9,8 +9,15 @@ Without --finetune it trains from scratch; with --eval it only evaluates the cla
 best.safetensors and model.safetensors.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    from engine.stages import read_finetune
+    from util.start import start
+
+    settings = start(read_finetune)
+
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +38,11 @@ from engine.run.folder import open_run
 from engine.run.job import Job, begin
 from engine.run.records import read_results
 from engine.run.saving import Saver
-from models.build import classifier_config_problems
+from engine.stages import read_finetune
 from util.dist import broadcast
 from util.errors import run_cli
 from util.rng import BATCH, derive_seed, seed_libraries
-from util.settings.evaluation import STAGE_CONFIGS, FinetuneConfig
-from util.settings.read import load_config
+from util.settings.evaluation import FinetuneConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +50,11 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Fine-tunes, goes on with a run, or evaluates; returns what it writes to results.json
     (eval.json for --eval)."""
-    cfg = load_config(
-        FinetuneConfig,
-        "finetune",
-        argv,
-        checks=[classifier_config_problems],
-        siblings=STAGE_CONFIGS,
-    )
+    return finetune(read_finetune(argv))
+
+
+def finetune(cfg: FinetuneConfig) -> dict[str, object]:
+    """Does and returns the same for settings."""
     with open_run(cfg) as run:
         data = open_labelled_data(cfg, run)
         source = take_subset(data.train, cfg.subset, cfg.seed)
@@ -157,4 +161,4 @@ def evaluate_epoch(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(partial(finetune, settings))

@@ -8,6 +8,12 @@ weighted votes.
 `--save_path` keeps the features, and `--load_path` takes them in place of computing them.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    from engine.stages import read_knn
+    from util.start import start
+
+    settings = start(read_knn)
+
 import logging
 import re
 from collections.abc import Sequence
@@ -24,13 +30,12 @@ from engine.evaluation.features_file import Origin, check_folders, load_features
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.knn import rank_labels
 from engine.run.folder import Run, open_run
-from models.build import classifier_config_problems
+from engine.stages import read_knn
 from models.weights.files import weights_digest
 from models.weights.read import read_weights
 from util.dist import gather_rows
 from util.errors import InputError, run_cli
-from util.settings.evaluation import RANDOM_WEIGHTS, STAGE_CONFIGS, KnnConfig
-from util.settings.read import load_config
+from util.settings.evaluation import RANDOM_WEIGHTS, KnnConfig
 
 WEIGHTS_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 DIGITS = re.compile(r"(\d+)")
@@ -44,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> Results:
     For a folder of checkpoints these are the results of the last one, with those of all of them
     as a list under `checkpoints`.
     """
-    cfg = load_config(
-        KnnConfig, "knn", argv, checks=[classifier_config_problems], siblings=STAGE_CONFIGS
-    )
+    return evaluate(read_knn(argv))
+
+
+def evaluate(cfg: KnnConfig) -> Results:
+    """Does and returns the same for settings."""
     with open_run(cfg) as run:
         if (run.output_dir / "config.yaml").exists():  # training runs write it, this stage does not
             raise InputError(
@@ -189,4 +196,4 @@ def check_origin(cfg: KnnConfig, origin: Origin) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(partial(evaluate, settings))

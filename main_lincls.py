@@ -9,6 +9,12 @@ training set chooses one; the validation set has no say. The same command resume
 model.safetensors is the classifier with the chosen head.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    from engine.stages import read_lincls
+    from util.start import start
+
+    settings = start(read_lincls)
+
 from collections.abc import Sequence
 from functools import partial
 
@@ -35,22 +41,23 @@ from engine.run.folder import open_run
 from engine.run.job import Job, begin
 from engine.run.records import read_results
 from engine.run.saving import Saver
-from models.build import classifier_config_problems
+from engine.stages import read_lincls
 from models.heads.probe import LinearProbes
 from models.vit import VisionTransformer
 from util.errors import run_cli
 from util.rng import HEAD, generator
-from util.settings.evaluation import STAGE_CONFIGS, LinclsConfig
-from util.settings.read import load_config
+from util.settings.evaluation import LinclsConfig
 
 HELD_OUT = 0.1  # share of the training set that chooses among several learning rates
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Trains linear classifiers, or goes on with a run; returns what it writes to results.json."""
-    cfg = load_config(
-        LinclsConfig, "lincls", argv, checks=[classifier_config_problems], siblings=STAGE_CONFIGS
-    )
+    return train_probes(read_lincls(argv))
+
+
+def train_probes(cfg: LinclsConfig) -> dict[str, object]:
+    """Does and returns the same for settings."""
     assert cfg.finetune is not None, "the config checks that there are weights"
     with open_run(cfg) as run:
         data = open_labelled_data(cfg, run)
@@ -167,4 +174,4 @@ def evaluate_epoch(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(partial(train_probes, settings))

@@ -6,6 +6,12 @@ One process needs no launcher: python main_pretrain.py --config ... The same com
 it stopped.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    from engine.stages import read_pretrain
+    from util.start import start
+
+    settings = start(read_pretrain)
+
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,14 +32,13 @@ from engine.run.checkpoint import save_weights, weights_path
 from engine.run.folder import open_run
 from engine.run.job import Job, begin
 from engine.run.saving import Saver
-from models.build import build_model, mae_config_problems, mae_spec
+from engine.stages import read_pretrain
+from models.build import build_model, mae_spec
 from models.mae import MaskedAutoencoder
 from models.masks import training_order
 from util.dist import broadcast, first_process_first
 from util.errors import run_cli
-from util.settings.evaluation import STAGE_CONFIGS
 from util.settings.pretrain import PretrainConfig
-from util.settings.read import load_config
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +46,11 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Pretrains, or goes on with a run; returns `step`, `loss` (mean of the last epoch) and
     `epoch_losses`."""
-    cfg = load_config(
-        PretrainConfig, "pretrain", argv, checks=[mae_config_problems], siblings=STAGE_CONFIGS
-    )
+    return pretrain(read_pretrain(argv))
+
+
+def pretrain(cfg: PretrainConfig) -> dict[str, object]:
+    """Does and returns the same for settings."""
     with open_run(cfg) as run:
         with first_process_first(run.processes) if cfg.download else nullcontext():
             source = build_pretrain_source(cfg.dataset, cfg.data_path, cfg.in_chans, cfg.download)
@@ -107,4 +114,4 @@ def finish(job: Job, figures: dict[str, float]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(partial(pretrain, settings))

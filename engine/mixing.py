@@ -2,8 +2,6 @@
 that goes with them."""
 
 import torch
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,11 +16,16 @@ class BatchMixer:
 
     def __init__(self, cfg: FinetuneConfig, num_classes: int, device: torch.device):
         self.label_smoothing = cfg.label_smoothing
-        self.erase = RandomErasing(
-            cfg.re_prob, mode=cfg.re_mode, max_count=cfg.re_count, device=device
-        )
-        self.mix = None
+        self.erase = self.mix = None
+        if cfg.re_prob:
+            from timm.data.random_erasing import RandomErasing  # here, as timm takes long to import
+
+            self.erase = RandomErasing(
+                cfg.re_prob, mode=cfg.re_mode, max_count=cfg.re_count, device=device
+            )
         if cfg.mixup or cfg.cutmix:
+            from timm.data import Mixup
+
             self.mix = Mixup(
                 cfg.mixup,
                 cfg.cutmix,
@@ -36,7 +39,8 @@ class BatchMixer:
 
         Returns: the images, and the labels, which mixing turns into shares `(B, num_classes)`.
         """
-        images = self.erase(images)
+        if self.erase is not None:
+            images = self.erase(images)
         if self.mix is not None:
             images, labels = self.mix(images, labels)
         return images, labels

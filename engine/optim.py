@@ -4,13 +4,17 @@ Decay: weights of Linear layers and of the patch projection; nothing on biases, 
 mask token and positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
@@ -81,7 +85,7 @@ def optimizer_step(
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(grad_norm, DTensor):
+    if hasattr(grad_norm, "full_tensor"):  # a sharded tensor, whose class takes long to import
         grad_norm = grad_norm.full_tensor()
     found_inf = (~grad_norm.isfinite()).float()
     if clip_grad is not None:
@@ -100,7 +104,11 @@ def optimizer_step(
 
 def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
     """The moving average of a model's weights, or None if `decay` is None."""
-    return None if decay is None else ModelEmaV3(model, decay=decay, foreach=False)
+    if decay is None:
+        return None
+    from timm.utils import ModelEmaV3  # here, as importing timm takes long
+
+    return ModelEmaV3(model, decay=decay, foreach=False)
 
 
 @torch.no_grad()

@@ -17,9 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.loader import Batch
 from models.build import build_model
@@ -73,6 +70,9 @@ def place_model(model: nn.Module, cfg: RunConfig, processes: Processes) -> None:
     if not shards:
         model.to(processes.device)
         return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # here, as importing it takes long
+
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for part in [*blocks_of(model), model]:  # at last what is in no block
         fully_shard(part, mesh=mesh)
@@ -126,17 +126,17 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model's parameters are sharded."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all processes, which must all call; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def unsharded_model(model: ModelT, device: torch.device) -> ModelT:
@@ -177,7 +177,10 @@ def shard_optimizer_state(
 
 def _like(tensor: Tensor, target: Tensor | None) -> Tensor:
     """This process's part of a full tensor if `target` is sharded and of its shape."""
-    if not isinstance(target, DTensor) or tensor.shape != target.shape:
+    if not hasattr(target, "full_tensor") or tensor.shape != target.shape:
         return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
     tensor = tensor.to(target.device)  # each process has read the file: nothing is sent
     return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,6 +100,23 @@ class Attention(nn.Module):
                 self.kv(memory), "b s (two h d) -> two b h s d", two=2, h=self.num_heads
             )
         return self.proj(attend(q, k, v, maps))  # (B, T, D)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training a sample's residual branch is 0 with
+    probability `rate`, and else scaled so that its mean stays; timm's draws (tested)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, ...)` -> `(B, ...)`."""
+        if not self.training:
+            return x
+        keep = 1 - self.rate
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, ...)
+        return x * kept.div_(keep)
 
 
 class Block(nn.Module):

@@ -1,20 +1,23 @@
 """Models from settings: the table of sizes, and the specification that a stage's settings ask for.
 
-`size: small` fills the four keys of VIT_SIZES that the settings leave null.
+`size: small` fills the four keys of VIT_SIZES that the settings leave null. Settings are checked
+here before torch is imported, so only building imports it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import torch
-
-from models.mae import DECODER_NAMES, MaskedAutoencoder
 from models.spec import ClassifierSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec
-from models.vit import VisionTransformer
 from util.settings.base import ModelConfig
 from util.settings.evaluation import ClassifierConfig
 from util.settings.pretrain import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from models.mae import MaskedAutoencoder
+    from models.vit import VisionTransformer
 
 # tiny and debug: DeiT (arXiv 2012.12877, table 1) and a size for tests. small: DeiT. base, large,
 # huge: ViT (arXiv 2010.11929, table 1). giant: 1664 wide, 48 deep as in arXiv 2106.04560, table 2,
@@ -51,6 +54,9 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer:
 
     Raises: InputError for a model that cannot be.
     """
+    from models.mae import MaskedAutoencoder
+    from models.vit import VisionTransformer
+
     if isinstance(spec, MAESpec):
         return MaskedAutoencoder(**vars(spec))
     return VisionTransformer(**vars(spec))
@@ -62,6 +68,10 @@ def encoder_of(model: MaskedAutoencoder) -> VisionTransformer:
 
     It shares the model's tensors: nothing is copied, and what training changes shows here.
     """
+    import torch
+
+    from models.mae import DECODER_NAMES
+
     with torch.device("meta"):
         encoder = build_model(encoder_spec(model.spec, "avg"))
     tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(DECODER_NAMES)}

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+Result = TypeVar("Result")
 
 
 class InputError(ValueError):
@@ -49,9 +51,9 @@ class LineParser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def run_cli(main: Callable[[], object]) -> None:
-    """Runs an entry script: an `InputError` becomes `error: ...` on stderr and exit code 2, without
-    a traceback.
+def run_cli(main: Callable[[], Result]) -> Result:
+    """Runs an entry script, or its beginning, and returns its result: an `InputError` becomes
+    `error: ...` on stderr and exit code 2, without a traceback.
 
     Notes that were added to the error end its line. A mistake that every process of a job finds is
     reported once per machine. Closed standard streams are replaced by the null device; a reader of
@@ -66,7 +68,7 @@ def run_cli(main: Callable[[], object]) -> None:
             stream.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
     try:
         try:
-            main()
+            return main()
         finally:
             sys.stdout.flush()  # here, as a reader that has left would be an error at the end
     except InputError as error:

@@ -11,9 +11,6 @@
 #   PYTHON       interpreter; default: that of the active environment (venv or conda, whose base
 #                does not count, as it is active in every shell), else .venv beside the launcher,
 #                else python3
-#
-# Memory that a step frees stays with the process, by glibc's MALLOC_* variables unless they are set
-# already; otherwise every step on a CPU asks the system for it again, page by page.
 
 fail() {
   echo "error: $1" >&2
@@ -68,8 +65,6 @@ launch() {
     NGPU=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 1)') ||
       fail "$PYTHON has no torch"
   fi
-  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}" # 32 MiB, glibc's maximum
-  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-17179869184}"
   NNODES=${NNODES:-1}
   least=${NNODES%%:*}
   most=${NNODES#*:}

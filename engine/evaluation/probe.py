@@ -9,7 +9,6 @@ Shapes: `B` batch, `H` probes, `C` classes.
 import math
 
 import torch
-from timm.optim import Lars
 from torch import Tensor
 from torch import distributed as dist
 from torch.amp import GradScaler
@@ -64,6 +63,8 @@ def build_probe_optimizer(probes: LinearProbes, cfg: LinclsConfig) -> torch.opti
                 }
             )
     if cfg.optimizer == "lars":
+        from timm.optim import Lars  # here, as importing timm takes long
+
         return Lars(groups, lr=0.0, momentum=cfg.momentum, trust_coeff=TRUST_COEFFICIENT)
     return torch.optim.SGD(groups, lr=0.0, momentum=cfg.momentum, nesterov=True)
 

@@ -5,15 +5,16 @@ here opens a window, so no display is needed. A tool replaces only files that a 
 have a mark: who calls a file of theirs `grid.png` keeps it.
 """
 
+from __future__ import annotations
+
 import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib import colormaps, figure, font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -22,16 +23,19 @@ from torch.nn import functional as F
 from util.errors import InputError
 from util.files import write_output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MARK = "masked-autoencoder picture tools"  # PNG text "Software", HTML generator, tail of an array
 MONITOR_PICTURE = "monitor.png"  # in the folder of a run
 
 DPI = 100  # of matplotlib's figures
-COLORS = colormaps["turbo"]
+COLORS = "turbo"  # of heat maps, in matplotlib's words
 CELL = 160  # a small picture is enlarged as often as keeps it within these pixels
 LARGEST_CELL = 224  # longest side, in pixels, to which a large image is reduced in a grid
 GAP, TEXT = 6, 20  # pixels between images, and height in pixels of a line of text
 CHARACTER = 6  # average width of a letter in pixels
-FONT = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 11)
+FONT, FONT_SIZE = "DejaVu Sans", 11
 
 
 def to_picture(image: Tensor) -> np.ndarray:
@@ -50,10 +54,12 @@ def enlarged(picture: np.ndarray, longest: int) -> np.ndarray:
 def heat_over(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """The picture, blended half and half with a heat map whose colours run from its lowest to its
     highest value."""
+    from matplotlib import colormaps  # here, as importing matplotlib takes long
+
     low, high = float(heat.min()), float(heat.max())
     values = torch.from_numpy((heat - low) / ((high - low) or 1.0)).float()[None, None]
     smooth = F.interpolate(values, size=picture.shape[:2], mode="bilinear")[0, 0]  # (H, W)
-    colors = COLORS(smooth.numpy(), bytes=True)[..., :3]
+    colors = colormaps[COLORS](smooth.numpy(), bytes=True)[..., :3]
     return np.round((np.float32(picture) + colors) / 2).astype(np.uint8)
 
 
@@ -65,6 +71,9 @@ def draw_grid(
 ) -> np.ndarray:
     """Pictures of one size in rows, with a title over each column, a label over each row (unless
     it is empty) and a caption below."""
+    from matplotlib import font_manager
+
+    font = ImageFont.truetype(font_manager.findfont(FONT), FONT_SIZE)
     cells = [[_cell(picture) for picture in row] for row in rows]
     height, width = cells[0][0].shape[:2]
     lefts = [GAP + (width + GAP) * place for place in range(max(map(len, cells)))]
@@ -78,7 +87,7 @@ def draw_grid(
         line = Image.fromarray(blank(TEXT if any(texts) else 0))
         for left, text in zip(lefts, texts, strict=False):
             printable = text.encode(errors="replace").decode()  # a file's name may not be Unicode
-            ImageDraw.Draw(line).text((left, 2), printable, fill="black", font=FONT)
+            ImageDraw.Draw(line).text((left, 2), printable, fill="black", font=font)
         return np.asarray(line)
 
     parts = [blank(GAP), written(columns)]
@@ -91,8 +100,10 @@ def draw_grid(
     return np.concatenate(parts)
 
 
-def figure_picture(drawn: figure.Figure) -> np.ndarray:
+def figure_picture(drawn: Figure) -> np.ndarray:
     """A figure of matplotlib as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(drawn)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # (H, W, 3)

@@ -4,13 +4,15 @@ A job begins a run or goes on with the one in its folder, if its settings, image
 those of that run. Its state is all that a checkpoint restores.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from timm.utils import ModelEmaV3
 
 from data.sources import ImageSource
 from engine.meters import StepMeter
@@ -25,6 +27,9 @@ from util.dist import all_gather, autocast_dtype, broadcast
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
 from util.settings.read import changed_settings, differences
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 logger = logging.getLogger(__name__)
 
