@@ -10,14 +10,12 @@ best.safetensors and model.safetensors.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    from engine.stages import read_finetune
-    from util.start import start
+    from engine.start import read_finetune, start
 
     settings = start(read_finetune)
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +36,7 @@ from engine.run.folder import open_run
 from engine.run.job import Job, begin
 from engine.run.records import read_results
 from engine.run.saving import Saver
-from engine.stages import read_finetune
+from engine.start import read_finetune
 from util.dist import broadcast
 from util.errors import run_cli
 from util.rng import BATCH, derive_seed, seed_libraries
@@ -47,14 +45,10 @@ from util.settings.evaluation import FinetuneConfig
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, object]:
+def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -> dict[str, object]:
     """Fine-tunes, goes on with a run, or evaluates; returns what it writes to results.json
-    (eval.json for --eval)."""
-    return finetune(read_finetune(argv))
-
-
-def finetune(cfg: FinetuneConfig) -> dict[str, object]:
-    """Does and returns the same for settings."""
+    (eval.json for --eval). `cfg` are settings that have been read already."""
+    cfg = cfg or read_finetune(argv)
     with open_run(cfg) as run:
         data = open_labelled_data(cfg, run)
         source = take_subset(data.train, cfg.subset, cfg.seed)
@@ -161,4 +155,4 @@ def evaluate_epoch(
 
 
 if __name__ == "__main__":
-    run_cli(partial(finetune, settings))
+    run_cli(lambda: main(cfg=settings))

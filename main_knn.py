@@ -9,8 +9,7 @@ weighted votes.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    from engine.stages import read_knn
-    from util.start import start
+    from engine.start import read_knn, start
 
     settings = start(read_knn)
 
@@ -30,7 +29,7 @@ from engine.evaluation.features_file import Origin, check_folders, load_features
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.knn import rank_labels
 from engine.run.folder import Run, open_run
-from engine.stages import read_knn
+from engine.start import read_knn
 from models.weights.files import weights_digest
 from models.weights.read import read_weights
 from util.dist import gather_rows
@@ -43,17 +42,13 @@ Results = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> Results:
+def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Results:
     """Classifies the validation images; returns what it writes to results.json.
 
     For a folder of checkpoints these are the results of the last one, with those of all of them
-    as a list under `checkpoints`.
+    as a list under `checkpoints`. `cfg` are settings that have been read already.
     """
-    return evaluate(read_knn(argv))
-
-
-def evaluate(cfg: KnnConfig) -> Results:
-    """Does and returns the same for settings."""
+    cfg = cfg or read_knn(argv)
     with open_run(cfg) as run:
         if (run.output_dir / "config.yaml").exists():  # training runs write it, this stage does not
             raise InputError(
@@ -196,4 +191,4 @@ def check_origin(cfg: KnnConfig, origin: Origin) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(partial(evaluate, settings))
+    run_cli(lambda: main(cfg=settings))

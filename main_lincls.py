@@ -10,8 +10,7 @@ model.safetensors is the classifier with the chosen head.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    from engine.stages import read_lincls
-    from util.start import start
+    from engine.start import read_lincls, start
 
     settings = start(read_lincls)
 
@@ -41,7 +40,7 @@ from engine.run.folder import open_run
 from engine.run.job import Job, begin
 from engine.run.records import read_results
 from engine.run.saving import Saver
-from engine.stages import read_lincls
+from engine.start import read_lincls
 from models.heads.probe import LinearProbes
 from models.vit import VisionTransformer
 from util.errors import run_cli
@@ -51,13 +50,10 @@ from util.settings.evaluation import LinclsConfig
 HELD_OUT = 0.1  # share of the training set that chooses among several learning rates
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, object]:
-    """Trains linear classifiers, or goes on with a run; returns what it writes to results.json."""
-    return train_probes(read_lincls(argv))
-
-
-def train_probes(cfg: LinclsConfig) -> dict[str, object]:
-    """Does and returns the same for settings."""
+def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> dict[str, object]:
+    """Trains linear classifiers, or goes on with a run; returns what it writes to results.json.
+    `cfg` are settings that have been read already."""
+    cfg = cfg or read_lincls(argv)
     assert cfg.finetune is not None, "the config checks that there are weights"
     with open_run(cfg) as run:
         data = open_labelled_data(cfg, run)
@@ -174,4 +170,4 @@ def evaluate_epoch(
 
 
 if __name__ == "__main__":
-    run_cli(partial(train_probes, settings))
+    run_cli(lambda: main(cfg=settings))

@@ -7,8 +7,7 @@ it stopped.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    from engine.stages import read_pretrain
-    from util.start import start
+    from engine.start import read_pretrain, start
 
     settings = start(read_pretrain)
 
@@ -32,7 +31,7 @@ from engine.run.checkpoint import save_weights, weights_path
 from engine.run.folder import open_run
 from engine.run.job import Job, begin
 from engine.run.saving import Saver
-from engine.stages import read_pretrain
+from engine.start import read_pretrain
 from models.build import build_model, mae_spec
 from models.mae import MaskedAutoencoder
 from models.masks import training_order
@@ -43,14 +42,10 @@ from util.settings.pretrain import PretrainConfig
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, object]:
+def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -> dict[str, object]:
     """Pretrains, or goes on with a run; returns `step`, `loss` (mean of the last epoch) and
-    `epoch_losses`."""
-    return pretrain(read_pretrain(argv))
-
-
-def pretrain(cfg: PretrainConfig) -> dict[str, object]:
-    """Does and returns the same for settings."""
+    `epoch_losses`. `cfg` are settings that have been read already."""
+    cfg = cfg or read_pretrain(argv)
     with open_run(cfg) as run:
         with first_process_first(run.processes) if cfg.download else nullcontext():
             source = build_pretrain_source(cfg.dataset, cfg.data_path, cfg.in_chans, cfg.download)
@@ -114,4 +109,4 @@ def finish(job: Job, figures: dict[str, float]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    run_cli(partial(pretrain, settings))
+    run_cli(lambda: main(cfg=settings))

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from torchvision.datasets.utils import check_integrity, download_url
 
 from util.errors import InputError
 
@@ -57,8 +58,6 @@ def read_known_set(
     if dataset == "mnist5k":
         return read_mnist5k(train)
     assert data_path is not None, "the settings' checks ask for data_path"
-    from torchvision.datasets.utils import check_integrity  # here, as importing it takes long
-
     spec = CIFAR_ARCHIVES[dataset]
     path = Path(data_path) / Path(spec.url).name
     if download and not path.exists():
@@ -94,8 +93,6 @@ def read_mnist5k(train: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _download(spec: CifarArchive, path: Path) -> None:
-    from torchvision.datasets.utils import download_url
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Machines may share the folder, and a broken download must not look complete.

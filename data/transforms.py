@@ -5,20 +5,17 @@ Random decisions come from global generators, which are seeded per sample and pu
 leave the training's random state alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
+from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from util.settings.evaluation import FinetuneConfig
-
-if TYPE_CHECKING:
-    from torchvision.transforms import v2
 
 # Longest over shortest side of an image that is resized for evaluation. What lies outside is cut
 # off first, as no centre crop shows it.
@@ -34,8 +31,6 @@ def pretrain_transform(
     Source: arXiv 2111.06377, appendix A.1 ("random-sized cropping only"); crop_min 0.2 as in the
     public code.
     """
-    from torchvision.transforms import v2  # here, as importing it takes long
-
     crop = v2.RandomResizedCrop(
         _pair(img_size), scale=(crop_min, 1.0), interpolation=v2.InterpolationMode(interpolation)
     )
@@ -49,8 +44,6 @@ def crop_and_flip(crop: v2.RandomResizedCrop, hflip: float, image: Tensor) -> Te
     The draws and pixels are those of torchvision's two transforms in sequence, in two thirds of the
     time. The result has channels-last memory.
     """
-    from torchvision.transforms.v2 import functional as F
-
     part = F.crop(image, **crop.make_params([image]))
     # a resize is fastest from and to channels-last memory, and a part of an image has to be copied
     # for that
@@ -68,9 +61,6 @@ def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
     """
     if cfg.auto_augment is None and not cfg.color_jitter:
         return pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
-    from timm.data import create_transform
-    from torchvision.transforms import v2
-
     augment = create_transform(
         (cfg.in_chans, *_pair(cfg.img_size)),
         is_training=True,
@@ -104,9 +94,6 @@ class EvalTransform:
         self.cover = tuple(math.floor(side / (crop_pct or usual_pct)) for side in self.size)
 
     def __call__(self, image: Tensor) -> Tensor:
-        from torchvision.transforms import v2
-        from torchvision.transforms.v2 import functional as F
-
         cut, resized = self._sizes(*image.shape[-2:])
         image = F.center_crop(image, list(cut))
         image = F.resize(

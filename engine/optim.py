@@ -4,8 +4,6 @@ Decay: weights of Linear layers and of the patch projection; nothing on biases, 
 mask token and positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -102,7 +100,7 @@ def optimizer_step(
     return grad_norm, found_inf
 
 
-def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
+def build_ema(model: nn.Module, decay: float | None) -> "ModelEmaV3 | None":
     """The moving average of a model's weights, or None if `decay` is None."""
     if decay is None:
         return None
@@ -112,7 +110,7 @@ def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
 
 
 @torch.no_grad()
-def update_ema(ema: ModelEmaV3, model: nn.Module, found_inf: Tensor) -> None:
+def update_ema(ema: "ModelEmaV3", model: nn.Module, found_inf: Tensor) -> None:
     """ema = decay * ema + (1 - decay) * model, or nothing if `found_inf` (a scalar on the device)
     is 1.
 

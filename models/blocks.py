@@ -108,15 +108,14 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
-        self.rate = rate
+        self.keep = 1 - rate
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, ...)` -> `(B, ...)`."""
         if not self.training:
             return x
-        keep = 1 - self.rate
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep)  # (B, 1, ...)
-        return x * kept.div_(keep)
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(self.keep)  # (B, 1, ...)
+        return x * kept.div_(self.keep)
 
 
 class Block(nn.Module):

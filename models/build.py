@@ -4,8 +4,6 @@
 here before torch is imported, so only building imports it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -46,10 +44,10 @@ def classifier_spec(cfg: ClassifierConfig, **decided: object) -> ClassifierSpec:
 
 
 @overload
-def build_model(spec: MAESpec) -> MaskedAutoencoder: ...
+def build_model(spec: MAESpec) -> "MaskedAutoencoder": ...
 @overload
-def build_model(spec: ClassifierSpec) -> VisionTransformer: ...
-def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer:
+def build_model(spec: ClassifierSpec) -> "VisionTransformer": ...
+def build_model(spec: ModelSpec) -> "MaskedAutoencoder | VisionTransformer":
     """The freshly initialised model of a specification.
 
     Raises: InputError for a model that cannot be.
@@ -62,7 +60,7 @@ def build_model(spec: ModelSpec) -> MaskedAutoencoder | VisionTransformer:
     return VisionTransformer(**vars(spec))
 
 
-def encoder_of(model: MaskedAutoencoder) -> VisionTransformer:
+def encoder_of(model: "MaskedAutoencoder") -> "VisionTransformer":
     """The encoder of a model in training as a frozen model without a head; its feature is the mean
     of the normalised patch tokens.
 

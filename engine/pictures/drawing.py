@@ -5,8 +5,6 @@ here opens a window, so no display is needed. A tool replaces only files that a 
 have a mark: who calls a file of theirs `grid.png` keeps it.
 """
 
-from __future__ import annotations
-
 import os
 import textwrap
 from collections.abc import Sequence
@@ -100,7 +98,7 @@ def draw_grid(
     return np.concatenate(parts)
 
 
-def figure_picture(drawn: Figure) -> np.ndarray:
+def figure_picture(drawn: "Figure") -> np.ndarray:
     """A figure of matplotlib as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -4,8 +4,6 @@ A job begins a run or goes on with the one in its folder, if its settings, image
 those of that run. Its state is all that a checkpoint restores.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,7 +46,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     epoch_meter: StepMeter
     window_meter: StepMeter
-    ema: ModelEmaV3 | None = None
+    ema: "ModelEmaV3 | None" = None
     may_diverge: bool = False
     step: int = 0
     epoch_losses: list[float] = field(default_factory=list)
