@@ -104,18 +104,19 @@ class Attention(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training a sample's residual branch is 0 with
-    probability `rate`, and else scaled so that its mean stays; timm's draws (tested)."""
+    probability `drop_prob`, and else scaled so that its mean stays; timm's draws (tested)."""
 
-    def __init__(self, rate: float):
+    def __init__(self, drop_prob: float):
         super().__init__()
-        self.keep = 1 - rate
+        self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, ...)` -> `(B, ...)`."""
         if not self.training:
             return x
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(self.keep)  # (B, 1, ...)
-        return x * kept.div_(self.keep)
+        keep_prob = 1 - self.drop_prob
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep_prob)  # (B, 1, ...)
+        return x * kept.div_(keep_prob)
 
 
 class Block(nn.Module):

@@ -4,14 +4,16 @@ state-dict keys."""
 import math
 
 import pytest
+import timm.layers
 import torch
 from reference import MAE, READOUTS, VIT, huggingface_mae, randomized, timm_vit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from models.blocks import DropPath
 from models.mae import MaskedAutoencoder
 from models.pos_embed import sincos_pos_embed
 from models.spec import num_kept
-from models.vit import VisionTransformer
+from models.vit import VisionTransformer, draw_normal
 from models.weights.huggingface import from_huggingface
 from util.errors import InputError
 
@@ -66,6 +68,22 @@ def test_drop_path_rises_linearly_and_only_acts_in_training():
     assert torch.equal(model(images), model(images))
     model.train()
     assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("drop_prob", [0.1, 0.5])
+def test_drop_path_and_initial_weights_are_timms_number_by_number(drop_prob):
+    ours, theirs = DropPath(drop_prob), timm.layers.DropPath(drop_prob)
+    for x in (torch.randn(64, 5, 3), torch.randn(64, 2, dtype=torch.bfloat16)):
+        torch.manual_seed(1)
+        found = ours(x)
+        torch.manual_seed(1)
+        assert torch.equal(found, theirs(x))
+        assert not torch.equal(found, x) and torch.equal(ours.eval()(x), x)
+        ours.train()
+    torch.manual_seed(2)
+    draw_normal(found := torch.empty(300, 100))
+    torch.manual_seed(2)
+    assert torch.equal(found, timm.layers.trunc_normal_(torch.empty(300, 100), std=0.02))
 
 
 def test_attention_maps_are_the_softmax_that_the_forward_pass_uses():

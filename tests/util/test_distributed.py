@@ -151,15 +151,3 @@ def test_the_launcher_refuses_a_bad_environment(env, message):
     result = run(["sh", str(ROOT / "run_pretrain.sh")], **env)
     assert result.returncode == 2
     assert re.match(re.escape(message), result.stderr)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [({}, "33554432 17179869184"), ({"MALLOC_TRIM_THRESHOLD_": "1"}, "33554432 1")],
-)
-def test_the_launcher_keeps_freed_memory_unless_told_otherwise(tmp_path, given, expected):
-    interpreter = tmp_path / "python"
-    interpreter.write_text('#!/bin/sh\necho "$MALLOC_MMAP_THRESHOLD_ $MALLOC_TRIM_THRESHOLD_"\n')
-    interpreter.chmod(0o755)
-    result = run(["sh", str(ROOT / "run_pretrain.sh")], PYTHON=str(interpreter), NGPU="1", **given)
-    assert result.stdout.split() == expected.split()
