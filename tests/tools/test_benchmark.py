@@ -222,14 +222,14 @@ def test_what_cannot_be_measured_is_left_out_with_a_line(small_shapes, monkeypat
     small_shapes["base/16"] = TINY
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda _: None)
-    build = step.build_model
+    placed = step.placed
 
-    def build_or_fail(spec):
-        if spec.decoder == "cross":
+    def placed_or_not(build, *args, **kwargs):
+        if build.args[0].decoder == "cross":
             raise torch.OutOfMemoryError("17 GiB are asked for\nand more")
-        return build(spec)
+        return placed(build, *args, **kwargs)
 
-    monkeypatch.setattr(step, "build_model", build_or_fail)
+    monkeypatch.setattr(step, "placed", placed_or_not)
     tables = benchmark.main(["step", "--shapes", "base/16", "--rounds", "1", "--device", "cpu"])
     assert list(tables) == ["base/16, fp32"]
     assert set(tables["base/16, fp32"]) == {"ours", "matrix product"}
@@ -308,6 +308,7 @@ def test_bad_input_is_one_clear_line_before_anything_is_measured(
     (tmp_path / "old").mkdir()
     (tmp_path / "old/models_mae.py").write_text("from timm import Nothing")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for part in ("step", "memory", "knn"):
         monkeypatch.setattr(benchmark, f"benchmark_{part}", Mock(side_effect=AssertionError))
