@@ -125,21 +125,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Table]:
             raise InputError(f"{name} must be 1 or more, got {count}")
     if args.part == "loader" and args.images is None:
         raise InputError("loader needs photographs: give --images FOLDER")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise InputError(f"{args.json} cannot be written: {args.json.parent} is no folder")
     gpus = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     threads, version = f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"
     figures: dict[str, Table] = {}
     record = {"machine": ", ".join([*gpus, cpu, threads, version]), "figures": figures}
-
-    def save() -> None:
-        if args.json is not None:
-            write_text(args.json, json.dumps(record, indent=2) + "\n")
-
-    save()  # a file that cannot be written is found now
     print(record["machine"], flush=True)
     for title, table in PARTS[args.part](args):
         figures[title] = table
-        save()
+        if args.json is not None:
+            write_text(args.json, json.dumps(record, indent=2) + "\n")
         print(f"\n{title}", *lines_of(table), sep="\n", flush=True)
     return figures
 
