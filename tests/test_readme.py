@@ -208,7 +208,7 @@ def test_commands_for_one_process(line, images, clone, capsys):
 
 def test_commands_of_the_benchmark(monkeypatch):
     """They name every part; `test_benchmark.py` runs the parts themselves."""
-    parts = {part: Mock(return_value={part: {"found": 1.0}}) for part in benchmark.PARTS}
+    parts = {part: Mock(return_value=[(part, {"a": {"b": 1.0}})]) for part in benchmark.PARTS}
     monkeypatch.setattr(benchmark, "PARTS", parts)
     for line in commands("benchmark").values():
         assert benchmark.main(line.split()[2:])

@@ -1,47 +1,82 @@
-"""Images per second and core from files to crops, beside Pillow with torchvision's transforms."""
+"""Images per second from files to batches of crops, on one core and by as many processes as there
+are cores, beside Pillow with torchvision's transforms."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from data.images import decode_image
+from data.loader import PretrainDataset, loader_maker
 from data.packs.source import open_pack
-from data.sources import FolderSource
+from data.sampler import SampleKey
+from data.sources import FolderSource, ImageSource
 from data.transforms import pretrain_transform
-from tools.benchmarks.timing import Figures, interleaved, rates, ratio
+from models.masks import training_order
+from tools.benchmarks.timing import Table, interleaved, rates, ratio
+from util.dist import Processes, available_cores
+from util.settings.pretrain import PretrainConfig
+
+BATCH, BATCHES = 32, 8  # images of a batch; batches of a process in a round
+PILLOW = "pillow"
+THEIRS = v2.Compose(
+    [
+        v2.RandomResizedCrop(224, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+)
 
 
-def benchmark_loader(images: str, packed: str | None, rounds: int) -> Figures:
-    """Images per second on one core to a crop of 224, from a folder's files and from the same
-    images packed.
+class PillowImages(Dataset[Tensor]):
+    """Crops by the paths of their files, as most scripts make them."""
+
+    def __getitem__(self, path: str) -> Tensor:
+        crop: Tensor = THEIRS(Image.open(path).convert("RGB"))
+        return crop
+
+
+def benchmark_loader(images: str, packed: str | None, rounds: int) -> Iterator[tuple[str, Table]]:
+    """Images per second to batches of crops of 224, from a folder's files and from the same images
+    packed: first in this process on one core, then by a process for each core.
 
     Raises: InputError if there are no images.
     """
-    source = FolderSource(images, in_chans=3, prefer_train=False)
-    paths = [source.name(index) for index in range(min(len(source), 250))]
-    crop = pretrain_transform(224, 0.2, "bicubic", 0.5)
-    theirs = v2.Compose(
-        [
-            v2.RandomResizedCrop(224, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
-    variants: dict[str, Callable[[], object]] = {
-        "pillow": lambda: [theirs(Image.open(path).convert("RGB")) for path in paths],
-        "folder": lambda: [crop(decode_image(Path(path).read_bytes(), 3)) for path in paths],
-    }
+    folder = FolderSource(images, in_chans=3, prefer_train=False)
+    sources: dict[str, ImageSource] = {"folder": folder}
     if packed is not None:
-        shards = open_pack(packed, 3, ("train",))
-        variants["packed"] = lambda: [
-            crop(shards.read(index % len(shards))) for index in range(len(paths))
-        ]
+        sources["packed"] = open_pack(packed, 3, ("train",))
     torch.set_num_threads(1)  # as in a loader process
-    seconds = interleaved(variants, rounds)
-    faster = {name: ratio(seconds, "pillow", name) for name in seconds if name != "pillow"}
-    return {"images_per_s": rates(seconds, len(paths)), "over_pillow": faster}
+    cores = available_cores()
+    for title, workers in (("one core", 0), (f"{cores} processes", cores)):
+        places = torch.arange(max(1, workers) * BATCHES * BATCH).view(-1, BATCH).tolist()
+        paths = [[folder.name(n % len(folder)) for n in batch] for batch in places]
+        # processes stay for the next round
+        make = partial(DataLoader, num_workers=workers, persistent_workers=workers > 0)
+        loaders: dict[str, Any] = {PILLOW: make(PillowImages(), batch_sampler=paths)}
+        for name, source in sources.items():
+            dataset = PretrainDataset(
+                source=source,
+                transform=pretrain_transform(224, 0.2, "bicubic", 0.5),
+                draw_order=partial(training_order, 196),
+                shared_mask=False,
+                seed=0,
+            )
+            cfg = PretrainConfig(num_workers=workers)
+            make = loader_maker(cfg, Processes(0, 1, 0, 1, torch.device("cpu")))
+            keys = [[SampleKey(n % len(source), 0, n, 0) for n in batch] for batch in places]
+            loaders[name] = make(dataset, batch_sampler=keys, persistent_workers=workers > 0)
+        seconds = interleaved(
+            {name: partial(deque, loader, 0) for name, loader in loaders.items()}, rounds
+        )
+        table = rates(seconds, "images_per_s", len(places) * BATCH)
+        for name in sources:
+            table[name]["over_pillow"] = ratio(seconds, PILLOW, name)
+        yield title, table

@@ -1,4 +1,5 @@
-"""Bytes of the tensors that a computation makes: a count, the same on every machine."""
+"""Bytes that a computation holds at once: on CUDA those that its allocator gave, elsewhere a count
+of its tensors, the same on every machine."""
 
 from collections.abc import Callable
 from weakref import finalize
@@ -7,6 +8,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The largest number of bytes that `run` holds at once beyond those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes() as live:
+        run()
+    return live.peak
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,13 +1,22 @@
-"""A pretraining step: its images per second beside the peer's and the peak of matrix products, and
-by two processes beside one; and its memory."""
+"""A pretraining step: its images per second beside the peers' and the peak of matrix products, by
+two processes beside one, and its memory.
 
+A table holds one precision, and in it eager models compare with eager ones and compiled with
+compiled.
+"""
+
+import gc
+import importlib.util
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,42 +26,54 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.optim import optimizer_step
+from engine.optim import build_adamw, optimizer_step
+from engine.parallel import place_model
 from models.build import build_model, mae_spec
+from models.mae import MaskedAutoencoder
 from models.spec import MAESpec, pair
-from tools.benchmarks.memory import LiveBytes
-from tools.benchmarks.timing import Figures, interleaved, rates, ratio
-from util.settings.pretrain import MAEConfig
+from tools.benchmarks.memory import peak_bytes
+from tools.benchmarks.peers import build_public, build_transformers
+from tools.benchmarks.timing import Table, interleaved, rates, ratio, say
+from util.dist import Processes
+from util.settings.pretrain import MAEConfig, PretrainConfig
 
-OURS, CROSS = "ours bf16", "ours cross bf16"
-PEERS = {  # variant -> its kind of attention
-    f"peer {precision} {attention}": attention
-    for precision in ("fp32", "bf16")
-    for attention in ("sdpa", "eager")
+OURS, CROSS, CHECKPOINTING, PUBLIC = "ours", "ours cross", "ours checkpointing", "public code"
+TRANSFORMERS = ("transformers sdpa", "transformers eager")  # by their kinds of attention
+# Each ratio's column: whose it is, and to the fastest of which others.
+RATIOS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "over_transformers": (OURS, TRANSFORMERS),
+    "over_public_code": (OURS, (PUBLIC,)),
+    "over_ours": (CROSS, (OURS,)),
 }
-FP32 = "peer fp32"  # of the memory
-SIDES = (1024, 2048, 4096)  # of the square matrix products
+MODES = ("", " compiled")
+PRODUCT = "matrix product"
+SIDES = {"cpu": (1024, 2048, 4096), "mps": (4096,), "cuda": (4096, 8192)}  # of square products
+LEAST = 0.2  # seconds of a variant in a round
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 2  # in a round of the processes
 ONE, TWO = "1 process of 2 threads", "2 processes of 1 thread"
 
 
 class Shape(NamedTuple):
-    """A pretraining step: the images of its batch, and the model."""
+    """A pretraining step: the model, and the images of its batch, on CUDA more."""
 
-    batch: int
     spec: MAESpec
+    batch: int
+    cuda_batch: int
 
 
 SHAPES = {
     "small/16": Shape(
-        32,
         mae_spec(
             MAEConfig(size="small", decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3)
         ),
-    ),
-    "base/16": Shape(8, mae_spec(MAEConfig(size="base"))),
-    "192/4 at 32": Shape(
+        32,
         256,
+    ),
+    "base/16": Shape(mae_spec(MAEConfig(size="base")), 8, 256),
+    "large/16": Shape(mae_spec(MAEConfig(size="large")), 4, 128),
+    "huge/14": Shape(mae_spec(MAEConfig(size="huge")), 2, 64),
+    "192/4 at 32": Shape(
         mae_spec(
             MAEConfig(
                 size="tiny",
@@ -63,56 +84,57 @@ SHAPES = {
                 decoder_num_heads=3,
             )
         ),
+        256,
+        1024,
     ),
 }
 
 
-def build_peers(spec: MAESpec, attentions: Mapping[str, str]) -> dict[str, nn.Module]:
-    """The peer's models of a specification, by name, each with its kind of attention; none if
-    transformers is not installed."""
-    try:
-        from transformers import AutoModelForPreTraining, ViTMAEConfig
-    except ImportError:
-        return {}
-    config = ViTMAEConfig(
-        hidden_size=spec.embed_dim,
-        num_hidden_layers=spec.depth,
-        num_attention_heads=spec.num_heads,
-        intermediate_size=4 * spec.embed_dim,
-        image_size=spec.img_size,
-        patch_size=spec.patch_size,
-        decoder_hidden_size=spec.decoder_embed_dim,
-        decoder_num_hidden_layers=spec.decoder_depth,
-        decoder_num_attention_heads=spec.decoder_num_heads,
-        decoder_intermediate_size=4 * spec.decoder_embed_dim,
-        mask_ratio=spec.mask_ratio,
-        norm_pix_loss=spec.norm_pix_loss,
-    )
+def builders_of(spec: MAESpec, public_mae: Path | None) -> dict[str, Callable[[], nn.Module]]:
+    """What builds each model of a specification: ours, transformers' with both kinds of attention
+    if it is installed, and the public code's if its folder is given."""
+    attentions = TRANSFORMERS if importlib.util.find_spec("transformers") else ()
     return {
-        name: AutoModelForPreTraining.from_config(config, attn_implementation=attention)
-        for name, attention in attentions.items()
+        OURS: partial(build_model, spec),
+        **{name: partial(build_transformers, spec, name.split()[1]) for name in attentions},
+        **({PUBLIC: partial(build_public, spec, public_mae)} if public_mae else {}),
     }
 
 
-def loss_fn_of(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> Callable[[], Tensor]:
-    """The loss of either model on one batch, as a function."""
-    images = torch.randn(shape.batch, 3, *pair(shape.spec.img_size))
-    ids_shuffle = torch.rand(shape.batch, shape.spec.num_patches).argsort(dim=1)
+def draw_inputs(spec: MAESpec, batch: int) -> tuple[Tensor, Tensor]:
+    """Noise as images `(B, C, H, W)`, and orders of their patches `(B, N)`."""
+    images = torch.randn(batch, spec.in_chans, *pair(spec.img_size))
+    return images, torch.rand(batch, spec.num_patches).argsort(dim=1)
+
+
+def loss_fn_of(
+    model: nn.Module, images: Tensor, masks: Tensor | float, precision: str, compiled: bool = False
+) -> Callable[[], Tensor]:
+    """The loss of any of the models on one batch, as a function.
+
+    Args:
+        masks: the order of the patches, which transformers takes as the noise that it sorts; for
+            the public code the share of the removed patches.
+        compiled: for a model that has been compiled in place: whether it runs so.
+    """
+    forward = model if compiled else model.forward
+    autocast = partial(
+        torch.autocast, images.device.type, PRECISIONS[precision], enabled=precision != "fp32"
+    )
 
     def loss() -> Tensor:
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            found = model(images, ids_shuffle)  # the peer takes them as the noise that it sorts
-        return found if isinstance(found, Tensor) else found.loss
+        with autocast():
+            found = forward(images, masks)
+        return found if isinstance(found, Tensor) else found[0]
 
     return loss
 
 
-def step_of(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> Callable[[], None]:
-    """Forward, backward and fused AdamW on one batch, as a function."""
-    loss_of = loss_fn_of(model, shape, dtype)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95), fused=True
-    )
+def step_of(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], None]:
+    """Forward, backward and the step of training's AdamW, as a function. The learning rate stays 0,
+    which takes as long as another one."""
+    group = {"params": list(model.parameters()), "weight_decay": 0.05}
+    optimizer = build_adamw([group], beta1=0.9, beta2=0.95)
 
     def step() -> None:
         loss_of().backward()
@@ -124,60 +146,110 @@ def step_of(model: nn.Module, shape: Shape, dtype: torch.dtype | None) -> Callab
 def step_flops(spec: MAESpec) -> int:
     """FLOPs of one image, forward and backward, counted without computing."""
     with torch.device("meta"):
-        loss_of = loss_fn_of(build_model(spec), Shape(1, spec), None)
+        loss_of = loss_fn_of(build_model(spec), *draw_inputs(spec, 1), "fp32")
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             loss_of().backward()
     return counter.get_total_flops()
 
 
-def benchmark_step(shape: Shape, rounds: int) -> Figures:
-    """Images per second of a step, ours beside the peer's if it is installed; and our share of the
-    FLOPs per second of the fastest square bf16 product."""
-    models = {
-        OURS: build_model(shape.spec),
-        CROSS: build_model(replace(shape.spec, decoder="cross", pred_ratio=0.25)),
-        **build_peers(shape.spec, PEERS),
-    }
-    steps = {
-        name: step_of(model, shape, None if "fp32" in name else torch.bfloat16)
-        for name, model in models.items()
-    }
-    factors = {side: torch.randn(2, side, side).bfloat16() for side in SIDES}
-    products = {str(side): partial(torch.mm, *both) for side, both in factors.items()}
-    seconds = interleaved({**steps, **products}, rounds)
-    peak = max(2 * side**3 / min(seconds[str(side)]) for side in SIDES)
-    found = rates({name: seconds[name] for name in steps}, shape.batch)
-    over_peer = {  # the fastest of a precision comes last and stays
-        f"over_peer_{name.split()[1]}": ratio(seconds, name, OURS)
-        for name in sorted(found.keys() & PEERS.keys(), key=found.__getitem__)
-    }
-    return {
-        "images_per_s": found,
-        "peak_gflops": peak / 1e9,
-        "share_of_peak": found[OURS] * step_flops(shape.spec) / peak,
-        **over_peer,
-        "cross_over_standard": ratio(seconds, OURS, CROSS),
-    }
+def benchmark_step(
+    spec: MAESpec,
+    batch: int,
+    device: torch.device,
+    precision: str,
+    public_mae: Path | None,
+    modes: tuple[str, ...],
+    rounds: int,
+) -> Table:
+    """Images per second of each model's step, their share of the FLOPs per second of the fastest
+    square product, and on CUDA the peak memory of the step.
+
+    A model that needs too much memory or cannot be compiled is left out with a line.
+
+    Raises: InputError if compiling needs a compiler that this machine does not have, or if the
+    public code cannot be used.
+    """
+    torch.compiler.reset()  # torch keeps a limited number of graphs
+    gc.collect()  # frees the models of the table before, which are in cycles
+    synchronize = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else int
+    runs: dict[str, Callable[[], object]] = {}
+    for side in SIDES[device.type]:
+        factors = torch.randn(2, side, side, device=device, dtype=PRECISIONS[precision])
+        runs[f"{PRODUCT} {side}"] = partial(torch.mm, *factors)
+    images, ids_shuffle = (tensor.to(device) for tensor in draw_inputs(spec, batch))
+    cross = replace(spec, decoder="cross", pred_ratio=0.25)
+    builders = builders_of(spec, public_mae) | {CROSS: partial(build_model, cross)}
+    table: Table = {}
+    for who, build in builders.items():
+        row = {"batch": batch, "gflop_per_image": step_flops(cross if who == CROSS else spec) / 1e9}
+        try:
+            model = placed(build, device, compiled=len(modes) > 1)
+            masks = spec.mask_ratio if who == PUBLIC else ids_shuffle
+            for mode in modes:
+                started = time.perf_counter()
+                loss_of = loss_fn_of(model, images, masks, precision, mode != "")
+                step = step_of(model, loss_of)
+                step()  # compiles, and makes the optimiser's state
+                say(f"{who}{mode}: the first step took {time.perf_counter() - started:.1f} s")
+                if device.type == "cuda":  # with the parameters and their two moments
+                    held = 3 * sum(parameter.nbytes for parameter in model.parameters())
+                    row["peak_mib"] = (held + peak_bytes(step, device)) / 2**20
+                runs[who + mode], table[who + mode] = step, dict(row)
+        except RuntimeError as error:  # torch's
+            say(f"{who} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+    seconds = interleaved(runs, rounds, LEAST, synchronize)
+    peak = max(2 * side**3 / min(seconds[f"{PRODUCT} {side}"]) for side in SIDES[device.type]) / 1e9
+    speeds = rates(seconds, "images_per_s", batch)
+    for name, figures in table.items():
+        figures |= speeds[name]
+        figures["share_of_peak"] = figures["images_per_s"] * figures["gflop_per_image"] / peak
+    for mode, (column, (who, others)) in product(modes, RATIOS.items()):
+        there = [other + mode for other in others if other + mode in table]
+        if who + mode in table and there:
+            table[who + mode][column] = min(ratio(seconds, name, who + mode) for name in there)
+    table[PRODUCT] = {"gflops": peak}
+    return table
 
 
-def benchmark_memory(shape: Shape) -> Figures:
-    """MiB of a step's activations, ours beside the peer's in fp32 if it is installed: the peak over
-    forward and backward of all but parameters, gradients and the optimiser's state."""
-    checkpointing = build_model(shape.spec)
-    checkpointing.checkpointing = True
-    models = {"ours bf16": build_model(shape.spec), "ours bf16 checkpointing": checkpointing}
-    peaks = {}
-    for name, model in (models | build_peers(shape.spec, {FP32: "sdpa"})).items():
-        loss_of = loss_fn_of(model, shape, None if name == FP32 else torch.bfloat16)
+def benchmark_memory(
+    spec: MAESpec, batch: int, device: torch.device, precision: str, public_mae: Path | None
+) -> Table:
+    """MiB of a step's activations: the peak over forward and backward of all but parameters,
+    gradients and the optimiser's state."""
+    images, ids_shuffle = (tensor.to(device) for tensor in draw_inputs(spec, batch))
+    builders = builders_of(spec, public_mae)
+    table: Table = {}
+    for who, build in {**builders, CHECKPOINTING: builders[OURS]}.items():
+        model = placed(build, device, checkpointing=who == CHECKPOINTING)
+        masks = spec.mask_ratio if who == PUBLIC else ids_shuffle
+        loss_of = loss_fn_of(model, images, masks, precision)
         loss_of().backward()  # makes the gradients, so that what is made below is activations
-        with LiveBytes() as live:
-            loss_of().backward()
-        peaks[name] = live.peak / 2**20
-    over_peer = {name: peaks[name] / peaks[FP32] for name in models if FP32 in peaks}
-    return {"activations_mib": peaks, "activations_over_peer": over_peer}
+        held = peak_bytes(lambda run=loss_of: run().backward(), device) / 2**20
+        say(f"{who}: {held:,.0f} MiB")
+        table[who] = {"batch": batch, "activations_mib": held}
+        table[who]["over_ours"] = held / table[OURS]["activations_mib"]
+    return table
 
 
-def benchmark_processes(shape: Shape, rounds: int) -> Figures:
+def placed(
+    build: Callable[[], nn.Module],
+    device: torch.device,
+    compiled: bool = False,
+    checkpointing: bool = False,
+) -> nn.Module:
+    """A fresh model on the device, ours as training places it. All are compiled in place, so that
+    `forward` itself stays eager."""
+    with device:
+        model = build().to(device).train()
+    if isinstance(model, MaskedAutoencoder):
+        cfg = PretrainConfig(compile=compiled, checkpointing=checkpointing)
+        place_model(model, cfg, Processes(0, 1, 0, 1, device))
+    elif compiled:
+        model.compile(dynamic=False)
+    return model
+
+
+def benchmark_processes(shape: Shape, rounds: int) -> Table:
     """Images per second of a step by one process of two threads and by two processes of one thread
     that average their gradients over gloo, of the same total batch.
 
@@ -198,10 +270,9 @@ def benchmark_processes(shape: Shape, rounds: int) -> Figures:
 
         variants = {ONE: partial(take_steps, pools[:1]), TWO: partial(take_steps, pools[1:])}
         seconds = interleaved(variants, rounds)
-    return {
-        "images_per_s": rates(seconds, STEPS * shape.batch),
-        "two_over_one": ratio(seconds, ONE, TWO),
-    }
+    table = rates(seconds, "images_per_s", STEPS * shape.batch)
+    table[TWO]["over_one"] = ratio(seconds, ONE, TWO)
+    return table
 
 
 def _take_steps(shape: Shape, rank: int, world_size: int, place: str) -> None:
@@ -216,4 +287,5 @@ def _step_of_process(shape: Shape, rank: int, world_size: int, place: str) -> Ca
     model: nn.Module = build_model(shape.spec)
     if world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return step_of(model, Shape(shape.batch // world_size, shape.spec), torch.bfloat16)
+    inputs = draw_inputs(shape.spec, shape.batch // world_size)
+    return step_of(model, loss_fn_of(model, *inputs, "fp32"))
