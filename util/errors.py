@@ -2,6 +2,7 @@
 code 2."""
 
 import argparse
+import errno
 import io
 import os
 import select
@@ -10,6 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
+
+
+# How the system says that a path is not for this user, or not for any
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class InputError(ValueError):
@@ -50,8 +55,8 @@ class LineParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Runs an entry script: an `InputError` becomes `error: ...` on stderr and exit code 2, without
-    a traceback.
+    """Runs an entry script: an `InputError`, or a path that the system refuses, becomes `error: ...`
+    on stderr and exit code 2, without a traceback.
 
     Notes that were added to the error end its line. A mistake that every process of a job finds is
     reported once per machine. Closed standard streams are replaced by the null device; a reader of
@@ -67,6 +72,10 @@ def run_cli(main: Callable[[], object]) -> None:
     try:
         try:
             main()
+        except OSError as error:
+            if error.errno not in REFUSED or error.filename is None:
+                raise
+            raise InputError(f"{error.filename}: {error.strerror}") from error
         finally:
             sys.stdout.flush()  # here, as a reader that has left would be an error at the end
     except InputError as error:

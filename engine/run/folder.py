@@ -22,7 +22,7 @@ from engine.run.checkpoint import checkpoint_steps, set_aside_damaged
 from engine.run.records import Kind, Records, drop_records, logging_to, write_results
 from util.dist import Processes, broadcast, init_processes
 from util.errors import DataError, InputError
-from util.files import TEMPORARY, write_text
+from util.files import TEMPORARY, lock, write_text
 from util.settings.base import DatasetConfig, RunConfig
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
@@ -180,19 +180,13 @@ def locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             # Not flock, which loader processes would go on holding.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.lockf)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise InputError(
                 f"{folder} is in use by another job ({file.read().strip() or 'just begun'}): "
                 f"wait for its end, or give another --output_dir"
             ) from error
-        except OSError as error:
-            logger.warning(
-                "%s does not support locks, so another job could use it unnoticed (%s)",
-                folder,
-                error.strerror,
-            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
