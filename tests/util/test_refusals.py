@@ -241,9 +241,8 @@ PATHS = [  # every argument that is a path
 def exit_code(command: str, arguments: str, **words: object) -> object:
     """Of a command line in which the words in capitals are replaced."""
     argv = [str(words.get(word, word)) for word in arguments.split()]
-    needed = NEEDED.get(command, "").split() if argv[0] != "--finetune" else []
     with pytest.raises(SystemExit) as stop:
-        run_cli(lambda: (MAINS | TOOLS)[command]([*needed, *argv]))
+        run_cli(lambda: (MAINS | TOOLS)[command]([*NEEDED.get(command, "").split(), *argv]))
     return stop.value.code
 
 
