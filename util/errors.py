@@ -55,8 +55,8 @@ class LineParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Runs an entry script: an `InputError`, or a path that the system refuses, becomes `error: ...`
-    on stderr and exit code 2, without a traceback.
+    """Runs an entry script: an `InputError`, or a path that the system refuses, becomes
+    `error: ...` on stderr and exit code 2, without a traceback.
 
     Notes that were added to the error end its line. A mistake that every process of a job finds is
     reported once per machine. Closed standard streams are replaced by the null device; a reader of

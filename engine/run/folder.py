@@ -94,14 +94,13 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
         try:
             if processes.is_main:
                 claim(folder, cfg, stack)
+            log = folder / "log.txt" if processes.is_main else Path(os.devnull)
+            stack.enter_context(logging_to(log))
         except (InputError, OSError) as error:
             problem = str(error)
         if problem := broadcast(problem):
             raise InputError(f"output_dir cannot be used: {problem}", settings=("output_dir",))
         records = Records(folder, processes.is_main)
-        stack.enter_context(
-            logging_to(folder / "log.txt" if processes.is_main else Path(os.devnull))
-        )
         stack.callback(records.close)
         try:
             yield Run(folder, processes, records)
