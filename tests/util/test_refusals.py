@@ -249,8 +249,9 @@ def exit_code(command: str, arguments: str, **words: object) -> object:
 @pytest.mark.fault("R33")
 @pytest.mark.parametrize(("command", "arguments"), PATHS)
 def test_a_name_that_is_too_long_is_one_line(
-    tmp_path, capsys, data, pretrained, weights, command, arguments
+    tmp_path, monkeypatch, capsys, data, pretrained, weights, command, arguments
 ):
+    monkeypatch.chdir(tmp_path)
     names = {"DATA": data, "RUN": pretrained, "WEIGHTS": weights, "OUT": tmp_path / "out"}
     names |= {"BAD": tmp_path / ("n" * 300), "PICTURE": data / "val/one/040.png"}
     assert exit_code(command, arguments, **names) == 2
@@ -261,8 +262,13 @@ def test_a_name_that_is_too_long_is_one_line(
 @pytest.mark.fault("R33")
 @pytest.mark.parametrize(
     ("command", "arguments"),
-    [("pretrain", "--data_path BAD"), ("pretrain", "--dataset mnist5k --output_dir BAD")]
-    + [("check", "BAD"), ("pack", "BAD BAD"), ("plot", "BAD"), ("table", "BAD")],
+    [
+        ("pretrain", "--dataset mnist5k --output_dir BAD"),
+        ("check", "BAD"),
+        ("pack", "BAD OUT"),
+        ("plot", "BAD"),
+        ("table", "BAD"),
+    ],
 )
 def test_a_folder_that_is_closed_to_the_user_is_one_line(tmp_path, capfd, command, arguments):
     (tmp_path / "closed").mkdir(mode=0)
