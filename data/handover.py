@@ -6,7 +6,6 @@ Here the room is checked before the training, and what fails later is an error o
 process, which reaches the training at once.
 """
 
-import math
 import os
 import shutil
 import tempfile
@@ -67,13 +66,15 @@ def _problem(
             f"loader processes find no socket in {tempfile.gettempdir()} ({error}): shorten "
             f"TMPDIR, or set num_workers 0"
         )
-    factors = (local_world_size, loader.num_workers, loader.prefetch_factor or 0, batch_size)
-    needed = math.prod(factors) * image_bytes
-    if not SHARED_MEMORY.is_dir() or needed <= (free := shutil.disk_usage(SHARED_MEMORY).free):
+    held = local_world_size * loader.num_workers * (loader.prefetch_factor or 0)
+    needed = held * batch_size * image_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
+    if needed <= free:
         return ""
     return (
         f"{SHARED_MEMORY} has {free / 2**20:,.1f} MiB free, and the batches that loader processes "
-        f"hold ready need {needed / 2**20:,.1f} MiB (%d processes x num_workers %d x "
-        f"prefetch_factor %d x batch_size %d x {image_bytes:,} bytes): lower these, or enlarge "
-        f"{SHARED_MEMORY} (docker run --shm-size)" % factors
+        f"hold ready need {needed / 2**20:,.1f} MiB ({local_world_size} processes x num_workers "
+        f"{loader.num_workers} x prefetch_factor {loader.prefetch_factor} x batch_size "
+        f"{batch_size} x {image_bytes:,} bytes): lower these, or enlarge {SHARED_MEMORY} "
+        f"(docker run --shm-size)"
     )
