@@ -12,13 +12,13 @@ Shapes: `B` batch, `C` channels, `H` height, `W` width, `N` patches.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing.reduction import ForkingPickler
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data.handover import ready_to_send
 from data.images import BadImageError
 from data.labels import LabelledSource
 from data.sampler import SampleKey
@@ -166,14 +166,7 @@ def collate(samples: list[Sample], max_replacements: int = MAX_REPLACEMENTS) -> 
         pixels = default_collate([sample.image.permute(1, 2, 0) for sample in samples])
         images = pixels.permute(0, 3, 1, 2)  # (B, C, H, W)
     targets = default_collate([sample.target for sample in samples])  # (B, N) or (B,)
-    return Batch(images, targets, [sample.key for sample in samples], bad, failed)
-
-
-def start_worker(_: int) -> None:
-    """Sends a tensor for trial, as torch hands batches over in a thread whose errors (no socket in
-    TMPDIR, no shared memory) it only prints, while the training waits. Later `collate` finds out
-    whether there is shared memory left."""
-    ForkingPickler.dumps(torch.zeros(1))
+    return ready_to_send(Batch(images, targets, [s.key for s in samples], bad, failed))
 
 
 def loader_maker(cfg: DataConfig, processes: Processes) -> partial[DataLoader[Sample]]:
@@ -191,7 +184,6 @@ def loader_maker(cfg: DataConfig, processes: Processes) -> partial[DataLoader[Sa
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=cfg.prefetch_factor if workers else None,
-        worker_init_fn=start_worker,
         pin_memory=processes.device.type == "cuda",
         generator=torch.Generator(),  # else it draws from the training's own random state
     )

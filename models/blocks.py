@@ -46,7 +46,12 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """`(B, N, P*P*C)` in (p, p, c) order -> `(B, N, D)`, for any subset of an image's
         patches."""
-        weight = rearrange(self.proj.weight, "d c p q -> d (p q c)")
+        weight = self.proj.weight
+        # With one channel both are the same; after a transposition DistributedDataParallel would
+        # warn of the strides of the gradient.
+        weight = (
+            weight.flatten(1) if weight.shape[1] == 1 else rearrange(weight, "d c p q -> d (p q c)")
+        )
         return F.linear(patches, weight, self.proj.bias)  # (B, N, D)
 
 

@@ -534,7 +534,7 @@ test_repeats_within_two_seconds_are_ignored_and_a_later_signal_ends_at_once
 +else:
 
 69 faults: two jobs may train in one folder
-engine/run/folder.py engine/test_faults_checkpoint.py
+util/files.py engine/test_faults_checkpoint.py
 test_a_second_job_is_refused_until_the_first_has_ended_however_that_ended
 -fcntl.LOCK_EX | fcntl.LOCK_NB
 +fcntl.LOCK_SH | fcntl.LOCK_NB

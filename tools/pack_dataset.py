@@ -24,7 +24,7 @@ from engine.run.records import write_log
 from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
 from util.dist import available_cores
 from util.errors import InputError, LineParser, run_cli
-from util.files import TEMPORARY, path, write_text, writing
+from util.files import TEMPORARY, lock, path, write_text, writing
 from util.pool import in_processes
 from util.settings.read import differences
 
@@ -138,7 +138,7 @@ def claimed(folder: Path, listing: Listing, args: argparse.Namespace) -> Iterato
         file = plan_path.open("r+", encoding="utf-8")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.flock)
             changes = differences(json.load(file), plan)
         except (BlockingIOError, json.JSONDecodeError, AttributeError) as error:  # no object
             raise InputError(

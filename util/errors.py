@@ -2,6 +2,7 @@
 code 2."""
 
 import argparse
+import errno
 import io
 import os
 import select
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 Result = TypeVar("Result")
+
+
+# How the system says that a path is not for this user, or not for any
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class InputError(ValueError):
@@ -52,8 +57,8 @@ class LineParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], Result]) -> Result:
-    """Runs an entry script, or its beginning, and returns its result: an `InputError` becomes
-    `error: ...` on stderr and exit code 2, without a traceback.
+    """Runs an entry script, or its beginning, and returns its result: an `InputError`, or a path
+    that the system refuses, becomes `error: ...` on stderr and exit code 2, without a traceback.
 
     Notes that were added to the error end its line. A mistake that every process of a job finds is
     reported once per machine. Closed standard streams are replaced by the null device; a reader of
@@ -69,6 +74,10 @@ def run_cli(main: Callable[[], Result]) -> Result:
     try:
         try:
             return main()
+        except OSError as error:
+            if error.errno not in REFUSED or error.filename is None:
+                raise
+            raise InputError(f"{error.filename}: {error.strerror}") from error
         finally:
             sys.stdout.flush()  # here, as a reader that has left would be an error at the end
     except InputError as error:

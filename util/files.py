@@ -2,6 +2,7 @@
 under a temporary name, flushed to disk and renamed."""
 
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -9,11 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 
 from util.errors import LocalInputError
 
 logger = logging.getLogger(__name__)
 TEMPORARY = ".tmp"  # ending of a file that is still being written
+# How file systems say that they cannot flush a folder, or not open it for that
+UNFLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR)
 
 
 def expand_path(path: str) -> str:
@@ -79,16 +83,35 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Makes renames in a folder durable; a warning where the file system cannot."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in UNFLUSHED:
             raise
         _warn_of_unflushed(folder)
-    finally:
-        os.close(descriptor)
+
+
+def lock(file: TextIO, how: Callable[[TextIO, int], None]) -> None:
+    """Locks an open file for this process alone, by `fcntl.lockf` or `fcntl.flock`; a warning where
+    the file system has no locks.
+
+    Raises: BlockingIOError or PermissionError if another process holds the lock.
+    """
+    try:
+        how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise
+    except OSError as error:
+        logger.warning(
+            "%s does not support locks, so another job could use it unnoticed (%s)",
+            Path(file.name).parent,
+            error.strerror,
+        )
 
 
 @cache

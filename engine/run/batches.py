@@ -3,10 +3,12 @@
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from math import prod
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from data.handover import check_handover
 from data.labels import LabelledSource
 from data.loader import LabelledDataset, PretrainDataset, build_eval_loader, loader_maker
 from data.sampler import StepSampler
@@ -14,6 +16,7 @@ from data.transforms import EvalTransform
 from engine.run.folder import Run, TrainConfig
 from engine.run.interrupts import stop_with
 from engine.schedule import Plan
+from models.spec import pair
 from util.errors import LocalInputError
 from util.settings.evaluation import KnnConfig
 from util.watchdog import alive, watched
@@ -66,7 +69,8 @@ class Batches:
                 stop_with(
                     LocalInputError(
                         f"the loader processes failed ({cause}): lower num_workers (0 needs none), "
-                        "free memory, enlarge the shared memory /dev/shm, or shorten TMPDIR"
+                        "free memory, enlarge the shared memory /dev/shm, shorten TMPDIR, or raise "
+                        "the limit of open files (ulimit -n)"
                     )
                 )
                 alive()
@@ -91,7 +95,9 @@ def train_batches(
         block_size=dataset.source.block_size,
         aug_repeats=dataset.aug_repeats,
     )
-    return Batches(loader_maker(cfg, run.processes)(dataset, batch_sampler=sampler))
+    loader = loader_maker(cfg, run.processes)(dataset, batch_sampler=sampler)
+    check_handover(loader, cfg.batch_size, cfg.in_chans * prod(pair(cfg.img_size)), run.processes)
+    return Batches(loader)
 
 
 def eval_batches(

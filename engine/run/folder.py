@@ -22,7 +22,7 @@ from engine.run.checkpoint import checkpoint_steps, set_aside_damaged
 from engine.run.records import Kind, Records, drop_records, logging_to, write_results
 from util.dist import Processes, broadcast, init_processes
 from util.errors import DataError, InputError
-from util.files import TEMPORARY, write_text
+from util.files import TEMPORARY, lock, write_text
 from util.settings.base import DatasetConfig, RunConfig
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
@@ -94,14 +94,13 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
         try:
             if processes.is_main:
                 claim(folder, cfg, stack)
+            log = folder / "log.txt" if processes.is_main else Path(os.devnull)
+            stack.enter_context(logging_to(log))
         except (InputError, OSError) as error:
             problem = str(error)
         if problem := broadcast(problem):
             raise InputError(f"output_dir cannot be used: {problem}", settings=("output_dir",))
         records = Records(folder, processes.is_main)
-        stack.enter_context(
-            logging_to(folder / "log.txt" if processes.is_main else Path(os.devnull))
-        )
         stack.callback(records.close)
         try:
             yield Run(folder, processes, records)
@@ -180,19 +179,13 @@ def locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             # Not flock, which loader processes would go on holding.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.lockf)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise InputError(
                 f"{folder} is in use by another job ({file.read().strip() or 'just begun'}): "
                 f"wait for its end, or give another --output_dir"
             ) from error
-        except OSError as error:
-            logger.warning(
-                "%s does not support locks, so another job could use it unnoticed (%s)",
-                folder,
-                error.strerror,
-            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()

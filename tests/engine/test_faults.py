@@ -9,11 +9,14 @@ import multiprocessing
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -350,13 +353,20 @@ def test_a_run_may_take_longer_than_one_of_its_steps_may(tmp_path, data):
 
 @pytest.mark.long
 @pytest.mark.fault("R30")
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_job_that_was_suspended_for_longer_than_its_timeout_goes_on(tmp_path, processes):
+@pytest.mark.parametrize(("processes", "at"), [(1, "step"), (1, "save"), (2, "step"), (2, "save")])
+def test_a_job_that_was_suspended_for_longer_than_its_timeout_goes_on(tmp_path, processes, at):
+    """With loader processes; the last process sleeps in a step, while another one waits for it, or
+    the first one in a save."""
+    rank = processes - 1 if at == "step" else 0
+    fault = {"do": "hang", "seconds": 3, "at": at, "step": 20, "rank": rank}
     more = ["--log_interval", 1, "--batch_size", 64 // processes, "--timeout", 0.1]
+    more += ["--num_workers", 1, "--save_minutes", 1e-9]
     arguments = driven("main_pretrain.py", *digits(tmp_path, *more), processes=processes)
-    job = subprocess.Popen(arguments, env=environment(PAUSE="0.03"), stdout=subprocess.DEVNULL)
-    while job.poll() is None and not (tmp_path / "log.jsonl").exists():
+    variables = environment(PAUSE="0.03", FAULTS=json.dumps([fault]))
+    job = subprocess.Popen(arguments, env=variables, stdout=subprocess.DEVNULL)
+    while job.poll() is None and (not log_lines(tmp_path) or log_lines(tmp_path)[-1]["step"] < 20):
         time.sleep(0.01)
+    time.sleep(1)
     stopped, steps = tree(job.pid), []
     for signum, seconds in ((signal.SIGSTOP, 0.5), (0, 7), (signal.SIGCONT, 0)):
         for pid in stopped:
@@ -441,6 +451,53 @@ def test_loader_processes_that_find_no_socket_end_the_run_at_once(tmp_path, data
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and "path too long" in error and "TMPDIR" in error
     assert run(command(*arguments)).returncode == 0
+
+
+@pytest.mark.fault("R28")
+def test_too_little_shared_memory_is_refused_before_the_first_step(tmp_path, data, monkeypatch):
+    """2 loader processes hold 3 batches each of 12 images of 28 * 28 bytes ready."""
+    needed = 2 * 3 * 12 * 28 * 28
+    room = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    arguments = pretraining(data, tmp_path, "--stop_epoch", 1, "--prefetch_factor", 3)
+    with pytest.raises(InputError, match="/dev/shm") as error:
+        main_pretrain.main([*arguments, "--num_workers", "2"])
+    assert "num_workers" in error.value.settings and not (tmp_path / "log.jsonl").exists()
+    assert main_pretrain.main([*arguments, "--num_workers", "0"])["step"] == 10
+    room.free = needed
+    arguments[arguments.index("--stop_epoch") + 1] = "2"
+    assert main_pretrain.main([*arguments, "--num_workers", "2"])["step"] == 20
+
+
+class WithoutDescriptors(PretrainDataset):
+    """From the 6th step on a loader process can open only `room` files more."""
+
+    room: int
+
+    def __getitem__(self, key):
+        if key.step > 4 and multiprocessing.parent_process():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+            held = []
+            with suppress(OSError):
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            for descriptor in held[: self.room]:
+                os.close(descriptor)
+        return super().__getitem__(key)
+
+
+@pytest.mark.fault("R28")
+@pytest.mark.parametrize("room", [1, 2, 3, 4])
+def test_loader_processes_without_file_descriptors_end_the_run_at_once(
+    tmp_path, data, monkeypatch, room
+):
+    """A batch needs 5: for two tensors, for a copy of each, and to send them."""
+    monkeypatch.setattr(main_pretrain, "PretrainDataset", WithoutDescriptors)
+    monkeypatch.setattr(WithoutDescriptors, "room", room, raising=False)
+    began = time.monotonic()
+    with pytest.raises(LocalInputError, match="ulimit"):
+        main_pretrain.main(pretraining(data, tmp_path, "--num_workers", 1))
+    assert time.monotonic() - began < 15 and saved_step(tmp_path) > 0
 
 
 @pytest.mark.fault("R28")

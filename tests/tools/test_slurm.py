@@ -1,6 +1,7 @@
 """`tools/slurm/pretrain.sbatch` with stand-ins for srun and scontrol: two nodes are two launchers
 on this machine."""
 
+import os
 import re
 import signal
 import subprocess
@@ -14,11 +15,17 @@ from util.settings.pretrain import PretrainConfig
 from util.settings.read import load_config
 
 SBATCH = ROOT / "tools" / "slurm" / "pretrain.sbatch"
-# Starts the command once per node and forwards SIGTERM, as srun does; ends with the worst exit
-# code.
+# Starts the command once per node, on as many cores as it is told, or one, and forwards SIGTERM, as
+# srun does; ends with the worst exit code.
 SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
-for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & pids+=($!); done
+cores=1
+while [[ $1 == --* ]]; do
+  [[ $1 != --cpus-per-task=* ]] || cores=${1#*=}
+  shift
+done
+for node in $(seq 0 $((SLURM_NNODES - 1))); do
+  SLURM_NODEID=$node taskset -c "$(echo $CORES | cut -d , -f "-$cores")" "$@" & pids+=($!)
+done
 trap 'kill -TERM "${pids[@]}"' TERM
 for pid in "${pids[@]}"; do
   wait "$pid"; code=$?
@@ -38,12 +45,14 @@ def test_a_job_whose_time_is_up_saves_is_requeued_and_goes_on(tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    calls, out = tmp_path / "calls", tmp_path / "out"
+    calls, out, cores = tmp_path / "calls", tmp_path / "out", os.sched_getaffinity(0)
     place = {
         "PATH": f"{tmp_path}:{environment()['PATH']}",
         "SCONTROL_LOG": str(calls),
         "NGPU": "1",
         "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": str(len(cores)),
+        "CORES": ",".join(map(str, cores)),
         "SLURM_JOB_ID": str(time.time_ns() % 10000),
         "SLURM_JOB_NODELIST": "node[0-1]",
     }
@@ -52,6 +61,8 @@ def test_a_job_whose_time_is_up_saves_is_requeued_and_goes_on(tmp_path):
     job = subprocess.Popen(arguments, cwd=ROOT, env=environment(**place))
     while job.poll() is None and not (out / "log.jsonl").exists():
         time.sleep(0.1)
+    process = int((out / ".lock").read_text().split()[1])
+    assert os.sched_getaffinity(process) == cores  # by default it would be one
     job.send_signal(signal.SIGUSR1)  # to the batch script alone, as --signal=B: does
     assert job.wait(timeout=120) == 0
     assert calls.read_text() == f"requeue {place['SLURM_JOB_ID']}\n"

@@ -6,13 +6,22 @@ import sys
 
 import pytest
 import torch
-from runs import run
+from runs import in_child, run
 
 import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
-from tools import draw_overview, run_mae_vis, vit_explain
+from tools import (
+    check_dataset,
+    convert_checkpoint,
+    draw_overview,
+    pack_dataset,
+    plot_run,
+    results_table,
+    run_mae_vis,
+    vit_explain,
+)
 from util.dist import NAMES, choose_device, init_processes
 from util.errors import InputError, LocalInputError, run_cli
 
@@ -185,6 +194,93 @@ def test_a_users_mistake_is_one_line_and_an_exit_code(
 def test_our_own_mistakes_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda: 1 / 0)
+
+
+STAGES = ("pretrain", "finetune", "lincls", "knn")
+TOOLS = {
+    "check": check_dataset.main,
+    "convert": convert_checkpoint.main,
+    "pack": pack_dataset.main,
+    "plot": plot_run.main,
+    "table": results_table.main,
+}
+PATHS = [  # every argument that is a path
+    *((command, "--config BAD") for command in MAINS),
+    *((stage, "--data_path BAD") for stage in STAGES),
+    *((stage, "--data_path BAD --dataset packed") for stage in STAGES),
+    *((stage, "--data_path BAD --dataset cifar10") for stage in STAGES),
+    *((stage, "--dataset mnist5k --output_dir BAD") for stage in STAGES),
+    *((stage, "--data_path DATA --output_dir OUT --finetune BAD") for stage in STAGES[1:]),
+    ("knn", "--data_path DATA --output_dir OUT --save_path BAD"),
+    ("knn", "--data_path DATA --output_dir OUT --load_path BAD"),
+    *((tool, "--img_path PICTURE --model_path BAD") for tool in ("mae_vis", "overview")),
+    *((tool, "--model_path WEIGHTS --img_path BAD") for tool in ("mae_vis", "overview")),
+    *((tool, "--model_path WEIGHTS --data_path BAD") for tool in ("mae_vis", "overview")),
+    *(
+        (tool, "--model_path WEIGHTS --img_path PICTURE --save_path BAD")
+        for tool in ("mae_vis", "overview")
+    ),
+    ("explain", "--image_path PICTURE --finetune BAD"),
+    ("explain", "--finetune WEIGHTS --image_path BAD"),
+    ("explain", "--finetune WEIGHTS --data_path BAD"),
+    ("explain", "--finetune WEIGHTS --image_path PICTURE --save_path BAD"),
+    ("check", "BAD"),
+    ("check", "DATA --json BAD"),
+    ("check", "DATA --problems BAD"),
+    ("convert", "BAD --describe"),
+    ("convert", "WEIGHTS BAD --format timm"),
+    ("pack", "BAD OUT"),
+    ("pack", "DATA BAD"),
+    ("pack", "--index BAD"),
+    ("plot", "BAD"),
+    ("plot", "RUN --save_path BAD"),
+    ("table", "BAD"),
+]
+
+
+def exit_code(command: str, arguments: str, **words: object) -> object:
+    """Of a command line in which the words in capitals are replaced."""
+    argv = [str(words.get(word, word)) for word in arguments.split()]
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: (MAINS | TOOLS)[command]([*NEEDED.get(command, "").split(), *argv]))
+    return stop.value.code
+
+
+@pytest.mark.fault("R33")
+@pytest.mark.parametrize(("command", "arguments"), PATHS)
+def test_a_name_that_is_too_long_is_one_line(
+    tmp_path, monkeypatch, capsys, data, pretrained, weights, command, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    names = {"DATA": data, "RUN": pretrained, "WEIGHTS": weights, "OUT": tmp_path / "out"}
+    names |= {"BAD": tmp_path / ("n" * 300), "PICTURE": data / "val/one/040.png"}
+    assert exit_code(command, arguments, **names) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "n" * 300 in error or f"--{error.split()[1]}" in arguments
+
+
+@pytest.mark.fault("R33")
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("pretrain", "--dataset mnist5k --output_dir BAD"),
+        ("check", "BAD"),
+        ("pack", "BAD OUT"),
+        ("plot", "BAD"),
+        ("table", "BAD"),
+    ],
+)
+def test_a_folder_that_is_closed_to_the_user_is_one_line(tmp_path, capfd, command, arguments):
+    (tmp_path / "closed").mkdir(mode=0)
+
+    def as_another_user() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        os._exit(exit_code(command, arguments, BAD=tmp_path / "closed/below"))
+
+    assert in_child(as_another_user) == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert str(tmp_path) in error
 
 
 def shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
