@@ -460,7 +460,7 @@ def test_too_little_shared_memory_is_refused_before_the_first_step(tmp_path, dat
     room = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
     arguments = pretraining(data, tmp_path, "--stop_epoch", 1, "--prefetch_factor", 3)
-    with pytest.raises(InputError, match="/dev/shm") as error:
+    with pytest.raises(InputError, match="/shm") as error:
         main_pretrain.main([*arguments, "--num_workers", "2"])
     assert "num_workers" in error.value.settings and not (tmp_path / "log.jsonl").exists()
     assert main_pretrain.main([*arguments, "--num_workers", "0"])["step"] == 10

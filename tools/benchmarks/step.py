@@ -223,12 +223,17 @@ def benchmark_memory(
         model = placed(build, device, checkpointing=who == CHECKPOINTING)
         masks = spec.mask_ratio if who == PUBLIC else ids_shuffle
         loss_of = loss_fn_of(model, images, masks, precision)
-        loss_of().backward()  # makes the gradients, so that what is made below is activations
-        held = peak_bytes(lambda run=loss_of: run().backward(), device) / 2**20
+        backward(loss_of)  # makes the gradients, so that what is made below is activations
+        held = peak_bytes(partial(backward, loss_of), device) / 2**20
         say(f"{who}: {held:,.0f} MiB")
         table[who] = {"batch": batch, "activations_mib": held}
         table[who]["over_ours"] = held / table[OURS]["activations_mib"]
     return table
+
+
+def backward(loss_of: Callable[[], Tensor]) -> None:
+    """Computes a loss and its gradient."""
+    loss_of().backward()
 
 
 def placed(
