@@ -61,8 +61,11 @@ def answers(
         bad += batch.bad
         if bad or received():
             break
+        images, rows = batch.images, len(batch.images)
+        if cfg.compile and rows < cfg.batch_size:  # another shape would be compiled anew
+            images = torch.cat([images, images[:1].expand(cfg.batch_size - rows, -1, -1, -1)])
         with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-            answer = model(normalize(batch.images))
+            answer = model(normalize(images))[..., :rows, :]
         yield batch.targets.to(run.device), answer
     ends = all_gather((bad, received()))
     for samples, _ in ends:

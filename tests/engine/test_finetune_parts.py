@@ -1,23 +1,33 @@
-"""Layer decay and the classifiers from weights, in numbers."""
+"""Layer decay, the classifiers from weights, and what makes them fit and fast, in numbers."""
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from compare import identity
+from runs import PICTURE_STEPS, pictures, pretraining, results_of, saved_step, step_losses
 from safetensors.torch import load_file
 from torch import nn
 
+import engine.parallel
+import main_finetune
+import main_knn
+import main_lincls
+import main_pretrain
 from engine.evaluation.from_weights import build_finetuned, build_frozen
 from engine.optim import build_adamw, param_groups, set_lr
+from engine.parallel import check_speed
 from engine.run.checkpoint import save_weights
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.files import weights_digest
-from util.errors import InputError
+from util.dist import Processes
+from util.errors import InputError, LocalInputError, run_cli
 from util.settings.evaluation import FinetuneConfig, KnnConfig
+from util.settings.pretrain import PretrainConfig
 
 GEOMETRY = {
     "img_size": 16,
