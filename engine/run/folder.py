@@ -43,7 +43,7 @@ OWN_NAME = re.compile(
     r"checkpoint-\d{8,}\.pth(\.sha256)?|eval\.json|"
     + "|".join(map(re.escape, RESULT_FILES + PROGRESS_FILES))
 )
-# Settings that a config.yaml may have more or less, as other versions write it; stages differ by 19
+# Settings that a config.yaml may have more or less, as other versions write it; stages differ by 20
 OTHER_SETTINGS = 5
 # In torch's words: on CUDA and MPS, and on the CPU, which has no class of its own for it.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
