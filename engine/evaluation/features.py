@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.labels import LabelledData, LabelledSource
 from data.loader import BadSample
@@ -63,7 +64,7 @@ def answers(
             break
         images, rows = batch.images, len(batch.images)
         if cfg.compile and rows < cfg.batch_size:  # another shape would be compiled anew
-            images = torch.cat([images, images[:1].expand(cfg.batch_size - rows, -1, -1, -1)])
+            images = F.pad(images, (0,) * 7 + (cfg.batch_size - rows,))  # keeps the strides
         with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
             answer = model(normalize(images))[..., :rows, :]
         yield batch.targets.to(run.device), answer

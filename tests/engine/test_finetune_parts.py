@@ -337,7 +337,7 @@ def test_fine_tuning_compiles_one_graph_for_training_and_one_for_evaluation(
     data, weights, tmp_path, monkeypatch
 ):
     """Over epochs, last batches of another size, stochastic depth and checkpointing."""
-    graphs, runs = note_graphs(monkeypatch), {}
+    graphs, runs = note_graphs(monkeypatch, "aot_eager"), {}
     for name, more in {
         "eager": COMPILED[3:],
         "compiled": COMPILED,
