@@ -333,6 +333,7 @@ def note_graphs(monkeypatch, backend: str = "eager") -> list[object]:
 COMPILED = ("--compile", "--compile_backend", "eager", "--batch_size", 8)
 
 
+@pytest.mark.long
 def test_fine_tuning_compiles_one_graph_for_training_and_one_for_evaluation(
     data, weights, tmp_path, monkeypatch
 ):
@@ -356,6 +357,7 @@ def test_fine_tuning_compiles_one_graph_for_training_and_one_for_evaluation(
         assert runs[name][1] == runs["eager"][1]
 
 
+@pytest.mark.long
 def test_features_of_frozen_models_take_one_graph(data, pretrained, weights, tmp_path, monkeypatch):
     """In linear classification for training and both evaluations, in k-NN for both splits of every
     checkpoint; each image counts as it does without compiling."""
@@ -398,8 +400,9 @@ def cuda_is_full():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
-@pytest.mark.parametrize("failure", [host_is_full, cuda_is_full])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "checkpointing"), [(host_is_full, False), (cuda_is_full, True)]
+)
 def test_a_lack_of_memory_is_one_line_and_costs_no_saved_step(
     data, tmp_path, monkeypatch, capsys, failure, checkpointing
 ):
