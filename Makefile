@@ -65,13 +65,13 @@ quickstart: quickstart-time .venv/.run
 	$(PY) tools/plot_run.py $(OUTPUT)/pretrain
 
 test: test-time .venv/.dev
-	$(PYTEST) -m "not long"
+	$(PYTEST) -m "not long and not gpu"
 
 test-long: .venv/.dev
-	$(PYTEST) -m long
+	$(PYTEST) -m "long and not gpu"
 
 test-all: .venv/.dev
-	$(PYTEST)
+	$(PYTEST) -m "not gpu"
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

@@ -28,6 +28,7 @@ from engine.evaluation.features import Features, compute_features
 from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.knn import rank_labels
+from engine.parallel import compile_features
 from engine.run.folder import Run, open_run
 from engine.start import read_knn
 from models.weights.files import weights_digest
@@ -90,6 +91,7 @@ def evaluate_checkpoint(
     """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
     None."""
     model, sha256 = build_frozen(cfg, checkpoint, len(data.class_names))
+    compile_features(model, cfg)
     features = compute_features(cfg, run, model.to(run.device), data, cfg.crop_pct)
     origin = Origin(
         checkpoint=checkpoint,

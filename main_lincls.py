@@ -34,6 +34,7 @@ from engine.evaluation.probe import (
     probe_step,
 )
 from engine.loop import train
+from engine.parallel import compile_features
 from engine.run.batches import train_batches
 from engine.run.checkpoint import save_weights, weights_path
 from engine.run.folder import open_run
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         source, held_out = split_training_set(take_subset(data.train, cfg.subset, cfg.seed), cfg)
         backbone, sha256 = build_frozen(cfg, cfg.finetune, len(data.class_names))
         backbone.to(run.device)
+        compile_features(backbone, cfg)
         evaluators = {"val": Evaluator(cfg, run, data.val, data.class_names)}
         if held_out is not None:
             evaluators["held_out"] = Evaluator(cfg, run, held_out, data.class_names)

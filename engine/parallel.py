@@ -16,15 +16,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from data.loader import Batch
+from models.blocks import Encoder
 from models.build import build_model
-from models.mae import MaskedAutoencoder
+from models.vit import VisionTransformer
 from util.dist import Processes, autocast_dtype, waiting
 from util.errors import InputError
-from util.settings.base import ParallelConfig, RunConfig
-from util.settings.pretrain import SpeedConfig
+from util.settings.base import CheckpointingConfig, CompileConfig, ParallelConfig, RunConfig
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -43,30 +44,29 @@ def asks_for_shards(cfg: RunConfig, processes: Processes) -> bool:
     return True
 
 
+def check_speed(cfg: RunConfig, processes: Processes) -> None:
+    """Raises: InputError if `parallel` or `compile` asks for what cannot be had here."""
+    asks_for_shards(cfg, processes)
+    if isinstance(cfg, CompileConfig) and cfg.compile and cfg.compile_backend == "inductor":
+        compilers = (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"), "clang++", "clang")
+        if not any(map(shutil.which, compilers)):
+            raise InputError("compile needs a C++ compiler: install g++, or leave compile out")
+
+
 def place_model(model: nn.Module, cfg: RunConfig, processes: Processes) -> None:
     """Does what `checkpointing`, `compile` and `parallel` ask for, in place, and moves the model
     onto its device, before an optimiser takes its parameters. Its state keeps its names.
 
     Every process must hold the same whole model, on the CPU; a sharded one is moved and cut block
     by block.
-
-    Raises: InputError if compiling needs a compiler that this machine does not have.
     """
     shards = asks_for_shards(cfg, processes)
-    if isinstance(cfg, SpeedConfig):
-        assert isinstance(model, MaskedAutoencoder)
-        model.checkpointing = cfg.checkpointing
-        if cfg.compile:
-            compilers = (
-                os.environ.get("CXX", "g++"),
-                os.environ.get("CC", "gcc"),
-                "clang++",
-                "clang",
-            )
-            if cfg.compile_backend == "inductor" and not any(map(shutil.which, compilers)):
-                raise InputError("compile needs a C++ compiler: install g++, or leave compile out")
+    if isinstance(model, Encoder):  # not the linear classifiers, which have few products
+        if isinstance(cfg, CheckpointingConfig):
+            model.checkpointing = cfg.checkpointing
+        if isinstance(cfg, CompileConfig) and cfg.compile:
             for part in blocks_of(model) if shards else [model]:  # no graph can span a gathering
-                part.compile(backend=cfg.compile_backend, fullgraph=True, dynamic=False)
+                part.compile(**compile_options(cfg))
     if not shards:
         model.to(processes.device)
         return
@@ -76,6 +76,21 @@ def place_model(model: nn.Module, cfg: RunConfig, processes: Processes) -> None:
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for part in [*blocks_of(model), model]:  # at last what is in no block
         fully_shard(part, mesh=mesh)
+
+
+def compile_options(cfg: CompileConfig) -> dict[str, Any]:
+    """Arguments of torch.compile for what becomes one graph, of one shape of batches."""
+    # einops notes each kind of tensor that it meets, and what is new there invalidates a graph
+    for tensor in (torch.zeros(1), nn.Parameter(torch.zeros(1))):
+        rearrange(tensor, "n -> n")
+    return {"backend": cfg.compile_backend, "fullgraph": True, "dynamic": False}
+
+
+def compile_features(backbone: VisionTransformer, cfg: CompileConfig) -> None:
+    """Does what `compile` asks for to the `forward_features` of a frozen model, in place."""
+    if cfg.compile:
+        compiled = torch.compile(backbone.forward_features, **compile_options(cfg))
+        backbone.forward_features = compiled  # type: ignore[method-assign]
 
 
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:

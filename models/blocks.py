@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.spec import EncoderSpec, pair
 
@@ -162,7 +163,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """What all models share: the patch projection, the class token and the blocks.
 
-    Stochastic depth rises linearly from 0 to `drop_path_rate`.
+    Stochastic depth rises linearly from 0 to `drop_path_rate`. With the attribute `checkpointing`
+    set, blocks keep nothing for the gradient and are computed again in the backward pass.
     """
 
     def __init__(self, spec: EncoderSpec, drop_path_rate: float = 0.0):
@@ -170,6 +172,7 @@ class Encoder(nn.Module):
         self.img_size = pair(spec.img_size)
         self.patch_size = pair(spec.patch_size)
         self.grid_size = spec.grid_size
+        self.checkpointing = False
         width = spec.embed_dim
         self.patch_embed = PatchEmbed(spec)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
@@ -177,6 +180,24 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, spec.num_heads, spec.mlp_ratio, rate) for rate in rates
         )
+
+    def run_blocks(
+        self,
+        blocks: nn.ModuleList,
+        x: Tensor,
+        memory: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens `(B, T, D)` through blocks one after the other, by `checkpointing` unless the
+        attention weights are asked for; `memory` and `maps` as `Block` takes them."""
+        for block in blocks:
+            if self.checkpointing and maps is None:
+                # a block that drops paths must drop the same ones when it is computed again
+                draws = block.training and not isinstance(block.drop_path, nn.Identity)
+                x = checkpoint(block, x, memory, use_reentrant=False, preserve_rng_state=draws)
+            else:
+                x = block(x, memory, maps)
+        return x
 
 
 def init_weights(

@@ -19,7 +19,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.blocks import LAYER_NORM_EPS, Block, Encoder, init_weights, patchify
 from models.pos_embed import sincos_pos_embed
@@ -48,9 +47,6 @@ class MaskedAutoencoder(Encoder):
         pred_ratio: "cross" only: share of all N patches that is predicted, drawn among the
             removed ones; None predicts all of those.
 
-    With the attribute `checkpointing` set, blocks keep nothing for the gradient and are computed
-    again in the backward pass.
-
     Raises: InputError for a geometry that cannot be.
     """
 
@@ -63,7 +59,6 @@ class MaskedAutoencoder(Encoder):
         self.num_kept = spec.num_kept
         self.norm_pix_loss = spec.norm_pix_loss
         self.decoder = spec.decoder
-        self.checkpointing = False
         self.pos_embed = nn.Buffer(
             sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
         )  # (1, N + class_token, D)
@@ -104,7 +99,7 @@ class MaskedAutoencoder(Encoder):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+K, D)
         x = x + self.pos_embed[0, _rows(ids_keep, self.spec.class_token)]  # (B, +K, D)
-        return self.norm(self._run(self.blocks, x))  # (B, +K, D)
+        return self.norm(self.run_blocks(self.blocks, x))  # (B, +K, D)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_pred: Tensor) -> Tensor:
         """Decodes the patches `ids_pred` `(B, M)` from `latent` `(B, +K, D)`.
@@ -122,9 +117,9 @@ class MaskedAutoencoder(Encoder):
         # (B, M, decoder D)
         queries = self.mask_token.to(embedded.dtype) + table[ids_pred + has_cls]
         if self.decoder == "cross":
-            return self._run(self.decoder_blocks, queries, memory)
+            return self.run_blocks(self.decoder_blocks, queries, memory)
         x = torch.cat([memory, queries], dim=1)  # (B, +K+M, decoder D)
-        return self._run(self.decoder_blocks, x)[:, has_cls:]  # (B, K+M, ...)
+        return self.run_blocks(self.decoder_blocks, x)[:, has_cls:]  # (B, K+M, ...)
 
     def target(self, patches: Tensor) -> Tensor:
         """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised
@@ -190,14 +185,6 @@ class MaskedAutoencoder(Encoder):
             std = (patches.var(dim=-1, keepdim=True) + TARGET_VAR_EPS).sqrt()
             pred = pred * std + patches.mean(dim=-1, keepdim=True)
         return self.unpatchify(pred)  # (B, C, H, W)
-
-    def _run(self, blocks: nn.ModuleList, x: Tensor, *memory: Tensor) -> Tensor:
-        for block in blocks:
-            if self.checkpointing:  # no block draws: stochastic depth belongs to the classifier
-                x = checkpoint(block, x, *memory, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, *memory)
-        return x
 
     def _prepare(self, images: Tensor, ids_shuffle: Tensor | None) -> tuple[Tensor, Tensor]:
         """The patches `(B, N, P*P*C)`, and their order `(B, N)`, drawn where it is None."""

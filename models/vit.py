@@ -67,10 +67,7 @@ class VisionTransformer(Encoder):
 
         The attention weights of each block, `(B, heads, T, T)`, are added to `maps`.
         """
-        x = self._embed(images)
-        for block in self.blocks:
-            x = block(x, maps=maps)
-        return self._pool(x)
+        return self._pool(self.run_blocks(self.blocks, self._embed(images), maps=maps))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: `(B, C, H, W)` float, already normalised -> `(B, num_classes)`."""

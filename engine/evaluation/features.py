@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.labels import LabelledData, LabelledSource
 from data.loader import BadSample
@@ -61,8 +62,11 @@ def answers(
         bad += batch.bad
         if bad or received():
             break
+        images, rows = batch.images, len(batch.images)
+        if cfg.compile and rows < cfg.batch_size:  # another shape would be compiled anew
+            images = F.pad(images, (0,) * 7 + (cfg.batch_size - rows,))  # keeps the strides
         with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-            answer = model(normalize(batch.images))
+            answer = model(normalize(images))[..., :rows, :]
         yield batch.targets.to(run.device), answer
     ends = all_gather((bad, received()))
     for samples, _ in ends:

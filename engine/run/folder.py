@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
+from engine.parallel import check_speed
 from engine.run.checkpoint import checkpoint_steps, set_aside_damaged
 from engine.run.records import Kind, Records, drop_records, logging_to, write_results
 from util.dist import Processes, broadcast, init_processes
-from util.errors import DataError, InputError
+from util.errors import DataError, InputError, LocalInputError
 from util.files import TEMPORARY, lock, write_text
-from util.settings.base import DatasetConfig, RunConfig
+from util.settings.base import CheckpointingConfig, DatasetConfig, RunConfig
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import dump_config
@@ -42,8 +43,10 @@ OWN_NAME = re.compile(
     r"checkpoint-\d{8,}\.pth(\.sha256)?|eval\.json|"
     + "|".join(map(re.escape, RESULT_FILES + PROGRESS_FILES))
 )
-# Settings that a config.yaml may have more or less, as other versions write it; stages differ by 19
+# Settings that a config.yaml may have more or less, as other versions write it; stages differ by 20
 OTHER_SETTINGS = 5
+# In torch's words: on CUDA and MPS, and on the CPU, which has no class of its own for it.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 logger = logging.getLogger(__name__)
 
 
@@ -82,14 +85,16 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
     """Joins the other processes, claims the output folder and starts logging; undoes all of it at
     the end.
 
-    An error about the images gets a note of how to look at them.
+    An error about the images gets a note of how to look at them; a lack of memory becomes one line.
 
-    Raises: InputError, before any compute, if the device is absent or the folder is in use, cannot
-    be written, or holds files of others that would be lost.
+    Raises: InputError, before any compute, if the device is absent, the settings of speed do not
+    fit it, or the folder is in use, cannot be written, or holds files of others that would be lost;
+    LocalInputError if memory runs out.
     """
     assert cfg.output_dir is not None, "load_config fills it in"
     folder = Path(cfg.output_dir)
     with init_processes(cfg.device, cfg.timeout) as processes, ExitStack() as stack:
+        check_speed(cfg, processes)
         problem = ""
         try:
             if processes.is_main:
@@ -109,6 +114,17 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
                 path = shlex.quote(str(cfg.data_path))
                 error.add_note(f"look at the data with: python tools/check_dataset.py {path}")
             raise
+        except RuntimeError as error:
+            if not any(text in str(error) for text in OUT_OF_MEMORY):
+                raise
+            can_checkpoint = isinstance(cfg, CheckpointingConfig) and not cfg.checkpointing
+            advice = " or give --checkpointing" if can_checkpoint else ""
+            raise LocalInputError(
+                f"process {processes.rank} has no memory left on {processes.device}: give a "
+                f"smaller -b (batch_size){advice}; what is saved stays, and a training run goes on "
+                f"from it ({str(error).splitlines()[0]})",
+                settings=("batch_size", *["checkpointing"] * can_checkpoint),
+            ) from error
 
 
 def check_writable(setting: str, folder: Path) -> None:

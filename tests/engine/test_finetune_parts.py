@@ -1,4 +1,4 @@
-"""Layer decay and the classifiers from weights, in numbers."""
+"""Layer decay, the classifiers from weights, and what makes them fit and fast, in numbers."""
 
 import logging
 import math
@@ -7,17 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from compare import identity
+from runs import PICTURE_STEPS, pictures, pretraining, results_of, saved_step, step_losses
 from safetensors.torch import load_file
 from torch import nn
 
+import engine.parallel
+import main_finetune
+import main_knn
+import main_lincls
+import main_pretrain
 from engine.evaluation.from_weights import build_finetuned, build_frozen
 from engine.optim import build_adamw, param_groups, set_lr
+from engine.parallel import check_speed
 from engine.run.checkpoint import save_weights
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.files import weights_digest
-from util.errors import InputError
+from util.dist import Processes
+from util.errors import InputError, LocalInputError, run_cli
 from util.settings.evaluation import FinetuneConfig, KnnConfig
+from util.settings.pretrain import PretrainConfig
 
 GEOMETRY = {
     "img_size": 16,
@@ -278,3 +287,150 @@ def test_evaluation_needs_a_head(tmp_path):
     ):
         with pytest.raises(InputError, match=f"eval: {path} .*{num_classes} classes.*head.weight"):
             finetuned(path, num_classes, eval=True, global_pool=global_pool)
+
+
+# Activation checkpointing, compiling, and memory
+
+
+def test_checkpointing_with_stochastic_depth_gives_the_same_gradients_from_less_memory():
+    """Computed again, a block must drop the paths that it dropped before."""
+    model = vit(depth=6, drop_path_rate=0.5)
+    kept, found = [], []
+    for checkpointing in (False, True):
+        model.checkpointing = checkpointing
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(images()).square().sum()
+        kept.append(sum(sizes.values()))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append([loss, *gradients, torch.rand(1)])  # later draws are the same, too
+    assert kept[1] < 0.5 * kept[0]
+    assert all(map(torch.equal, *found))
+
+
+def note_graphs(monkeypatch, backend: str = "eager") -> list[object]:
+    """The graphs that `compile` makes, as they come."""
+    graphs: list[object] = []
+
+    def noting(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    options = engine.parallel.compile_options
+    monkeypatch.setattr(
+        engine.parallel, "compile_options", lambda cfg: options(cfg) | {"backend": noting}
+    )
+    return graphs
+
+
+# 15 training batches of 8 per epoch; of the 60 validation images a last batch of 4
+COMPILED = ("--compile", "--compile_backend", "eager", "--batch_size", 8)
+
+
+@pytest.mark.long
+def test_fine_tuning_compiles_one_graph_for_training_and_one_for_evaluation(
+    data, weights, tmp_path, monkeypatch
+):
+    """Over epochs, last batches of another size, stochastic depth and checkpointing."""
+    graphs, runs = note_graphs(monkeypatch, "aot_eager"), {}
+    for name, more in {
+        "eager": COMPILED[3:],
+        "compiled": COMPILED,
+        "both": (*COMPILED, "--checkpointing"),
+    }.items():
+        torch.compiler.reset()
+        graphs.clear()
+        flags = ("--drop_path_rate", 0.3, "--lr", 0.03, "--finetune", weights, *more)
+        main_finetune.main(pictures(data, tmp_path / name, *flags))
+        losses = [float.fromhex(loss) for loss in step_losses(tmp_path / name).values()]
+        runs[name] = losses, results_of(tmp_path / name)["correct1"]
+        assert len(graphs) == (0 if name == "eager" else 2)
+    assert len(runs["eager"][0]) == 45
+    for name in ("compiled", "both"):
+        torch.testing.assert_close(runs[name][0], runs["eager"][0], rtol=0, atol=1e-4)
+        assert runs[name][1] == runs["eager"][1]
+
+
+@pytest.mark.long
+def test_features_of_frozen_models_take_one_graph(data, pretrained, weights, tmp_path, monkeypatch):
+    """In linear classification for training and both evaluations, in k-NN for both splits of every
+    checkpoint; each image counts as it does without compiling."""
+    graphs, found = note_graphs(monkeypatch), {}
+    for name, more in {"eager": COMPILED[3:], "compiled": COMPILED}.items():
+        torch.compiler.reset()
+        flags = ("--lr", 0.1, 1.0, "--finetune", weights, *more)
+        lincls = main_lincls.main(pictures(data, tmp_path / f"lincls {name}", *flags))
+        assert len(graphs) == (name == "compiled")
+        torch.compiler.reset()
+        graphs.clear()
+        flags = ("--ks", 5, "--finetune", pretrained, *more)
+        knn = main_knn.main(pictures(data, tmp_path / f"knn {name}", *flags, training=False))
+        assert len(graphs) == (name == "compiled")
+        found[name] = lincls["correct1"], [row["correct1"] for row in knn["checkpoints"]]
+    assert found["compiled"] == found["eager"] and len(found["eager"][1]) > 1
+
+
+@pytest.mark.parametrize("stage", [main_finetune, main_lincls, main_knn])
+def test_compiling_needs_a_compiler_before_anything_is_read(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.parallel.shutil, "which", lambda _: None)
+    flags = ("--finetune", tmp_path / "absent", "--compile")
+    with pytest.raises(InputError, match="compiler"):
+        stage.main(pictures(tmp_path / "absent", tmp_path / "run", *flags, training=False))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig])
+def test_fp16_does_not_go_with_a_sharded_model(config):
+    processes = Processes(0, 2, 0, 2, torch.device("cpu"))
+    with pytest.raises(InputError, match="fp16"):
+        check_speed(config(parallel="fsdp", precision="fp16", dataset="mnist5k"), processes)
+
+
+def host_is_full():
+    return torch.empty(2**50)
+
+
+def cuda_is_full():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@pytest.mark.parametrize(
+    ("failure", "checkpointing"), [(host_is_full, False), (cuda_is_full, True)]
+)
+def test_a_lack_of_memory_is_one_line_and_costs_no_saved_step(
+    data, tmp_path, monkeypatch, capsys, failure, checkpointing
+):
+    """In the sixth step of the second epoch."""
+    arguments = pretraining(data, tmp_path, *["--checkpointing"] * checkpointing)
+    forward, calls = MaskedAutoencoder.forward, []
+
+    def failing(*args):
+        calls.append(args)
+        return failure() if len(calls) == PICTURE_STEPS + 6 else forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedAutoencoder, "forward", failing)
+        with pytest.raises(SystemExit) as ended:
+            run_cli(lambda: main_pretrain.main(arguments))
+    assert ended.value.code == 2
+    error = ended.value.__context__
+    assert isinstance(error, LocalInputError)
+    named = {"batch_size"} if checkpointing else {"batch_size", "checkpointing"}
+    assert set(error.settings) == named
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and " -b " in said[0]
+    assert ("--checkpointing" in said[0]) == (not checkpointing)
+    assert saved_step(tmp_path) == PICTURE_STEPS
+    assert main_pretrain.main(arguments)["step"] == 2 * PICTURE_STEPS
+
+
+def test_another_error_of_the_arithmetic_stays_as_it_is(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(MaskedAutoencoder, "forward", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main_pretrain.main(pretraining(data, tmp_path))

@@ -147,6 +147,33 @@ class ParallelConfig(Settings):
     )
 
 
+class CompileConfig(Settings):
+    """Compiling"""
+
+    compile: bool = setting(
+        False,
+        "Whether torch.compile compiles the model, for speed on GPUs; the first step and the first "
+        "evaluation take longer.",
+        may_change=True,
+    )
+    compile_backend: Literal["inductor", "aot_eager", "eager"] = setting(
+        "inductor",
+        "Backend of torch.compile; aot_eager and eager are for finding faults.",
+        may_change=True,
+    )
+
+
+class CheckpointingConfig(Settings):
+    """Activation memory"""
+
+    checkpointing: bool = setting(
+        False,
+        "Whether activations are computed again for the gradient, not kept: less memory, a third "
+        "more work.",
+        may_change=True,
+    )
+
+
 class PixelConfig(Settings):
     """Pixels"""
 

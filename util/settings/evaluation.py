@@ -10,6 +10,8 @@ from util.errors import where
 from util.settings.base import (
     AdamWConfig,
     AugmentConfig,
+    CheckpointingConfig,
+    CompileConfig,
     Count,
     CountOrZero,
     DataConfig,
@@ -75,7 +77,14 @@ class LabelledDataConfig(EvalCropConfig, DataConfig):
 
 
 class FinetuneConfig(
-    AdamWConfig, ClassifierConfig, AugmentConfig, LabelledDataConfig, ParallelConfig, TrainRunConfig
+    AdamWConfig,
+    ClassifierConfig,
+    AugmentConfig,
+    LabelledDataConfig,
+    CheckpointingConfig,
+    CompileConfig,
+    ParallelConfig,
+    TrainRunConfig,
 ):
     """Fine-tuning"""
 
@@ -165,7 +174,12 @@ class FinetuneConfig(
 
 
 class LinclsConfig(
-    ScheduleConfig, ClassifierConfig, AugmentConfig, LabelledDataConfig, TrainRunConfig
+    ScheduleConfig,
+    ClassifierConfig,
+    AugmentConfig,
+    LabelledDataConfig,
+    CompileConfig,
+    TrainRunConfig,
 ):
     """Linear classification"""
 
@@ -214,7 +228,7 @@ class LinclsConfig(
         )
 
 
-class KnnConfig(ClassifierConfig, LabelledDataConfig, RunConfig):
+class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
     """k-NN"""
 
     finetune: PathText | None = setting(

@@ -6,6 +6,8 @@ from util.errors import where
 from util.settings.base import (
     AdamWConfig,
     AugmentConfig,
+    CheckpointingConfig,
+    CompileConfig,
     Count,
     CountOrZero,
     DataConfig,
@@ -82,23 +84,9 @@ class MonitorConfig(Settings):
     )
 
 
-class SpeedConfig(Settings):
-    """Speed and memory"""
+class RepeatsConfig(Settings):
+    """Repeated augmentation"""
 
-    compile: bool = setting(
-        False, "Whether torch.compile compiles the model, for speed on GPUs.", may_change=True
-    )
-    compile_backend: Literal["inductor", "aot_eager", "eager"] = setting(
-        "inductor",
-        "Backend of torch.compile; aot_eager and eager are for finding faults.",
-        may_change=True,
-    )
-    checkpointing: bool = setting(
-        False,
-        "Whether activations are computed again for the gradient, not kept: less memory, a third "
-        "more work.",
-        may_change=True,
-    )
     aug_repeats: Count = setting(
         1,
         "Number of samples (crop, flip and mask) of each decoded image, all in one batch, to "
@@ -113,7 +101,9 @@ class PretrainConfig(
     AugmentConfig,
     DataConfig,
     MonitorConfig,
-    SpeedConfig,
+    RepeatsConfig,
+    CheckpointingConfig,
+    CompileConfig,
     ParallelConfig,
     TrainRunConfig,
 ):
