@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.images import BadImageError
 from data.labels import LabelledData, LabelledSource, Subset, build_labelled_data, stratified_choice
+from data.on_device import place_on_device
 from data.sources import ImageSource
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.features import compute_features
@@ -69,6 +70,9 @@ class Monitor:
         self.cfg, self.run, self.plan, self.model = cfg, run, plan, model
         labelled = labelled_data(cfg) if cfg.monitor_epochs and cfg.monitor_knn else None
         self.data = None if labelled is None else knn_data(labelled, cfg)
+        if self.data is not None:
+            splits = place_on_device(cfg, run.processes, self.data.train, self.data.val)
+            self.data = LabelledData(*splits, self.data.class_names)
         is_shown = cfg.monitor_epochs and cfg.monitor_images and run.processes.is_main
         self.images = shown_images(cfg, labelled, source) if is_shown else {}
         self.figures: dict[str, float] = {}

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 from data.images import decode_image
 from data.packs.source import open_pack
 from data.sources import FolderSource
-from data.transforms import pretrain_transform
+from data.transforms import CropAndFlip
 from tools.benchmarks.timing import Figures, interleaved, rates, ratio
 
 
@@ -22,7 +22,7 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> Figures:
     """
     source = FolderSource(images, in_chans=3, prefer_train=False)
     paths = [source.name(index) for index in range(min(len(source), 250))]
-    crop = pretrain_transform(224, 0.2, "bicubic", 0.5)
+    crop = CropAndFlip(224, 0.2, "bicubic", 0.5)
     theirs = v2.Compose(
         [
             v2.RandomResizedCrop(224, (0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
