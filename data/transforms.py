@@ -45,7 +45,8 @@ class CropAndFlip:
         self.size = _pair(img_size)
         self.crop_min = crop_min
         self.interpolation = interpolation
-        self.hflip = hflip
+        # as float32, which is what torch draws and compares
+        self.hflip = torch.tensor(hflip).item()
         self.log_aspects = torch.tensor(ASPECTS).log().tolist()
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -53,8 +54,7 @@ class CropAndFlip:
 
         The pixels are torchvision's. The result has channels-last memory.
         """
-        drawn = self.draw([torch.default_generator], *image.shape[-2:])
-        top, left, height, width, flip = drawn[:, 0].tolist()
+        top, left, height, width, flip = self.draw(torch.default_generator, *image.shape[-2:])
         part = image[:, top : top + height, left : left + width]
         # a resize is fastest from and to channels-last memory, and a part of an image has to be
         # copied for that
@@ -62,13 +62,30 @@ class CropAndFlip:
         (resized,) = resize(part, self.size, self.interpolation)
         return resized.flip(-1) if flip else resized  # (C, H, W)
 
-    def draw(self, streams: Iterable[torch.Generator], height: int, width: int) -> np.ndarray:
-        """Crops and flips of images of one size: `(5, B)` int64, in rows the crops' tops, lefts,
-        heights and widths in pixels, and 1 for a flip. Each stream, read before the next is taken,
-        gives one.
+    def draw(self, stream: torch.Generator, height: int, width: int) -> tuple[int, ...]:
+        """The crop and flip of an image of this size: top, left, height and width in pixels, and 1
+        for a flip."""
+        real, whole = torch.empty(1), torch.empty(1, dtype=torch.int64)
+        for _ in range(ATTEMPTS):
+            area = height * width * real.uniform_(self.crop_min, 1.0, generator=stream).item()
+            aspect = real.uniform_(*self.log_aspects, generator=stream).exp_().item()
+            columns, rows = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < columns <= width and 0 < rows <= height:
+                top = int(whole.random_(height - rows + 1, generator=stream))
+                left = int(whole.random_(width - columns + 1, generator=stream))
+                break
+        else:
+            rows, columns = _largest_crop(height, width)
+            top, left = (height - rows) // 2, (width - columns) // 2
+        flip = real.uniform_(generator=stream).item() < self.hflip
+        return top, left, rows, columns, int(flip)
 
-        One read of a stream takes all that may be needed; torch's own functions, which torchvision
-        calls in their turn, would make the same numbers of it.
+    def draw_many(self, streams: Iterable[torch.Generator], height: int, width: int) -> np.ndarray:
+        """As `draw` for each of the streams, and the same numbers in a third of the time: `(5, B)`
+        int64. A stream has been read before the next is taken.
+
+        One read of a stream takes all bits that its crop may need, of which all crops are made at
+        once.
         """
         pairs = torch.stack(
             [
@@ -84,20 +101,18 @@ class CropAndFlip:
         aspects = torch.from_numpy(_uniform(tries[:, 1::2], *self.log_aspects)).exp().double()
         widths = np.rint(np.sqrt(areas * aspects.numpy())).astype(np.int64)
         heights = np.rint(np.sqrt(areas / aspects.numpy())).astype(np.int64)
-        lies_within = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+        fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
 
-        # the first crop that lies within, or the largest one with a possible aspect at the centre
-        row, first = np.arange(len(words)), lies_within.argmax(axis=1)
-        found = lies_within[row, first]
-        centred_width = min(width, round(height * ASPECTS[1]))
-        centred_height = min(height, round(width / ASPECTS[0]))
-        crop_width = np.where(found, widths[row, first], centred_width)
-        crop_height = np.where(found, heights[row, first], centred_height)
+        row, first = np.arange(len(words)), fits.argmax(axis=1)
+        found = fits[row, first]
+        largest_height, largest_width = _largest_crop(height, width)
+        crop_height = np.where(found, heights[row, first], largest_height)
+        crop_width = np.where(found, widths[row, first], largest_width)
         place = np.where(found, 2 * first + 2, 2 * ATTEMPTS)  # of the next word
         free_rows, free_columns = height - crop_height, width - crop_width
         top = np.where(found, words[row, place] % (free_rows + 1), free_rows // 2)
         left = np.where(found, words[row, place + 1] % (free_columns + 1), free_columns // 2)
-        flip = _uniform(words[row, place + 2 * found], 0.0, 1.0) < np.float32(self.hflip)
+        flip = _uniform(words[row, place + 2 * found], 0.0, 1.0) < self.hflip
         return np.stack([top, left, crop_height, crop_width, flip])
 
     def batch(self, images: Tensor, indices: list[int], drawn: np.ndarray) -> Tensor:
@@ -131,6 +146,11 @@ class CropAndFlip:
         weights = KERNELS[self.interpolation](distance)
         weights *= (pixel > start) & (pixel < start + length)
         return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _largest_crop(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the largest part of an image whose aspect a random crop may have."""
+    return min(height, round(width / ASPECTS[0])), min(width, round(height * ASPECTS[1]))
 
 
 def _uniform(words: np.ndarray, start: float, end: float) -> np.ndarray:
