@@ -62,12 +62,9 @@ def read_known_set(
     path = Path(data_path) / Path(spec.url).name
     if download and not path.exists():
         _download(spec, path)
-    problem = "is not there:"
-    if path.is_file():
-        with path.open("rb") as file:
-            is_damaged = hashlib.file_digest(file, "md5").hexdigest() != spec.md5
-        problem = "is damaged: delete it and" if is_damaged else ""
-    if problem:
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != spec.md5:
+        problem = "is damaged: delete it and" if path.exists() else "is not there:"
         raise InputError(
             f"{path} {problem} fetch {spec.url} (md5 {spec.md5}), or add --download true"
         )

@@ -107,7 +107,7 @@ class SampleDataset(Dataset[Sample]):
         failed, images = has_failed(keys, bad, self.max_replacements), pixels[:0]
         if not failed and isinstance(self.transform, CropAndFlip):
             streams = generators([self.crop_place(key) for key in keys])
-            drawn = self.transform.draw_many(streams, *pixels.shape[-2:])
+            drawn = self.transform.draw(streams, *pixels.shape[-2:])
             images = self.transform.batch(pixels, indices, drawn)
         elif not failed:  # an evaluation's transform is without chance
             images = self.transform(pixels[to_device(torch.tensor(indices), pixels.device)])
@@ -141,13 +141,9 @@ class PretrainDataset(SampleDataset):
     shared_mask: bool
 
     def targets(self, keys: list[SampleKey], indices: list[int]) -> Tensor:
-        streams = generators([self.mask_place(key) for key in keys])
+        places = [(key.step,) if self.shared_mask else (key.epoch, key.position) for key in keys]
+        streams = generators([(self.seed, MASK, *place) for place in places])
         return torch.stack([self.draw_order(stream) for stream in streams])  # (B, N)
-
-    def mask_place(self, key: SampleKey) -> tuple[int, ...]:
-        """The coordinates that seed a sample's mask."""
-        place = (key.step,) if self.shared_mask else (key.epoch, key.position)
-        return self.seed, MASK, *place
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from util.dist import Processes, available_cores
 from util.errors import DataError, InputError
 from util.settings.base import DataConfig
 
-BLOCK = 1024  # images that are decoded before they are copied to the device
+BLOCK = 4096  # images that threads decode at most ahead of the one that is copied
 SourceT = TypeVar("SourceT", bound=ImageSource)
 logger = logging.getLogger(__name__)
 
@@ -73,19 +73,23 @@ class DecodedSource(ImageSource):
         images = torch.zeros(
             len(self), height, channels, width, dtype=torch.uint8, device=self.device
         ).transpose(1, 2)
-        self.source.read_ahead()
         with ThreadPoolExecutor(self.num_threads) as pool:
-            for block in torch.arange(len(self)).split(BLOCK):
-                decoded = torch.zeros(len(block), *self.shape, dtype=torch.uint8)
-                indices = block.tolist()
-                for place, image in enumerate(pool.map(self._decode, indices)):
-                    if image is not None:
-                        self._check_size(indices[place], image)
-                        decoded[place] = image
-                images[indices[0] : indices[-1] + 1] = decoded.to(self.device)
+            for start in range(0, len(self), BLOCK):
+                block = range(start, min(start + BLOCK, len(self)))
+                for index, image in zip(block, pool.map(self._decode, block), strict=True):
+                    if image is None:
+                        continue
+                    if image.shape != self.shape:
+                        raise DataError(
+                            f"data_on_device needs images of one size, and the first has height "
+                            f"and width {height} x {width}, {self.name(index)} "
+                            f"{image.shape[1]} x {image.shape[2]}: resize them, or leave "
+                            "data_on_device out"
+                        )
+                    images[index] = image
         logger.info(
             f"decoded {len(self)} images of {channels} x {height} x {width} onto {self.device} in "
-            f"{time.monotonic() - started:.1f} s: {self.num_bytes / 1e6:.0f} MB"
+            f"{time.monotonic() - started:.1f} s: {self.num_bytes / 1e6:.1f} MB"
         )
         return images
 
@@ -95,15 +99,6 @@ class DecodedSource(ImageSource):
         except BadImageError as error:
             self.bad[index] = str(error)
             return None
-
-    def _check_size(self, index: int, image: Tensor) -> None:
-        if image.shape != self.shape:
-            sizes = (f"{height} x {width}" for _, height, width in (self.shape, image.shape))
-            raise DataError(
-                f"data_on_device needs images of one size, and the first is {next(sizes)}, "
-                f"{self.name(index)} {next(sizes)} (height x width): resize them, or leave "
-                "data_on_device out"
-            )
 
 
 def place_on_device(
@@ -121,9 +116,9 @@ def place_on_device(
     if needed > free:
         sizes = " + ".join("{} x {} x {} x {}".format(len(of), *of.shape) for of in placed)
         raise InputError(
-            f"data_on_device: {sizes} bytes are {needed / 1e9:,.3f} GB of pixels, and "
-            f"{free / 1e9:,.3f} GB of memory are free for them on {processes.device}: leave "
-            "data_on_device out, or make the images smaller",
+            f"data_on_device needs {needed / 1e6:,.1f} MB for {sizes} bytes of pixels, and "
+            f"{free / 1e6:,.1f} MB are free on {processes.device}: leave data_on_device out, or "
+            "make the images smaller",
             settings=("data_on_device",),
         )
     return tuple(cast(SourceT, source) for source in placed)

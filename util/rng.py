@@ -38,7 +38,6 @@ def derive_seeds(tuples: Sequence[tuple[int, ...]]) -> list[int]:
     # what all tuples share stays an int, with which the same steps cost next to nothing
     values = [column if (column != column[0]).any() else int(column[0]) for column in columns]
     words = [half for value in (len(values), *values) for half in (value & WORD, value >> 32)]
-    words += [0] * (4 - len(words))
     constant = 0x43B0D7E5
 
     def hashed(value: Words, multiplier: int = 0x931E8875) -> Words:
@@ -58,8 +57,8 @@ def derive_seeds(tuples: Sequence[tuple[int, ...]]) -> list[int]:
         pool = [mixed(part, hashed(word)) for part in pool]
     constant = 0x8B51F9DD
     high, low = (hashed(part, 0x58F38DED) for part in pool[:2])
-    seeds = (high << 32 | low) >> 1
-    return np.broadcast_to(np.asarray(seeds, dtype=np.uint64), len(tuples)).tolist()
+    seeds = np.asarray((high << 32 | low) >> 1, dtype=np.uint64)
+    return np.broadcast_to(seeds, len(tuples)).tolist()
 
 
 def generator(*coordinates: int) -> torch.Generator:
