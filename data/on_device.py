@@ -62,6 +62,10 @@ class DecodedSource(ImageSource):
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 
+    def read_ahead(self) -> None:
+        self.source.read_ahead()
+        _ = self.images  # decodes them before the training begins
+
     @cached_property
     def images(self) -> Tensor:
         """uint8 `(n, C, h, w)`, which lie in memory as `(n, h, C, w)`; bad images are black.

@@ -447,6 +447,24 @@ test_print_config_is_the_settings_in_order_and_nothing_else
 -Positive = Annotated[float, Gt(0)]
 +Positive = Annotated[float, Ge(0)]
 
+115 data on the device: no image is flipped
+data/transforms.py data/test_on_device.py
+test_pixels_are_within_one_step_of_256_of_those_of_single_crops
+-torch.where(flip > 0, out - target, target)
++target
+
+116 data on the device: a bad image is shown as it is, black
+data/loader.py data/test_on_device.py
+test_batches_are_those_of_the_loader
+-self.shown(key)[1:] if key.image in source.bad else (key.image, []) for key in keys
++(key.image, []) for key in keys
+
+117 resume: a setting that an older checkpoint lacks counts as changed
+util/settings/read.py util/test_config.py
+test_changed_settings_lists_what_alters_the_result_as_old_and_new
+-old = {name: schema["default"] for name, schema in schemas.items()} | old
++old = dict(old)
+
 57 settings: a base: file wins over the file that names it
 util/settings/read.py util/test_config.py
 test_precedence_is_defaults_then_base_then_yaml_then_command_line
