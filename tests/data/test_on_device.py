@@ -11,7 +11,7 @@ from compare import assert_same_run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from runs import cut_after, loading, pictures, pretraining, step_losses
+from runs import Cut, cut_after, loading, pictures, pretraining, step_losses
 from test_sampler import COUNT, PICTURES, Spoilt, batches, dataset
 from torchvision.transforms import v2
 
@@ -145,7 +145,7 @@ def test_without_a_process_a_run_goes_on_bit_for_bit(tmp_path, data, monkeypatch
     more = [*ON_DEVICE, "--hflip", "0.5"]
     main_pretrain.main(pretraining(data, tmp_path / "whole", *more, "--monitor_epochs", 1))
     arguments = pretraining(data, tmp_path / "run", *more)
-    with monkeypatch.context() as patch, pytest.raises(BaseException):  # noqa: B017, PT011
+    with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, 13)
         main_pretrain.main(arguments)
     main_pretrain.main(arguments)
