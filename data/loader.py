@@ -107,7 +107,7 @@ class SampleDataset(Dataset[Sample]):
         failed, images = has_failed(keys, bad, self.max_replacements), pixels[:0]
         if not failed and isinstance(self.transform, CropAndFlip):
             streams = generators([self.crop_place(key) for key in keys])
-            drawn = self.transform.draw(streams, *pixels.shape[-2:])
+            drawn = self.transform.draw_many(streams, *pixels.shape[-2:])
             images = self.transform.batch(pixels, indices, drawn)
         elif not failed:  # an evaluation's transform is without chance
             images = self.transform(pixels[to_device(torch.tensor(indices), pixels.device)])

@@ -37,9 +37,9 @@ def decoded(made):
     return replace(made, source=DecodedSource(made.source, torch.device("cpu"), num_threads=2))
 
 
-def drawn(crop: CropAndFlip, seeds: range, height: int, width: int) -> list[tuple[int, ...]]:
+def drawn(crop: CropAndFlip, seeds: range, height: int, width: int) -> np.ndarray:
     stream = torch.Generator()
-    return crop.draw(map(stream.manual_seed, seeds), height, width)
+    return crop.draw_many(map(stream.manual_seed, seeds), height, width)
 
 
 @given(st.data(), st.integers(1, 6))
@@ -57,8 +57,10 @@ def test_crops_drawn_together_are_torchvisions(size, crop_min):
     crop = CropAndFlip(9, crop_min, "bicubic", 0.3)
     theirs = v2.RandomResizedCrop(9, scale=(crop_min, 1.0))
     image = torch.zeros(1, *size, dtype=torch.uint8)
-    found = drawn(crop, range(300), *size)
+    found = drawn(crop, range(300), *size).T.tolist()
     for seed, (top, left, height, width, flip) in enumerate(found):
+        alone = crop.draw(torch.Generator().manual_seed(seed), *size)
+        assert alone == (top, left, height, width, flip)
         torch.manual_seed(seed)
         expected = {"top": top, "left": left, "height": height, "width": width}
         assert theirs.make_params([image]) == expected
