@@ -181,7 +181,7 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     on_cpu = images.device.type == "cpu"  # which alone resizes whole numbers
     pixels = images if on_cpu else images.float()
     pixels = pixels.reshape(-1, *pixels.shape[-3:])  # (B, C, h, w)
-    pixels = F.interpolate(pixels, size, mode=interpolation, antialias=True)
+    pixels = F.interpolate(pixels, list(size), mode=interpolation, antialias=True)
     pixels = pixels if on_cpu else pixels.round_().clamp_(0, 255).to(torch.uint8)
     return pixels.reshape(*images.shape[:-2], *size)
 
