@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from data.labels import take_subset
 from data.loader import Batch, LabelledDataset
+from data.on_device import place_on_device
 from data.transforms import PixelNormalizer, finetune_transform
 from engine.evaluation.best import read_best
 from engine.evaluation.classification import Evaluator, open_labelled_data
@@ -51,9 +52,11 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
     cfg = cfg or read_finetune(argv)
     with open_run(cfg) as run:
         data = open_labelled_data(cfg, run)
-        source = take_subset(data.train, cfg.subset, cfg.seed)
+        source, val = place_on_device(
+            cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
+        )
         model, sha256 = build_finetuned(cfg, len(data.class_names))
-        evaluator = Evaluator(cfg, run, data.val, data.class_names)
+        evaluator = Evaluator(cfg, run, val, data.class_names)
         origin = {"checkpoint": cfg.finetune, "sha256": sha256, "dataset": cfg.dataset}
         if cfg.eval:
             (scores,) = evaluator(model.to(run.device).eval())

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data.labels import LabelledData, take_subset
+from data.on_device import place_on_device
 from engine.evaluation.classification import open_labelled_data, percent_by_class
 from engine.evaluation.features import Features, compute_features
 from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
@@ -71,7 +72,10 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
             ]
             check_folders(cfg, [partial(digest_of, path) for path in checkpoints], folders)
         data = open_labelled_data(cfg, run)
-        data = replace(data, train=take_subset(data.train, cfg.subset, cfg.seed))
+        train, val = place_on_device(
+            cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
+        )
+        data = replace(data, train=train, val=val)
         for checkpoint in checkpoints[1:]:
             read_weights(checkpoint)  # finds a broken file before the others are evaluated
         table = [

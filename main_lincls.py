@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from data.labels import LabelledSource, Subset, stratified_choice, take_subset
 from data.loader import Batch, LabelledDataset
-from data.transforms import PixelNormalizer, pretrain_transform
+from data.on_device import place_on_device
+from data.transforms import CropAndFlip, PixelNormalizer
 from engine.evaluation.classification import Evaluator, open_labelled_data
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.probe import (
@@ -58,13 +59,17 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
     assert cfg.finetune is not None, "the config checks that there are weights"
     with open_run(cfg) as run:
         data = open_labelled_data(cfg, run)
-        source, held_out = split_training_set(take_subset(data.train, cfg.subset, cfg.seed), cfg)
+        splits = split_training_set(take_subset(data.train, cfg.subset, cfg.seed), cfg)
+        source, val, *held_out = place_on_device(
+            cfg, run.processes, splits[0], data.val, *splits[1:]
+        )
         backbone, sha256 = build_frozen(cfg, cfg.finetune, len(data.class_names))
         backbone.to(run.device)
         compile_features(backbone, cfg)
-        evaluators = {"val": Evaluator(cfg, run, data.val, data.class_names)}
-        if held_out is not None:
-            evaluators["held_out"] = Evaluator(cfg, run, held_out, data.class_names)
+        evaluators = {
+            name: Evaluator(cfg, run, images, data.class_names)
+            for name, images in zip(("val", "held_out"), (val, *held_out), strict=False)
+        }
 
         probes = LinearProbes(
             backbone.spec.embed_dim, len(data.class_names), len(cfg.lr), generator(cfg.seed, HEAD)
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         if job.is_finished:
             return read_results(run.results_path)
 
-        augment = pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
+        augment = CropAndFlip(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
         batches = train_batches(
             cfg, run, job.plan, LabelledDataset(source, augment, cfg.seed), job.state.step
         )
@@ -119,13 +124,11 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         )
 
 
-def split_training_set(
-    source: LabelledSource, cfg: LinclsConfig
-) -> tuple[LabelledSource, LabelledSource | None]:
-    """The images that probes train on, and those that choose among several probes: a stratified
-    tenth, held out by seed, or None for one probe."""
+def split_training_set(source: LabelledSource, cfg: LinclsConfig) -> tuple[LabelledSource, ...]:
+    """The images that probes train on, and for several probes those that choose among them: a
+    stratified tenth, held out by seed."""
     if len(cfg.lr) == 1:
-        return source, None
+        return (source,)
     held_out = stratified_choice(source.labels, max(1, round(HELD_OUT * len(source))), cfg.seed)
     return Subset(source, np.setdiff1d(np.arange(len(source)), held_out)), Subset(source, held_out)
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch, PretrainDataset
+from data.on_device import place_on_device
 from data.sources import build_pretrain_source
-from data.transforms import PixelNormalizer, pretrain_transform
+from data.transforms import CropAndFlip, PixelNormalizer
 from engine.loop import train
 from engine.optim import build_adamw, param_groups
 from engine.parallel import unsharded_model
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
     with open_run(cfg) as run:
         with first_process_first(run.processes) if cfg.download else nullcontext():
             source = build_pretrain_source(cfg.dataset, cfg.data_path, cfg.in_chans, cfg.download)
+        (source,) = place_on_device(cfg, run.processes, source)
         spec = mae_spec(cfg)
 
         def build() -> MaskedAutoencoder:
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
 
         dataset = PretrainDataset(
             source=source,
-            transform=pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
+            transform=CropAndFlip(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
             draw_order=partial(training_order, spec.num_patches),
             shared_mask=cfg.shared_mask,
             seed=cfg.seed,

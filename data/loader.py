@@ -1,5 +1,6 @@
 """From sample keys to batches: decode, augment, draw the mask, replace bad files; and batches for
-evaluation.
+evaluation. Images on the device (`data/on_device.py`) become a batch in one operation, others one
+by one in loader processes.
 
 In training, a sample whose file cannot be decoded is replaced by another one that is a pure
 function of its key, and the file is reported in the batch. The engine decides what follows
@@ -21,10 +22,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from data.handover import ready_to_send
 from data.images import BadImageError
 from data.labels import LabelledSource
+from data.on_device import DecodedSource
 from data.sampler import SampleKey
 from data.sources import ImageSource
+from data.transforms import CropAndFlip, to_device
 from util.dist import Processes, available_cores
-from util.rng import CROP, MASK, REPLACEMENT, derive_seed, generator, seeded
+from util.rng import CROP, MASK, REPLACEMENT, derive_seed, generators, seeded
 from util.settings.base import DataConfig
 
 MAX_REPLACEMENTS = 8
@@ -85,15 +88,43 @@ class SampleDataset(Dataset[Sample]):
     libraries = False  # whether `transform` also draws from numpy's generator and from `random`
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        # the samples of one image share its replacement, too
-        first = key.position - key.position % self.aug_repeats
-        image, index, bad = read_or_replace(self, key._replace(position=first))
-        with seeded(derive_seed(self.seed, CROP, key.epoch, key.position), self.libraries):
+        image, index, bad = self.shown(key)
+        with seeded(derive_seed(*self.crop_place(key)), self.libraries):
             augmented = self.transform(image)
-        return Sample(augmented, self.target(key, index), key, bad)
+        return Sample(augmented, self.targets([key], [index])[0], key, bad)
 
-    def target(self, key: SampleKey, index: int) -> Tensor:
-        """What the sample of a key is trained on if it shows the image at `index`."""
+    def __getitems__(self, keys: list[SampleKey]) -> "list[Sample] | Batch":
+        """What a loader asks for: samples for it to collate, or a batch on the device."""
+        source = self.source
+        if not isinstance(source, DecodedSource):
+            return [self[key] for key in keys]
+        pixels = source.images
+        of_keys = [
+            self.shown(key)[1:] if key.image in source.bad else (key.image, []) for key in keys
+        ]
+        indices, bad = [index for index, _ in of_keys], [found for _, found in of_keys]
+        targets = to_device(self.targets(keys, indices), pixels.device)
+        failed, images = has_failed(keys, bad, self.max_replacements), pixels[:0]
+        if not failed and isinstance(self.transform, CropAndFlip):
+            streams = generators([self.crop_place(key) for key in keys])
+            drawn = self.transform.draw_many(streams, *pixels.shape[-2:])
+            images = self.transform.batch(pixels, indices, drawn)
+        elif not failed:  # an evaluation's transform is without chance
+            images = self.transform(pixels[to_device(torch.tensor(indices), pixels.device)])
+        return Batch(images, targets, keys, [entry for of_one in bad for entry in of_one], failed)
+
+    def shown(self, key: SampleKey) -> tuple[Tensor, int, list[BadSample]]:
+        """As `read_or_replace`; the samples of one image share its replacement, too."""
+        first = key.position - key.position % self.aug_repeats
+        return read_or_replace(self, key._replace(position=first))
+
+    def crop_place(self, key: SampleKey) -> tuple[int, ...]:
+        """The coordinates that seed a sample's crop and flip."""
+        return self.seed, CROP, key.epoch, key.position
+
+    def targets(self, keys: list[SampleKey], indices: list[int]) -> Tensor:
+        """What the samples of these keys, `(B, ...)`, are trained on if they show the images at
+        `indices`."""
         raise NotImplementedError
 
 
@@ -109,9 +140,10 @@ class PretrainDataset(SampleDataset):
     draw_order: Callable[[torch.Generator], Tensor]
     shared_mask: bool
 
-    def target(self, key: SampleKey, index: int) -> Tensor:
-        place = (key.step,) if self.shared_mask else (key.epoch, key.position)
-        return self.draw_order(generator(self.seed, MASK, *place))  # (N,)
+    def targets(self, keys: list[SampleKey], indices: list[int]) -> Tensor:
+        places = [(key.step,) if self.shared_mask else (key.epoch, key.position) for key in keys]
+        streams = generators([(self.seed, MASK, *place) for place in places])
+        return torch.stack([self.draw_order(stream) for stream in streams])  # (B, N)
 
 
 @dataclass(eq=False)
@@ -121,8 +153,8 @@ class LabelledDataset(SampleDataset):
     source: LabelledSource
     libraries = True  # RandAugment
 
-    def target(self, key: SampleKey, index: int) -> Tensor:
-        return torch.tensor(self.source.labels[index])
+    def targets(self, keys: list[SampleKey], indices: list[int]) -> Tensor:
+        return torch.from_numpy(self.source.labels[indices])  # (B,)
 
 
 class EvalDataset(LabelledDataset):
@@ -150,23 +182,34 @@ def read_or_replace(dataset: SampleDataset, key: SampleKey) -> tuple[Tensor, int
     return torch.zeros(1, 1, 1, dtype=torch.uint8), index, bad
 
 
-def collate(samples: list[Sample], max_replacements: int = MAX_REPLACEMENTS) -> Batch:
-    """Stacks samples into a batch, or marks it as failed.
+def has_failed(
+    keys: list[SampleKey], bad: list[list[BadSample]], max_replacements: int = MAX_REPLACEMENTS
+) -> bool:
+    """Whether a batch has no images, from the bad files that each of its samples stands for."""
+    # one bad file alone proves nothing about the disk
+    all_bad = len({key.image for key in keys}) > 1 and all(bad)
+    return all_bad or any(len(of_one) > max_replacements for of_one in bad)
+
+
+def collate(samples: list[Sample] | Batch, max_replacements: int = MAX_REPLACEMENTS) -> Batch:
+    """Stacks samples into a batch, or marks it as failed; a batch on the device stays as it is.
 
     In a loader process torch's own collate writes into shared memory: if there is none left, the
     process fails here and not when the batch is handed over.
     """
-    bad = [entry for sample in samples for entry in sample.bad]
-    # one bad file alone proves nothing about the disk
-    failed = len({sample.key.image for sample in samples}) > 1 and all(s.bad for s in samples)
-    failed |= any(len(sample.bad) > max_replacements for sample in samples)
+    if isinstance(samples, Batch):
+        return samples
+    keys, bad = [sample.key for sample in samples], [sample.bad for sample in samples]
+    failed = has_failed(keys, bad, max_replacements)
     images = torch.empty(0, dtype=torch.uint8)
     if not failed:
         # Channels last in memory, as crops are: another layout would cost a third of their time.
         pixels = default_collate([sample.image.permute(1, 2, 0) for sample in samples])
         images = pixels.permute(0, 3, 1, 2)  # (B, C, H, W)
     targets = default_collate([sample.target for sample in samples])  # (B, N) or (B,)
-    return ready_to_send(Batch(images, targets, [s.key for s in samples], bad, failed))
+    return ready_to_send(
+        Batch(images, targets, keys, [entry for of_one in bad for entry in of_one], failed)
+    )
 
 
 def loader_maker(cfg: DataConfig, processes: Processes) -> partial[DataLoader[Sample]]:
@@ -174,9 +217,9 @@ def loader_maker(cfg: DataConfig, processes: Processes) -> partial[DataLoader[Sa
     does not stop at an epoch's end.
 
     The default of `num_workers` is this machine's cores, shared by its training processes, and at
-    most 8.
+    most 8. With `data_on_device` there are no loader processes.
     """
-    workers = cfg.num_workers
+    workers = 0 if cfg.data_on_device else cfg.num_workers
     if workers is None:
         workers = min(8, available_cores() // processes.local_world_size)
     return partial(
@@ -184,7 +227,7 @@ def loader_maker(cfg: DataConfig, processes: Processes) -> partial[DataLoader[Sa
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=cfg.prefetch_factor if workers else None,
-        pin_memory=processes.device.type == "cuda",
+        pin_memory=processes.device.type == "cuda" and not cfg.data_on_device,
         generator=torch.Generator(),  # else it draws from the training's own random state
     )
 

@@ -100,14 +100,10 @@ class StepSampler:
         epoch, position = divmod(first, per_epoch)
         order_number, place = divmod(first, per_epoch * self.aug_repeats)
         order = epoch_order(self.num_images, self.block_size, self.seed, order_number)
+        images = order[np.arange(place, place + self.batch_size) // self.aug_repeats].tolist()
+        step = micro // self.accum_iter
         return [
-            SampleKey(
-                image=int(order[(place + sample) // self.aug_repeats]),
-                epoch=epoch,
-                position=position + sample,
-                step=micro // self.accum_iter,
-            )
-            for sample in range(self.batch_size)
+            SampleKey(image, epoch, position + sample, step) for sample, image in enumerate(images)
         ]
 
     def images(self, step: int) -> list[int]:

@@ -1,66 +1,210 @@
-"""Augmentation on uint8 tensors in the loader process, normalisation on the device.
+"""Augmentation on uint8 tensors, of single images in a loader process or of a batch on the device,
+and normalisation on the device.
 
-Random decisions come from global generators, which are seeded per sample and put back afterwards
-(`util/rng.py`), so the transforms of torchvision and timm are pure functions of the sample and
-leave the training's random state alone.
+Random decisions come from torch generators that are seeded per sample (`util/rng.py`), so a crop is
+a function of the sample, and the training's random state is left alone.
+
+Shapes: `B` batch, `C` channels, `h` and `w` height and width of an image, `H` and `W` of a result.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
-from timm.data import create_transform
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
+from torch.nn import functional as F
 
 from util.settings.evaluation import FinetuneConfig
 
 # Longest over shortest side of an image that is resized for evaluation. What lies outside is cut
 # off first, as no centre crop shows it.
 LONGEST_ASPECT = 4
+# Of random crops, as in torchvision: the smallest and largest ratio of width to height, and how
+# often a crop is drawn until one lies within the image.
+ASPECTS = (3 / 4, 4 / 3)
+ATTEMPTS = 10
 
 
-def pretrain_transform(
-    img_size: int | tuple[int, int], crop_min: float, interpolation: str, hflip: float
-) -> Callable[[Tensor], Tensor]:
-    """Random resized crop of area share [crop_min, 1] and aspect 3/4 to 4/3, then a horizontal
-    flip; uint8 in and out.
+class CropAndFlip:
+    """Random resized crop of area share [crop_min, 1] and aspect 3/4 to 4/3, then a horizontal flip
+    with probability `hflip`; uint8 in and out.
 
+    The draws are those of torchvision's RandomResizedCrop and RandomHorizontalFlip in sequence.
     Source: arXiv 2111.06377, appendix A.1 ("random-sized cropping only"); crop_min 0.2 as in the
     public code.
+
+    Args:
+        img_size: of the result, an int or (H, W).
+        interpolation: bicubic or bilinear, antialiased.
     """
-    crop = v2.RandomResizedCrop(
-        _pair(img_size), scale=(crop_min, 1.0), interpolation=v2.InterpolationMode(interpolation)
-    )
-    return partial(crop_and_flip, crop, hflip)
+
+    def __init__(
+        self, img_size: int | tuple[int, int], crop_min: float, interpolation: str, hflip: float
+    ):
+        self.size = _pair(img_size)
+        self.crop_min = crop_min
+        self.interpolation = interpolation
+        # as float32, which is what torch draws and compares
+        self.hflip = torch.tensor(hflip).item()
+        self.log_aspects = torch.tensor(ASPECTS).log().tolist()
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """An image `(C, h, w)`, cropped to `(C, H, W)` by draws from torch's global generator.
+
+        The pixels are torchvision's. The result has channels-last memory.
+        """
+        top, left, height, width, flip = self.draw(torch.default_generator, *image.shape[-2:])
+        part = image[:, top : top + height, left : left + width]
+        # a resize is fastest from and to channels-last memory, and a part of an image has to be
+        # copied for that
+        part = part.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+        (resized,) = resize(part, self.size, self.interpolation)
+        return resized.flip(-1) if flip else resized  # (C, H, W)
+
+    def draw(self, stream: torch.Generator, height: int, width: int) -> tuple[int, ...]:
+        """The crop and flip of an image of this size: top, left, height and width in pixels, and 1
+        for a flip."""
+        real, whole = torch.empty(1), torch.empty(1, dtype=torch.int64)
+        for _ in range(ATTEMPTS):
+            area = height * width * real.uniform_(self.crop_min, 1.0, generator=stream).item()
+            aspect = real.uniform_(*self.log_aspects, generator=stream).exp_().item()
+            columns, rows = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < columns <= width and 0 < rows <= height:
+                top = int(whole.random_(height - rows + 1, generator=stream))
+                left = int(whole.random_(width - columns + 1, generator=stream))
+                break
+        else:
+            rows, columns = _largest_crop(height, width)
+            top, left = (height - rows) // 2, (width - columns) // 2
+        flip = real.uniform_(generator=stream).item() < self.hflip
+        return top, left, rows, columns, int(flip)
+
+    def draw_many(self, streams: Iterable[torch.Generator], height: int, width: int) -> np.ndarray:
+        """As `draw` for each of the streams, and the same numbers in half the time: `(5, B)`
+        int64. A stream has been read before the next is taken.
+
+        One read of a stream takes all bits that its crop may need, of which all crops are made at
+        once.
+        """
+        pairs = torch.stack(
+            [
+                torch.empty(ATTEMPTS + 2, dtype=torch.int64).random_(-(2**63), None, generator=each)
+                for each in streams
+            ]
+        ).numpy()
+        # in the order in which the generator made them, 32 bits each
+        words = np.stack([pairs >> 32 & 0xFFFFFFFF, pairs & 0xFFFFFFFF], axis=-1)
+        words = words.reshape(len(pairs), -1)  # (B, 24)
+        tries = words[:, : 2 * ATTEMPTS]
+        areas = height * width * _uniform(tries[:, ::2], self.crop_min, 1.0).astype(np.float64)
+        aspects = torch.from_numpy(_uniform(tries[:, 1::2], *self.log_aspects)).exp().double()
+        widths = np.rint(np.sqrt(areas * aspects.numpy())).astype(np.int64)
+        heights = np.rint(np.sqrt(areas / aspects.numpy())).astype(np.int64)
+        fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+
+        row, first = np.arange(len(words)), fits.argmax(axis=1)
+        found = fits[row, first]
+        largest_height, largest_width = _largest_crop(height, width)
+        crop_height = np.where(found, heights[row, first], largest_height)
+        crop_width = np.where(found, widths[row, first], largest_width)
+        place = np.where(found, 2 * first + 2, 2 * ATTEMPTS)  # of the next word
+        free_rows, free_columns = height - crop_height, width - crop_width
+        top = np.where(found, words[row, place] % (free_rows + 1), free_rows // 2)
+        left = np.where(found, words[row, place + 1] % (free_columns + 1), free_columns // 2)
+        flip = _uniform(words[row, place + 2 * found], 0.0, 1.0) < self.hflip
+        return np.stack([top, left, crop_height, crop_width, flip])
+
+    def batch(self, images: Tensor, indices: list[int], drawn: np.ndarray) -> Tensor:
+        """Crops and flips `drawn` of some of all images `(n, C, h, w)`, on their device:
+        `(B, C, H, W)`.
+
+        A resize is a product with one matrix per axis. Nearly all pixels equal those of the
+        resize of single images, whose weights are rounded to 16 bits.
+        """
+        numbers = torch.from_numpy(np.concatenate([[indices], drawn]))
+        chosen, top, left, height, width, flip = to_device(numbers, images.device)
+        rows = images.permute(0, 2, 1, 3)[chosen].float()  # (B, h, C, w)
+        size, channels = len(indices), images.shape[1]
+        by_column = self._weights(left, width, self.size[1], images.shape[3], flip)  # (B, W, w)
+        by_row = self._weights(top, height, self.size[0], images.shape[2], 0 * flip)  # (B, H, h)
+        # to whole numbers after each axis, as the resize of single images does
+        rows = (rows.flatten(1, 2) @ by_column.mT).round_().clamp_(0, 255)  # (B, h * C, W)
+        rows = by_row @ rows.view(size, images.shape[2], -1)  # (B, H, C * W)
+        pixels = rows.round_().clamp_(0, 255).to(torch.uint8)
+        return pixels.view(size, self.size[0], channels, -1).permute(0, 2, 1, 3).contiguous()
+
+    def _weights(self, start: Tensor, length: Tensor, out: int, side: int, flip: Tensor) -> Tensor:
+        """Along one axis, what each of the `side` pixels of an image gives to each of the `out`
+        pixels of its crop, `(B, out, side)` float32."""
+        start, length, flip = (values.float()[:, None, None] for values in (start, length, flip))
+        pixel = torch.arange(side, device=start.device) + 0.5
+        target = torch.arange(out, device=start.device)[:, None] + 0.5
+        scale = length / out
+        centre = start + scale * torch.where(flip > 0, out - target, target)  # (B, out, 1)
+        distance = ((pixel - centre) / scale.clamp(min=1)).abs_()  # (B, out, side)
+        weights = KERNELS[self.interpolation](distance)
+        weights *= (pixel > start) & (pixel < start + length)
+        return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def crop_and_flip(crop: v2.RandomResizedCrop, hflip: float, image: Tensor) -> Tensor:
-    """A random resized crop, flipped horizontally with probability `hflip`; uint8 `(C, h, w)` to
-    uint8 `(C, H, W)`.
+def _largest_crop(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the largest part of an image whose aspect a random crop may have."""
+    return min(height, round(width / ASPECTS[0])), min(width, round(height * ASPECTS[1]))
 
-    The draws and pixels are those of torchvision's two transforms in sequence, in two thirds of the
-    time. The result has channels-last memory.
-    """
-    part = F.crop(image, **crop.make_params([image]))
-    # a resize is fastest from and to channels-last memory, and a part of an image has to be copied
-    # for that
-    part = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    resized = F.resize(part, list(crop.size), interpolation=crop.interpolation, antialias=True)
-    return resized.flip(-1) if torch.rand(1) < hflip else resized  # (C, H, W)
+
+def _uniform(words: np.ndarray, start: float, end: float) -> np.ndarray:
+    """Uniform float32 in [start, end), as torch makes them of random 32-bit words."""
+    low, high = np.float32(start), np.float32(end)
+    return ((words & 0xFFFFFF) * 2.0**-24 * float(high - low) + float(low)).astype(np.float32)
+
+
+def _bicubic(distance: Tensor) -> Tensor:
+    """Keys' cubic kernel with a = -0.5."""
+    x = distance.clamp(max=2)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    return torch.where(x < 1, near, far)
+
+
+def _bilinear(distance: Tensor) -> Tensor:
+    """The triangle."""
+    return (1 - distance).clamp_(min=0)
+
+
+KERNELS = {"bicubic": _bicubic, "bilinear": _bilinear}
+
+
+def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """uint8 `(..., C, h, w)` to `(..., C, H, W)`, antialiased."""
+    if images.shape[-2:] == size:
+        return images
+    on_cpu = images.device.type == "cpu"  # which alone resizes whole numbers
+    pixels = images if on_cpu else images.float()
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])  # (B, C, h, w)
+    pixels = F.interpolate(pixels, list(size), mode=interpolation, antialias=True)
+    pixels = pixels if on_cpu else pixels.round_().clamp_(0, 255).to(torch.uint8)
+    return pixels.reshape(*images.shape[:-2], *size)
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """Small `numbers` on `device`, without waiting for what that computes."""
+    pinned = numbers.pin_memory() if device.type == "cuda" else numbers
+    return pinned.to(device, non_blocking=True)
 
 
 def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
     """The augmentation of fine-tuning, uint8 `(C, H, W)` in and out; erasing comes later, on the
     device.
 
-    Without RandAugment and colour jitter it is `pretrain_transform`.
+    Without RandAugment and colour jitter it is `CropAndFlip`. Else it draws from the generators of
+    numpy and `random`, too.
     Source: arXiv 2111.06377, table 9; timm's RandAugment.
     """
     if cfg.auto_augment is None and not cfg.color_jitter:
-        return pretrain_transform(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
+        return CropAndFlip(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
+    from timm.data import create_transform  # here, as few runs need them
+    from torchvision.transforms import v2
+
     augment = create_transform(
         (cfg.in_chans, *_pair(cfg.img_size)),
         is_training=True,
@@ -77,7 +221,8 @@ def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
 
 
 class EvalTransform:
-    """Resizes an image and cuts its centre; uint8 `(C, h, w)` to uint8 `(C, H, W)`.
+    """Resizes images of one size and cuts their centres; uint8 `(..., C, h, w)` to uint8
+    `(..., C, H, W)`.
 
     Args:
         img_size: of the result, an int or (H, W).
@@ -93,13 +238,10 @@ class EvalTransform:
         usual_pct = 1.0 if max(self.size) <= 32 else 224 / 256
         self.cover = tuple(math.floor(side / (crop_pct or usual_pct)) for side in self.size)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        cut, resized = self._sizes(*image.shape[-2:])
-        image = F.center_crop(image, list(cut))
-        image = F.resize(
-            image, list(resized), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-        )
-        return F.center_crop(image, list(self.size))  # (C, H, W)
+    def __call__(self, images: Tensor) -> Tensor:
+        cut, resized = self._sizes(*images.shape[-2:])
+        images = _centre(images, cut)
+        return _centre(resize(images, resized, "bicubic"), self.size)  # (..., C, H, W)
 
     def seen(self, height: int, width: int) -> tuple[float, float, float, float]:
         """The part of a (height, width) image that the result shows: top, left, bottom and right,
@@ -108,8 +250,7 @@ class EvalTransform:
         for side, cut, resized, size in zip(
             (height, width), *self._sizes(height, width), self.size, strict=True
         ):
-            # as torchvision's centre crop rounds
-            start = round((side - cut) / 2) + round((resized - size) / 2) * cut / resized
+            start = _margin(side, cut) + _margin(resized, size) * cut / resized
             edges.append((start, start + size * cut / resized))
         (top, bottom), (left, right) = edges
         return top, left, bottom, right
@@ -123,6 +264,17 @@ class EvalTransform:
         rows, columns = self.cover
         resized = max(rows, columns * height // width), max(columns, rows * width // height)
         return (height, width), resized
+
+
+def _centre(images: Tensor, size: tuple[int, int]) -> Tensor:
+    top, left = map(_margin, images.shape[-2:], size)
+    return images[..., top : top + size[0], left : left + size[1]]
+
+
+def _margin(side: int, cut: int) -> int:
+    """Pixels before a part of length `cut` at the centre, rounded as torchvision's centre crop
+    does."""
+    return round((side - cut) / 2)
 
 
 class PixelNormalizer:

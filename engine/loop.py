@@ -150,7 +150,8 @@ def log_window(job: Job, stopwatch: Stopwatch, lr: float, num_bad_files: int) ->
         f"data_wait {100 * values['data_wait']:.0f}%  eta {eta}{bad_files}"
     )
     job.run.records.write("train", state.step, values, line)
-    if values["data_wait"] > SLOW_LOADING:
+    # with data_on_device this is the host's time, in which a GPU goes on computing
+    if values["data_wait"] > SLOW_LOADING and not job.cfg.data_on_device:
         stopwatch.slow_windows += 1
         if stopwatch.slow_windows == 2:  # in the first one the loaders start
             logger.warning(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.images import BadImageError
 from data.labels import LabelledData, LabelledSource, Subset, build_labelled_data, stratified_choice
+from data.on_device import place_on_device
 from data.sources import ImageSource
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.features import compute_features
@@ -32,7 +33,7 @@ from engine.schedule import Plan
 from models.build import encoder_of
 from models.mae import MaskedAutoencoder
 from models.masks import draw_mask
-from util.dist import all_gather, gather_rows
+from util.dist import Processes, all_gather, gather_rows
 from util.errors import InputError
 from util.rng import MONITOR, generator
 from util.settings.pretrain import PretrainConfig
@@ -68,7 +69,7 @@ class Monitor:
     ):
         self.cfg, self.run, self.plan, self.model = cfg, run, plan, model
         labelled = labelled_data(cfg) if cfg.monitor_epochs and cfg.monitor_knn else None
-        self.data = None if labelled is None else knn_data(labelled, cfg)
+        self.data = None if labelled is None else knn_data(labelled, cfg, run.processes)
         is_shown = cfg.monitor_epochs and cfg.monitor_images and run.processes.is_main
         self.images = shown_images(cfg, labelled, source) if is_shown else {}
         self.figures: dict[str, float] = {}
@@ -160,12 +161,16 @@ def labelled_data(cfg: PretrainConfig) -> LabelledData | None:
     return found
 
 
-def knn_data(data: LabelledData, cfg: PretrainConfig) -> LabelledData:
+def knn_data(data: LabelledData, cfg: PretrainConfig, processes: Processes) -> LabelledData:
     """Training and validation images of the k-NN, both of the same classes."""
     order = torch.randperm(len(data.class_names), generator=generator(cfg.seed, MONITOR))
     classes = order[: max(2, cfg.monitor_knn // IMAGES_PER_CLASS)].sort().values.numpy()
-    train = _choice(data.train, classes, cfg.monitor_knn, cfg.seed)
-    val = _choice(data.val, classes, cfg.monitor_knn // VAL_SHARE, cfg.seed)
+    train, val = place_on_device(
+        cfg,
+        processes,
+        _choice(data.train, classes, cfg.monitor_knn, cfg.seed),
+        _choice(data.val, classes, cfg.monitor_knn // VAL_SHARE, cfg.seed),
+    )
     logger.info(
         "monitor: k-NN of %d validation images among %d training images, of %d of the %d classes",
         len(val),

@@ -18,7 +18,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 
 from data.images import BadImageError, decode_image, to_channels
 from data.sources import FolderSource
-from data.transforms import pretrain_transform
+from data.transforms import CropAndFlip
 
 HEIGHT, WIDTH = 48, 64
 ROWS, COLUMNS = np.mgrid[0:HEIGHT, 0:WIDTH]
@@ -427,7 +427,7 @@ def test_tiny_and_thin_images_can_be_cropped(size, in_chans):
     image = decode_image(encoded(Image.fromarray(pixels), "PNG"), in_chans)
     assert image.shape == (in_chans, height, width)
     for crop, expected in ((32, (in_chans, 32, 32)), ((16, 24), (in_chans, 16, 24))):
-        cropped = pretrain_transform(crop, 0.2, "bicubic", 0.5)(image)
+        cropped = CropAndFlip(crop, 0.2, "bicubic", 0.5)(image)
         assert (tuple(cropped.shape), cropped.dtype) == (expected, torch.uint8)
 
 

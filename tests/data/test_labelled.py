@@ -20,7 +20,7 @@ from data.labels import LabelledData, Subset, build_labelled_data, stratified_ch
 from data.loader import LabelledDataset
 from data.sampler import SampleKey, StepSampler
 from data.sources import ArraySource
-from data.transforms import pretrain_transform
+from data.transforms import CropAndFlip
 from util.errors import InputError
 from util.rng import seed_libraries
 
@@ -261,7 +261,7 @@ def test_the_usual_transform_keeps_labels_and_images_together(tmp_path, caplog):
     assert f"{tmp_path}/train: 1 images" in caplog.text
     assert data.train.fingerprint() != data.val.fingerprint()
     for source in (data.train, data.val):
-        dataset = LabelledDataset(source, pretrain_transform(8, 0.2, "bicubic", 0.5), seed=0)
+        dataset = LabelledDataset(source, CropAndFlip(8, 0.2, "bicubic", 0.5), seed=0)
         steps = StepSampler(num_images=len(source), batch_size=4, seed=0, stop_step=3)
         for batch in loading(0)(dataset, batch_sampler=steps):
             assert batch.images.shape == (4, 3, 8, 8)

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from data.loader import Sample, collate
 from data.sampler import SampleKey
-from data.transforms import PixelNormalizer, pretrain_transform
+from data.transforms import CropAndFlip, PixelNormalizer
 from models.mae import MaskedAutoencoder
 
 MODES = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}
@@ -41,7 +41,7 @@ def test_crops_and_flips_are_torchvisions_to_the_last_bit(
             v2.RandomHorizontalFlip(hflip),
         ]
     )
-    ours = pretrain_transform(size, crop_min, interpolation, hflip)
+    ours = CropAndFlip(size, crop_min, interpolation, hflip)
     chance = np.random.default_rng(0)
     flips = 0
     for seed in range(150):

@@ -17,7 +17,7 @@ from data.images import BadImageError
 from data.loader import Batch, LabelledDataset, PretrainDataset
 from data.sampler import SampleKey, StepSampler, epoch_order
 from data.sources import ArraySource
-from data.transforms import PixelNormalizer, pretrain_transform
+from data.transforms import CropAndFlip, PixelNormalizer
 from models.masks import training_order
 from util.rng import derive_seed
 
@@ -205,7 +205,7 @@ def drawing(image: torch.Tensor) -> torch.Tensor:
 
 DATASET = PretrainDataset(
     source=ArraySource("noise", PICTURES, np.arange(COUNT), 3),
-    transform=pretrain_transform(8, 0.2, "bicubic", 0.5),
+    transform=CropAndFlip(8, 0.2, "bicubic", 0.5),
     draw_order=partial(training_order, 16),
     shared_mask=False,
     seed=0,

@@ -8,7 +8,7 @@ import torch
 from test_sampler import global_states
 from torch import nn
 
-from data.transforms import finetune_transform, pretrain_transform
+from data.transforms import CropAndFlip, finetune_transform
 from engine.mixing import BatchMixer
 from util.rng import seed_libraries, seeded
 from util.settings.evaluation import FinetuneConfig
@@ -193,7 +193,7 @@ def test_libraries_are_put_back_even_after_an_error():
 
 def test_without_augmentation_it_is_the_crop_of_pretraining():
     settings = {"auto_augment": None, "crop_min": 0.3, "interpolation": "bilinear", "hflip": 0.7}
-    plain, expected = augmentation(**settings), pretrain_transform(24, 0.3, "bilinear", 0.7)
+    plain, expected = augmentation(**settings), CropAndFlip(24, 0.3, "bilinear", 0.7)
     for seed in range(20):
         with seeded(seed, libraries=True):
             found = plain(picture())

@@ -48,6 +48,7 @@ from engine.run.checkpoint import load_newest_checkpoint
 from engine.run.job import TrainState
 from models.build import build_model, encoder_of, mae_spec
 from models.masks import draw_mask
+from util.dist import Processes
 from util.rng import MONITOR, generator, seed_libraries
 from util.settings.pretrain import PretrainConfig
 
@@ -257,15 +258,16 @@ def test_the_knns_images_are_a_fixed_choice_of_some_classes():
     labels = np.repeat(np.arange(100), 30)
     source = ArraySource("many", np.zeros((3000, 1, 1, 1), np.uint8), labels, 1)
     data = LabelledData(source, source, [str(label) for label in range(100)])
-    choices = []
+    choices, alone = [], Processes(0, 1, 0, 1, torch.device("cpu"))
     for seed in (0, 0, 1):
-        chosen = knn_data(data, PretrainConfig(monitor_knn=200, seed=seed, data_path="x"))
+        chosen = knn_data(data, PretrainConfig(monitor_knn=200, seed=seed, data_path="x"), alone)
         sizes = np.bincount(chosen.train.labels, minlength=100)
         assert (sizes.sum(), len(chosen.val), np.unique(sizes).tolist()) == (200, 50, [0, 20])
         assert set(chosen.val.labels) == set(chosen.train.labels)
         choices.append(tuple(np.flatnonzero(sizes)))
     assert choices[0] == choices[1] != choices[2] and max(choices[0]) > 50
-    assert len(knn_data(data, PretrainConfig(monitor_knn=10**6, data_path="x")).train) == 3000
+    everything = PretrainConfig(monitor_knn=10**6, data_path="x")
+    assert len(knn_data(data, everything, alone).train) == 3000
 
 
 def noisy() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

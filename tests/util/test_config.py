@@ -339,6 +339,10 @@ def test_changed_settings_lists_what_alters_the_result_as_old_and_new():
     mean, epochs = "mean: [0.485, 0.456, 0.406] -> [0.5, 0.5, 0.5]", "epochs: 100 -> 200"
     assert changed_settings(old, cfg, skip=set()) == [mean, epochs]
     assert changed_settings(old, cfg, skip={"mean"}) == [epochs]
+    del old["hflip"], old["mask_ratio"]  # a checkpoint of a version that did not have them
+    assert changed_settings(old, cfg, skip={"mean"}) == [epochs]
+    newer = cfg.model_copy(update={"hflip": 0.2})
+    assert changed_settings(old, newer, skip={"mean", "epochs"}) == ["hflip: 0.5 -> 0.2"]
 
 
 def test_the_settings_that_a_resumed_run_may_change():

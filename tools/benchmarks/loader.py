@@ -16,7 +16,7 @@ from data.loader import PretrainDataset, loader_maker
 from data.packs.source import open_pack
 from data.sampler import SampleKey
 from data.sources import FolderSource, ImageSource
-from data.transforms import pretrain_transform
+from data.transforms import CropAndFlip
 from models.masks import training_order
 from tools.benchmarks.timing import Table, interleaved, rates, ratio
 from util.dist import Processes, available_cores
@@ -64,7 +64,7 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> Iterator[t
         for name, source in sources.items():
             dataset = PretrainDataset(
                 source=source,
-                transform=pretrain_transform(224, 0.2, "bicubic", 0.5),
+                transform=CropAndFlip(224, 0.2, "bicubic", 0.5),
                 draw_order=partial(training_order, 196),
                 shared_mask=False,
                 seed=0,

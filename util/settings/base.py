@@ -232,6 +232,12 @@ class DataConfig(DatasetConfig, PixelConfig):
     prefetch_factor: Count = setting(
         4, "Number of batches that each loader process holds ready.", may_change=True
     )
+    data_on_device: bool = setting(
+        False,
+        "Whether all images are decoded once, into the memory of the device (of the host if that "
+        "is the CPU), where batches are cropped and flipped without loader processes: for images "
+        "of one size that fit. Each of several processes holds all of them.",
+    )
 
     def problems(self) -> list[str]:
         return super().problems() + where(

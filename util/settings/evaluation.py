@@ -158,6 +158,11 @@ class FinetuneConfig(
                 f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}",
             ),
             (
+                self.data_on_device and (self.auto_augment is not None or self.color_jitter),
+                "data_on_device crops and flips only: leave auto_augment and color_jitter out, or "
+                "data_on_device",
+            ),
+            (
                 self.finetune == RANDOM_WEIGHTS,
                 "finetune random is for the evaluations of frozen weights: leave it out to train "
                 "from scratch",

@@ -112,8 +112,9 @@ def differences(old: Values, new: Values) -> list[str]:
 
 def changed_settings(old: Values, config: Settings, skip: set[str]) -> list[str]:
     """The settings, less `skip`, that alter a run's result and differ from a checkpoint's, as
-    `name: old -> new`."""
+    `name: old -> new`. A setting that the checkpoint lacks, as it is older, had its default."""
     schemas = config.model_json_schema()["properties"]
+    old = {name: schema["default"] for name, schema in schemas.items()} | old
     harmless = {name for name, schema in schemas.items() if schema["may_change"]}
     return differences(old, config.model_dump(mode="json", exclude=harmless | skip))
 
