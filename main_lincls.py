@@ -29,6 +29,7 @@ from engine.evaluation.probe import (
     probe_step,
 )
 from engine.loop import train
+from engine.parallel import spread_model
 from engine.run.batches import train_batches
 from engine.run.checkpoint import save_weights, weights_path
 from engine.run.folder import open_run
@@ -38,6 +39,7 @@ from engine.run.saving import Saver
 from models.build import classifier_config_problems
 from models.heads.probe import LinearProbes
 from models.vit import VisionTransformer
+from util.dist import from_main
 from util.errors import run_cli
 from util.rng import HEAD, generator
 from util.settings.evaluation import STAGE_CONFIGS, LinclsConfig
@@ -55,8 +57,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     with open_run(cfg) as run:
         data = open_labelled_data(cfg, run)
         source, held_out = split_training_set(take_subset(data.train, cfg.subset, cfg.seed), cfg)
-        backbone, sha256 = build_frozen(cfg, cfg.finetune, len(data.class_names))
-        backbone.to(run.device)
+        backbone, sha256 = from_main(
+            partial(build_frozen, cfg, cfg.finetune, len(data.class_names))
+        )
+        spread_model(backbone, run.device)
         evaluators = {"val": Evaluator(cfg, run, data.val, data.class_names)}
         if held_out is not None:
             evaluators["held_out"] = Evaluator(cfg, run, held_out, data.class_names)
