@@ -13,6 +13,7 @@ are `DTensor`s.
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -101,19 +102,17 @@ def spread_tensors(state: dict[str, Tensor], targets: dict[str, Tensor]) -> None
     """
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in targets.items()}
     for name, target in targets.items():
-        full = target
-        if isinstance(target, DTensor):
-            full = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-        if not state[name].is_meta:
-            full.copy_(state[name])
-        if dist.is_initialized():
-            with waiting():
-                dist.broadcast(full, 0)
-        if isinstance(target, DTensor):
-            mesh, placements = target.device_mesh, target.placements
-            # Nothing is sent, as each process has the full tensor.
-            part = distribute_tensor(full, mesh, placements, src_data_rank=None)
-            own_part(target).copy_(own_part(part))
+        source, whole = state[name], target
+        if isinstance(target, DTensor):  # elsewhere than on the main process never written to
+            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        if not source.is_meta:
+            whole.copy_(source)
+        with waiting() if dist.is_initialized() else nullcontext():
+            if isinstance(target, DTensor):
+                part = distribute_tensor(whole, target.device_mesh, target.placements)
+                own_part(target).copy_(own_part(part))
+            elif dist.is_initialized():
+                dist.broadcast(whole, 0)
 
 
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:
