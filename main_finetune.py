@@ -30,7 +30,7 @@ from engine.evaluation.from_weights import build_finetuned
 from engine.loop import train
 from engine.mixing import BatchMixer
 from engine.optim import build_adamw, param_groups
-from engine.parallel import unsharded_model
+from engine.parallel import spread_model, unsharded_model
 from engine.run.batches import train_batches
 from engine.run.checkpoint import best_path, save_weights, weights_path
 from engine.run.folder import open_run
@@ -38,7 +38,7 @@ from engine.run.job import Job, begin
 from engine.run.records import read_results
 from engine.run.saving import Saver
 from engine.start import read_finetune
-from util.dist import broadcast
+from util.dist import from_main
 from util.errors import run_cli
 from util.rng import BATCH, derive_seed, seed_libraries
 from util.settings.evaluation import FinetuneConfig
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         source, val = place_on_device(
             cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
         )
-        model, sha256 = build_finetuned(cfg, len(data.class_names))
+        model, sha256 = from_main(lambda: build_finetuned(cfg, len(data.class_names)))
         evaluator = Evaluator(cfg, run, val, data.class_names)
         origin = {"checkpoint": cfg.finetune, "sha256": sha256, "dataset": cfg.dataset}
         if cfg.eval:
-            (scores,) = evaluator(model.to(run.device).eval())
+            (scores,) = evaluator(spread_model(model, run.device).eval())
             logger.info(
                 "%s: %d images, top-1 %.2f %%", cfg.finetune, scores.num_samples, scores.acc1
             )
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         if job.is_finished:
             return read_results(run.results_path)
         if job.state.step:
-            read_best(run.output_dir)  # a damaged file is found before the training
+            from_main(lambda: read_best(run.output_dir))  # a damaged file is found before training
 
         augmented = LabelledDataset(source, finetune_transform(cfg), cfg.seed)
         batches = train_batches(cfg, run, job.plan, augmented, job.state.step)
@@ -146,7 +146,7 @@ def evaluate_epoch(
         values["ema_acc1"] = scores.acc1
         results["ema"] = scores.as_dict(evaluator.class_names)
         line += f"  moving average top-1 {scores.acc1:.2f} %"
-    best = broadcast(read_best(run.output_dir) if run.processes.is_main else (-1.0, 0))
+    best = from_main(lambda: read_best(run.output_dir))
     is_best = scores.acc1 > best[0]
     acc1, at_epoch = (scores.acc1, epoch) if is_best else best
     line += f"  best {acc1:.2f} % after epoch {at_epoch}"

@@ -29,12 +29,12 @@ from engine.evaluation.features import Features, compute_features
 from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.knn import rank_labels
-from engine.parallel import compile_features
+from engine.parallel import compile_features, spread_model
 from engine.run.folder import Run, open_run
 from engine.start import read_knn
 from models.weights.files import weights_digest
 from models.weights.read import read_weights
-from util.dist import gather_rows
+from util.dist import from_main, gather_rows
 from util.errors import InputError, run_cli
 from util.settings.evaluation import RANDOM_WEIGHTS, KnnConfig
 
@@ -70,14 +70,17 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
                 Path(cfg.save_path, Path(path).name if len(checkpoints) > 1 else "")
                 for path in checkpoints
             ]
-            check_folders(cfg, [partial(digest_of, path) for path in checkpoints], folders)
+            digests = [partial(digest_of, path) for path in checkpoints]
+            from_main(lambda: check_folders(cfg, digests, folders))
         data = open_labelled_data(cfg, run)
         train, val = place_on_device(
             cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
         )
         data = replace(data, train=train, val=val)
         for checkpoint in checkpoints[1:]:
-            read_weights(checkpoint)  # finds a broken file before the others are evaluated
+            from_main(
+                partial(read_weights, checkpoint)
+            )  # finds a broken file before the others are evaluated
         table = [
             evaluate_checkpoint(cfg, run, checkpoint, data, folder)
             for checkpoint, folder in zip_longest(checkpoints, folders)
@@ -94,9 +97,10 @@ def evaluate_checkpoint(
 ) -> Results:
     """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
     None."""
-    model, sha256 = build_frozen(cfg, checkpoint, len(data.class_names))
+    model, sha256 = from_main(lambda: build_frozen(cfg, checkpoint, len(data.class_names)))
+    spread_model(model, run.device)
     compile_features(model, cfg)
-    features = compute_features(cfg, run, model.to(run.device), data, cfg.crop_pct)
+    features = compute_features(cfg, run, model, data, cfg.crop_pct)
     origin = Origin(
         checkpoint=checkpoint,
         sha256=sha256,
@@ -186,7 +190,7 @@ def check_origin(cfg: KnnConfig, origin: Origin) -> None:
     another readout."""
     if cfg.finetune is None:
         return
-    sha256 = digest_of(cfg.finetune)
+    sha256 = from_main(partial(digest_of, cfg.finetune))
     if (sha256, cfg.global_pool) != (origin.sha256, origin.readout):
         raise InputError(
             f"load_path {cfg.load_path} holds features of {origin.checkpoint} (sha256 "

@@ -35,7 +35,7 @@ from engine.evaluation.probe import (
     probe_step,
 )
 from engine.loop import train
-from engine.parallel import compile_features
+from engine.parallel import compile_features, spread_model
 from engine.run.batches import train_batches
 from engine.run.checkpoint import save_weights, weights_path
 from engine.run.folder import open_run
@@ -45,6 +45,7 @@ from engine.run.saving import Saver
 from engine.start import read_lincls
 from models.heads.probe import LinearProbes
 from models.vit import VisionTransformer
+from util.dist import from_main
 from util.errors import run_cli
 from util.rng import HEAD, generator
 from util.settings.evaluation import LinclsConfig
@@ -63,8 +64,10 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         source, val, *held_out = place_on_device(
             cfg, run.processes, splits[0], data.val, *splits[1:]
         )
-        backbone, sha256 = build_frozen(cfg, cfg.finetune, len(data.class_names))
-        backbone.to(run.device)
+        backbone, sha256 = from_main(
+            partial(build_frozen, cfg, cfg.finetune, len(data.class_names))
+        )
+        spread_model(backbone, run.device)
         compile_features(backbone, cfg)
         evaluators = {
             name: Evaluator(cfg, run, images, data.class_names)

@@ -13,11 +13,13 @@ are `DTensor`s.
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from data.loader import Batch
 from models.blocks import Encoder
@@ -26,6 +28,9 @@ from models.vit import VisionTransformer
 from util.dist import Processes, autocast_dtype, waiting
 from util.errors import InputError
 from util.settings.base import CheckpointingConfig, CompileConfig, ParallelConfig, RunConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -53,12 +58,15 @@ def check_speed(cfg: RunConfig, processes: Processes) -> None:
             raise InputError("compile needs a C++ compiler: install g++, or leave compile out")
 
 
-def place_model(model: nn.Module, cfg: RunConfig, processes: Processes) -> None:
+def place_model(
+    model: nn.Module, state: dict[str, Tensor], cfg: RunConfig, processes: Processes
+) -> None:
     """Does what `checkpointing`, `compile` and `parallel` ask for, in place, and moves the model
-    onto its device, before an optimiser takes its parameters. Its state keeps its names.
+    onto its device with the values of `state`, before an optimiser takes its parameters. Its state
+    keeps its names.
 
-    Every process must hold the same whole model, on the CPU; a sharded one is moved and cut block
-    by block.
+    Only the main process needs values, in `state`: elsewhere that and the model may be on the meta
+    device.
     """
     shards = asks_for_shards(cfg, processes)
     if isinstance(model, Encoder):  # not the linear classifiers, which have few products
@@ -67,15 +75,46 @@ def place_model(model: nn.Module, cfg: RunConfig, processes: Processes) -> None:
         if isinstance(cfg, CompileConfig) and cfg.compile:
             for part in blocks_of(model) if shards else [model]:  # no graph can span a gathering
                 part.compile(**compile_options(cfg))
-    if not shards:
-        model.to(processes.device)
-        return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # here, as importing it takes long
+    if shards:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # here, as importing it takes long
 
-    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
-    for part in [*blocks_of(model), model]:  # at last what is in no block
-        fully_shard(part, mesh=mesh)
+        model.to("meta")  # no process cuts its part out of a copy of its own
+        mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+        for part in [*blocks_of(model), model]:  # at last what is in no block
+            fully_shard(part, mesh=mesh)
+    spread_model(model, processes.device, state)
+
+
+def spread_model(
+    model: ModelT, device: torch.device, state: dict[str, Tensor] | None = None
+) -> ModelT:
+    """Moves a model onto its device on every process, with the main one's values: those of `state`,
+    by default its own. All processes must call; a sharded model gets its parts."""
+    state = model.state_dict() if state is None else state
+    model.to_empty(device=device)
+    spread_tensors(state, model.state_dict())
+    return model
+
+
+def spread_tensors(state: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Gives `targets` the values that `state` has on the main process, one tensor after the other.
+
+    All processes must call, with the same names. `state` holds full tensors, which have values on
+    the main process only; the targets are on their device, each one full or a process's part.
+    """
+    assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in targets.items()}
+    for name, target in targets.items():
+        source, whole = state[name], target
+        if is_part(target):  # elsewhere than on the main process never written to
+            whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        if not source.is_meta:
+            whole.copy_(source)
+        with waiting() if dist.is_initialized() else nullcontext():
+            if is_part(target):
+                _scatter(whole, target)
+            elif dist.is_initialized():
+                dist.broadcast(whole, 0)
 
 
 def compile_options(cfg: CompileConfig) -> dict[str, Any]:
@@ -93,6 +132,14 @@ def compile_features(backbone: VisionTransformer, cfg: CompileConfig) -> None:
         backbone.forward_features = compiled  # type: ignore[method-assign]
 
 
+def _scatter(whole: Tensor, target: "DTensor") -> None:
+    """Gives each process its part of the main one's `whole`."""
+    from torch.distributed.tensor import distribute_tensor
+
+    part = distribute_tensor(whole, target.device_mesh, target.placements)
+    own_part(target).copy_(own_part(part))
+
+
 def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_size: int) -> Any:
     """DistributedDataParallel around the model if there are several processes, else the model.
 
@@ -106,6 +153,7 @@ def wrap_model(model: nn.Module, device: torch.device, accum_iter: int, world_si
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=accum_iter == 1,  # with no_sync it dies in the reducer (torch 2.14.1)
+        init_sync=False,  # `place_model` has given all processes the same values
         forward_sync_buffers=False,  # position tables never change
     )
 
@@ -141,17 +189,22 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model's parameters are sharded."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return any(map(is_part, model.parameters()))
+
+
+def is_part(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is this process's part of a sharded one."""
+    return hasattr(tensor, "full_tensor")  # only a DTensor, whose class takes long to import
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_part(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all processes, which must all call; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def unsharded_model(model: ModelT, device: torch.device) -> ModelT:
@@ -171,31 +224,18 @@ def unsharded_model(model: ModelT, device: torch.device) -> ModelT:
     return copy.requires_grad_(False)
 
 
-def shard_model_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The full tensors of a model's state, as `load_state_dict` of a model that may be sharded
-    takes them."""
-    targets = model.state_dict()
-    return {name: _like(tensor, targets.get(name)) for name, tensor in state.items()}
-
-
-def shard_optimizer_state(
-    state: dict[str, Any], optimizer: torch.optim.Optimizer
-) -> dict[str, object]:
-    """The same for an optimiser's state, whose moments have the shapes of their parameters."""
+def spread_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Loads an optimiser's state, of which `state` has the values on the main process, full tensors
+    as in a checkpoint; each process keeps those of its parts. All processes must call."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = {
-        index: {name: _like(value, parameters[index]) for name, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": entries}
-
-
-def _like(tensor: Tensor, target: Tensor | None) -> Tensor:
-    """This process's part of a full tensor if `target` is sharded and of its shape."""
-    if not hasattr(target, "full_tensor") or tensor.shape != target.shape:
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(target, DTensor)
-    tensor = tensor.to(target.device)  # each process has read the file: nothing is sent
-    return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)
+    entries: dict[int, dict[str, Tensor]] = {}
+    for index, entry in state["state"].items():
+        like = parameters[index]
+        entries[index] = {
+            name: torch.empty_like(like, dtype=value.dtype)
+            if value.shape == like.shape
+            else torch.empty(value.shape, dtype=value.dtype, device=like.device)
+            for name, value in entry.items()
+        }
+        spread_tensors(entry, entries[index])
+    optimizer.load_state_dict({**state, "state": entries})

@@ -2,10 +2,12 @@
 ARGUMENTS`.
 
 `restored.pth`, by the main process: the training state before this process's first step, as a
-checkpoint would hold it. `<rank>.json`, by each: the most bytes of parameters, gradients and
-moments that it held at the end of a step, and the most blocks with whole parameters that it held in
-one. After NAN_LOSS steps the loss of process 1 is not finite once; after NAN_PART steps one value
-of its part of the parameters is not.
+checkpoint would hold it; not with MEMORY set, as it takes memory. `<rank>.json`, by each: the most
+bytes of parameters, gradients and moments that it held at the end of a step, the most blocks with
+whole parameters that it held in one, and its peak memory in bytes beyond that of its imports,
+before its first step and at its end. After NAN_LOSS steps the loss of process 1 is not finite once;
+after NAN_PART steps one value of its part of the parameters is not. Process 1 has the further
+arguments OF_PROCESS_1.
 """
 
 import json
@@ -30,7 +32,17 @@ from util.errors import run_cli  # noqa: E402
 
 RANK = int(os.environ.get("RANK", "0"))
 WATCH = Path(os.environ["WATCH"])
-now = {"step": -1, "bytes": 0, "whole_blocks": 0}
+now = {"step": -1, "bytes": 0, "whole_blocks": 0, "start_peak": 0, "peak": 0}
+
+
+def memory(field: str) -> int:
+    """Bytes, of a field of Linux's account of this process: VmRSS, or VmHWM for its maximum."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+imports = memory("VmRSS")
 
 
 def is_due(fault: str) -> bool:
@@ -57,6 +69,8 @@ def watched_step(
 def watched_step_end(saver: saving.Saver, original: Any = saving.Saver.between_steps) -> None:
     state = saver.job.state
     if now["step"] < 0:
+        now["start_peak"] = memory("VmHWM") - imports
+    if now["step"] < 0 and "MEMORY" not in os.environ:
         content = on_host(vars(state.checkpoint(saver.job.identity, total_batch=12)), RANK == 0, [])
         if RANK == 0:
             torch.save(content, WATCH / "restored.pth")
@@ -84,10 +98,13 @@ def count_whole_blocks(model: MaskedAutoencoder) -> None:
 
 def main() -> Any:
     WATCH.mkdir(parents=True, exist_ok=True)
+    if RANK == 1:
+        sys.argv += os.environ.get("OF_PROCESS_1", "").split()
     loop.optimizer_step = watched_step
     saving.Saver.between_steps = watched_step_end
     MaskedAutoencoder.forward = watched_forward
     found = main_pretrain.main(sys.argv[1:])
+    now["peak"] = memory("VmHWM") - imports
     (WATCH / f"{RANK}.json").write_text(json.dumps(now))
     return found
 

@@ -2,15 +2,18 @@
 code."""
 
 import atexit
+import io
 import os
+import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed as dist
@@ -179,6 +182,39 @@ def all_gather(message: Message) -> list[Message]:
 def broadcast(message: Message) -> Message:
     """Rank 0's message (plain values), on every process."""
     return all_gather(message)[0]
+
+
+class _WithoutValues(pickle.Pickler):
+    """Pickles a tensor as an empty one of its shape and dtype, on the meta device."""
+
+    def reducer_override(self, value: object) -> Any:
+        if type(value) is not torch.Tensor:
+            return NotImplemented
+        return partial(torch.empty, value.shape, dtype=value.dtype, device="meta"), ()
+
+
+def from_main(compute: Callable[[], Message]) -> Message:
+    """What `compute` returns on rank 0, which alone calls it, on every process.
+
+    Elsewhere the tensors in it, also those of a model, have no values and lie on the meta device.
+
+    Raises: on every process the InputError that rank 0 met.
+    """
+    if not dist.is_initialized():
+        return compute()
+    found, content = None, io.BytesIO()
+    if dist.get_rank() == 0:
+        try:
+            found = compute()
+        except InputError as error:
+            found = error  # type: ignore[assignment]
+        _WithoutValues(content).dump(found)
+    sent = broadcast(content.getvalue())
+    if dist.get_rank() > 0:
+        found = pickle.loads(sent)  # noqa: S301 (from rank 0 of this job)
+    if isinstance(found, InputError):
+        raise found
+    return cast(Message, found)
 
 
 @contextmanager

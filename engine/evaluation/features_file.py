@@ -36,8 +36,7 @@ def check_folders(
 ) -> None:
     """Makes the folder for the features of each checkpoint, before any compute.
 
-    Features of the same weights, read alike, are computed anew: the same command goes on. All
-    processes must call, and each of them looks.
+    Features of the same weights, read alike, are computed anew: the same command goes on.
 
     Args:
         digests: for each folder, what gives the sha256 of its checkpoint.

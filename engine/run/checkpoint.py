@@ -11,6 +11,7 @@ import hashlib
 import logging
 import re
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def outdated_steps(steps: list[int], keep_last: int, keep_every: int) -> set[int
 def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest complete checkpoint of a run's folder, on the CPU; None if there is none yet.
 
+    Its tensors are views of the file, which is mapped: what is read of them comes into memory.
+
     A damaged one is passed over with a warning that names the file and the reason. No file is
     changed.
 
@@ -140,7 +143,7 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
 def set_aside_damaged(folder: Path, step: int) -> None:
     """Renames the damaged checkpoints that are newer than `step`, which was loaded.
 
-    Only the main process may call, after all processes have loaded. Raises: OSError.
+    Only the main process may call. Raises: OSError.
     """
     for path in [_path(folder, newer) for newer in checkpoint_steps(folder) if newer > step]:
         if path.exists():
@@ -153,6 +156,14 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of all checkpoints in a folder, newest first, complete or not."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted({int(match[1]) for match in map(NAME.fullmatch, names) if match}, reverse=True)
+
+
+def checkpoint_seen(folder: Path, step: int | None) -> str | None:
+    """The checkpoint of `step` as this process sees it, by its name and size; None if it does not.
+    Without a step it is the newest one."""
+    steps = checkpoint_steps(folder)[:1] if step is None else [step]
+    found = [path for path in map(partial(_path, folder), steps) if path.exists()]
+    return f"{found[0].name} of {found[0].stat().st_size} bytes" if found else None
 
 
 def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: object) -> Path:
@@ -186,7 +197,7 @@ def _read(path: Path) -> dict[str, Any]:
     if _digest_path(path).read_text().split()[:1] != [_digest(path)]:
         raise ValueError("its sha256 does not agree")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {**content, "format_version": content["format_version"]}
     except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         raise ValueError(f"it is no checkpoint of a run ({type(error).__name__})") from error

@@ -6,7 +6,9 @@ those of that run. Its state is all that a checkpoint restores.
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +17,13 @@ import torch
 from data.sources import ImageSource
 from engine.meters import StepMeter
 from engine.optim import build_ema
-from engine.parallel import place_model, shard_model_state, shard_optimizer_state
-from engine.run.checkpoint import Checkpoint, RunIdentity, load_newest_checkpoint
+from engine.parallel import place_model, spread_optimizer_state, spread_tensors
+from engine.run.checkpoint import Checkpoint, RunIdentity, checkpoint_seen, load_newest_checkpoint
 from engine.run.folder import Run, TrainConfig, take_over_folder
 from engine.run.records import Kind
 from engine.schedule import Plan, choose_accum_iter, plan_run
 from models.spec import ModelSpec
-from util.dist import all_gather, autocast_dtype, broadcast
+from util.dist import all_gather, autocast_dtype, broadcast, from_main
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
 from util.settings.read import changed_settings, differences
@@ -70,15 +72,17 @@ class TrainState:
         )
 
     def restore(self, saved: Checkpoint) -> None:
-        """Takes over a checkpoint's state."""
-        self.model.load_state_dict(shard_model_state(saved.model, self.model), strict=True)
-        if self.ema is not None:
-            self.ema.module.load_state_dict(saved.ema, strict=True)
-        self.optimizer.load_state_dict(shard_optimizer_state(saved.optimizer, self.optimizer))
+        """Takes over a checkpoint's state, but for the model's tensors, which `place_model` takes.
+
+        All processes must call; the main one's checkpoint has the values.
+        """
+        if self.ema is not None and saved.ema is not None:
+            spread_tensors(saved.ema, self.ema.module.state_dict())
+        spread_optimizer_state(saved.optimizer, self.optimizer)
         if saved.scaler:  # empty if its precision needed none: then fp16 starts with a fresh scale
             self.scaler.load_state_dict(saved.scaler)
-        self.epoch_meter.load_state_dict(saved.epoch_meter)
-        self.window_meter.load_state_dict(saved.window_meter)
+        spread_tensors(saved.epoch_meter, self.epoch_meter.state_dict())
+        spread_tensors(saved.window_meter, self.window_meter.state_dict())
         self.epoch_losses = list(saved.epoch_losses)
         self.epoch_end_pending = saved.epoch_end_pending
         self.step = saved.step
@@ -124,7 +128,8 @@ def begin(
     Args:
         source: the training images.
         spec: what the model is, of which only a part may learn.
-        build: returns the part that learns, on the CPU, the same on all processes.
+        build: returns the part that learns, on the CPU. The main process's values count; where
+            none are needed, torch's default device is `meta` while it is called.
         build_optimizer: returns the optimiser of that part, which is on its device by then.
         result: the file that a finished run leaves last.
         weights: sha256 of the file that `finetune` names.
@@ -142,8 +147,8 @@ def begin(
         data={"num_images": len(source), "fingerprint": source.fingerprint()},
         weights=weights,
     )
-    saved = load_newest_checkpoint(run.output_dir)
-    check_resumable(cfg, saved, identity)
+    saved = from_main(partial(load_newest_checkpoint, run.output_dir))
+    check_resumable(run.output_dir, cfg, saved, identity)
     world_size = run.processes.world_size
     plan = plan_run(cfg, len(source), world_size, choose_accum_iter(cfg, world_size, saved))
     step = 0 if saved is None else saved.step
@@ -154,8 +159,10 @@ def begin(
             settings=("stop_epoch",),
         )
 
-    model = build()
-    place_model(model, cfg, run.processes)
+    needs_values = saved is None and run.processes.is_main
+    with nullcontext() if needs_values else torch.device("meta"):
+        model = build()
+    place_model(model, model.state_dict() if saved is None else saved.model, cfg, run.processes)
     dtype = autocast_dtype(cfg.precision, run.device)
     state = TrainState(
         model=model,
@@ -191,7 +198,9 @@ def begin(
     return Job(run, cfg, identity, plan, state, len(source), is_finished)
 
 
-def check_resumable(cfg: TrainConfig, saved: Checkpoint | None, identity: RunIdentity) -> None:
+def check_resumable(
+    folder: Path, cfg: TrainConfig, saved: Checkpoint | None, identity: RunIdentity
+) -> None:
     """Refuses to go on with a run under settings, images or weights that change its result. All
     processes must call.
 
@@ -201,9 +210,9 @@ def check_resumable(cfg: TrainConfig, saved: Checkpoint | None, identity: RunIde
     problems = (
         "newest checkpoints: output_dir must be a shared folder",
         "images: data_path must hold the same ones",
-        "weights: finetune must name the same file",
     )
-    seen = all_gather((None if saved is None else saved.step, identity.data, identity.weights))
+    checkpoint = checkpoint_seen(folder, None if saved is None else saved.step)
+    seen = all_gather((checkpoint, identity.data))
     for problem, found in zip(problems, zip(*seen, strict=True), strict=True):
         if any(of_one != found[0] for of_one in found):
             raise InputError(f"the processes see different {problem}. They see {[*found]}")
@@ -214,7 +223,7 @@ def check_resumable(cfg: TrainConfig, saved: Checkpoint | None, identity: RunIde
         changes += changed_settings(saved.config, cfg, skip={"size", *identity.model_args})
         if changes:
             raise InputError(
-                f"{cfg.output_dir} holds a run with other settings (old -> new):\n  "
+                f"{folder} holds a run with other settings (old -> new):\n  "
                 + "\n  ".join(changes)
                 + "\nPut them back, or start a new run with another --output_dir.",
                 settings=tuple(change.split(":")[0] for change in changes),

@@ -1,24 +1,25 @@
 """Reading files of weights without running anything that they say.
 
-A file is known by its first bytes, never by the ending of its name. Each is read once, through a
-memory map from which its sha256 and its tensors come. Pickles go through `torch.load` with
-`weights_only=True`, where one class beyond torch's own list is allowed: `argparse.Namespace`, a
-plain record that the public MAE code and timm save beside the weights.
+A file is known by its first bytes, never by the ending of its name. Each is opened once: its sha256
+and its tensors come from the same bytes. The tensors are views of a memory map, so that reading
+takes no memory for a copy; only old pickles, which cannot be mapped, are read as a whole. Pickles
+go through `torch.load` with `weights_only=True`, where one class beyond torch's own list is
+allowed: `argparse.Namespace`, a plain record that the public MAE code and timm save beside the
+weights.
 """
 
 import argparse
 import hashlib
-import mmap
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 
-from models.weights.own import CHECKPOINT_VERSION, decoded, split_header
+from models.weights.own import CHECKPOINT_VERSION, decoded
 from util.errors import InputError
 
 WRAPPERS = ("model", "state_dict")  # where a .pth keeps the weights, in this order
@@ -95,23 +96,27 @@ def read_files(files: list[Path]) -> tuple[RawWeights, str]:
 def _read(path: Path, digest: Any, alone: bool) -> RawWeights:
     """Reads one file, and updates `digest` with its bytes."""
     try:
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        file = path.open("rb")
+    except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    with content:
-        digest.update(content)
+    with file:
+        hashlib.file_digest(file, lambda: digest)
         stated = path.with_name(path.name + ".sha256")  # a flipped bit would load silently
         if alone and stated.is_file():
             text = stated.read_text(encoding="utf-8", errors="replace")
             if text.split()[:1] != [digest.hexdigest()]:
                 raise InputError(f"{path}: damaged, its sha256 is not the one in {stated.name}")
-        start = content[:40]
+        file.seek(0)
+        start = file.peek()[:40]
+        # The file that was hashed, whatever is at `path` by now.
+        opened = f"/dev/fd/{file.fileno()}"
         try:
             if start[8:9] == b"{":
-                return _from_safetensors(content[:])
-            if start.startswith((b"PK\x03\x04", b"\x80")):
-                return _from_torch(path, content)
+                return _from_safetensors(opened)
+            if start.startswith(b"PK\x03\x04"):
+                return _from_torch(path, opened)
+            if start.startswith(b"\x80"):
+                return _from_torch(path, file)
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
@@ -121,21 +126,25 @@ def _read(path: Path, digest: Any, alone: bool) -> RawWeights:
                 if refused
                 else f"{path}: cannot be read, is it whole? ({type(error).__name__})"
             ) from error
-    raise InputError(f"{path}: not a PyTorch or safetensors file, it begins with {start!r}")
+    found = f"it begins with {start!r}" if start else "it is an empty file"
+    raise InputError(f"{path}: not a PyTorch or safetensors file, {found}")
 
 
-def _from_safetensors(content: bytes) -> RawWeights:
-    tensors = dict(sorted(safetensors.torch.load(content).items()))
-    metadata = split_header(content)[0].get("__metadata__", {})
+def _from_safetensors(opened: str) -> RawWeights:
+    with safetensors.safe_open(opened, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        metadata = file.metadata() or {}
     if "model_args" not in metadata:
         return RawWeights(tensors, "")
     return RawWeights(tensors, "weights", decoded({name: metadata[name] for name in OWN_HEADER}))
 
 
-def _from_torch(path: Path, content: mmap.mmap) -> RawWeights:
-    """The weights inside what a .pth holds."""
+def _from_torch(path: Path, opened: str | BinaryIO) -> RawWeights:
+    """The weights inside what a .pth holds, mapped where `opened` is a path."""
     with torch.serialization.safe_globals([argparse.Namespace]):
-        loaded = torch.load(cast(BinaryIO, content), map_location="cpu", weights_only=True)
+        loaded = torch.load(
+            opened, map_location="cpu", weights_only=True, mmap=isinstance(opened, str)
+        )
     outer = loaded if isinstance(loaded, dict) else {}
     source = next((name for name in WRAPPERS if isinstance(outer.get(name), dict)), "")
     tensors = outer[source] if source else outer

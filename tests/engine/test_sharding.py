@@ -12,8 +12,10 @@ import torch
 from compare import assert_same, assert_same_checkpoint
 from runs import (
     driven,
+    flip_bit,
     launch,
     log_lines,
+    make_pictures,
     pictures,
     pretrain_pictures,
     pretraining,
@@ -171,6 +173,40 @@ def test_each_process_holds_half_of_the_parameters_gradients_and_moments(ddp, fs
         assert (whole["whole_blocks"], sharded["whole_blocks"]) == (3, 1)  # one at a time
 
 
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # of freed memory nothing stays with a process
+TORCH, STEP = 24 * 2**20, 72 * 2**20  # bytes of torch's own, and of activations and whole blocks
+WIDE = ("--size", "small", "--embed_dim", 512, "--num_heads", 8, "--depth", 12, "--patch_size", 4)
+
+
+@pytest.mark.long
+@pytest.mark.fault("R34")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux has it")
+def test_host_memory_does_not_grow_with_the_processes_beyond_their_shares(data, tmp_path):
+    """Of 38 million parameters, in a run that begins and one that goes on.
+
+    Before the first step a process holds its share of the parameters, and on resume of the moments,
+    and the main one a copy of as much as was read or drawn. A step adds the gradients, twice under
+    DDP, which makes their memory anew in its first one, and a save a copy on the main process.
+    """
+    few = make_pictures(tmp_path / "few", train=8)  # two steps per epoch
+    for kind, processes in (("ddp", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)):
+        folder = tmp_path / f"{kind}{processes}"
+        batch = ("--batch_size", 12 // processes, "--keep_last", 1, "--timeout", 2)
+        for epoch, read in ((1, 4), (2, 12)):  # bytes per parameter
+            more = (*WIDE, *batch, "--parallel", kind, "--stop_epoch", epoch)
+            pretrain(few, folder, *more, processes=processes, MEMORY="1", **RETURNED)
+            size = sum(p.numel() for p in load_file(folder / "model.safetensors").values())
+            shared, stepped = (size / processes, 16) if kind == "fsdp" else (size, 20)
+            for rank in range(processes):
+                noted = json.loads((folder / "watch" / f"{rank}.json").read_text())
+                start, end = read * shared, stepped * shared
+                if rank == 0:
+                    start, end = start + read * size, end + 12 * size
+                where = (kind, processes, epoch, rank, start, end, noted)
+                assert noted["start_peak"] < 1.3 * start + TORCH, where
+                assert noted["peak"] < 1.3 * end + TORCH + STEP, where
+
+
 # the same files
 
 
@@ -241,6 +277,33 @@ def test_fine_tuning_too(data, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert results_of(tmp_path / "eval", "eval.json")["correct1"] == ours["correct1"]
+
+
+# what only the main process reads
+
+
+@pytest.mark.long
+def test_all_processes_refuse_what_the_main_one_cannot_read(data, ddp, tmp_path):
+    """In one line, at once."""
+    limit = ("--timeout", 0.5)
+    go_on_from(ddp, 20, tmp_path / "run")
+    flip_bit(tmp_path / "run" / "checkpoint-00000020.pth")
+    damaged = drive(tmp_path, command_line(data, tmp_path / "run", "--clip_grad", 0.5, *limit))
+    flip_bit(shutil.copy(ddp / "checkpoint-00000020.pth", tmp_path / "weights.pth"))
+    flags = ["--finetune", tmp_path / "weights.pth", *limit]
+    weights = launch(pictures(data, tmp_path / "other", *flags), 2, "run_finetune.sh")
+    for result, text in ((damaged, "every checkpoint in"), (weights, "weights.pth")):
+        assert result.returncode != 0 and result.stderr.count("error: ") == 1, result.stderr
+        assert f"error: {tmp_path}" in result.stderr or text in result.stderr
+
+
+@pytest.mark.long
+def test_a_folder_that_the_processes_do_not_share_is_refused(data, ddp, tmp_path):
+    go_on_from(ddp, 20, tmp_path / "run")
+    arguments = command_line(data, tmp_path / "run", "--clip_grad", 0.5, *LOOKS, "--timeout", 0.5)
+    result = drive(tmp_path, arguments, OF_PROCESS_1=f"--output_dir {tmp_path / 'own'}")
+    assert result.returncode != 0 and result.stderr.count("error: ") == 1, result.stderr
+    assert "the processes see different newest checkpoints: output_dir must" in result.stderr
 
 
 # where there is nothing to share

@@ -248,7 +248,7 @@ def placed(
         model = build().to(device).train()
     if isinstance(model, MaskedAutoencoder):
         cfg = PretrainConfig(compile=compiled, checkpointing=checkpointing)
-        place_model(model, cfg, Processes(0, 1, 0, 1, device))
+        place_model(model, model.state_dict(), cfg, Processes(0, 1, 0, 1, device))
     elif compiled:
         model.compile(dynamic=False)
     return model
