@@ -39,13 +39,16 @@ test-time:
 	  || { echo "error: Python 3.11 or newer is needed; try make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# The stamps are written last: an interrupted installation starts again.
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# The stamps are written last: an interrupted installation starts again. torch and its libraries are
+# gigabytes, so that installation shows pip's progress; the second one is small.
 .venv/.run: requirements.txt pyproject.toml | .venv/bin/python
 	$(PY) -m pip install -r requirements.txt
 	@touch $@
 
 .venv/.dev: requirements-dev.txt .venv/.run
-	$(PY) -m pip install -r requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
 # Each evaluation runs twice: with the pretrained weights, and with the same model untrained
@@ -69,6 +72,12 @@ quickstart: quickstart-time .venv/.run
 	$(MAE_VIS) --model_path $(WEIGHTS) --num_images 6 --save_path $(OUTPUT)/reconstructions
 	$(EXPLAIN) --finetune $(OUTPUT)/finetune/model.safetensors --reader avg --num_images 6 --save_path $(OUTPUT)/rollout
 	$(PY) tools/plot_run.py $(OUTPUT)/pretrain
+	@printf '%s\n' '' 'Done. In $(OUTPUT) are, besides the weights and what the table above comes from:' \
+	  '  pretrain/report.html      the pretraining: curves, pictures, settings' \
+	  '  reconstructions/grid.png  what the model paints over the gaps' \
+	  '  rollout/rollouts.png      where the fine-tuned classifier looks' \
+	  'Next, pretrain on your own images, in any folder structure and without labels:' \
+	  '  sh run_pretrain.sh --config cfgs/pretrain/Vit-S_100E_GAP.yaml --data_path FOLDER'
 
 test: test-time .venv/.dev
 	$(PYTEST) -m "not long"

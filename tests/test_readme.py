@@ -21,7 +21,7 @@ from test_datasets import cifar_rows, publish, server  # noqa: F401  (a fixture)
 
 from tools import benchmark, pack_dataset
 
-READMES = sorted(path for path in ROOT.glob("**/README.md") if ".venv" not in path.parts)
+READMES = sorted(path for path in ROOT.glob("**/README.md") if "/.venv" not in str(path))
 RECIPES = sorted(path for path in ROOT.glob("cfgs/**/*.yaml") if "quickstart" not in path.parts)
 CLONE = ("cfgs", "models", "engine", "data", "util", "tools", "tests", "*.py", "*.sh")
 

@@ -508,6 +508,7 @@ def test_an_output_folder_that_cannot_be_used_is_one_error_before_any_compute(tm
 # --- R29: names that are no UTF-8
 
 
+@pytest.mark.long
 @pytest.mark.fault("R29")
 def test_names_that_are_no_utf_8_are_written_everywhere(tmp_path):
     odd = os.fsdecode(b"caf\xe9")
