@@ -376,7 +376,7 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
     """Each save begins to write only when the next step has changed the parameters."""
 
     def late(*args, original=saving.save_checkpoint):
-        time.sleep(0.3)
+        time.sleep(0.15)
         return original(*args)
 
     monkeypatch.setattr(saving, "save_checkpoint", late)
