@@ -8,7 +8,11 @@ TEST_WORKERS ?= 2
 QUICKSTART_TIME = 3 to 9 minutes on 2 CPU cores, after the installation
 TEST_TIME = 2 to 7 minutes on 2 CPU cores, after the installation
 
-.PHONY: help quickstart quickstart-time test test-time test-long test-all lint clean
+VERSIONS_TIME = 10 to 30 minutes on 2 CPU cores, and 14 GB of disk
+# For a Python that is not on the PATH: make test-versions PYTHON313=/path/to/python3.13
+PYTHON313 ?= python3.13
+
+.PHONY: help quickstart quickstart-time test test-time test-long test-all test-versions lint clean
 
 help:
 	@echo "make quickstart  Install, pretrain on 4,000 digits that come with a package, evaluate, draw."
@@ -18,8 +22,10 @@ help:
 	@echo "make test-long   Run the long tests: real kills, several processes, real training."
 	@echo "                 Takes 30 to 45 minutes."
 	@echo "make test-all    Run both sets of tests."
+	@echo "make test-versions  Run the newcomer's tests with the lowest versions and on Python 3.13."
+	@echo "                 Downloads about 8 GB, takes $(VERSIONS_TIME)."
 	@echo "make lint        Check style, formatting, types and the direction of imports."
-	@echo "make clean       Remove the virtual environment, .venv."
+	@echo "make clean       Remove the virtual environments, .venv and .venv-*."
 
 # A first prerequisite, so that the time is said before the installation starts.
 quickstart-time:
@@ -33,13 +39,16 @@ test-time:
 	  || { echo "error: Python 3.11 or newer is needed; try make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# The stamps are written last: an interrupted installation starts again.
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# The stamps are written last: an interrupted installation starts again. torch and its libraries are
+# gigabytes, so that installation shows pip's progress; the second one is small.
 .venv/.run: requirements.txt pyproject.toml | .venv/bin/python
 	$(PY) -m pip install -r requirements.txt
 	@touch $@
 
 .venv/.dev: requirements-dev.txt .venv/.run
-	$(PY) -m pip install -r requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
 	@touch $@
 
 # Each evaluation runs twice: with the pretrained weights, and with the same model untrained
@@ -63,6 +72,12 @@ quickstart: quickstart-time .venv/.run
 	$(MAE_VIS) --model_path $(WEIGHTS) --num_images 6 --save_path $(OUTPUT)/reconstructions
 	$(EXPLAIN) --finetune $(OUTPUT)/finetune/model.safetensors --reader avg --num_images 6 --save_path $(OUTPUT)/rollout
 	$(PY) tools/plot_run.py $(OUTPUT)/pretrain
+	@printf '%s\n' '' 'Done. In $(OUTPUT) are, besides the weights and what the table above comes from:' \
+	  '  pretrain/report.html      the pretraining: curves, pictures, settings' \
+	  '  reconstructions/grid.png  what the model paints over the gaps' \
+	  '  rollout/rollouts.png      where the fine-tuned classifier looks' \
+	  'Next, pretrain on your own images, in any folder structure and without labels:' \
+	  '  sh run_pretrain.sh --config cfgs/pretrain/Vit-S_100E_GAP.yaml --data_path FOLDER'
 
 test: test-time .venv/.dev
 	$(PYTEST) -m "not long and not gpu"
@@ -73,6 +88,34 @@ test-long: .venv/.dev
 test-all: .venv/.dev
 	$(PYTEST) -m "not gpu"
 
+# By hand only. Of each package in pyproject.toml the lowest version that it admits, and then the
+# pinned set on the newest Python.
+LOWEST = import tomllib; \
+  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*(name.split(",")[0].replace(">=", "==") + ".*" for name in project["dependencies"]))
+NEWCOMER = -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not long"
+
+.venv-torch29/.dev: requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-torch29
+	sed /^-r/d requirements-dev.txt > .venv-torch29/dev.txt
+	.venv-torch29/bin/python -m pip install -r .venv-torch29/dev.txt -e . \
+	  $$($(PYTHON) -c '$(LOWEST)')
+	@touch $@
+
+.venv-py313/.dev: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON313) -m venv --clear .venv-py313
+	.venv-py313/bin/python -m pip install -r requirements-dev.txt
+	@touch $@
+
+test-versions:
+	@echo "This downloads about 8 GB and takes $(VERSIONS_TIME)."
+	$(MAKE) .venv-torch29/.dev
+	.venv-torch29/bin/python $(NEWCOMER)
+	@$(PYTHON313) --version > /dev/null 2>&1 \
+	  || echo "Python 3.13 is not tried: $(PYTHON313) does not start; set PYTHON313 to one."
+	@! $(PYTHON313) --version > /dev/null 2>&1 \
+	  || { $(MAKE) .venv-py313/.dev && .venv-py313/bin/python $(NEWCOMER); }
+
 lint: .venv/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -80,4 +123,4 @@ lint: .venv/.dev
 	.venv/bin/lint-imports --no-logo --no-cache
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-torch29 .venv-py313

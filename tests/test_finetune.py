@@ -42,6 +42,7 @@ LEARN = shlex.split("""--lr 0.1 --epochs 8 --warmup_epochs 1 --crop_min 0.8 --la
 # everything that draws random numbers, and the moving average
 ALL_ON = shlex.split("""--lr 0.03 --mixup 0.8 --cutmix 1.0 --re_prob 0.5 --drop_path_rate 0.3
 --hflip 0.5 --auto_augment rand-m9-mstd0.5-inc1 --ema_decay 0.8 --clip_grad 1""")
+long = pytest.mark.long
 RUN_FILES = {"log.txt", ".lock"}  # each start writes to them
 STAGES = {"finetune": main_finetune.main, "lincls": main_lincls.main, "knn": main_knn.main}
 
@@ -112,9 +113,10 @@ def test_it_learns_from_a_pretraining_checkpoint_as_from_its_weights(
     tmp_path, data, pretrained, finished
 ):
     weights = pretrained / "checkpoint-00000020.pth"
-    results = finetune(data, tmp_path, *LEARN, "--finetune", weights)
+    results = finetune(data, tmp_path, *LEARN, "--finetune", weights, "--stop_epoch", 1)
     assert results["sha256"] != finished[2]["sha256"]  # another file with the same tensors
-    assert step_losses(tmp_path) == step_losses(finished[0])
+    ours = step_losses(tmp_path)
+    assert len(ours) == PICTURE_STEPS and ours.items() <= step_losses(finished[0]).items()
 
 
 def test_it_learns_from_scratch(tmp_path, data):
@@ -273,7 +275,7 @@ def test_each_micro_batch_is_mixed_by_its_own_draw_and_a_repeat_by_the_same(
 # --- resume
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
+@pytest.mark.parametrize(("before", "after"), [(0, 2), pytest.param(2, 0, marks=long)])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, data, weights, all_on, before, after):
     """Mixup, cutmix, erasing, drop path, RandAugment and the moving average on; other workers
     change nothing."""
@@ -285,7 +287,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, data, weights, all_on, befo
     assert len(set(step_losses(tmp_path).values())) == 3 * PICTURE_STEPS  # not vacuous
 
 
-@pytest.mark.parametrize("steps", [1, 9, 10, 14])
+@pytest.mark.parametrize("steps", [1, *(pytest.param(n, marks=long) for n in (9, 10)), 14])
 def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(
     tmp_path, data, weights, all_on, monkeypatch, steps
 ):
@@ -301,6 +303,7 @@ def test_a_run_that_is_cut_within_an_epoch_goes_on_bit_for_bit(
     assert_same_run(all_on, tmp_path)
 
 
+@long
 def test_accumulated_steps_resume_bit_for_bit(tmp_path, data, weights):
     more = [*ALL_ON, "--finetune", weights, "-b", 6, "--accum_iter", 2]
     finetune(data, tmp_path / "whole", *more)

@@ -149,11 +149,12 @@ def test_one_rate_trains_on_all_images(tmp_path, data, weights, optimizer, lr, l
 
 
 def test_an_untrained_model_can_be_evaluated(tmp_path, data):
-    results = lincls(data, tmp_path / "a", "--finetune", "random")
+    more = ["--finetune", "random", "--stop_epoch", 1]
+    results = lincls(data, tmp_path / "a", *more)
     assert (results["checkpoint"], results["sha256"]) == ("random", None)
     assert "cls_token" not in load_file(tmp_path / "a" / "model.safetensors")
-    assert lincls(data, tmp_path / "b", "--finetune", "random") == results
-    other = lincls(data, tmp_path / "c", "--finetune", "random", "--seed", 1)
+    assert lincls(data, tmp_path / "b", *more) == results
+    other = lincls(data, tmp_path / "c", *more, "--seed", 1)
     assert other["loss"] != results["loss"]
 
 
@@ -229,7 +230,7 @@ def test_when_all_rates_diverge_the_run_ends_and_leaves_no_result(tmp_path, data
 # --- resume
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("lars", marks=pytest.mark.long)])
 def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimizer):
     """Stopped after an epoch, and cut in the middle of the next; other workers change nothing."""
     more = ["--finetune", weights, "--optimizer", optimizer, "--weight_decay", 1e-3]

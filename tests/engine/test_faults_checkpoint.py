@@ -377,7 +377,7 @@ def test_a_file_holds_the_state_of_its_step_however_long_writing_takes(
     """Each save begins to write only when the next step has changed the parameters."""
 
     def late(*args, original=saving.save_checkpoint):
-        time.sleep(0.3)
+        time.sleep(0.15)
         return original(*args)
 
     monkeypatch.setattr(saving, "save_checkpoint", late)
@@ -512,6 +512,7 @@ def test_an_output_folder_that_cannot_be_used_is_one_error_before_any_compute(tm
 # --- R29: names that are no UTF-8
 
 
+@pytest.mark.long
 @pytest.mark.fault("R29")
 def test_names_that_are_no_utf_8_are_written_everywhere(tmp_path):
     odd = os.fsdecode(b"caf\xe9")

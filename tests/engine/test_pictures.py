@@ -42,12 +42,16 @@ def blended(pixels, value: float) -> np.ndarray:
 def places(canvas: np.ndarray, picture: np.ndarray, tolerance: int = 0) -> list[tuple[int, int]]:
     """Each (row, column) of a canvas at which a picture stands, up to `tolerance` grey levels."""
     height, width = picture.shape[:2]
-    inner = canvas[: canvas.shape[0] - height + 1, : canvas.shape[1] - width + 1].astype(int)
-    candidates = np.argwhere((np.abs(inner - picture[0, 0]) <= tolerance).all(axis=-1))
+    canvas, picture = canvas.astype(int), picture.astype(int)
+    y, x = np.indices((len(canvas) - height + 1, canvas.shape[1] - width + 1)).reshape(2, -1)
+    for row, column in np.ndindex(8, 8):  # one pixel at a time leaves few places to compare whole
+        row, column = row * height // 8, column * width // 8
+        gap = np.abs(canvas[y + row, x + column] - picture[row, column]).max(axis=-1)
+        y, x = y[gap <= tolerance], x[gap <= tolerance]
     return [
-        (int(y), int(x))
-        for y, x in candidates
-        if np.abs(canvas[y : y + height, x : x + width].astype(int) - picture).max() <= tolerance
+        (top, left)
+        for top, left in zip(y.tolist(), x.tolist(), strict=True)
+        if np.abs(canvas[top:, left:][:height, :width] - picture).max() <= tolerance
     ]
 
 

@@ -412,6 +412,7 @@ def test_a_mistake_is_one_line_and_nothing_is_drawn(
     assert "\n" not in str(error.value) and written(tmp_path) == set()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("layer", "status"), [("1", 0), ("7", 2)])
 def test_the_command_needs_no_display_and_says_one_line(weights, photo, tmp_path, layer, status):
     places = ["--finetune", str(weights["pretrained"]), "--image_path", str(photo)]

@@ -1,5 +1,4 @@
-"""What makes a step cheaper: the cross-attention decoder, activation checkpointing, compiling, and
-never waiting for the device."""
+"""What makes a step cheaper: a cross-attention decoder, activation checkpointing and compiling."""
 
 from functools import cache
 
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from reference import MAE
-from runs import digits, note_reads, step_losses
+from runs import digits, step_losses
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -102,6 +101,7 @@ def flops(size: str, decoder_depth: int = 8, **decoder) -> float:
 
 
 # Relative to the standard decoder of 8 blocks, as arXiv 2401.14391 publishes it.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "published"),
     [
@@ -139,7 +139,7 @@ def test_checkpointing_gives_the_same_gradients_from_less_memory(decoder):
     assert all(map(torch.equal, *gradients))
 
 
-@pytest.mark.parametrize("decoder", [SELF, {}])
+@pytest.mark.parametrize("decoder", [SELF, pytest.param({}, marks=pytest.mark.long)])
 def test_compiling_gives_one_whole_graph_for_all_steps(decoder):
     graphs = []
 
@@ -159,6 +159,7 @@ def test_compiling_gives_one_whole_graph_for_all_steps(decoder):
     assert len(graphs) == 1
 
 
+@pytest.mark.long
 def test_checkpointing_and_compiling_may_be_switched_on_later_and_change_no_loss(tmp_path):
     flags = ["--log_interval", 1, "--monitor_epochs", 1, "--monitor_images", 1]
     losses, names = [], []
@@ -172,18 +173,3 @@ def test_checkpointing_and_compiling_may_be_switched_on_later_and_change_no_loss
     assert len(eager) == 124 and eager == checkpointed
     assert np.abs(np.subtract(eager, compiled)).max() < 1e-5
     assert names[0] == names[2]
-
-
-def test_a_step_that_does_not_log_never_waits_for_the_device(tmp_path, monkeypatch):
-    """Nothing between two log lines reads a value back: 62 steps wait as often as 31 of them
-    would."""
-    waits = note_reads(monkeypatch)
-    counts = []
-    for steps, epochs in ((31, 1), (62, 1)):
-        waits.clear()
-        flags = ["--epochs", epochs, "--warmup_epochs", 0, "--num_workers", 1, "--clip_grad", 1.0]
-        flags += ["--total_batch_size", 4000 // steps, "-b", 4000 // steps, "--log_interval", 1000]
-        assert main_pretrain.main(digits(tmp_path / str(steps), *flags))["step"] == steps
-        assert "synchronize" not in waits
-        counts.append(len(waits))
-    assert counts[0] == counts[1] < 40

@@ -790,6 +790,7 @@ def test_the_tool_refuses_in_one_line(arguments, named):
     assert_named(refusal(convert, *arguments), *named)
 
 
+@pytest.mark.long
 def test_the_tool_as_a_user_runs_it(tmp_path):
     path = saved(tmp_path, {"model": built(MAE).state_dict()})
     script, env = "tools/convert_checkpoint.py", {"PYTHONPATH": str(ROOT)}

@@ -218,6 +218,7 @@ def test_a_mistake_is_one_line(weights, tmp_path, monkeypatch, arguments, named)
     assert not list(Path().rglob("*_original.png")) and not list(Path().rglob("grid.png"))
 
 
+@pytest.mark.long
 def test_the_command_says_one_line_and_needs_no_display(tmp_path):
     more = ["--model_path", "nowhere.safetensors", "--img_path", "nowhere.png"]
     more += ["--save_path", str(tmp_path)]

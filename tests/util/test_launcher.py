@@ -145,6 +145,7 @@ def test_a_users_mistake_under_the_launcher_is_its_line_alone():
     assert line.startswith("error: ") and "lr" in line
 
 
+@long
 def test_a_failure_that_is_no_mistake_keeps_its_traceback_and_torchruns_summary(tmp_path):
     script = tmp_path / "broken.py"
     script.write_text("1 / 0\n")
