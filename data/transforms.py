@@ -175,15 +175,15 @@ KERNELS = {"bicubic": _bicubic, "bilinear": _bilinear}
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """uint8 `(..., C, h, w)` to `(..., C, H, W)`, antialiased."""
+    """uint8 `(C, h, w)` or `(B, C, h, w)` to `(C, H, W)` or `(B, C, H, W)`, antialiased."""
     if images.shape[-2:] == size:
         return images
+    if images.ndim == 3:
+        return resize(images[None], size, interpolation)[0]
     on_cpu = images.device.type == "cpu"  # which alone resizes whole numbers
     pixels = images if on_cpu else images.float()
-    pixels = pixels.reshape(-1, *pixels.shape[-3:])  # (B, C, h, w)
     pixels = F.interpolate(pixels, list(size), mode=interpolation, antialias=True)
-    pixels = pixels if on_cpu else pixels.round_().clamp_(0, 255).to(torch.uint8)
-    return pixels.reshape(*images.shape[:-2], *size)
+    return pixels if on_cpu else pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
@@ -221,8 +221,8 @@ def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
 
 
 class EvalTransform:
-    """Resizes images of one size and cuts their centres; uint8 `(..., C, h, w)` to uint8
-    `(..., C, H, W)`.
+    """Resizes images of one size and cuts their centres; uint8 `(C, h, w)` or `(B, C, h, w)` to
+    uint8 `(C, H, W)` or `(B, C, H, W)`.
 
     Args:
         img_size: of the result, an int or (H, W).
@@ -241,7 +241,7 @@ class EvalTransform:
     def __call__(self, images: Tensor) -> Tensor:
         cut, resized = self._sizes(*images.shape[-2:])
         images = _centre(images, cut)
-        return _centre(resize(images, resized, "bicubic"), self.size)  # (..., C, H, W)
+        return _centre(resize(images, resized, "bicubic"), self.size)  # (C, H, W) or (B, C, H, W)
 
     def seen(self, height: int, width: int) -> tuple[float, float, float, float]:
         """The part of a (height, width) image that the result shows: top, left, bottom and right,

@@ -419,6 +419,6 @@ def test_an_unmounted_folder_stops_the_first_batch(data, tmp_path, num_workers):
 )
 def test_default_number_of_workers(monkeypatch, cores, processes, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    cfg = SimpleNamespace(num_workers=None, prefetch_factor=2)
+    cfg = SimpleNamespace(num_workers=None, prefetch_factor=2, data_on_device=False)
     here = SimpleNamespace(local_world_size=processes, device=torch.device("cpu"))
     assert loader_maker(cfg, here).keywords["num_workers"] == workers

@@ -43,10 +43,7 @@ def test_a_script_that_goes_on_reads_its_settings_once(tmp_path):
     pipe.write_text("class_token: false\ndecoder_class_token: false\n")
     said = [line.split()[:2] for line in process.communicate(timeout=60)[1].splitlines()]
     assert process.returncode == 2
-    assert [line.split()[:2] for line in said] == [
-        ["skipped", "settings"],
-        ["error:", "output_dir"],
-    ]
+    assert said == [["skipped", "settings"], ["error:", "output_dir"]]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")

@@ -158,7 +158,7 @@ def test_the_peers_are_the_same_model(public_mae):
         found[name] = flops_and_loss(model, 0.75 if name == "public code" else None)
     assert len(set(sizes.values())) == 1
     for flops, loss in found.values():
-        assert 1 <= flops / found["ours"][0] < 1.2
+        assert 1 <= flops / found["ours"][0] < 1.4
         assert 0.5 < loss < 3  # of a normalised target
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -118,12 +118,13 @@ def loss_fn_of(
         compiled: for a model that has been compiled in place: whether it runs so.
     """
     forward = model if compiled else model.forward
-    autocast = partial(
-        torch.autocast, images.device.type, PRECISIONS[precision], enabled=precision != "fp32"
-    )
 
     def loss() -> Tensor:
-        with autocast():
+        with (
+            torch.autocast(images.device.type, PRECISIONS[precision])
+            if precision != "fp32"
+            else nullcontext()
+        ):
             found = forward(images, masks)
         return found if isinstance(found, Tensor) else found[0]
 
