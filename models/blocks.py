@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from models.spec import EncoderSpec, pair
 
 LAYER_NORM_EPS = 1e-6
-# On CPU the fused kernel's backward is several times slower on short sequences, and its memory
-# saving only matters on long ones.
+# On CPU the fused kernel's backward is several times slower in bf16 and fp16, and its memory saving
+# only matters on long sequences.
 CPU_FUSED_FROM_TOKENS = 512
 
 
@@ -64,8 +64,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None = None) ->
     T, S)` are added to `maps`, with their graph.
     """
     scale = q.shape[-1] ** -0.5
-    fused = q.device.type != "cpu" or k.shape[2] >= CPU_FUSED_FROM_TOKENS
-    if fused and maps is None:
+    slow = q.device.type == "cpu" and q.itemsize < 4 and k.shape[2] < CPU_FUSED_FROM_TOKENS
+    if maps is None and not slow:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     else:
         # The scale is part of the product: a scaled copy of q would be kept for the gradient.
