@@ -6,13 +6,21 @@ summary is printed, and the exit code is 1.
 """
 
 import logging
+import signal
 import sys
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import main
 
 MISTAKE = 2
+
+
+def stop(signum: int, _: FrameType | None) -> None:
+    """Ends the launcher as by the signals that torchrun handles itself."""
+    raise SignalException(f"got signal {signum}", signal.Signals(signum))
 
 
 def says_more(record: logging.LogRecord) -> bool:
@@ -25,6 +33,10 @@ def says_more(record: logging.LogRecord) -> bool:
 if __name__ == "__main__":
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(says_more)
+    if not hasattr(LaunchConfig, "signals_to_handle"):  # torch 2.9 has a fixed list without USR1
+        place = sys.argv.index("--signals_to_handle")
+        del sys.argv[place : place + 2]
+        signal.signal(signal.SIGUSR1, stop)
     try:
         main()
     except SignalException as stopped:
