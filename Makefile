@@ -5,7 +5,7 @@ PY = .venv/bin/python
 # Each worker is one torch thread, so that results do not depend on the machine's core count.
 PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 TEST_WORKERS ?= 2
-QUICKSTART_TIME = 3 to 9 minutes on 2 CPU cores, after the installation
+QUICKSTART_TIME = 3 to 5 minutes on 2 CPU cores, after the installation
 TEST_TIME = 2 to 7 minutes on 2 CPU cores, after the installation
 
 VERSIONS_TIME = 10 to 30 minutes on 2 CPU cores, and 14 GB of disk
@@ -93,7 +93,7 @@ test-all: .venv/.dev
 LOWEST = import tomllib; \
   project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*(name.split(",")[0].replace(">=", "==") + ".*" for name in project["dependencies"]))
-NEWCOMER = -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not long"
+NEWCOMER = -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not long and not gpu"
 
 .venv-torch29/.dev: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv --clear .venv-torch29

@@ -22,6 +22,8 @@ from util.settings.evaluation import (
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import load_config
 
+# Of GNU's OpenMP, which PyTorch's packages for Linux use: some tens of microseconds.
+SPIN_COUNT = "10000"
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"}
 # Numbers of glibc's <malloc.h>: 32 MiB is its largest threshold, and -1 returns nothing.
 MALLOPT = {"MALLOC_MMAP_THRESHOLD_": (-3, 1 << 25), "MALLOC_TRIM_THRESHOLD_": (-1, -1)}
@@ -56,12 +58,13 @@ def start(read: Callable[[], SettingsT]) -> SettingsT:
 def set_cpu_defaults() -> None:
     """Sets what makes steps on a CPU fast, unless the environment says something else about it.
 
-    Threads that wait for one another sleep: by default they spin, and take the cores from loader
-    processes and other programs. Memory that a step frees stays with the process: by default each
+    Threads that wait for one another spin for a moment, then sleep. By default they spin for long,
+    and take the cores from loader processes and other programs; if they slept at once, the short
+    operations of small models would not gain from a second thread. Memory that a step frees stays with the process: by default each
     step asks the system for it again, page by page.
     """
     if not os.environ.keys() & WAITING:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
     for variable, (parameter, value) in MALLOPT.items():
         if not os.environ.keys() & {variable, "GLIBC_TUNABLES"}:
             with suppress(OSError, AttributeError):  # other C libraries have no mallopt
