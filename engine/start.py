@@ -60,8 +60,8 @@ def set_cpu_defaults() -> None:
 
     Threads that wait for one another spin for a moment, then sleep. By default they spin for long,
     and take the cores from loader processes and other programs; if they slept at once, the short
-    operations of small models would not gain from a second thread. Memory that a step frees stays with the process: by default each
-    step asks the system for it again, page by page.
+    operations of small models would not gain from a second thread. Memory that a step frees stays
+    with the process: by default each step asks the system for it again, page by page.
     """
     if not os.environ.keys() & WAITING:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
