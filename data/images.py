@@ -21,7 +21,7 @@ import torch
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-if USE_TORCHCODEC := torch.__version__ >= (2, 11):  # before that, Pillow decodes all kinds
+if USE_TORCHCODEC := torch.__version__ >= "2.11":  # before that, Pillow decodes all kinds
     from torchcodec.decoders import decode_image as torchcodec_decode
 
 # The kinds that are listed in folders, found in shards, decoded, packed and checked, by Pillow's

@@ -246,7 +246,7 @@ def test_state_dict_keys_are_those_of_the_published_weights(fields, expected):
         assert without.decoder_pos_embed.shape == (1, 16, 24)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 11), reason="fake tensors of torch 2.9 need a driver")
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="fake tensors of torch 2.9 need a driver")
 def test_no_tensor_is_left_on_the_cpu_when_the_model_is_on_cuda():
     """Fake tensors, which need no GPU, raise when an operation mixes devices."""
     with FakeTensorMode(), torch.device("cuda"):
