@@ -23,7 +23,6 @@ from engine.parallel import on_device
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from util.errors import run_cli
-from util.settings.pretrain import PretrainConfig
 
 pytestmark = pytest.mark.gpu
 ENCODER = {"img_size": 64, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "class_token": True}
@@ -173,8 +172,6 @@ def test_checkpointing_takes_a_third_of_the_memory_for_activations(cuda):
     ],
 )
 def test_pretraining_has_the_losses_of_the_cpu(device, on_cpu, tmp_path, more, bound):
-    if "--data_on_device" in more and "data_on_device" not in PretrainConfig.model_fields:
-        pytest.skip("this version has no setting data_on_device")
     difference = furthest(pretrain(tmp_path, device, *more), on_cpu)
     print(f"{' '.join(more)}: losses within {difference:.2g} of the CPU's in fp32")
     assert difference < bound

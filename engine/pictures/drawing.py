@@ -108,12 +108,10 @@ def figure_picture(drawn: "Figure") -> np.ndarray:
 
 
 def check_replaceable(*paths: Path) -> None:
-    """Raises: InputError for the first file that exists and was not made by a picture tool; OSError
-    for a path that the system refuses."""
+    """Raises: InputError for the first file that exists and was not made by a picture tool."""
     for path in paths:
-        # `exists` raises for a name that the system refuses
-        readable = path.exists() and os.access(path, os.R_OK) and path.is_file()
-        if path.exists() and not (readable and MARK.encode() in path.read_bytes()):
+        readable = os.access(path, os.R_OK) and path.is_file()
+        if os.access(path, os.F_OK) and not (readable and MARK.encode() in path.read_bytes()):
             raise InputError(
                 f"{path} was not made by this tool and would be replaced: move it away, or "
                 f"choose another place for the pictures"

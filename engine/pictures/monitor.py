@@ -125,7 +125,7 @@ class Monitor:
         """Top-1 accuracies in percent of the k-NN and of the linear layer; {}, and no k-NN from
         here on, if a file cannot be decoded or a feature is not finite."""
         try:
-            # Not compiled: for so few images, compiling takes as long as it saves in a whole run.
+            # Not compiled: for so few images, compiling takes longer than it saves in one look.
             features = compute_features(self.cfg, self.run, encoder_of(model), data, None)
         except InputError as error:  # on all processes
             logger.warning("k-NN is off from here on: %s", error)

@@ -216,10 +216,7 @@ PATHS = [  # every argument that is a path
     *((tool, "--img_path PICTURE --model_path BAD") for tool in ("mae_vis", "overview")),
     *((tool, "--model_path WEIGHTS --img_path BAD") for tool in ("mae_vis", "overview")),
     *((tool, "--model_path WEIGHTS --data_path BAD") for tool in ("mae_vis", "overview")),
-    *(
-        (tool, "--model_path WEIGHTS --img_path PICTURE --save_path BAD")
-        for tool in ("mae_vis", "overview")
-    ),
+    ("mae_vis", "--model_path WEIGHTS --img_path PICTURE --save_path BAD"),
     ("explain", "--image_path PICTURE --finetune BAD"),
     ("explain", "--finetune WEIGHTS --image_path BAD"),
     ("explain", "--finetune WEIGHTS --data_path BAD"),
