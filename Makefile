@@ -6,7 +6,7 @@ PY = .venv/bin/python
 PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 TEST_WORKERS ?= 2
 QUICKSTART_TIME = 3 to 5 minutes on 2 CPU cores, after the installation
-TEST_TIME = 2 to 7 minutes on 2 CPU cores, after the installation
+TEST_TIME = 3 to 5 minutes on 2 CPU cores, after the installation
 
 VERSIONS_TIME = 10 to 30 minutes on 2 CPU cores, and 14 GB of disk
 # For a Python that is not on the PATH: make test-versions PYTHON313=/path/to/python3.13
