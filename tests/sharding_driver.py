@@ -42,6 +42,7 @@ def memory(field: str) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
+torch.compiler.reset()  # imports what DistributedDataParallel imports later
 imports = memory("VmRSS")
 
 
