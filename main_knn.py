@@ -77,10 +77,8 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
             cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
         )
         data = replace(data, train=train, val=val)
-        for checkpoint in checkpoints[1:]:
-            from_main(
-                partial(read_weights, checkpoint)
-            )  # finds a broken file before the others are evaluated
+        for checkpoint in checkpoints[1:]:  # finds a broken file before the others are evaluated
+            from_main(partial(read_weights, checkpoint))
         table = [
             evaluate_checkpoint(cfg, run, checkpoint, data, folder)
             for checkpoint, folder in zip_longest(checkpoints, folders)

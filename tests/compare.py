@@ -1,11 +1,12 @@
-"""Comparisons that tests share: nested values, and whole runs."""
+"""Comparisons that tests share: nested values, whole runs, and memory kept for a gradient."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.run.checkpoint import Checkpoint, RunIdentity, load_newest_checkpoint
 from engine.run.records import read_log, read_results
@@ -90,3 +91,16 @@ def checkpoint(step: int, **given: Any) -> Checkpoint:
     empty: dict[str, Any] = {name: {} for name in names} | vars(identity())
     empty |= {"ema": None, "epoch_losses": [], "epoch_end_pending": False}
     return Checkpoint(**(empty | {"step": step, "total_batch": 1, "samples_seen": step} | given))
+
+
+def kept_for_gradient(compute: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """A loss, and the bytes of the tensors that it keeps for its gradient."""
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = compute()
+    return loss, sum(sizes.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import identity
+from compare import identity, kept_for_gradient
 from runs import PICTURE_STEPS, pictures, pretraining, results_of, saved_step, step_losses
 from safetensors.torch import load_file
 from torch import nn
@@ -298,16 +298,9 @@ def test_checkpointing_with_stochastic_depth_gives_the_same_gradients_from_less_
     kept, found = [], []
     for checkpointing in (False, True):
         model.checkpointing = checkpointing
-        sizes = {}
-
-        def pack(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         torch.manual_seed(3)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(images()).square().sum()
-        kept.append(sum(sizes.values()))
+        loss, size = kept_for_gradient(lambda: model(images()).square().sum())
+        kept.append(size)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         found.append([loss, *gradients, torch.rand(1)])  # later draws are the same, too
     assert kept[1] < 0.5 * kept[0]

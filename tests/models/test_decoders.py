@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from compare import kept_for_gradient
 from reference import MAE
 from runs import digits, step_losses
 from torch import nn
@@ -125,15 +126,8 @@ def test_checkpointing_gives_the_same_gradients_from_less_memory(decoder):
     kept, gradients = [], []
     for checkpointing in (False, True):
         model.checkpointing = checkpointing
-        sizes = {}
-
-        def pack(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(*batch(model))
-        kept.append(sum(sizes.values()))
+        loss, size = kept_for_gradient(lambda: model(*batch(model)))
+        kept.append(size)
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     assert kept[1] < 0.5 * kept[0]
     assert all(map(torch.equal, *gradients))

@@ -217,6 +217,7 @@ PATHS = [  # every argument that is a path
     *((tool, "--model_path WEIGHTS --img_path BAD") for tool in ("mae_vis", "overview")),
     *((tool, "--model_path WEIGHTS --data_path BAD") for tool in ("mae_vis", "overview")),
     ("mae_vis", "--model_path WEIGHTS --img_path PICTURE --save_path BAD"),
+    ("overview", "--config CONFIG --model_path WEIGHTS --img_path PICTURE --save_path BAD"),
     ("explain", "--image_path PICTURE --finetune BAD"),
     ("explain", "--finetune WEIGHTS --image_path BAD"),
     ("explain", "--finetune WEIGHTS --data_path BAD"),
@@ -251,6 +252,7 @@ def test_a_name_that_is_too_long_is_one_line(
     monkeypatch.chdir(tmp_path)
     names = {"DATA": data, "RUN": pretrained, "WEIGHTS": weights, "OUT": tmp_path / "out"}
     names |= {"BAD": tmp_path / ("n" * 300), "PICTURE": data / "val/one/040.png"}
+    names["CONFIG"] = pretrained / "config.yaml"
     assert exit_code(command, arguments, **names) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert "n" * 300 in error or f"--{error.split()[1]}" in arguments
