@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from data.images import pixel_format
 from data.loader import Batch, PretrainDataset
 from data.on_device import place_on_device
 from data.sources import build_pretrain_source
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
     cfg = cfg or read_pretrain(argv)
     with open_run(cfg) as run:
         with first_process_first(run.processes) if cfg.download else nullcontext():
-            source = build_pretrain_source(cfg.dataset, cfg.data_path, cfg.in_chans, cfg.download)
+            source = build_pretrain_source(
+                cfg.dataset, cfg.data_path, pixel_format(cfg, cfg.in_chans), cfg.download
+            )
         (source,) = place_on_device(cfg, run.processes, source)
         spec = mae_spec(cfg)
 

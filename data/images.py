@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from typing import BinaryIO
 
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+from util.settings.base import PixelConfig
 
 if USE_TORCHCODEC := torch.__version__ >= "2.11":  # before that, Pillow decodes all kinds
     from torchcodec.decoders import decode_image as torchcodec_decode
@@ -72,15 +75,30 @@ class BadImageError(ValueError):
     """A file that is no readable image; its text is the reason, in one line."""
 
 
-def decode_image(encoded: bytes, in_chans: int) -> Tensor:
-    """The image as uint8 `(C, H, W)`: RGB for `in_chans` 3, grey for 1.
+@dataclass(frozen=True)
+class PixelFormat:
+    """What the pixels of every file become, whatever they are in the file.
+
+    in_chans: number of channels: 3 is RGB, 1 is grey.
+    """
+
+    in_chans: int
+
+
+def pixel_format(cfg: PixelConfig, in_chans: int) -> PixelFormat:
+    """The format that a stage's settings ask for."""
+    return PixelFormat(in_chans)
+
+
+def decode_image(encoded: bytes, pixels: PixelFormat) -> Tensor:
+    """The image as uint8 `(C, H, W)`.
 
     Raises: BadImageError for an empty, truncated, foreign or too large file.
     """
     with open_image(BytesIO(encoded)) as image:
         if not uses_torchcodec(image):
-            return _decode_with_pillow(image, in_chans)
-        decoded = torchcodec_decode(encoded, mode="RGB" if in_chans == 3 else "GRAY")
+            return _decode_with_pillow(image, pixels.in_chans)
+        decoded = torchcodec_decode(encoded, mode="RGB" if pixels.in_chans == 3 else "GRAY")
         return decoded[0] if decoded.ndim == 4 else decoded  # WebP is a stack of frames; (C, H, W)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.images import PixelFormat
 from data.known_sets import read_known_set
 from data.packs.source import PackedSource
 from data.sources import ArraySource, FolderSource, ImageSource, check_folder, list_folder
@@ -44,8 +45,8 @@ class ClassFolder(FolderSource):
     """The images of one split, `<split>/<class>/...`, at any depth below the class; the label is -1
     for those in no class folder."""
 
-    def __init__(self, split: Path, class_names: list[str], in_chans: int):
-        super().__init__(split, in_chans, prefer_train=False)
+    def __init__(self, split: Path, class_names: list[str], pixels: PixelFormat):
+        super().__init__(split, pixels, prefer_train=False)
         self.labels = folder_labels(self.names, class_names)
 
 
@@ -76,7 +77,11 @@ class Subset(LabelledSource):
 
 
 def build_labelled_data(
-    dataset: str, data_path: str | None, in_chans: int, download: bool, num_classes: int | None
+    dataset: str,
+    data_path: str | None,
+    pixels: PixelFormat,
+    download: bool,
+    num_classes: int | None,
 ) -> LabelledData:
     """Training and validation images of a data set. If the classes of neither split have names,
     their labels are the names.
@@ -85,7 +90,7 @@ def build_labelled_data(
         there are not `num_classes` of them (None accepts any number).
     """
     (train, train_names), (val, val_names) = (
-        _open_split(dataset, data_path, split, in_chans, download) for split in SPLITS
+        _open_split(dataset, data_path, split, pixels, download) for split in SPLITS
     )
     root = Path(data_path or dataset)
     if train_names is not None and val_names is not None:
@@ -167,12 +172,12 @@ def check_same_classes(root: Path, names: dict[str, list[str]]) -> None:
 
 
 def _open_split(
-    dataset: str, data_path: str | None, split: str, in_chans: int, download: bool
+    dataset: str, data_path: str | None, split: str, pixels: PixelFormat, download: bool
 ) -> tuple[LabelledSource, list[str] | None]:
     """The images of a split, and the names of its classes if they are known. Raises: InputError."""
     if dataset not in ("folder", "packed"):
         content = read_known_set(dataset, data_path, split == "train", download)
-        return ArraySource(f"{dataset} {split}", *content, in_chans), None
+        return ArraySource(f"{dataset} {split}", *content, pixels), None
     folder = check_folder(data_path) / split
     if not folder.is_dir():
         raise DataError(
@@ -180,10 +185,10 @@ def _open_split(
             "folder per class, or with shards for --dataset packed"
         )
     if dataset == "packed":
-        pack = PackedSource(folder, in_chans)
+        pack = PackedSource(folder, pixels)
         return pack, pack.index.class_names
     class_names = class_folders(folder)
-    return ClassFolder(folder, class_names, in_chans), class_names
+    return ClassFolder(folder, class_names, pixels), class_names
 
 
 def _with_labels(split: Path, source: LabelledSource, class_names: list[str]) -> LabelledSource:

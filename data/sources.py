@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import IMAGE_ENDINGS, BadImageError, decode_image, to_channels
+from data.images import IMAGE_ENDINGS, BadImageError, PixelFormat, decode_image, to_channels
 from data.known_sets import read_known_set
 from data.packs.source import open_pack
 from util.errors import DataError, InputError
@@ -61,10 +61,10 @@ class FolderSource(ImageSource):
     """Every image file under a folder, at any depth; by default only those of `train/` if there is
     one."""
 
-    def __init__(self, data_path: str | Path, in_chans: int, prefer_train: bool = True):
+    def __init__(self, data_path: str | Path, pixels: PixelFormat, prefer_train: bool = True):
         root = Path(data_path)
         self.root = root / "train" if prefer_train and (root / "train").is_dir() else root
-        self.in_chans = in_chans
+        self.pixels = pixels
         names = image_names(self.root)
         if not names:
             raise DataError(
@@ -79,7 +79,7 @@ class FolderSource(ImageSource):
 
     def read(self, index: int) -> Tensor:
         try:
-            return decode_image(Path(self.name(index)).read_bytes(), self.in_chans)
+            return decode_image(Path(self.name(index)).read_bytes(), self.pixels)
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
 
@@ -93,17 +93,17 @@ class FolderSource(ImageSource):
 class ArraySource(ImageSource):
     """Images held in memory as one uint8 array `(n, C, H, W)`, with their labels `(n,)` int64."""
 
-    def __init__(self, title: str, images: np.ndarray, labels: np.ndarray, in_chans: int):
+    def __init__(self, title: str, images: np.ndarray, labels: np.ndarray, pixels: PixelFormat):
         self.title = title
         self.images = torch.from_numpy(images)
         self.labels = labels
-        self.in_chans = in_chans
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        return to_channels(self.images[index], self.in_chans)
+        return to_channels(self.images[index], self.pixels.in_chans)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
@@ -113,15 +113,15 @@ class ArraySource(ImageSource):
 
 
 def build_pretrain_source(
-    dataset: str, data_path: str | None, in_chans: int, download: bool
+    dataset: str, data_path: str | None, pixels: PixelFormat, download: bool
 ) -> ImageSource:
     """The training images of a data set. Raises: InputError if they are not there."""
     if dataset not in ("folder", "packed"):
-        return ArraySource(dataset, *read_known_set(dataset, data_path, True, download), in_chans)
+        return ArraySource(dataset, *read_known_set(dataset, data_path, True, download), pixels)
     root = check_folder(data_path)
     if dataset == "folder":
-        return FolderSource(root, in_chans)
-    return open_pack(root, in_chans, ("train",))
+        return FolderSource(root, pixels)
+    return open_pack(root, pixels, ("train",))
 
 
 def image_names(root: Path) -> list[str]:

@@ -17,6 +17,7 @@ from test_knn import brute_force
 
 import main_finetune
 import main_knn
+from data.images import PixelFormat
 from data.sources import FolderSource
 from data.transforms import PixelNormalizer
 from engine.evaluation.from_weights import build_frozen
@@ -94,7 +95,7 @@ def test_saved_features_are_those_of_the_model_in_the_order_of_the_files(finishe
     model, _ = build_frozen(cfg, str(weights), 3)
     normalize = PixelNormalizer(**pixels, device=torch.device("cpu"))
     for split, each in (("train", 40), ("val", 20)):
-        source = FolderSource(str(data / split), 1, prefer_train=False)
+        source = FolderSource(str(data / split), PixelFormat(1), prefer_train=False)
         images = torch.stack([source.read(index) for index in range(len(source))])
         with torch.no_grad():
             expected = model.forward_features(normalize(images))

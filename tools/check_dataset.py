@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.images import PixelFormat
 from data.labels import SPLITS, ClassFolder, build_labelled_data, class_folders
 from data.packs.index import INDEX
 from data.packs.source import PackedSource
@@ -121,7 +122,9 @@ def check(args: argparse.Namespace) -> tuple[Facts, list[tuple[str, str]]]:
         else:
             splits[name] = Split(source, class_names, examine(source, args.full, args.workers))
     try:
-        num_classes = len(build_labelled_data(dataset, str(root), 3, False, None).class_names)
+        num_classes = len(
+            build_labelled_data(dataset, str(root), PixelFormat(3), False, None).class_names
+        )
     except InputError as error:
         errors["labelled"] = str(error)
     verdicts = verdicts_of(splits, errors)
@@ -152,9 +155,9 @@ def open_split(dataset: str, folder: Path) -> tuple[ClassFolder | PackedSource, 
     count; none if no image has a label. Raises: InputError if there are no images."""
     if dataset == "folder":
         class_names = class_folders(folder)
-        source: ClassFolder | PackedSource = ClassFolder(folder, class_names, 3)
+        source: ClassFolder | PackedSource = ClassFolder(folder, class_names, PixelFormat(3))
     else:
-        source = PackedSource(folder, 3)
+        source = PackedSource(folder, PixelFormat(3))
         class_names = source.index.class_names or [*map(str, range(source.labels.max() + 1))]
     return source, class_names if (source.labels >= 0).any() else []
 

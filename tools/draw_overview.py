@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from data.images import pixel_format
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_autoencoder
 from engine.pictures.choose import open_images
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     check_writable("save_path", path.parent)
     check_replaceable(path)
     (image,) = open_images(
-        "img_path", cfg.img_path, cfg.dataset, cfg.data_path, 1, cfg.in_chans
+        "img_path", cfg.img_path, cfg.dataset, cfg.data_path, 1, pixel_format(cfg, cfg.in_chans)
     ).values()
     with init_processes(cfg.device) as processes:
         model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)

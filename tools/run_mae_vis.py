@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from itertools import chain, product
 from pathlib import Path
 
+from data.images import pixel_format
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_autoencoder
 from engine.pictures.choose import open_images
@@ -41,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     folder = Path(cfg.save_path)
     check_writable("save_path", folder)
     images = open_images(
-        "img_path", cfg.img_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans
+        "img_path",
+        cfg.img_path,
+        cfg.dataset,
+        cfg.data_path,
+        cfg.num_images,
+        pixel_format(cfg, cfg.in_chans),
     )
     tasks = [
         (full_name_of(cfg, name, seed, ratio), name, place, seed, ratio)

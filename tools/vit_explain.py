@@ -22,6 +22,7 @@ import torch
 from matplotlib import cm, colors, figure
 from torch import Tensor
 
+from data.images import pixel_format
 from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_frozen
 from engine.pictures.choose import open_images
@@ -66,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     folder = Path(cfg.save_path)
     check_writable("save_path", folder)
     images = open_images(
-        "image_path", cfg.image_path, cfg.dataset, cfg.data_path, cfg.num_images, cfg.in_chans
+        "image_path",
+        cfg.image_path,
+        cfg.dataset,
+        cfg.data_path,
+        cfg.num_images,
+        pixel_format(cfg, cfg.in_chans),
     )
     chosen = {"class": cfg.category_index, "layer": cfg.layer_index}
     suffix = "".join(f"_{key}{index}" for key, index in chosen.items() if index is not None)

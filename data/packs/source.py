@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from data.images import BadImageError, decode_image
+from data.images import BadImageError, PixelFormat, decode_image
 from data.packs.index import open_index
 
 # Shards that a process keeps open, and blocks that it remembers to have read ahead: twice as many
@@ -31,9 +31,9 @@ class PackedSource:
 
     block_size = 256
 
-    def __init__(self, folder: Path, in_chans: int):
+    def __init__(self, folder: Path, pixels: PixelFormat):
         self.folder = folder
-        self.in_chans = in_chans
+        self.pixels = pixels
         self.index = open_index(folder)
         self.labels = self.index.entries["label"].astype(np.int64)
         self.reads_ahead = False
@@ -43,7 +43,7 @@ class PackedSource:
 
     def __reduce__(self) -> tuple[object, ...]:
         # a process that is spawned opens its own files
-        return type(self), (self.folder, self.in_chans), {"reads_ahead": self.reads_ahead}
+        return type(self), (self.folder, self.pixels), {"reads_ahead": self.reads_ahead}
 
     def __len__(self) -> int:
         return len(self.index.entries)
@@ -52,7 +52,7 @@ class PackedSource:
         self.reads_ahead = hasattr(os, "posix_fadvise")
 
     def read(self, index: int) -> Tensor:
-        return decode_image(self.read_bytes(index), self.in_chans)
+        return decode_image(self.read_bytes(index), self.pixels)
 
     def read_bytes(self, index: int) -> bytes:
         """The image's file. Raises: BadImageError if it is not what it was when it was indexed."""
@@ -95,10 +95,10 @@ class PackedSource:
         return self.index.fingerprint
 
 
-def open_pack(data_path: str | Path, in_chans: int, splits: tuple[str, ...]) -> PackedSource:
+def open_pack(data_path: str | Path, pixels: PixelFormat, splits: tuple[str, ...]) -> PackedSource:
     """The first of `splits` that the folder has, else the shards in the folder itself.
 
     Raises: DataError.
     """
     folders = [Path(data_path, split) for split in splits]
-    return PackedSource(next(filter(Path.is_dir, folders), Path(data_path)), in_chans)
+    return PackedSource(next(filter(Path.is_dir, folders), Path(data_path)), pixels)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.images import pixel_format
 from data.labels import LabelledData, LabelledSource, build_labelled_data
 from engine.evaluation.features import answers
 from engine.run.folder import Run
@@ -77,7 +78,11 @@ def open_labelled_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig, run: Run)
     """Both splits of the data set that the settings name. Raises: InputError."""
     with first_process_first(run.processes) if cfg.download else nullcontext():
         return build_labelled_data(
-            cfg.dataset, cfg.data_path, cfg.in_chans, cfg.download, cfg.num_classes
+            cfg.dataset,
+            cfg.data_path,
+            pixel_format(cfg, cfg.in_chans),
+            cfg.download,
+            cfg.num_classes,
         )
 
 

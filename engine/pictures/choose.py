@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from data.images import BadImageError, decode_image
+from data.images import BadImageError, PixelFormat, decode_image
 from data.labels import build_labelled_data
 from data.packs.source import open_pack
 from data.sources import FolderSource, ImageSource, check_folder
@@ -23,7 +23,7 @@ def open_images(
     dataset: str,
     data_path: str | None,
     num_images: int,
-    in_chans: int,
+    pixels: PixelFormat,
 ) -> dict[str, Tensor]:
     """Images, uint8 `(C, H, W)`, by unique names for the files of their pictures: those of `paths`,
     which `setting` names, or without any validation images of the data set. From here on, log lines
@@ -36,9 +36,9 @@ def open_images(
     if paths:
         for name, path in find_images(paths, num_images).items():
             with named(f"{setting} {path}"):
-                found[name] = decode_image(path.read_bytes(), in_chans)
+                found[name] = decode_image(path.read_bytes(), pixels)
         return found
-    source = validation_source(dataset, data_path, in_chans)
+    source = validation_source(dataset, data_path, pixels)
     for index in spread(len(source), num_images):
         with named(f"validation image {source.name(index)}"):
             found[f"val_{index:05d}"] = source.read(index)
@@ -54,19 +54,19 @@ def named(image: str) -> Iterator[None]:
         raise InputError(f"{image}: {error}") from error
 
 
-def validation_source(dataset: str, data_path: str | None, in_chans: int) -> ImageSource:
+def validation_source(dataset: str, data_path: str | None, pixels: PixelFormat) -> ImageSource:
     """The validation images of a data set. A folder without val/ gives all its images, a pack
     without one its training images.
 
     Raises: InputError if they are not there.
     """
     if dataset not in ("folder", "packed"):
-        return build_labelled_data(dataset, data_path, in_chans, False, None).val
+        return build_labelled_data(dataset, data_path, pixels, False, None).val
     root = check_folder(data_path)
     if dataset == "packed":
-        return open_pack(root, in_chans, ("val", "train"))
+        return open_pack(root, pixels, ("val", "train"))
     split = root / "val"
-    return FolderSource(split if split.is_dir() else root, in_chans, prefer_train=False)
+    return FolderSource(split if split.is_dir() else root, pixels, prefer_train=False)
 
 
 def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:
@@ -77,7 +77,7 @@ def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:
     files: list[Path] = []
     for path in paths:
         if os.path.isdir(path):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
-            source = FolderSource(path, in_chans=3, prefer_train=False)
+            source = FolderSource(path, PixelFormat(3), prefer_train=False)
             files += [Path(source.name(index)) for index in spread(len(source), num_images)]
         else:
             files.append(Path(path))

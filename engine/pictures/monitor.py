@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import BadImageError
+from data.images import BadImageError, pixel_format
 from data.labels import LabelledData, LabelledSource, Subset, build_labelled_data, stratified_choice
 from data.on_device import place_on_device
 from data.sources import ImageSource
@@ -147,7 +147,9 @@ def labelled_data(cfg: PretrainConfig) -> LabelledData | None:
     """Both splits with their labels, or None on all processes if one of them does not find any, or
     finds others."""
     try:
-        found = build_labelled_data(cfg.dataset, cfg.data_path, cfg.in_chans, False, None)
+        found = build_labelled_data(
+            cfg.dataset, cfg.data_path, pixel_format(cfg, cfg.in_chans), False, None
+        )
         text = f"{len(found.train)} + {len(found.val)} images of {len(found.class_names)} classes"
     except InputError as error:
         found, text = None, str(error)
@@ -197,7 +199,7 @@ def shown_images(
         source = labelled.val
     elif (Path(cfg.data_path or "") / "val").is_dir():
         try:
-            source = validation_source(cfg.dataset, cfg.data_path, cfg.in_chans)
+            source = validation_source(cfg.dataset, cfg.data_path, pixel_format(cfg, cfg.in_chans))
         except InputError as error:
             logger.warning("the monitor shows training images: %s", error)
     fit = EvalTransform(cfg.img_size, crop_pct=1.0)

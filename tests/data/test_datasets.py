@@ -24,7 +24,7 @@ from runs import free_port
 from test_listing import touch
 from test_sampler import Spoilt, batches, dataset
 
-from data.images import BadImageError
+from data.images import BadImageError, PixelFormat
 from data.known_sets import CIFAR_ARCHIVES, read_known_set
 from data.labels import build_labelled_data
 from data.loader import MAX_REPLACEMENTS, BadSample, Batch, Sample, collate, loader_maker
@@ -35,7 +35,7 @@ from util.errors import InputError, LocalInputError
 
 
 def listed(root: Path) -> list[str]:
-    source = FolderSource(str(root), 3)
+    source = FolderSource(str(root), PixelFormat(3))
     return [source.name(index).removeprefix(f"{root}/") for index in range(len(source))]
 
 
@@ -55,7 +55,7 @@ def test_names_that_are_not_utf8_and_links_to_nowhere(tmp_path):
     Image.new("RGB", (5, 4), (9, 8, 7)).save(tmp_path / odd)
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     assert listed(tmp_path) == [odd, "gone.jpg"]
-    source = FolderSource(str(tmp_path), 3)
+    source = FolderSource(str(tmp_path), PixelFormat(3))
     assert source.read(0)[:, 0, 0].tolist() == [9, 8, 7]
     assert len(source.fingerprint()) == 64
     with pytest.raises(BadImageError, match="cannot be read: No such file or directory"):
@@ -69,7 +69,7 @@ def test_names_that_are_not_utf8_and_links_to_nowhere(tmp_path):
 def test_folders_without_images_are_refused(tmp_path, folder, named):
     touch(tmp_path, "1.jpg", "texts/notes.txt", "split/train/notes.txt", "split/2.jpg")
     with pytest.raises(InputError) as error:
-        FolderSource(str(tmp_path / folder), 3)
+        FolderSource(str(tmp_path / folder), PixelFormat(3))
     assert str(tmp_path / named) in one_line(error)
 
 
@@ -87,17 +87,17 @@ def test_the_fingerprint_changes_with_the_list_and_only_with_it(tmp_path):
     for number, names in enumerate(lists):
         folder = tmp_path / str(number)
         touch(folder, *names)
-        first = FolderSource(str(folder), 3).fingerprint()
+        first = FolderSource(str(folder), PixelFormat(3)).fingerprint()
         touch(folder, "cat/notes.txt", ".hidden.jpg")
         (folder / "cat/1.jpg").write_bytes(b"other content")
-        assert FolderSource(str(folder), 3).fingerprint() == first
+        assert FolderSource(str(folder), PixelFormat(3)).fingerprint() == first
         seen.add(first)
     assert len(seen) == len(lists)
 
 
 def test_mnist5k_has_equal_classes_in_disjoint_splits():
     """Images stay with their labels, in grey and in colour."""
-    data = build_labelled_data("mnist5k", None, 1, download=False, num_classes=10)
+    data = build_labelled_data("mnist5k", None, PixelFormat(1), download=False, num_classes=10)
     assert data.class_names == list("0123456789")
     found = []
     for train, source, per_class in ((True, data.train, 400), (False, data.val, 100)):
@@ -112,7 +112,9 @@ def test_mnist5k_has_equal_classes_in_disjoint_splits():
     theirs = zip((row.tobytes() for row in pixels.astype(np.uint8)), labels.tolist(), strict=True)
     assert set(found) == set(theirs)
     assert len(dict(found)) == 5000
-    grey, colour = (build_pretrain_source("mnist5k", None, c, download=False) for c in (1, 3))
+    grey, colour = (
+        build_pretrain_source("mnist5k", None, PixelFormat(c), download=False) for c in (1, 3)
+    )
     assert len(grey) == len(colour) == 4000
     assert torch.equal(grey.read(123), data.train.read(123))
     assert torch.equal(colour.read(123), data.train.read(123).repeat(3, 1, 1))
@@ -194,10 +196,12 @@ def test_cifar_is_fetched_once_and_read_exactly(tmp_path, monkeypatch, server, d
     rows = cifar_rows(dataset)
     path = publish(monkeypatch, tmp_path / "served", dataset, rows, server)
     folder, spec = tmp_path / "new/folder", CIFAR_ARCHIVES[dataset]
-    data = build_labelled_data(dataset, str(folder), 3, download=True, num_classes=None)
+    data = build_labelled_data(
+        dataset, str(folder), PixelFormat(3), download=True, num_classes=None
+    )
     assert set(Handler.fetched) == {f"/{path.name}"}
     Handler.fetched.clear()
-    grey = build_pretrain_source(dataset, str(folder), 1, download=True)
+    grey = build_pretrain_source(dataset, str(folder), PixelFormat(1), download=True)
     assert not Handler.fetched
     assert [path.name for path in folder.iterdir()] == [path.name]
     assert data.class_names == [str(label) for label in range(100 if "100" in dataset else 10)]
@@ -220,7 +224,9 @@ def test_a_label_outside_the_classes_is_refused(tmp_path, monkeypatch):
     rows[CIFAR_ARCHIVES["cifar10"].test_members[0]][1, 0] = 10
     publish(monkeypatch, tmp_path, "cifar10", rows)
     with pytest.raises(InputError, match=r"val must .* 10 classes .* without a class: \[10\]"):
-        build_labelled_data("cifar10", str(tmp_path), 3, download=False, num_classes=None)
+        build_labelled_data(
+            "cifar10", str(tmp_path), PixelFormat(3), download=False, num_classes=None
+        )
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut", "empty", "missing"])
@@ -404,7 +410,9 @@ def test_processes_agree_on_the_set_and_only_the_first_one_writes(tmp_path, monk
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_unmounted_folder_stops_the_first_batch(data, tmp_path, num_workers):
     """On one process only, so it is an error that this process has to say itself."""
-    made = dataset(source=FolderSource(str(shutil.copytree(data, tmp_path / "disk")), 1))
+    made = dataset(
+        source=FolderSource(str(shutil.copytree(data, tmp_path / "disk")), PixelFormat(1))
+    )
     shutil.rmtree(tmp_path / "disk")
     batch = batches(made, num_workers)[0]
     # the attempts of each sample, and no loop without end

@@ -16,7 +16,7 @@ import torch
 from packs import saved as encoded
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from data.images import BadImageError, decode_image, to_channels
+from data.images import BadImageError, PixelFormat, decode_image, to_channels
 from data.sources import FolderSource
 from data.transforms import CropAndFlip
 
@@ -206,7 +206,7 @@ def refusal(content: bytes, in_chans: int = 3) -> str:
     """The reason, which goes to a log and to bad_samples.jsonl: one line, no memory address, no
     source line of somebody's build machine."""
     with pytest.raises(BadImageError) as error:
-        decode_image(content, in_chans)
+        decode_image(content, PixelFormat(in_chans))
     assert not re.search(r"\n| at 0x|\.cpp", str(error.value))
     return str(error.value)
 
@@ -215,7 +215,7 @@ def refusal(content: bytes, in_chans: int = 3) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_shows_its_picture(kind, in_chans):
     content, picture, tolerance = KINDS[kind]
-    decoded = decode_image(content(), in_chans)
+    decoded = decode_image(content(), PixelFormat(in_chans))
     grey_rounding = (
         2 if in_chans == 1 else 0
     )  # weights in fixed point, before or after the colours are rounded
@@ -224,7 +224,7 @@ def test_every_kind_of_file_shows_its_picture(kind, in_chans):
 
 @pytest.mark.parametrize("kind", ["png 16-bit L", "png 16-bit LA", "pgm 16-bit", "tiff 16-bit L"])
 def test_a_16_bit_gradient_keeps_all_its_8_bit_levels(kind):
-    decoded = decode_image(KINDS[kind][0](), 1).flatten().int()
+    decoded = decode_image(KINDS[kind][0](), PixelFormat(1)).flatten().int()
     assert decoded.unique().numel() == 256
     assert (decoded.diff() >= 0).all()
 
@@ -233,7 +233,7 @@ def test_a_picture_of_16_bits_that_uses_8_of_them_stays_dark():
     """A stretch to the file's own range would hide what the values mean."""
     dark = Image.fromarray(np.asarray(GREY).astype(np.uint16))
     for content in (encoded(dark, "PNG"), encoded(dark, "TIFF")):
-        assert decode_image(content, 1).max() <= 1
+        assert decode_image(content, PixelFormat(1)).max() <= 1
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -299,12 +299,14 @@ def test_all_8_orientations_come_out_upright(kind):
     ignored."""
     none = {} if kind == "TIFF LZW" else {0: COLOURS, 9: COLOURS}  # which libtiff does not write
     for orientation, stored in (STORED_AS | none).items():
-        decoded = decode_image(oriented(kind, orientation, stored), 3)
+        decoded = decode_image(oriented(kind, orientation, stored), PixelFormat(3))
         tolerance = JPEG_ERROR if kind in ("JPEG", "MPO") else 0
         assert largest_difference(decoded, shown(RGB, 3)) <= tolerance, orientation
-        assert decode_image(oriented(kind, orientation, stored), 1).shape == (1, HEIGHT, WIDTH), (
-            orientation
-        )
+        assert decode_image(oriented(kind, orientation, stored), PixelFormat(1)).shape == (
+            1,
+            HEIGHT,
+            WIDTH,
+        ), orientation
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "MPO"])
@@ -318,7 +320,7 @@ def test_a_phone_s_exif_with_a_resolution_in_words_is_no_obstacle(kind):
     stored = Image.fromarray(np.ascontiguousarray(STORED_AS[6]))
     several = {"save_all": True, "append_images": [stored]} if kind == "MPO" else {}
     content = encoded(stored, kind, exif=exif, quality=98, **several)
-    assert largest_difference(decode_image(content, 3), shown(RGB, 3)) <= JPEG_ERROR
+    assert largest_difference(decode_image(content, PixelFormat(3)), shown(RGB, 3)) <= JPEG_ERROR
 
 
 PACKED_TEXT = zlib.compress(b"<history/>" * 200_000)  # 2 MB of text in 6 kB
@@ -337,7 +339,7 @@ PACKED_TEXT = zlib.compress(b"<history/>" * 200_000)  # 2 MB of text in 6 kB
 def test_megabytes_of_metadata_are_read_over(metadata):
     rows = b"".join(b"\0" + row.tobytes() for row in COLOURS)
     content = png(WIDTH, HEIGHT, 8, 2, rows, metadata)
-    assert largest_difference(decode_image(content, 3), shown(RGB, 3)) == 0
+    assert largest_difference(decode_image(content, PixelFormat(3)), shown(RGB, 3)) == 0
 
 
 def test_metadata_without_bound_is_refused():
@@ -353,7 +355,7 @@ def test_the_content_decides_and_not_the_ending(tmp_path):
     (tmp_path / "c.gif").write_bytes(encoded(RGB, "TIFF"))
     (tmp_path / "d.jpg").write_text("an error page\n" * 20, encoding="utf-8")
     (tmp_path / "e.jpg").touch()
-    source = FolderSource(str(tmp_path), 3)
+    source = FolderSource(str(tmp_path), PixelFormat(3))
     for index, tolerance in enumerate([0, 4, 0]):
         assert largest_difference(source.read(index), shown(RGB, 3)) <= tolerance
     with pytest.raises(BadImageError, match="cannot identify image file"):
@@ -388,7 +390,7 @@ CUT_KINDS = {
 def test_a_truncated_file_is_bad_and_not_a_grey_half(kind):
     name, options = CUT_KINDS[kind]
     content = encoded(NOISE, name, **options)
-    assert decode_image(content, 3).shape == (3, 96, 128)
+    assert decode_image(content, PixelFormat(3)).shape == (3, 96, 128)
     for share in (0.001, 0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97):
         for in_chans in (1, 3):
             assert refusal(content[: int(share * len(content)) + 1], in_chans), share
@@ -424,7 +426,7 @@ def test_a_header_that_declares_too_many_pixels_is_refused_before_decoding(kind)
 def test_tiny_and_thin_images_can_be_cropped(size, in_chans):
     height, width = size
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = decode_image(encoded(Image.fromarray(pixels), "PNG"), in_chans)
+    image = decode_image(encoded(Image.fromarray(pixels), "PNG"), PixelFormat(in_chans))
     assert image.shape == (in_chans, height, width)
     for crop, expected in ((32, (in_chans, 32, 32)), ((16, 24), (in_chans, 16, 24))):
         cropped = CropAndFlip(crop, 0.2, "bicubic", 0.5)(image)
@@ -434,10 +436,12 @@ def test_tiny_and_thin_images_can_be_cropped(size, in_chans):
 def test_photographs_have_the_colours_that_pillow_sees(photographs):
     for path in sorted(photographs.rglob("*.JPEG"))[::50]:
         content, image = path.read_bytes(), Image.open(path)
-        assert largest_difference(decode_image(content, 3), shown(image, 3)) <= 2
+        assert largest_difference(decode_image(content, PixelFormat(3)), shown(image, 3)) <= 2
         # A JPEG's own luma: not clipped to the range of colours before it is weighed, so a few
         # strong colours differ.
-        difference = np.abs(decode_image(content, 1).numpy().astype(int) - shown(image, 1))
+        difference = np.abs(
+            decode_image(content, PixelFormat(1)).numpy().astype(int) - shown(image, 1)
+        )
         assert difference.mean() < 0.5
         assert (difference > 2).mean() < 0.03
 
@@ -486,7 +490,7 @@ def test_a_corrupted_file_gives_an_image_or_a_reason(kind, monkeypatch):
     for seed in range(200):
         in_chans = 1 if seed % 2 else 3
         try:
-            image = decode_image(corrupted(content, seed), in_chans)
+            image = decode_image(corrupted(content, seed), PixelFormat(in_chans))
         except BadImageError as error:
             outcomes["reason"] += str(error) != ""
         else:

@@ -16,6 +16,7 @@ from runs import loading
 from test_listing import touch
 from test_sampler import Spoilt, drawing, global_states
 
+from data.images import PixelFormat
 from data.labels import LabelledData, Subset, build_labelled_data, stratified_choice, take_subset
 from data.loader import LabelledDataset
 from data.sampler import SampleKey, StepSampler
@@ -26,7 +27,9 @@ from util.rng import seed_libraries
 
 
 def read(root: Path, num_classes: int | None = None) -> LabelledData:
-    return build_labelled_data("folder", str(root), 3, download=False, num_classes=num_classes)
+    return build_labelled_data(
+        "folder", str(root), PixelFormat(3), download=False, num_classes=num_classes
+    )
 
 
 def listed(source) -> list[tuple[str, int]]:
@@ -183,7 +186,7 @@ def source_of(labels: np.ndarray) -> ArraySource:
     images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones(
         (1, 3, 6, 6), dtype=np.uint8
     )
-    return ArraySource("shades", images, labels, 3)
+    return ArraySource("shades", images, labels, PixelFormat(3))
 
 
 def test_a_subset_keeps_images_with_their_labels():

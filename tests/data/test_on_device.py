@@ -20,6 +20,7 @@ import main_knn
 import main_lincls
 import main_pretrain
 from data import on_device
+from data.images import PixelFormat
 from data.loader import LabelledDataset, build_eval_loader
 from data.on_device import DecodedSource
 from data.sources import ArraySource, FolderSource
@@ -125,7 +126,9 @@ def test_batches_are_those_of_the_loader(made):
 
 @pytest.mark.parametrize("bad", [(), (5,)])
 def test_batches_of_an_evaluation_are_bit_for_bit_those_of_the_loader(bad):
-    source = Spoilt(*bad) if bad else ArraySource("noise", PICTURES, np.arange(COUNT), 3)
+    source = (
+        Spoilt(*bad) if bad else ArraySource("noise", PICTURES, np.arange(COUNT), PixelFormat(3))
+    )
     on_device = DecodedSource(source, torch.device("cpu"), num_threads=2)
     loaders = [
         build_eval_loader(images, EvalTransform(14, 0.8), 6, 1, 3, loading(0))
@@ -177,7 +180,9 @@ def test_evaluations_without_a_process(tmp_path, data, weights, monkeypatch):
 def test_images_of_different_sizes_are_refused(tmp_path):
     for name, size in (("a", (6, 4)), ("b", (6, 4)), ("c", (5, 4))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    source = DecodedSource(FolderSource(tmp_path, 3), torch.device("cpu"), num_threads=2)
+    source = DecodedSource(
+        FolderSource(tmp_path, PixelFormat(3)), torch.device("cpu"), num_threads=2
+    )
     with pytest.raises(DataError, match=r"width 4 x 6, .*c\.png 4 x 5") as error:
         source.read(0)
     assert "\n" not in str(error.value)

@@ -31,7 +31,7 @@ import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
-from data.images import BadImageError
+from data.images import BadImageError, PixelFormat
 from data.labels import LabelledData, build_labelled_data
 from data.packs import index as pack_index
 from data.packs import source as packed
@@ -45,8 +45,8 @@ from util.errors import DataError, InputError
 
 
 def test_a_pack_shows_the_images_of_the_folder(data, packs):
-    source = PackedSource(packs / "train", 3)
-    folder = FolderSource(str(data / "train"), 3, prefer_train=False)
+    source = PackedSource(packs / "train", PixelFormat(3))
+    folder = FolderSource(str(data / "train"), PixelFormat(3), prefer_train=False)
     assert len(source) == len(folder) == 120
     names = [folder.name(i).removeprefix(f"{data}/train/").replace("/", "_") for i in range(120)]
     for index in range(120):
@@ -55,12 +55,12 @@ def test_a_pack_shows_the_images_of_the_folder(data, packs):
         of_folder = folder.read(names.index(name.split("-", 1)[1]))
         assert torch.equal(source.read(index), of_folder)
         assert (packs / "train" / shard).read_bytes().count(name.encode()) == 1
-    assert PackedSource(packs / "train", 1).read(7).shape == (1, 28, 28)
+    assert PackedSource(packs / "train", PixelFormat(1)).read(7).shape == (1, 28, 28)
 
 
 def test_the_fingerprint_is_that_of_the_images_not_of_the_shards(tmp_path, data, packs):
     def fingerprint(folder: Path) -> str:
-        return PackedSource(folder, 1).fingerprint()
+        return PackedSource(folder, PixelFormat(1)).fingerprint()
 
     first = fingerprint(packs / "train")
     assert fingerprint(pack(data, tmp_path / "one shard", "--shard_mb", 256) / "train") == first
@@ -76,7 +76,7 @@ def test_the_fingerprint_is_that_of_the_images_not_of_the_shards(tmp_path, data,
 
 def damage(folder: Path, index: int) -> int:
     """Flips a bit of an image; returns the place of its first byte in its shard."""
-    source = PackedSource(folder, 1)
+    source = PackedSource(folder, PixelFormat(1))
     shard, offset, length, *_ = source.index.entries[index].tolist()
     patched(folder / source.index.shards[shard], offset + length // 2, b"\xff")
     return offset
@@ -89,7 +89,7 @@ def bad_reason(source: PackedSource, index: int) -> str:
 
 
 def test_a_damaged_image_is_a_bad_image_that_names_its_place(own):
-    source = PackedSource(own / "train", 1)
+    source = PackedSource(own / "train", PixelFormat(1))
     offset = damage(own / "train", 50)
     expected = rf"at byte {offset}, (\d+) of \1 bytes .* crc32 \w{{8}}, expected \w{{8}}$"
     assert re.search(expected, bad_reason(source, 50))
@@ -97,7 +97,7 @@ def test_a_damaged_image_is_a_bad_image_that_names_its_place(own):
     path = Path(source.name(119)).parent
     os.truncate(path, int(source.index.entries["offset"][119]) + 5)
     assert " 5 of " in bad_reason(source, 119)
-    fresh = PackedSource(own / "val", 1)
+    fresh = PackedSource(own / "val", PixelFormat(1))
     shutil.rmtree(own / "val")
     assert "No such file or directory" in bad_reason(fresh, 0)
 
@@ -157,7 +157,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(own, damage):
     damaging, named = DAMAGES[damage]
     damaging(own / "train")
     with pytest.raises(DataError) as error:
-        PackedSource(own / "train", 1)
+        PackedSource(own / "train", PixelFormat(1))
     assert str(own / "train") in str(error.value) and named in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -171,16 +171,16 @@ def test_a_run_on_a_damaged_shard_says_how_to_check_the_data(tmp_path, own):
 
 def test_a_data_path_without_a_pack_is_refused(tmp_path, data):
     with pytest.raises(InputError, match="data_path .*nowhere") as error:
-        build_pretrain_source("packed", str(tmp_path / "nowhere"), 3, False)
+        build_pretrain_source("packed", str(tmp_path / "nowhere"), PixelFormat(3), False)
     assert not isinstance(error.value, DataError)  # there is nothing to check
     with pytest.raises(DataError, match=r"train has no index\.json"):
-        build_pretrain_source("packed", str(data), 3, False)
+        build_pretrain_source("packed", str(data), PixelFormat(3), False)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_processes_that_are_forked_or_spawned_read_the_same(packs, context):
     """Each opens its own files, and is sent no data."""
-    source = PackedSource(packs / "train", 1)
+    source = PackedSource(packs / "train", PixelFormat(1))
     source.read_ahead()
     made = dataset(source=source)
     steps = StepSampler(num_images=120, batch_size=10, seed=0, stop_step=8, block_size=16)
@@ -195,7 +195,7 @@ def test_processes_that_are_forked_or_spawned_read_the_same(packs, context):
 
 def test_few_shards_are_open_at_a_time(packs, monkeypatch):
     monkeypatch.setattr(packed, "RECENT", 2)
-    source = PackedSource(packs / "train", 1)
+    source = PackedSource(packs / "train", PixelFormat(1))
     for index in (0, 119, 0, 60, 0, 119):  # of three shards: the one that was used last stays
         source.read(index)
     assert source.open_shard.cache_info() == (2, 4, 2, 2)  # hits, misses, at most and now open
@@ -206,7 +206,7 @@ def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
     for."""
     announced = []
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: announced.append(arguments))
-    source = PackedSource(packs / "train", 1)
+    source = PackedSource(packs / "train", PixelFormat(1))
     source.block_size = 32
     source.read(70)
     assert announced == []  # only where all images will be read
@@ -227,7 +227,9 @@ def test_a_block_is_announced_once_and_in_full(packs, monkeypatch):
 
 
 def labelled(root: Path, num_classes: int | None = None) -> LabelledData:
-    return build_labelled_data("packed", str(root), 1, download=False, num_classes=num_classes)
+    return build_labelled_data(
+        "packed", str(root), PixelFormat(1), download=False, num_classes=num_classes
+    )
 
 
 def make_pack(folder: Path, labels: list[int | None], class_names: list[str] | None = None) -> None:
@@ -295,7 +297,7 @@ def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
     assert (len(data.train), data.train.labels.tolist()) == (3, [2, 0, 1])
     assert [int(data.train.read(index)[0, 0, 0]) for index in range(3)] == [20, 0, 10]
     assert f"{tmp_path}/train: 2 images" in caplog.text
-    assert len(build_pretrain_source("packed", str(tmp_path), 1, False)) == 5
+    assert len(build_pretrain_source("packed", str(tmp_path), PixelFormat(1), False)) == 5
 
 
 def test_pictures_are_made_of_the_validation_images_or_else_all(tmp_path, packs, data):
@@ -414,7 +416,7 @@ def test_the_monitor_looks_at_a_pack(tmp_path, packs, data, has_labels):
 
 
 def test_a_damaged_image_is_replaced_in_training_and_stops_evaluation(tmp_path, own, weights):
-    damaged = PackedSource(own / "train", 1).name(50)
+    damaged = PackedSource(own / "train", PixelFormat(1)).name(50)
     where = f"at byte {damage(own / 'train', 50)}"
     pretrain_pictures(own, tmp_path / "run", *PACKED)
     (line,) = (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()

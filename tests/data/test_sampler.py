@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runs import loading
 from torchvision.transforms import v2
 
-from data.images import BadImageError
+from data.images import BadImageError, PixelFormat
 from data.loader import Batch, LabelledDataset, PretrainDataset
 from data.sampler import SampleKey, StepSampler, epoch_order
 from data.sources import ArraySource
@@ -188,7 +188,7 @@ class Spoilt(ArraySource):
 
     def __init__(self, *bad: int):
         shades = np.arange(COUNT, dtype=np.uint8)[:, None, None, None]
-        super().__init__("shades", shades + 0 * PICTURES, 2 * np.arange(COUNT), 3)
+        super().__init__("shades", shades + 0 * PICTURES, 2 * np.arange(COUNT), PixelFormat(3))
         self.bad = bad
 
     def read(self, index: int) -> torch.Tensor:
@@ -204,7 +204,7 @@ def drawing(image: torch.Tensor) -> torch.Tensor:
 
 
 DATASET = PretrainDataset(
-    source=ArraySource("noise", PICTURES, np.arange(COUNT), 3),
+    source=ArraySource("noise", PICTURES, np.arange(COUNT), PixelFormat(3)),
     transform=CropAndFlip(8, 0.2, "bicubic", 0.5),
     draw_order=partial(training_order, 16),
     shared_mask=False,

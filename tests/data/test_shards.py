@@ -16,7 +16,7 @@ import torch
 from packs import contents, index_tars, member, patched, png, refused, write_tar
 from runs import CLASSES, run
 
-from data.images import IMAGE_ENDINGS, decode_image
+from data.images import IMAGE_ENDINGS, PixelFormat, decode_image
 from data.packs.shards import index_shard
 from data.packs.source import PackedSource
 from tools import pack_dataset
@@ -61,7 +61,7 @@ def test_samples_are_runs_of_members_with_one_key(tmp_path):
     expected = [("a/1.jpg", 7), ("b/1.PNG", 12), ("./c/2.webp", -1), ("3.jpeg", 0), ("1.jpg", -1)]
     assert found_in(path) == expected
     assert index_tars(path) == 5
-    source = PackedSource(tmp_path, 1)
+    source = PackedSource(tmp_path, PixelFormat(1))
     assert [int(source.read(index)[0, 0, 0]) for index in range(5)] == [1, 2, 3, 4, 5]
 
 
@@ -87,7 +87,7 @@ def test_every_usual_way_to_write_a_name(tmp_path, format):
             archive.addfile(member(name, png(shade))[0], io.BytesIO(png(shade)))
     assert [name for name, _ in found_in(path)] == names
     index_tars(path)
-    source = PackedSource(tmp_path, 1)
+    source = PackedSource(tmp_path, PixelFormat(1))
     assert [int(source.read(index)[0, 0, 0]) for index in range(5)] == [0, 1, 2, 3, 4]
     assert source.name(1) == f"{tmp_path}/a.tar/short.png"
 
@@ -102,11 +102,11 @@ def test_tar_files_of_the_system_s_own_tar(tmp_path, data, format):
     make = ["tar", "--sort=name", f"--format={format}", "-C", tmp_path / "in", "-cf"]
     assert run([*map(str, make), str(tmp_path / "a.tar"), "."]).returncode == 0
     index_tars(tmp_path / "a.tar")
-    source = PackedSource(tmp_path, 1)
+    source = PackedSource(tmp_path, PixelFormat(1))
     assert len(source) == 10
     for index in range(10):
         name = source.name(index).removeprefix(f"{tmp_path}/a.tar/")
-        expected = decode_image((tmp_path / "in" / name).read_bytes(), 1)
+        expected = decode_image((tmp_path / "in" / name).read_bytes(), PixelFormat(1))
         assert torch.equal(source.read(index), expected)
         assert source.labels[index] == CLASSES.index(name.split("_")[0])
 
@@ -309,7 +309,7 @@ def test_the_order_of_the_arguments_does_not_matter(tmp_path):
         ["--index", *(str(tmp_path / f"{n}.tar") for n in "abc"), "--workers", "2"]
     )
     assert contents(tmp_path) == first
-    assert [PackedSource(tmp_path, 1).name(index)[-5:] for index in range(3)] == [
+    assert [PackedSource(tmp_path, PixelFormat(1)).name(index)[-5:] for index in range(3)] == [
         "a.png",
         "b.png",
         "c.png",

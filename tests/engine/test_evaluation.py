@@ -18,7 +18,7 @@ from torch import multiprocessing
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from data.images import BadImageError
+from data.images import BadImageError, PixelFormat
 from data.labels import LabelledData
 from data.loader import build_eval_loader
 from data.sources import ArraySource
@@ -59,7 +59,7 @@ def scores_of(logits: torch.Tensor, labels: list[int], batch_size: int = 3) -> l
     """`logits` `(n, C)` or `(H, n, C)` are what the classifier answers for each image: image i is
     one pixel of value i."""
     images = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
-    source = ArraySource("numbers", images, np.array(labels), 1)
+    source = ArraySource("numbers", images, np.array(labels), PixelFormat(1))
 
     def classify(images: torch.Tensor) -> torch.Tensor:
         numbers = 255 * (0.25 * images.flatten() + 0.5)

@@ -32,7 +32,7 @@ from test_pictures import places
 
 import main_knn
 import main_pretrain
-from data.images import decode_image
+from data.images import PixelFormat, decode_image
 from data.labels import LabelledData
 from data.sources import ArraySource
 from data.transforms import EvalTransform, PixelNormalizer
@@ -185,7 +185,7 @@ def test_a_stopped_run_goes_on_and_repeats_no_observation(tmp_path, data):
     events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0, "scalars": 0})
     images = events.Reload().Images("monitor")
     assert [event.step for event in images] == [0, 10, 20, 40, 50]
-    last = decode_image(images[-1].encoded_image_string, 3).permute(1, 2, 0).numpy()
+    last = decode_image(images[-1].encoded_image_string, PixelFormat(3)).permute(1, 2, 0).numpy()
     assert (last == np.asarray(Image.open(tmp_path / "monitor.png"))).all()
     psnr = [record["psnr"] for record in observations(tmp_path)]
     assert [event.value for event in events.Scalars("monitor/psnr")] == pytest.approx(psnr)
@@ -256,7 +256,7 @@ def test_its_figures_equal_an_evaluation_of_the_same_weights(tmp_path, data, mor
 def test_the_knns_images_are_a_fixed_choice_of_some_classes():
     """One class for every 20 images, the same ones in training and validation."""
     labels = np.repeat(np.arange(100), 30)
-    source = ArraySource("many", np.zeros((3000, 1, 1, 1), np.uint8), labels, 1)
+    source = ArraySource("many", np.zeros((3000, 1, 1, 1), np.uint8), labels, PixelFormat(1))
     data = LabelledData(source, source, [str(label) for label in range(100)])
     choices, alone = [], Processes(0, 1, 0, 1, torch.device("cpu"))
     for seed in (0, 0, 1):
@@ -324,7 +324,9 @@ def test_psnr_and_attention_are_those_of_the_weights(tmp_path, data, more):
     picture = np.asarray(Image.open(tmp_path / "monitor.png"))
     psnr = []
     for row, name in enumerate((SHOWN[0], SHOWN[-1])):
-        pixels = decode_image((data / "val" / f"{name}.png").read_bytes(), cfg.in_chans)
+        pixels = decode_image(
+            (data / "val" / f"{name}.png").read_bytes(), PixelFormat(cfg.in_chans)
+        )
         image = EvalTransform(cfg.img_size, 1.0)(pixels)
         mask = draw_mask("random", model.grid_size, cfg.mask_ratio, generator(0, MONITOR, row))
         psnr.append(reconstruct(model, image, mask, normalize).psnr.item())

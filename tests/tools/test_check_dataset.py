@@ -36,7 +36,7 @@ import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
-from data.images import BadImageError
+from data.images import BadImageError, PixelFormat
 from data.sources import FolderSource
 from engine.run.faults import why_training_stops
 from engine.run.folder import open_run
@@ -90,7 +90,7 @@ def shop(tmp_path) -> Path:
 
 
 def findings_of(folder: Path, full: bool) -> np.ndarray:
-    return checks.examine(FolderSource(str(folder), 3), full, 1)
+    return checks.examine(FolderSource(str(folder), PixelFormat(3)), full, 1)
 
 
 def bad_in(findings: np.ndarray) -> dict[int, str]:
@@ -100,7 +100,7 @@ def bad_in(findings: np.ndarray) -> dict[int, str]:
 
 def training_says(folder: Path) -> dict[int, str]:
     """Reasons by index, as training's loader finds them."""
-    source, found = FolderSource(str(folder), 3), {}
+    source, found = FolderSource(str(folder), PixelFormat(3)), {}
     for index in range(len(source)):
         try:
             source.read(index)

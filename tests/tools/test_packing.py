@@ -27,7 +27,7 @@ from runs import CLASSES, command, environment, files_of, run
 from test_images import KINDS, RGB, STORED_AS, oriented
 from torchvision.transforms import v2
 
-from data.images import decode_image
+from data.images import PixelFormat, decode_image
 from data.packs.shards import ENTRY
 from data.packs.source import PackedSource
 from tools.packing import packing
@@ -68,7 +68,7 @@ def test_a_folder_with_classes_becomes_shards_with_labels_in_mixed_order(data, p
             assert (data / split / f"{key[1].replace('_', '/')}.png").read_bytes() == content
         assert len({name[10:] for name, _, _ in found}) == 3 * each
     # Sorted, a block would be of one class: neighbours would differ at two borders alone.
-    labels = PackedSource(packs / "train", 1).labels
+    labels = PackedSource(packs / "train", PixelFormat(1)).labels
     assert 60 < (labels[1:] != labels[:-1]).sum() < 100  # 80 by chance
 
 
@@ -137,7 +137,7 @@ def test_photographs_are_reduced_with_the_decoder_of_training(photographs, side)
     kept, paths = 0, sorted(photographs.rglob("*.JPEG"))[::5]
     for path in paths:
         original = path.read_bytes()
-        content, image = pack_image(original, side)[0], decode_image(original, 3)
+        content, image = pack_image(original, side)[0], decode_image(original, PixelFormat(3))
         if min(image.shape[-2:]) <= side:
             assert content == original
             kept += 1
@@ -170,8 +170,10 @@ def test_grey_images_stay_grey_and_turned_ones_are_upright():
     original = oriented("JPEG", 6, STORED_AS[6])  # stored 48 wide and 64 high
     content, _ = pack_image(original, 24)
     assert (decoded(content).size, dict(decoded(content).getexif())) == ((32, 24), {})
-    expected = v2.functional.resize(decode_image(original, 3), [24], antialias=True).float()
-    assert (decode_image(content, 3).float() - expected).abs().mean() < 8
+    expected = v2.functional.resize(
+        decode_image(original, PixelFormat(3)), [24], antialias=True
+    ).float()
+    assert (decode_image(content, PixelFormat(3)).float() - expected).abs().mean() < 8
     assert pack_image(original, 48)[0] == original  # kept with its mark
 
 
@@ -246,7 +248,7 @@ def test_what_cannot_be_decoded_is_left_out_counted_and_listed(tmp_path, spoilt)
         "one/003.png": "the file is empty",
         "nought/gone.png": "cannot be read: No such file or directory",
     }
-    assert len(samples(folder)) == len(PackedSource(folder, 1)) == 117
+    assert len(samples(folder)) == len(PackedSource(folder, PixelFormat(1))) == 117
     assert (facts_of(folder)["num_images"], facts_of(folder)["num_left_out"]) == (117, 4)
 
 
@@ -283,7 +285,7 @@ def test_a_source_that_changes_is_one_clear_error(tmp_path, data, monkeypatch, c
     at_image(monkeypatch, 60, lambda: change(last))
     assert str(source) in refused(source, tmp_path / "out", *SMALL)
     with pytest.raises(InputError, match=r"index\.json"):
-        PackedSource(tmp_path / "out", 1)
+        PackedSource(tmp_path / "out", PixelFormat(1))
 
 
 def test_a_shard_without_an_image_that_was_gone_for_a_while_is_not_kept(
@@ -456,16 +458,16 @@ def test_a_disk_that_is_full_at_the_index(own, data, packs, monkeypatch, name):
         found = refused("--index", *tars, "--workers", 1)
     assert re.search(f"{own}/train.*No space left on device", found)
     with pytest.raises(InputError, match=r"has no index\.json"):
-        PackedSource(own / "train", 1)
-    assert index_tars(*tars) == len(PackedSource(own / "train", 1)) == 120
+        PackedSource(own / "train", PixelFormat(1))
+    assert index_tars(*tars) == len(PackedSource(own / "train", PixelFormat(1))) == 120
 
 
 def test_our_own_shards_indexed_anew_keep_their_class_names(own, packs):
     assert index_tars(*shards(own / "train")) == 120
-    before, after = (PackedSource(folder / "train", 1) for folder in (packs, own))
+    before, after = (PackedSource(folder / "train", PixelFormat(1)) for folder in (packs, own))
     assert after.fingerprint() == before.fingerprint()
     assert (after.index.entries == before.index.entries).all()
     assert after.index.class_names == list(CLASSES)
     (own / "train/index.json").unlink()
     index_tars(*shards(own / "train"))
-    assert PackedSource(own / "train", 1).index.class_names is None
+    assert PackedSource(own / "train", PixelFormat(1)).index.class_names is None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from data.images import PixelFormat
 from data.loader import PretrainDataset, loader_maker
 from data.packs.source import open_pack
 from data.sampler import SampleKey
@@ -49,10 +50,10 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> Iterator[t
 
     Raises: InputError if there are no images.
     """
-    folder = FolderSource(images, in_chans=3, prefer_train=False)
+    folder = FolderSource(images, PixelFormat(3), prefer_train=False)
     sources: dict[str, ImageSource] = {"folder": folder}
     if packed is not None:
-        sources["packed"] = open_pack(packed, 3, ("train",))
+        sources["packed"] = open_pack(packed, PixelFormat(3), ("train",))
     torch.set_num_threads(1)  # as in a loader process
     cores = available_cores()
     for title, workers in (("one core", 0), (f"{cores} processes", cores)):

@@ -28,6 +28,7 @@ from data.images import (
     IMAGE_KINDS,
     UPRIGHT,
     BadImageError,
+    PixelFormat,
     decode_image,
     kind_of,
     open_image,
@@ -154,7 +155,7 @@ def _examine_file(file: BinaryIO, ending: str, full: bool, finding: np.void) -> 
             if getattr(image, "n_frames", 1) > 1:
                 described += ", animated" if kind in ANIMATED else ", several pictures"
     if full:
-        pixels = decode_image(content, in_chans=3)  # (3, H, W)
+        pixels = decode_image(content, PixelFormat(3))  # (3, H, W)
         rows = pixels[:, :: max(1, pixels.shape[1] // ROWS)].flatten(1).float() / 255
         finding["moments"] = torch.stack([rows.mean(dim=1), rows.square().mean(dim=1)])
         key = repr(pixels.shape).encode() + pixels.numpy().tobytes()
@@ -162,7 +163,7 @@ def _examine_file(file: BinaryIO, ending: str, full: bool, finding: np.void) -> 
         key = size.to_bytes(8, "little") + content
         if not _is_complete(kind, head, content, size):
             file.seek(0)
-            decode_image(file.read(), in_chans=3)
+            decode_image(file.read(), PixelFormat(3))
     finding["key"] = hashlib.sha256(key).digest()
     finding["sides"] = sides
     finding["kind"] = described

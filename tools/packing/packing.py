@@ -21,7 +21,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from data.images import IMAGE_KINDS, BadImageError, decode_image, kind_of, open_image
+from data.images import IMAGE_KINDS, BadImageError, PixelFormat, decode_image, kind_of, open_image
 from data.labels import class_folders, folder_labels
 from data.loader import BadSample
 from data.packs.shards import LABEL_ENDING, ShardIndex, index_shard
@@ -64,7 +64,7 @@ class Listing:
 
 def list_images(root: Path, has_classes: bool) -> Listing:
     """Lists a split. Raises: InputError if there are no images."""
-    names = FolderSource(str(root), in_chans=3, prefer_train=False).names
+    names = FolderSource(str(root), PixelFormat(3), prefer_train=False).names
     names = names[torch.randperm(len(names), generator=generator(PACK)).numpy()]
     class_names = (class_folders(root) or None) if has_classes else None
     labels = folder_labels(names, class_names) if class_names else np.full(len(names), -1)
@@ -100,7 +100,7 @@ def pack_image(encoded: bytes, side: int) -> tuple[bytes, str]:
     A file that is no larger, or any if `side` is 0, stays as it is; others become JPEG.
     Raises: BadImageError.
     """
-    image = decode_image(encoded, in_chans=3)
+    image = decode_image(encoded, PixelFormat(3))
     short, long = sorted(image.shape[-2:])
     if not side or short <= side or long * side // short > LONGEST:
         with open_image(BytesIO(encoded)) as header:
