@@ -667,13 +667,13 @@ test_every_kind_of_file_shows_its_picture
 data/images.py data/test_images.py
 test_every_kind_of_file_shows_its_picture
 -        if not uses_torchcodec(image):
--            return _decode_with_pillow(image, in_chans)
+-            return _decode_with_pillow(image, pixels.in_chans)
 +        if image.mode in ("RGBA", "LA"):
 +            white = Image.new("RGBA", image.size, "white")
 +            over = Image.alpha_composite(white, image.convert("RGBA"))
-+            return _decode_with_pillow(over, in_chans)
++            return _decode_with_pillow(over, pixels.in_chans)
 +        if not uses_torchcodec(image):
-+            return _decode_with_pillow(image, in_chans)
++            return _decode_with_pillow(image, pixels.in_chans)
 
 104 images: floating-point pixels are accepted
 data/images.py data/test_images.py
