@@ -159,8 +159,10 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto" and device.type == "cpu":
+        # torch 2.9 has no public way to tell what a CPU can do
+        able = getattr(torch.cpu, "get_capabilities", dict)()
         fast = ("avx512_bf16", "amx_bf16", "bf16")
-        precision = "bf16" if any(map(torch.cpu.get_capabilities().get, fast)) else "fp32"
+        precision = "bf16" if any(map(able.get, fast)) else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 

@@ -28,6 +28,7 @@ from engine.run.folder import take_over_folder
 from engine.run.records import Records
 from engine.schedule import Plan, choose_accum_iter, plan_run
 from models.mae import MaskedAutoencoder
+from util.dist import autocast_dtype
 from util.errors import InputError
 from util.settings.base import AdamWConfig
 from util.settings.pretrain import PretrainConfig
@@ -423,3 +424,17 @@ def test_a_disk_that_is_full_when_a_line_is_logged_is_one_clear_line(tmp_path):
     records = Records(tmp_path, is_main=True)
     with pytest.raises(InputError, match="log.jsonl cannot be written: No space left on device"):
         records.write("epoch", 1, {"loss": 0.5}, "epoch 1")
+
+
+@pytest.mark.parametrize(
+    "able, expected",
+    [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": False}, None), (None, None)],
+)
+def test_auto_precision_of_a_cpu_is_bf16_only_where_that_is_known_to_be_fast(
+    able, expected, monkeypatch
+):
+    """torch 2.9 cannot tell what a CPU can do."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if able is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert autocast_dtype("auto", torch.device("cpu")) == expected
