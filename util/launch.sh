@@ -60,6 +60,11 @@ launch() {
   script="$1/$2"
   choose_python "$root"
   shift 2
+  for argument in "$@"; do  # an answer at once, as counting devices takes seconds
+    case $argument in
+      -h | --help | --print_config) exec "$PYTHON" "$script" "$@" ;;
+    esac
+  done
 
   if [ -z "${NGPU:-}" ]; then
     NGPU=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 1)') ||

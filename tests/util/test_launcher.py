@@ -183,3 +183,13 @@ def test_shell_scripts_keep_their_line_ends_everywhere():
     result = run(["git", "check-attr", "eol", "--", *map(str, scripts)])
     assert len(scripts) >= 7 and result.stdout.count("eol: lf") == len(scripts)
     assert not [script for script in scripts if b"\r" in script.read_bytes()]
+
+
+@pytest.mark.parametrize("flag", ["--help", "--print_config"])
+def test_a_launcher_answers_without_torch(flag, tmp_path):
+    """Counting the GPUs would take seconds."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    arguments = ["--config", "cfgs/quickstart/pretrain.yaml", flag]
+    result = run(["sh", "run_pretrain.sh", *arguments], PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "mask_ratio" in result.stdout
