@@ -160,7 +160,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto" and device.type == "cpu":
         # torch 2.9 has no public way to tell what a CPU can do
-        able = getattr(torch.cpu, "get_capabilities", dict)()
+        able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         fast = ("avx512_bf16", "amx_bf16", "bf16")
         precision = "bf16" if any(map(able.get, fast)) else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from util.errors import LocalInputError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Stands among the numbers of signals for a failed loader process, of which `stop_with` takes note.
+LOADER_FAILED: int = signal.SIGCHLD
 REPEAT_S = 2.0  # launchers send a signal twice; one that comes later means it
 # torchrun's process id in processes that it has started
 LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -29,8 +31,7 @@ class Stopped(SystemExit):
     its number; with 2, as for every mistake that is one line, if a loader process has failed."""
 
     def __init__(self, signum: int):
-        # `stop_with` notes a failed loader process as if its parent had got SIGCHLD.
-        super().__init__(2 if signum == signal.SIGCHLD else 128 + signum)
+        super().__init__(2 if signum == LOADER_FAILED else 128 + signum)
 
 
 def received() -> int:
@@ -68,13 +69,13 @@ def stop_with(error: LocalInputError) -> None:
     if signal.getsignal(signal.SIGTERM) is not _note:
         raise error
     if not received():
-        _note(signal.SIGCHLD, None)
+        _note(LOADER_FAILED, None)
         failures.append(error)
 
 
 def _note(signum: int, _: object) -> None:
     now = time.monotonic()
-    if not _received or _received[0][0] == signal.SIGCHLD:  # see `stop_with`
+    if not _received or _received[0][0] == LOADER_FAILED:
         _received[:] = [(signum, now)]
     elif now - _received[0][1] > REPEAT_S:
         signal.signal(signum, signal.SIG_DFL)

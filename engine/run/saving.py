@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from engine.parallel import full_tensor, own_part
 from engine.run.checkpoint import Checkpoint, save_checkpoint
-from engine.run.interrupts import Stopped, failures, noted, received
+from engine.run.interrupts import LOADER_FAILED, Stopped, failures, noted, received
 from engine.run.job import Job
 from util.dist import all_gather, broadcast
 from util.errors import InputError, LocalInputError
@@ -60,11 +60,12 @@ class Saver(ExitStack):
         # All processes end together: when the first one ends, a launcher terminates the others,
         # even in the middle of a save.
         if signum := max(all_gather(received())):
-            failed = signum == signal.SIGCHLD  # as `stop_with` calls it
             step = self.job.state.step
             logger.warning(
                 "stopped by %s; the same command %s",
-                "a failed loader process" if failed else signal.Signals(signum).name,
+                "a failed loader process"
+                if signum == LOADER_FAILED
+                else signal.Signals(signum).name,
                 f"goes on after step {step}" if step else "begins anew",
             )
             raise failures[0] if failures else Stopped(signum)
