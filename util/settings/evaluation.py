@@ -158,6 +158,12 @@ class FinetuneConfig(
                 f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}",
             ),
             (
+                (self.auto_augment is not None or self.color_jitter)
+                and (self.in_chans not in (1, 3) or self.pixel_range != ("auto",)),
+                "auto_augment and color_jitter change photographs of 8 bits: leave them out with "
+                "an in_chans other than 1 and 3, and with pixel_range",
+            ),
+            (
                 self.data_on_device and (self.auto_augment is not None or self.color_jitter),
                 "data_on_device crops and flips only: leave auto_augment and color_jitter out, or "
                 "data_on_device",
