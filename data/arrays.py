@@ -127,8 +127,8 @@ def read_tiff(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
             raise BadImageError(f"holds pixels of photometric interpretation {photometric}")
         try:
             numbers = picture.asarray()
-        except ValueError as error:
-            if "imagecodecs" in str(error):
+        except Exception as error:
+            if "requires the 'imagecodecs' package" in str(error):
                 raise FormatError(f"{error}: pip install -e .[tiff]") from error
             raise
         tag = page.tags.get(ORIENTATION)
@@ -176,7 +176,7 @@ def read_dicom(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
     if isinstance(pixels.dicom_window, tuple):
         window = _window(*pixels.dicom_window)
     elif pixels.dicom_window == "file" and pixels.pixel_range == "auto":
-        if data.get("VOILUTFunction") == "SIGMOID" or "VOILUTSequence" in data:
+        if data.get("VOILUTFunction") == "SIGMOID" or data.get("VOILUTSequence"):
             numbers, window = _curved(numbers, data)
         elif "WindowWidth" in data:
             exactly = data.get("VOILUTFunction") == "LINEAR_EXACT"
@@ -208,7 +208,7 @@ def _curved(numbers: np.ndarray, data: "Dataset") -> tuple[np.ndarray, Interval]
     """Values after a window that is no straight line, and their range."""
     from pydicom.pixels import apply_voi
 
-    if "VOILUTSequence" in data:
+    if data.get("VOILUTSequence"):
         bits = data.VOILUTSequence[0].LUTDescriptor[2]
         return apply_voi(numbers, data), (0.0, 2.0**bits - 1)
     centre, width = _first_window(data)

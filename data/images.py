@@ -64,7 +64,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 BITS_PER_SAMPLE, DESCRIPTION = 258, 270  # tags of TIFF
 
 
-def pixel_format(cfg: PixelConfig, in_chans: int) -> PixelFormat:
+def pixel_format(cfg: PixelConfig, in_chans: int, needs_8_bits: bool = False) -> PixelFormat:
     """The format that a stage's settings ask for."""
     return PixelFormat(
         in_chans,
@@ -72,6 +72,7 @@ def pixel_format(cfg: PixelConfig, in_chans: int) -> PixelFormat:
         cfg.channels,
         word_or_pair(cfg.dicom_window),
         cfg.dicom_frames == "all",
+        needs_8_bits,
     )
 
 
@@ -158,7 +159,9 @@ def explained() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise BadImageError(f"declares too many pixels: {error}") from error
     except Exception as error:
-        text = (str(error) or type(error).__name__).splitlines()[0]
+        text = next(iter(str(error).splitlines()), "")
+        if " " not in text:  # a bare value, as of a KeyError
+            text = f"{type(error).__name__} {text}".rstrip()
         # torchcodec's texts begin with a place in its C++ source
         raise BadImageError(re.sub(r"^(.*\.cpp:\d+, )?", "cannot be decoded: ", text)) from error
 

@@ -34,6 +34,7 @@ class PixelFormat:
     dicom_window: centre and width in the file's unit, those that the file names (file), or all
         values that its depth allows (full).
     all_frames: whether each frame of a DICOM file is an image, and not only the first.
+    needs_8_bits: whether deeper images are refused.
     """
 
     in_chans: int
@@ -41,6 +42,7 @@ class PixelFormat:
     channels: tuple[int, ...] = ()
     dicom_window: Interval | str = "file"
     all_frames: bool = False
+    needs_8_bits: bool = False
 
     @property
     def of_photographs(self) -> bool:
@@ -82,6 +84,11 @@ def to_pixels(found: Values, pixels: PixelFormat) -> Tensor:
         what = "NaN" if np.isnan(numbers).any() else "infinite"
         raise BadImageError(f"holds {what} pixels: {(~np.isfinite(numbers)).sum()} of them")
     scaled = _scaled(numbers, found, pixels)
+    if pixels.needs_8_bits and scaled.dtype != np.uint8:
+        raise FormatError(
+            f"holds {found.kind}, and auto_augment and color_jitter change photographs of 8 bits: "
+            "leave them out"
+        )
     own = scaled if scaled.flags.writeable else scaled.copy()  # not the file's bytes
     return to_channels(torch.from_numpy(own), pixels.in_chans)
 
@@ -95,16 +102,15 @@ def pick_channels(found: Values, pixels: PixelFormat) -> np.ndarray:
     if pixels.channels:
         if max(pixels.channels) > count:
             raise FormatError(
-                f"has {count} channels ({found.kind}), and channels asks for number "
-                f"{max(pixels.channels)}"
+                f"holds {count} x {found.kind}, and channels asks for number {max(pixels.channels)}"
             )
         numbers = numbers[[number - 1 for number in pixels.channels]]
     becomes_rgb = len(numbers) == 1 and pixels.in_chans == 3
     becomes_grey = found.is_colour and len(numbers) == 3 and pixels.in_chans == 1
     if len(numbers) != pixels.in_chans and not (becomes_rgb or becomes_grey):
         raise FormatError(
-            f"has {count} channels ({found.kind}), and in_chans is {pixels.in_chans}: set in_chans "
-            f"{count} with as many values of mean and std, or name some by channels"
+            f"has {len(numbers)} channel{'s' * (len(numbers) > 1)} ({found.kind}), and in_chans is "
+            f"{pixels.in_chans}: set in_chans, with as many values of mean and std, or channels"
         )
     return numbers
 

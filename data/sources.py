@@ -155,6 +155,14 @@ def check_format(source: SourceT) -> SourceT:
     return source
 
 
+def value_bytes(source: ImageSource) -> int:
+    """Bytes of a pixel's value in the first image of a source; 4 if that cannot be read."""
+    try:
+        return source.read(0).element_size()
+    except BadImageError:
+        return 4
+
+
 def image_names(root: Path) -> list[str]:
     """Paths of the images below `root`, sorted. Links are followed, each folder once: under the
     name with the fewest parts, of these the first.
