@@ -33,8 +33,14 @@ UPRIGHT: dict[int, tuple[bool, tuple[int, ...]]] = {
     7: (True, (1, 2)),
     8: (True, (1,)),
 }
-NPY_MAGIC, TIFF_MAGICS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NPY_MAGIC, DICOM_MAGIC = b"\x93NUMPY", b"DICM"  # the second after 128 bytes
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION, TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR = 274, 0, 1, 2  # of TIFF: a tag, photometrics
+
+
+def may_be_array(head: bytes) -> bool:
+    """Whether a file of which this is the beginning, 132 bytes at least, may be read here."""
+    return head.startswith((NPY_MAGIC, *TIFF_MAGICS)) or head[128:132] == DICOM_MAGIC
 
 
 def check_size(height: int, width: int, channels: int = 1) -> None:

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from data.arrays import (
+    DICOM_MAGIC,
     NPY_MAGIC,
     TIFF_MAGICS,
     check_size,
@@ -111,7 +112,7 @@ def array_kind(encoded: bytes, pixels: PixelFormat) -> str:
     Pillow's if it is grey, RGB or a palette's, and no array by OME's description."""
     if encoded.startswith(NPY_MAGIC):
         return "NPY"
-    if encoded[128:132] == b"DICM":
+    if encoded[128:132] == DICOM_MAGIC:
         return "DICOM"
     if not encoded.startswith(TIFF_MAGICS):
         return ""

@@ -50,6 +50,10 @@ class PixelFormat:
         return self.in_chans in (1, 3) and not self.channels
 
 
+# As checks and packs read files whose use is not known yet.
+PHOTOGRAPH = PixelFormat(3, dicom_window="full")
+
+
 @dataclass(frozen=True)
 class Values:
     """What a file holds.
