@@ -106,7 +106,8 @@ def pick_channels(found: Values, pixels: PixelFormat) -> np.ndarray:
     if pixels.channels:
         if max(pixels.channels) > count:
             raise FormatError(
-                f"holds {count} x {found.kind}, and channels asks for number {max(pixels.channels)}"
+                f"has {count} channels ({found.kind}), and channels asks for number "
+                f"{max(pixels.channels)}"
             )
         numbers = numbers[[number - 1 for number in pixels.channels]]
     becomes_rgb = len(numbers) == 1 and pixels.in_chans == 3
@@ -131,7 +132,7 @@ def _scaled(numbers: np.ndarray, found: Values, pixels: PixelFormat) -> np.ndarr
         ends = np.array(found.usual, wide)
     else:
         raise FormatError(
-            f"holds {depth_of(found.numbers)} pixels ({found.kind}), whose range is not defined: "
+            f"holds {found.kind} pixels, whose range is not defined: "
             f"set pixel_range LOW HIGH or per_channel ({HINT})"
         )
     if numbers.dtype == np.uint8 and ends.tolist() == [0, WHITE]:

@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         type=int,
         choices=(0, 256, 384, 512),
         default=256,
-        help="short side in pixels to which larger images are reduced, if they are RGB or grey of 8 "
-        "bits; 0 keeps every file as it is (default 256)",
+        help="short side in pixels to which larger images are reduced if they are RGB or grey of "
+        "8 bits; 0 keeps every file as it is (default 256)",
     )
     parser.add_argument(
         "--shard_mb", type=float, default=256.0, help="size of a shard in MiB (default 256)"

@@ -181,11 +181,11 @@ BAD = {  # content, and what the reason begins with
     "large.png": (declared("PNG", 10000), "declares too many pixels: 10000 x 10000"),
     "float.tif": (
         encoded(Image.fromarray(RAMP16.astype(np.float32)), "TIFF"),
-        "holds 32-bit floating-point pixels",
+        "holds 32-bit floating-point TIFF pixels, whose range",
     ),
     "32-bit.tif": (
         encoded(Image.fromarray(RAMP16.astype(np.int32) * 30000), "TIFF"),
-        "holds 32-bit signed pixels",
+        "holds 32-bit signed TIFF pixels, whose range is not defined",
     ),
 }
 
