@@ -1,6 +1,7 @@
 """Images of more than 8 bits or other channels than grey and RGB, through the stages and tools:
 TIFF of five 16-bit channels, floating-point `.npy` and DICOM, all made of real digits."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,15 +20,17 @@ import main_finetune
 import main_knn
 import main_pretrain
 from data.images import PixelFormat
+from data.on_device import DecodedSource
 from data.packs.source import PackedSource
 from data.sources import FolderSource
 from data.transforms import PixelNormalizer
+from tools import check_dataset, run_mae_vis, vit_explain
+from util.errors import InputError
 
 FACTORS = np.array([50, 100, 150, 200, 250])  # of the five channels
 SHARES = (FACTORS * 255 / 65535).tolist()  # of the range that each uses
 WIDE = ["--in_chans", 5, "--mean", *[0.1307 * share for share in SHARES]]
 WIDE += ["--std", *[0.3081 * share for share in SHARES]]
-
 
 
 def as_bands(digit: np.ndarray, path: Path) -> None:
@@ -131,3 +134,111 @@ def test_deep_images_pretrain_resume_pack_and_fine_tune(folders, kind, tmp_path,
         for place, (path, more) in enumerate([(folders[kind], ()), (packed, PACKED)])
     ]
     assert found[0]["acc1"] == found[1]["acc1"] > 50  # 33 by chance
+
+
+@pytest.fixture(scope="module")
+def weights(folders, tmp_path_factory) -> Path:
+    """Of a run on the digits with five channels."""
+    folder = tmp_path_factory.mktemp("weights")
+    main_pretrain.main(pretraining(folders["tiff"], folder, *WIDE, "--epochs", 1))
+    return folder / "model.safetensors"
+
+
+def test_deep_images_on_the_device(folders, tmp_path):
+    """They are counted with 4 bytes a value, and keep what lies between whole numbers."""
+    source = FolderSource(folders["npy"], FORMATS["npy"])
+    decoded = DecodedSource(source, torch.device("cpu"), 1)
+    assert decoded.num_bytes == 72 * 2 * 28 * 28 * 4
+    assert all(torch.equal(decoded.read(index), source.read(index)) for index in range(72))
+    command = pretraining(folders["npy"], tmp_path / "run", *KINDS["npy"][2], "--data_on_device")
+    losses = main_pretrain.main(command)["epoch_losses"]
+    assert losses[1] < losses[0]
+
+
+def test_files_of_8_and_of_16_bits_share_a_batch(folders, tmp_path):
+    """In one folder, as float32; on the device they are refused."""
+    shutil.copytree(folders["png"], tmp_path / "mixed")
+    for place, path in enumerate(sorted((tmp_path / "mixed").rglob("*.png"))):
+        if place % 2:
+            digit = np.asarray(Image.open(path)).astype(np.uint16)
+            Image.fromarray(digit * 257).save(path)
+    flags = ["--num_workers", 2]
+    mixed = main_pretrain.main(pretraining(tmp_path / "mixed", tmp_path / "a", *flags))
+    whole = main_pretrain.main(pretraining(folders["png"], tmp_path / "b", *flags))
+    assert mixed["epoch_losses"] == pytest.approx(whole["epoch_losses"], rel=0.03)
+    with pytest.raises(InputError, match="images of one depth"):
+        main_pretrain.main(pretraining(tmp_path / "mixed", tmp_path / "c", "--data_on_device"))
+
+
+def test_the_check_prints_what_deep_files_hold(folders, tmp_path):
+    numbers = np.stack(
+        [np.load(path) for path in sorted((folders["npy"] / "train").rglob("*.npy"))]
+    )
+    command = [str(folders["npy"]), "--full", "--in_chans", "2", "--workers", "1"]
+    facts = check_dataset.main(command)
+    assert "pixel_range LOW HIGH" in facts["verdicts"]["pretrain"]
+    found, bad = facts["splits"]["train"]["values"], facts["splits"]["train"]["bad"]
+    assert bad == 72
+    for name, expected in {
+        "min": numbers.min((0, 2, 3)),
+        "max": numbers.max((0, 2, 3)),
+        "1 %": np.percentile(numbers, 1, axis=(0, 2, 3)),
+        "99 %": np.percentile(numbers, 99, axis=(0, 2, 3)),
+    }.items():
+        assert np.allclose(found[name], expected, atol=0.02), name
+    facts = check_dataset.main([*command, "--pixel_range", "-0.4", "0.5"])
+    assert facts["could_start"]
+    unit = np.clip((numbers + 0.4) / 0.9, 0, 1)
+    for name in ("mean", "std"):
+        expected = getattr(unit, name)(axis=(0, 2, 3))
+        assert np.allclose(facts["splits"]["train"][name], expected, atol=1e-4), name
+
+
+def test_pictures_show_three_of_five_channels(folders, weights, tmp_path):
+    """The first three, or those that are asked for."""
+    paths = sorted(folders["tiff"].rglob("*.tif"))[:2]
+    numbers = [tifffile.imread(path).astype(float) / 257 for path in paths]
+    shown = {(): [0, 1, 2], (5, 3, 1): [4, 2, 0], (2,): [1, 1, 1]}
+    common = ["--img_path", *paths, "--model_path", weights, "--size", "debug", "--patch_size", 4]
+    decoder = ["--decoder_embed_dim", 16, "--decoder_depth", 1, "--decoder_num_heads", 2]
+    common += [*decoder, "--img_size", 28, *WIDE, "--device", "cpu"]
+    for chosen, places in shown.items():
+        folder = tmp_path / f"pictures{len(chosen)}"
+        more = ["--show_channels", *chosen] if chosen else []
+        run_mae_vis.main([*map(str, [*common, *more, "--save_path", folder])])
+        for path, bands in zip(paths, numbers, strict=True):
+            found = next(folder.glob(f"*{path.stem}_original.png"))
+            picture = np.asarray(Image.open(found)).astype(float).transpose(2, 0, 1)
+            assert np.abs(picture - bands[places]).max() <= 1
+    explain = ["--image_path", paths[0], "--finetune", weights, "--size", "debug"]
+    explain += ["--patch_size", 4, "--img_size", 28, *WIDE, "--device", "cpu"]
+    found = vit_explain.main([*map(str, [*explain, "--save_path", tmp_path / "explained"])])
+    assert found["grid"].exists()
+
+
+@pytest.mark.parametrize(
+    "kind, flags, text",
+    [
+        ("tiff", ["--in_chans", 3, "--mean", 0, 0, 0, "--std", 1, 1, 1], "has 5 channels"),
+        ("tiff", [*WIDE, "--channels", 1, 2, 3, 4, 6], "has 5 channels .* number 6"),
+        ("npy", KINDS["npy"][2][:8], "32-bit floating-point NPY pixels, whose range"),
+        ("tiff", [*WIDE, "--channels", 1, 2], "channels has 2 values and in_chans is 5"),
+        ("tiff", ["--in_chans", 5], "mean has 1 values and in_chans is 5"),
+        ("npy", ["--pixel_range", 3, 2], "pixel_range must be auto or per_channel, or LOW HIGH"),
+        ("dicom", ["--dicom_window", 40, 0], "dicom_window must be file or full, or CENTER WIDTH"),
+        ("tiff", [*WIDE, "--show_channels", 6], "show_channels must be one or three numbers"),
+        ("png", ["--in_chans", 5, *WIDE[2:]], "has 1 channel .*8-bit PNG.* in_chans is 5"),
+    ],
+)
+def test_settings_that_do_not_fit_the_files_are_refused(kind, flags, text, folders, tmp_path):
+    command = pretraining(folders[kind], tmp_path / "run", *flags)
+    with pytest.raises(InputError, match=text):
+        main_pretrain.main(command)
+
+
+def test_augmentation_by_pillow_refuses_deep_images(folders, weights, tmp_path):
+    more = ["--finetune", weights, "--auto_augment", "rand-m9"]
+    with pytest.raises(InputError, match="auto_augment and color_jitter"):
+        main_finetune.main(pictures(folders["dicom"], tmp_path / "a", *more))
+    with pytest.raises(InputError, match="an in_chans other than 1 and 3"):
+        main_finetune.main(pictures(folders["tiff"], tmp_path / "b", *WIDE, *more))
