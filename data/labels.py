@@ -17,7 +17,14 @@ from torch import Tensor
 from data.images import PixelFormat
 from data.known_sets import read_known_set
 from data.packs.source import PackedSource
-from data.sources import ArraySource, FolderSource, ImageSource, check_folder, list_folder
+from data.sources import (
+    ArraySource,
+    FolderSource,
+    ImageSource,
+    check_folder,
+    check_format,
+    list_folder,
+)
 from util.errors import DataError, InputError
 from util.rng import SUBSET, generator
 
@@ -177,7 +184,7 @@ def _open_split(
     """The images of a split, and the names of its classes if they are known. Raises: InputError."""
     if dataset not in ("folder", "packed"):
         content = read_known_set(dataset, data_path, split == "train", download)
-        return ArraySource(f"{dataset} {split}", *content, pixels), None
+        return check_format(ArraySource(f"{dataset} {split}", *content, pixels)), None
     folder = check_folder(data_path) / split
     if not folder.is_dir():
         raise DataError(
@@ -185,10 +192,10 @@ def _open_split(
             "folder per class, or with shards for --dataset packed"
         )
     if dataset == "packed":
-        pack = PackedSource(folder, pixels)
+        pack = check_format(PackedSource(folder, pixels))
         return pack, pack.index.class_names
     class_names = class_folders(folder)
-    return ClassFolder(folder, class_names, pixels), class_names
+    return check_format(ClassFolder(folder, class_names, pixels)), class_names
 
 
 def _with_labels(split: Path, source: LabelledSource, class_names: list[str]) -> LabelledSource:

@@ -41,7 +41,7 @@ class BadSample(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One augmented image `(C, H, W)` uint8, what it is trained on, its key, and the bad files that
+    """One augmented image `(C, H, W)`, what it is trained on, its key, and the bad files that
     it stands for.
 
     target: the order of the patches `(N,)` in pretraining, the label `()` in classification.
@@ -56,10 +56,11 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch of training, or a batch of an evaluation.
 
-    images `(B, C, H, W)` uint8. targets int64: in pretraining the patches in shuffled order
-    `(B, N)`, those that are kept first; in classification the labels `(B,)`. keys and bad as in
-    Sample. failed: whether there are no images, because all files were bad or one had no readable
-    replacement (an evaluation looks for none); then the caller has to stop.
+    images `(B, C, H, W)`: uint8, or float32 in [0, 255] if one of them is. targets int64: in
+    pretraining the patches in shuffled order `(B, N)`, those that are kept first; in classification
+    the labels `(B,)`. keys and bad as in Sample. failed: whether there are no images, because all
+    files were bad or one had no readable replacement (an evaluation looks for none); then the
+    caller has to stop.
     """
 
     images: Tensor
@@ -75,7 +76,7 @@ class SampleDataset(Dataset[Sample]):
 
     Args:
         source: decoded images.
-        transform: uint8 `(C, H, W)` to uint8 `(C, H', W')`, random by torch's generator.
+        transform: pixels `(C, H, W)` to `(C, H', W')`, random by torch's generator.
         seed: of the run.
         aug_repeats: number of samples of each decoded image, as in `StepSampler`.
     """
@@ -204,7 +205,10 @@ def collate(samples: list[Sample] | Batch, max_replacements: int = MAX_REPLACEME
     images = torch.empty(0, dtype=torch.uint8)
     if not failed:
         # Channels last in memory, as crops are: another layout would cost a third of their time.
-        pixels = default_collate([sample.image.permute(1, 2, 0) for sample in samples])
+        rows = [sample.image.permute(1, 2, 0) for sample in samples]
+        if len({image.dtype for image in rows}) > 1:  # files of 8 bits and deeper ones
+            rows = [image.float() for image in rows]
+        pixels = default_collate(rows)
         images = pixels.permute(0, 3, 1, 2)  # (B, C, H, W)
     targets = default_collate([sample.target for sample in samples])  # (B, N) or (B,)
     return ready_to_send(

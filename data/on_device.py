@@ -44,8 +44,9 @@ class DecodedSource(ImageSource):
         self.labels = getattr(source, "labels", np.empty(0))
         self.bad: dict[int, str] = {}
         readable = (image for image in map(self._decode, range(len(source))) if image is not None)
-        self.shape = next(readable, torch.empty(1, 1, 1)).shape  # (C, h, w)
-        self.num_bytes = len(source) * self.shape.numel()
+        first = next(readable, torch.empty(1, 1, 1))
+        self.shape, self.dtype = first.shape, first.dtype  # (C, h, w)
+        self.num_bytes = len(source) * first.nbytes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -68,14 +69,14 @@ class DecodedSource(ImageSource):
 
     @cached_property
     def images(self) -> Tensor:
-        """uint8 `(n, C, h, w)`, which lie in memory as `(n, h, C, w)`; bad images are black.
+        """Pixels `(n, C, h, w)`, which lie in memory as `(n, h, C, w)`; bad images are black.
 
-        Raises: DataError if the images have different sizes.
+        Raises: DataError if the images have different sizes or depths.
         """
         started = time.monotonic()
         channels, height, width = self.shape
         images = torch.zeros(
-            len(self), height, channels, width, dtype=torch.uint8, device=self.device
+            len(self), height, channels, width, dtype=self.dtype, device=self.device
         ).transpose(1, 2)
         with ThreadPoolExecutor(self.num_threads) as pool:
             for start in range(0, len(self), BLOCK):
@@ -88,6 +89,12 @@ class DecodedSource(ImageSource):
                             f"data_on_device needs images of one size, and the first has height "
                             f"and width {height} x {width}, {self.name(index)} "
                             f"{image.shape[1]} x {image.shape[2]}: resize them, or leave "
+                            "data_on_device out"
+                        )
+                    if image.dtype != self.dtype:
+                        raise DataError(
+                            f"data_on_device needs images of one depth, and the first has "
+                            f"{self.dtype}, {self.name(index)} {image.dtype}: leave "
                             "data_on_device out"
                         )
                     images[index] = image
@@ -120,7 +127,7 @@ def place_on_device(
     if needed > free:
         sizes = " + ".join("{} x {} x {} x {}".format(len(of), *of.shape) for of in placed)
         raise InputError(
-            f"data_on_device needs {needed / 1e6:,.1f} MB for {sizes} bytes of pixels, and "
+            f"data_on_device needs {needed / 1e6:,.1f} MB for {sizes} pixels, and "
             f"{free / 1e6:,.1f} MB are free on {processes.device}: leave data_on_device out, or "
             "make the images smaller",
             settings=("data_on_device",),

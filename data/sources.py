@@ -9,17 +9,19 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from data.images import IMAGE_ENDINGS, BadImageError, PixelFormat, decode_image, to_channels
+from data.arrays import num_frames, values_of
+from data.images import IMAGE_ENDINGS, BadImageError, PixelFormat, decode_image
 from data.known_sets import read_known_set
 from data.packs.source import open_pack
+from data.pixels import FormatError, to_pixels
 from util.errors import DataError, InputError
 
+SourceT = TypeVar("SourceT", bound="ImageSource")
 WALK_THREADS = 16  # they wait for the disk or the network, not for a core
 # Folders that systems leave beside images, with previews and remains in them.
 PASSED_OVER = ("@eaDir", "__MACOSX", "lost+found")
@@ -37,7 +39,7 @@ class ImageSource(Protocol):
         """The number of images."""
 
     def read(self, index: int) -> Tensor:
-        """The image as uint8 `(C, H, W)`. Raises: BadImageError."""
+        """The image as `(C, H, W)`, uint8 or float32 in [0, 255]. Raises: BadImageError."""
 
     def name(self, index: int) -> str:
         """The file's path, or what a message should call the image."""
@@ -73,18 +75,33 @@ class FolderSource(ImageSource):
         # One flat array: reference counts would copy a list of a million strings into every loader
         # process.
         self.names = np.array([os.fsencode(name) for name in names])
+        self.frames = None  # (n,), the place of each image in its file, if a file holds several
+        if pixels.all_frames:
+            with ThreadPoolExecutor(WALK_THREADS) as pool:
+                counts = [*pool.map(self._num_frames, names)]
+            self.names = np.repeat(self.names, counts)
+            self.frames = np.concatenate([*map(np.arange, counts)])
+
+    def _num_frames(self, name: str) -> int:
+        return num_frames(self.root / name) if name.lower().endswith(".dcm") else 1
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int) -> Tensor:
+        frame = 0 if self.frames is None else int(self.frames[index])
         try:
-            return decode_image(Path(self.name(index)).read_bytes(), self.pixels)
+            return decode_image(self.path(index).read_bytes(), self.pixels, frame)
         except OSError as error:
             raise BadImageError(f"cannot be read: {error.strerror}") from error
 
+    def path(self, index: int) -> Path:
+        """The image's file."""
+        return self.root / os.fsdecode(self.names[index].item())
+
     def name(self, index: int) -> str:
-        return str(self.root / os.fsdecode(self.names[index].item()))
+        frame = "" if self.frames is None else f"[{self.frames[index]}]"
+        return f"{self.path(index)}{frame}"
 
     def fingerprint(self) -> str:
         return hashlib.sha256(b"\0".join(self.names.tolist())).hexdigest()
@@ -95,7 +112,7 @@ class ArraySource(ImageSource):
 
     def __init__(self, title: str, images: np.ndarray, labels: np.ndarray, pixels: PixelFormat):
         self.title = title
-        self.images = torch.from_numpy(images)
+        self.images = images
         self.labels = labels
         self.pixels = pixels
 
@@ -103,25 +120,47 @@ class ArraySource(ImageSource):
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        return to_channels(self.images[index], self.pixels.in_chans)
+        return to_pixels(values_of(self.images[index], self.title, is_colour=True), self.pixels)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.images.tobytes()).hexdigest()
 
 
 def build_pretrain_source(
     dataset: str, data_path: str | None, pixels: PixelFormat, download: bool
 ) -> ImageSource:
-    """The training images of a data set. Raises: InputError if they are not there."""
+    """The training images of a data set. Raises: InputError if they are not there, or the first of
+    them does not fit the settings."""
     if dataset not in ("folder", "packed"):
-        return ArraySource(dataset, *read_known_set(dataset, data_path, True, download), pixels)
+        known = read_known_set(dataset, data_path, True, download)
+        return check_format(ArraySource(dataset, *known, pixels))
     root = check_folder(data_path)
     if dataset == "folder":
-        return FolderSource(root, pixels)
-    return open_pack(root, pixels, ("train",))
+        return check_format(FolderSource(root, pixels))
+    return check_format(open_pack(root, pixels, ("train",)))
+
+
+def check_format(source: SourceT) -> SourceT:
+    """The source. Raises: DataError if its first image needs other settings, or a library that is
+    not installed: so would all others."""
+    try:
+        source.read(0)
+    except FormatError as error:
+        raise DataError(f"{source.name(0)} {error}") from error
+    except BadImageError:
+        return source  # the training replaces and names it
+    return source
+
+
+def value_bytes(source: ImageSource) -> int:
+    """Bytes of a pixel's value in the first image of a source; 4 if that cannot be read."""
+    try:
+        return source.read(0).element_size()
+    except BadImageError:
+        return 4
 
 
 def image_names(root: Path) -> list[str]:

@@ -1,5 +1,5 @@
-"""Augmentation on uint8 tensors, of single images in a loader process or of a batch on the device,
-and normalisation on the device.
+"""Augmentation of pixels, of single images in a loader process or of a batch on the device, and
+normalisation on the device. Pixels are uint8 or, of deeper images, float32 in [0, 255].
 
 Random decisions come from torch generators that are seeded per sample (`util/rng.py`), so a crop is
 a function of the sample, and the training's random state is left alone.
@@ -28,7 +28,7 @@ ATTEMPTS = 10
 
 class CropAndFlip:
     """Random resized crop of area share [crop_min, 1] and aspect 3/4 to 4/3, then a horizontal flip
-    with probability `hflip`; uint8 in and out.
+    with probability `hflip`.
 
     The draws are those of torchvision's RandomResizedCrop and RandomHorizontalFlip in sequence.
     Source: arXiv 2111.06377, appendix A.1 ("random-sized cropping only"); crop_min 0.2 as in the
@@ -128,10 +128,11 @@ class CropAndFlip:
         size, channels = len(indices), images.shape[1]
         by_column = self._weights(left, width, self.size[1], images.shape[3], flip)  # (B, W, w)
         by_row = self._weights(top, height, self.size[0], images.shape[2], 0 * flip)  # (B, H, h)
-        # to whole numbers after each axis, as the resize of single images does
-        rows = (rows.flatten(1, 2) @ by_column.mT).round_().clamp_(0, 255)  # (B, h * C, W)
+        # uint8 to whole numbers after each axis, as the resize of single images does
+        is_whole = images.dtype == torch.uint8
+        rows = _within_range(rows.flatten(1, 2) @ by_column.mT, is_whole)  # (B, h * C, W)
         rows = by_row @ rows.view(size, images.shape[2], -1)  # (B, H, C * W)
-        pixels = rows.round_().clamp_(0, 255).to(torch.uint8)
+        pixels = _within_range(rows, is_whole).to(images.dtype)
         return pixels.view(size, self.size[0], channels, -1).permute(0, 2, 1, 3).contiguous()
 
     def _weights(self, start: Tensor, length: Tensor, out: int, side: int, flip: Tensor) -> Tensor:
@@ -175,15 +176,21 @@ KERNELS = {"bicubic": _bicubic, "bilinear": _bilinear}
 
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """uint8 `(C, h, w)` or `(B, C, h, w)` to `(C, H, W)` or `(B, C, H, W)`, antialiased."""
+    """Pixels `(C, h, w)` or `(B, C, h, w)` to `(C, H, W)` or `(B, C, H, W)`, antialiased."""
     if images.shape[-2:] == size:
         return images
     if images.ndim == 3:
         return resize(images[None], size, interpolation)[0]
-    on_cpu = images.device.type == "cpu"  # which alone resizes whole numbers
-    pixels = images if on_cpu else images.float()
+    is_whole = images.dtype == torch.uint8
+    directly = is_whole and images.device.type == "cpu"  # which alone resizes whole numbers
+    pixels = images if directly else images.float()
     pixels = F.interpolate(pixels, list(size), mode=interpolation, antialias=True)
-    return pixels if on_cpu else pixels.round_().clamp_(0, 255).to(torch.uint8)
+    return pixels if directly else _within_range(pixels, is_whole).to(images.dtype)
+
+
+def _within_range(values: Tensor, is_whole: bool) -> Tensor:
+    """Interpolated float values, changed to lie in [0, 255] and perhaps to be whole numbers."""
+    return (values.round_() if is_whole else values).clamp_(0, 255)
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
@@ -193,14 +200,13 @@ def to_device(numbers: Tensor, device: torch.device) -> Tensor:
 
 
 def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
-    """The augmentation of fine-tuning, uint8 `(C, H, W)` in and out; erasing comes later, on the
-    device.
+    """The augmentation of fine-tuning, `(C, H, W)` in and out; erasing comes later, on the device.
 
     Without RandAugment and colour jitter it is `CropAndFlip`. Else it draws from the generators of
-    numpy and `random`, too.
+    numpy and `random`, too, and takes uint8 alone.
     Source: arXiv 2111.06377, table 9; timm's RandAugment.
     """
-    if cfg.auto_augment is None and not cfg.color_jitter:
+    if not cfg.needs_8_bits:
         return CropAndFlip(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
     from timm.data import create_transform  # here, as few runs need them
     from torchvision.transforms import v2
@@ -221,8 +227,8 @@ def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
 
 
 class EvalTransform:
-    """Resizes images of one size and cuts their centres; uint8 `(C, h, w)` or `(B, C, h, w)` to
-    uint8 `(C, H, W)` or `(B, C, H, W)`.
+    """Resizes images of one size and cuts their centres; pixels `(C, h, w)` or `(B, C, h, w)` to
+    `(C, H, W)` or `(B, C, H, W)`.
 
     Args:
         img_size: of the result, an int or (H, W).
@@ -278,8 +284,8 @@ def _margin(side: int, cut: int) -> int:
 
 
 class PixelNormalizer:
-    """uint8 images `(B, C, H, W)` to float32 on `device`, less each channel's mean and divided by
-    its std.
+    """Pixels in [0, 255], `(B, C, H, W)`, to float32 on `device`, less each channel's mean and
+    divided by its std.
 
     Args:
         mean, std: one value per channel, for pixels in [0, 1].

@@ -22,19 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
-from data.images import PixelFormat
+from data.images import PixelFormat, pixel_format
 from data.labels import SPLITS, ClassFolder, build_labelled_data, class_folders
 from data.packs.index import INDEX
 from data.packs.source import PackedSource
-from data.sources import check_folder
+from data.sources import check_folder, check_format
 from engine.run.faults import why_training_stops
 from engine.run.records import write_log
-from tools.checking.checks import equal_images, examine, other_files
+from tools.checking.checks import equal_images, examine, format_of, other_files
 from tools.checking.report import STAGES, Facts, report, spread_of
 from util.dist import available_cores
 from util.errors import InputError, LineParser, run_cli
 from util.files import path, write_text
+from util.settings.base import PixelConfig
 
 
 @dataclass
@@ -86,6 +88,14 @@ def main(argv: Sequence[str] | None = None) -> Facts:
         help="side of the crop to compare sizes with, in pixels (default 224)",
     )
     parser.add_argument(
+        "--in_chans",
+        type=int,
+        help="number of channels of the model's input (default: 3 for RGB and grey, else those of "
+        "the first image, or of channels)",
+    )
+    for name in ("pixel_range", "channels", "dicom_window"):
+        parser.add_argument(f"--{name}", nargs="+", help="as the setting of the stages")
+    parser.add_argument(
         "--problems",
         type=path,
         metavar="FILE",
@@ -97,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> Facts:
     )
     args = parser.parse_args(argv)
     check_folder(args.path)
-    facts, bad = check(args)
+    facts, bad = check(args, asked_format(args))
     sys.stdout.write("\n".join(report(facts, bad, args.img_size)) + "\n")
     if args.problems:  # as a run's bad_samples.jsonl
         write_log(args.problems, [{"path": name, "reason": reason} for name, reason in bad])
@@ -106,7 +116,20 @@ def main(argv: Sequence[str] | None = None) -> Facts:
     return facts
 
 
-def check(args: argparse.Namespace) -> tuple[Facts, list[tuple[str, str]]]:
+def asked_format(args: argparse.Namespace) -> PixelFormat:
+    """The format that the flags name, in_chans 0 if they leave it to the images. Raises: InputError
+    for a wrong value."""
+    names = ("pixel_range", "channels", "dicom_window")
+    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    try:
+        cfg = PixelConfig.model_validate(given)
+    except ValidationError as error:
+        (wrong, *_) = error.errors()
+        raise InputError(f"--{wrong['loc'][0]}: {wrong['msg']}") from error
+    return pixel_format(cfg, args.in_chans or len(cfg.channels))
+
+
+def check(args: argparse.Namespace, pixels: PixelFormat) -> tuple[Facts, list[tuple[str, str]]]:
     """Examines all images; returns the facts, in plain values, and path and reason of each bad
     file."""
     root, started = args.path, time.monotonic()
@@ -120,11 +143,15 @@ def check(args: argparse.Namespace) -> tuple[Facts, list[tuple[str, str]]]:
         except InputError as error:  # of val/ the evaluations' verdict reports it
             errors["labelled" if name == "val" else "pretrain"] = str(error)
         else:
-            splits[name] = Split(source, class_names, examine(source, args.full, args.workers))
+            pixels = source.pixels = format_of(source, pixels)
+            findings = examine(source, args.full, args.workers, pixels)
+            splits[name] = Split(source, class_names, findings)
+            try:
+                check_format(source)
+            except InputError as error:
+                errors["labelled" if name == "val" else "pretrain"] = str(error)
     try:
-        num_classes = len(
-            build_labelled_data(dataset, str(root), PixelFormat(3), False, None).class_names
-        )
+        num_classes = len(build_labelled_data(dataset, str(root), pixels, False, None).class_names)
     except InputError as error:
         errors["labelled"] = str(error)
     verdicts = verdicts_of(splits, errors)
@@ -205,6 +232,12 @@ def split_facts(split: Split, args: argparse.Namespace) -> Facts:
         counts = np.bincount(labels, minlength=len(split.class_names)).tolist()
         by_class = dict(zip(split.class_names, counts, strict=False))
         facts |= {"images_per_class": by_class, "without_class": len(source) - len(labels)}
+    if args.full and (deep := found[found["extremes"].any(axis=(1, 2))]).size:
+        samples = [values for values in deep["values"] if not np.isscalar(values)]
+        low, high = np.percentile(np.concatenate(samples, axis=1), [1, 99], axis=1)
+        lowest, highest = deep["extremes"][:, 0].min(axis=0), deep["extremes"][:, 1].max(axis=0)
+        named = {"min": lowest, "1 %": low, "99 %": high, "max": highest}
+        facts["values"] = {name: value.tolist() for name, value in named.items()}
     if args.full and len(good):
         mean, square = good["moments"].mean(axis=0, dtype=float)
         std = np.sqrt(np.maximum(square - mean**2, 0))

@@ -20,7 +20,7 @@ from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_autoencoder
 from engine.pictures.choose import open_images
 from engine.pictures.drawing import DPI, check_replaceable, figure_picture, to_picture, write_png
-from engine.pictures.reconstruction import Reconstruction, reconstruct
+from engine.pictures.reconstruction import reconstruct
 from engine.run.folder import check_writable
 from models.mae import MaskedAutoencoder
 from models.masks import Mask, draw_mask
@@ -58,17 +58,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
             cfg.mask, model.grid_size, cfg.mask_ratio[0], generator(cfg.seed[0], MASK, 0)
         )
         found = reconstruct(model, EvalTransform(cfg.img_size, 1.0)(image), mask, normalize)
-    write_png(path, draw(model, mask, found))
+    pictures = [
+        to_picture(picture, cfg.show_channels)
+        for picture in (found.original, found.masked, found.pasted)
+    ]
+    write_png(path, draw(model, mask, pictures))
     print(f"wrote {path}")
     return path
 
 
-def draw(model: MaskedAutoencoder, mask: Mask, found: Reconstruction) -> np.ndarray:
+def draw(model: MaskedAutoencoder, mask: Mask, pictures: list[np.ndarray]) -> np.ndarray:
     """The drawing, left to right: image, kept patches, encoder, all tokens, decoder,
-    reconstruction."""
-    original, masked, pasted = (
-        to_picture(picture) for picture in (found.original, found.masked, found.pasted)
-    )
+    reconstruction. `pictures` are the original, the masked and the pasted one."""
+    original, masked, pasted = pictures
     total, (rows, columns), (height, width) = model.num_patches, model.grid_size, model.patch_size
     cut = original.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
     patches = cut.reshape(total, height, width, 3)

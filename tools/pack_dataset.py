@@ -21,7 +21,14 @@ from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
 from data.packs.shards import index_shard
 from engine.run.records import write_log
-from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
+from tools.packing.packing import (
+    UNCHANGED,
+    Listing,
+    list_images,
+    make_shard,
+    note_on_depth,
+    shard_starts,
+)
 from util.dist import available_cores
 from util.errors import InputError, LineParser, run_cli
 from util.files import TEMPORARY, lock, path, write_text, writing
@@ -41,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         type=int,
         choices=(0, 256, 384, 512),
         default=256,
-        help="short side in pixels to which larger images are reduced; 0 keeps every file as it is "
-        "(default 256)",
+        help="short side in pixels to which larger images are reduced if they are RGB or grey of "
+        "8 bits; 0 keeps every file as it is (default 256)",
     )
     parser.add_argument(
         "--shard_mb", type=float, default=256.0, help="size of a shard in MiB (default 256)"
@@ -88,7 +95,10 @@ def pack(args: argparse.Namespace) -> dict[str, int]:
 def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
     """Packs one split, or the rest of it that an earlier process left; returns the number of
     images."""
-    starts = shard_starts(listing.images["size"], args.side, args.shard_mb).tolist()
+    if args.side and (note := note_on_depth(listing)):
+        print(note)
+    sizes, are_kept = listing.images["size"], listing.may_stay()
+    starts = shard_starts(sizes, are_kept, args.side, args.shard_mb).tolist()
     ranges = map(range, starts, [*starts[1:], len(listing.images)])
     tasks = [(folder / f"shard-{n:06d}.tar", numbers) for n, numbers in enumerate(ranges)]
     with claimed(folder, listing, args):

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         rows, labels, psnr = [], [], {}
         for (full_name, name, _, seed, _), mask in zip(tasks, masks, strict=True):
             found = reconstruct(model, fit(images[name]), mask, normalize)
-            rows.append([to_picture(picture) for picture in found[:-1]])
+            rows.append([to_picture(picture, cfg.show_channels) for picture in found[:-1]])
             for column, picture in zip(COLUMNS, rows[-1], strict=True):
                 write_png(folder / f"{full_name}_{column}.png", picture)
             psnr[full_name] = found.psnr.item()

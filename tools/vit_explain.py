@@ -101,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
             overlay_path, map_path, heads_path = files[name]
             write_npy(map_path, heat)
             box = fit.seen(*image.shape[-2:])
-            write_png(overlay_path, draw_overlay(to_picture(image), heat, box, label_of(cfg)))
-            picture = to_picture(shown)
+            whole, picture = (
+                to_picture(pixels.float() / 255, cfg.show_channels) for pixels in (image, shown)
+            )
+            write_png(overlay_path, draw_overlay(whole, heat, box, label_of(cfg)))
             pairs.append([picture, heat_over(picture, heat)])
             heads = read_patches(attentions[layer][0], has_cls, reader)  # (heads, N)
             maps = [heat_over(picture, to_map(head, model)) for head in heads]

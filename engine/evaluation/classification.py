@@ -80,7 +80,7 @@ def open_labelled_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig, run: Run)
         return build_labelled_data(
             cfg.dataset,
             cfg.data_path,
-            pixel_format(cfg, cfg.in_chans),
+            pixel_format(cfg, cfg.in_chans, isinstance(cfg, FinetuneConfig) and cfg.needs_8_bits),
             cfg.download,
             cfg.num_classes,
         )

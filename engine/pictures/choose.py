@@ -25,7 +25,7 @@ def open_images(
     num_images: int,
     pixels: PixelFormat,
 ) -> dict[str, Tensor]:
-    """Images, uint8 `(C, H, W)`, by unique names for the files of their pictures: those of `paths`,
+    """Images `(C, H, W)`, by unique names for the files of their pictures: those of `paths`,
     which `setting` names, or without any validation images of the data set. From here on, log lines
     go to stderr.
 

@@ -36,8 +36,11 @@ CHARACTER = 6  # average width of a letter in pixels
 FONT, FONT_SIZE = "DejaVu Sans", 11
 
 
-def to_picture(image: Tensor) -> np.ndarray:
-    """An image `(1 or 3, H, W)`, uint8 or float in [0, 1], as a picture."""
+def to_picture(image: Tensor, show_channels: tuple[int, ...] = ()) -> np.ndarray:
+    """An image `(C, H, W)`, uint8 or float in [0, 1], as a picture of one or three of its channels,
+    counted from 1; without such a choice of the first three, or of one or two of the first."""
+    chosen = show_channels or ((1, 2, 3) if len(image) >= 3 else (1,))
+    image = image[[number - 1 for number in chosen]]
     if image.is_floating_point():
         image = (image * 255).round().to(torch.uint8)
     return np.ascontiguousarray(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())  # (H, W, 3)

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 class Monitor:
     """Call `observe` before the first step and after each epoch; it does so when that is due.
 
-    images: uint8 `(C, H, W)` by name, as the model takes them, on the main process. data: images of
+    images: `(C, H, W)` by name, as the model takes them, on the main process. data: images of
     the k-NN, if there are labels. figures: what the last observation found. ended: when it ended.
 
     A part that the data cannot serve is left out with a line in the log. All processes must call.
@@ -112,7 +112,7 @@ class Monitor:
             found = reconstruct(model, image, mask, normalize)
             attentions = encoder.iterate_attention(normalize(image[None]))
             heat = rollout(attentions, "mean", 0.0, encoder.cls_token is not None)  # (1, N)
-            row = [to_picture(picture) for picture in found[:-1]]
+            row = [to_picture(picture, self.cfg.show_channels) for picture in found[:-1]]
             rows.append([*row, heat_over(row[0], heat.view(encoder.grid_size).cpu().numpy())])
             psnr.append(found.psnr.item())
             labels.append(f"{Path(name).name}  PSNR {psnr[-1]:.2f} dB")
@@ -193,7 +193,7 @@ def _choice(source: LabelledSource, classes: np.ndarray, count: int, seed: int) 
 def shown_images(
     cfg: PretrainConfig, labelled: LabelledData | None, source: ImageSource
 ) -> dict[str, Tensor]:
-    """Evenly spaced validation images, uint8 `(C, H, W)`, by name: those with labels, else those in
+    """Evenly spaced validation images `(C, H, W)` by name: those with labels, else those in
     val/, else images of `source`, which are the training images. Broken files are left out."""
     if labelled is not None:
         source = labelled.val

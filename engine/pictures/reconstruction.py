@@ -43,7 +43,7 @@ COLUMNS = Reconstruction._fields[:-1]  # the pictures among them
 def reconstruct(
     model: MaskedAutoencoder, image: Tensor, mask: Mask, normalize: PixelNormalizer
 ) -> Reconstruction:
-    """The reconstruction of a uint8 image `(C, H, W)` under a mask."""
+    """The reconstruction of an image of pixels `(C, H, W)` under a mask."""
     images = normalize(image[None])  # (1, C, H, W)
     pred, removed = model.reconstruct(
         images, mask.ids_shuffle[None].to(normalize.device), mask.kept

@@ -12,6 +12,7 @@ from data.handover import check_handover
 from data.labels import LabelledSource
 from data.loader import LabelledDataset, PretrainDataset, build_eval_loader, loader_maker
 from data.sampler import StepSampler
+from data.sources import value_bytes
 from data.transforms import EvalTransform
 from engine.run.folder import Run, TrainConfig
 from engine.run.interrupts import stop_with
@@ -96,7 +97,9 @@ def train_batches(
         aug_repeats=dataset.aug_repeats,
     )
     loader = loader_maker(cfg, run.processes)(dataset, batch_sampler=sampler)
-    check_handover(loader, cfg.batch_size, cfg.in_chans * prod(pair(cfg.img_size)), run.processes)
+    image_values = cfg.in_chans * prod(pair(cfg.img_size))
+    image_bytes = image_values * value_bytes(dataset.source) if loader.num_workers else 0
+    check_handover(loader, cfg.batch_size, image_bytes, run.processes)
     return Batches(loader)
 
 

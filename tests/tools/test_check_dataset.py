@@ -90,7 +90,7 @@ def shop(tmp_path) -> Path:
 
 
 def findings_of(folder: Path, full: bool) -> np.ndarray:
-    return checks.examine(FolderSource(str(folder), PixelFormat(3)), full, 1)
+    return checks.examine(FolderSource(str(folder), PixelFormat(3)), full, 1, PixelFormat(3))
 
 
 def bad_in(findings: np.ndarray) -> dict[int, str]:
@@ -151,8 +151,8 @@ NAMED = {
     "tiff CMYK": "TIFF CMYK",
     "tiff P": "TIFF P",
     "tiff 1-bit": "TIFF 1-bit",
-    "tiff 16-bit L": "TIFF 16-bit L",
-    "tiff 16-bit L, big-endian": "TIFF 16-bit L",
+    "tiff 16-bit L": "TIFF 16-bit x 1",
+    "tiff 16-bit L, big-endian": "TIFF 16-bit x 1",
 }
 LA_16 = {
     "PNG 16-bit LA",
@@ -181,11 +181,11 @@ BAD = {  # content, and what the reason begins with
     "large.png": (declared("PNG", 10000), "declares too many pixels: 10000 x 10000"),
     "float.tif": (
         encoded(Image.fromarray(RAMP16.astype(np.float32)), "TIFF"),
-        "holds floating-point pixels",
+        "holds 32-bit floating-point TIFF pixels, whose range",
     ),
     "32-bit.tif": (
         encoded(Image.fromarray(RAMP16.astype(np.int32) * 30000), "TIFF"),
-        "holds 32-bit pixels",
+        "holds 32-bit signed TIFF pixels, whose range is not defined",
     ),
 }
 
@@ -221,7 +221,7 @@ def test_whole_files_of_the_common_kinds_are_not_decoded(tmp_path, monkeypatch):
     files = {f"{kind}.jpg": encoded(NOISE, kind) for kind in kinds}
     files |= {"animated.webp": KINDS["webp animated"][0](), "x.jpg": files["JPEG.jpg"] + b"more"}
     fill(tmp_path, files)
-    monkeypatch.setattr(checks, "decode_image", Mock(side_effect=BadImageError("decoded")))
+    monkeypatch.setattr(checks, "read_values", Mock(side_effect=BadImageError("decoded")))
     assert bad_in(findings_of(tmp_path, full=False)) == {6: "decoded"}  # x.jpg
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -19,52 +20,76 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
+from data.arrays import UPRIGHT, may_be_array
 from data.images import (
-    DECODING_ERRORS,
     IMAGE_ENDINGS,
     IMAGE_KINDS,
-    UPRIGHT,
     BadImageError,
     PixelFormat,
-    decode_image,
+    array_kind,
     kind_of,
     open_image,
+    orientation_of,
+    read_values,
 )
 from data.packs.source import PackedSource
+from data.pixels import PHOTOGRAPH, Values, depth_of, pick_channels, to_pixels
 from data.sources import PASSED_OVER, FolderSource
 from util.pool import in_processes
 
-# What is found in one image; all but reason and num_bytes is 0 or empty for one that cannot be read
-FINDING = np.dtype(
-    [
-        ("reason", object),  # why it cannot be read, 0 if it can
-        ("num_bytes", "<i8"),
-        ("kind", object),
-        ("ending", object),  # a remark on an ending that is not of its kind, 0 if there is none
-        ("turn", object),  # a remark on its orientation, 0 if there is none
-        ("sides", "<i4", 2),  # short and long, in pixels
-        ("key", "S32"),  # equal for images that may be equal; in a full check if the pixels are
-        ("moments", "<f4", (2, 3)),  # mean and mean square by channel, in units of 255; full check
-    ]
-)
+NUM_SAMPLED = 1000  # about, images of a source whose values give the percentiles
+PER_IMAGE = 256  # about, pixels of each of them
 PART = PackedSource.block_size  # images of one task
 TAIL = 4096  # bytes of a file's end that are read
 ROWS = 64  # of an image, about, from which its mean and variance are taken
 PNG_DEPTH = 24  # where a PNG's header has its bits per channel
+HEAD = 132  # bytes of a file's beginning that are read
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b"\0;"}
 MODES = {"1": "1-bit", "I": "16-bit L"}
 ANIMATED = ("GIF", "PNG", "WEBP")  # kinds whose several pictures are frames
 
 
-def examine(source: FolderSource | PackedSource, full: bool, workers: int) -> np.ndarray:
+def finding_dtype(in_chans: int) -> np.dtype:
+    """FINDING: what is found in one image. All but reason, num_bytes, extremes and values is 0 or
+    empty for one that cannot be read."""
+    return np.dtype(
+        [
+            ("reason", object),  # why it cannot be read, 0 if it can
+            ("num_bytes", "<i8"),
+            ("kind", object),
+            ("ending", object),  # a remark on an ending that is not of its kind, 0 without one
+            ("turn", object),  # a remark on its orientation, 0 if there is none
+            ("sides", "<i4", 2),  # short and long, in pixels
+            ("key", "S32"),  # equal for images that may be equal; in a full check if the pixels are
+            # Only in a full check: mean and mean square by channel, in units of 255
+            ("moments", "<f4", (2, in_chans)),
+            # and of an image that is deeper than 8 bits, in the file's unit: lowest and highest
+            # value by channel, and of some images a sample of them `(C, k)`
+            ("extremes", "<f8", (2, in_chans)),
+            ("values", object),
+        ]
+    )
+
+
+def format_of(source: FolderSource | PackedSource, asked: PixelFormat) -> PixelFormat:
+    """`asked`, its in_chans that of the first image if it is 0; grey is taken as RGB."""
+    count = 3
+    with suppress(OSError, BadImageError), _open_file(source, 0) as file:
+        count = len(read_values(file.read(), PHOTOGRAPH).numbers)
+    return replace(asked, in_chans=asked.in_chans or (3 if count == 1 else count))
+
+
+def examine(
+    source: FolderSource | PackedSource, full: bool, workers: int, pixels: PixelFormat
+) -> np.ndarray:
     """The images of a source as `(n,)` of FINDING, with a progress bar on a terminal."""
     source.read_ahead()
     tasks = np.split(np.arange(len(source)), range(PART, len(source), PART))
     parts = tqdm(
-        in_processes(partial(_examine_part, source, full), tasks, workers),
+        in_processes(partial(_examine_part, source, full, pixels), tasks, workers),
         total=len(tasks),
         unit=f" x {PART} images",
         dynamic_ncols=True,
@@ -122,15 +147,19 @@ def _digest(source: FolderSource | PackedSource, index: int) -> bytes:
 
 
 def _examine_part(
-    source: FolderSource | PackedSource, full: bool, indices: np.ndarray
+    source: FolderSource | PackedSource, full: bool, pixels: PixelFormat, indices: np.ndarray
 ) -> np.ndarray:
-    found = np.zeros(len(indices), FINDING)
+    found = np.zeros(len(indices), finding_dtype(pixels.in_chans))
+    stride = -(-len(source) // NUM_SAMPLED)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about files that are named anyway
         for finding, index in zip(found, indices.tolist(), strict=True):
             try:
                 with _open_file(source, index) as file:
-                    _examine_file(file, Path(source.name(index)).suffix.lower(), full, finding)
+                    ending = Path(source.name(index)).suffix.lower()
+                    _examine_file(file, ending, full, pixels, finding)
+                    if index % stride:
+                        finding["values"] = 0
             except BadImageError as error:
                 finding["reason"] = str(error)
             except OSError as error:
@@ -138,38 +167,58 @@ def _examine_part(
     return found
 
 
-def _examine_file(file: BinaryIO, ending: str, full: bool, finding: np.void) -> None:
+def _examine_file(
+    file: BinaryIO, ending: str, full: bool, pixels: PixelFormat, finding: np.void
+) -> None:
     """Fills the row of FINDING of an image. Raises: OSError or BadImageError."""
-    head = file.read(PNG_DEPTH + 1)
+    head = file.read(HEAD)
     size = finding["num_bytes"] = file.seek(0, os.SEEK_END)
-    file.seek(0 if full else max(0, size - TAIL))
+    is_array = may_be_array(head)
+    file.seek(0 if full or is_array else max(0, size - TAIL))
     content = file.read()
-    file.seek(0)
-    with open_image(file) as image:
-        kind, sides, is_turned = kind_of(image), sorted(image.size), False
-        described = f"{kind} {_mode(image, head)}"
-        with suppress(*DECODING_ERRORS):  # training may not need what is broken there
-            # Only for files whose header has EXIF: Pillow would decode a PNG to look for it.
-            if kind == "TIFF" or image.info.keys() & {"exif", "xmp"}:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation) in UPRIGHT
-            if getattr(image, "n_frames", 1) > 1:
-                described += ", animated" if kind in ANIMATED else ", several pictures"
+    kind = array_kind(content, pixels) if is_array else ""
+    is_decoded, is_turned, sides, described = full or bool(kind), False, [0, 0], ""
+    if not kind:
+        file.seek(0)
+        with open_image(file) as image:
+            kind, sides = kind_of(image), sorted(image.size)
+            described = f"{kind} {_mode(image, head)}"
+            with suppress(Exception):  # training may not need what is broken there
+                # Only for files whose header has EXIF: Pillow would decode a PNG to look for it.
+                if kind == "TIFF" or image.info.keys() & {"exif", "xmp"}:
+                    is_turned = orientation_of(image) in UPRIGHT
+                if getattr(image, "n_frames", 1) > 1:
+                    described += ", animated" if kind in ANIMATED else ", several pictures"
+        is_decoded |= not _is_complete(kind, head, content, size)
+    key = size.to_bytes(8, "little") + content[-TAIL:]
+    if is_decoded:
+        file.seek(0)
+        found = read_values(file.read(), pixels)
+        if full and found.numbers.dtype != np.uint8:
+            _describe_values(found, pixels, finding)
+        decoded = to_pixels(found, pixels)  # (C, H, W)
+        sides = sides if described else sorted(decoded.shape[1:])
+        described = described or f"{kind} {depth_of(found.numbers)} x {len(found.numbers)}"
     if full:
-        pixels = decode_image(content, PixelFormat(3))  # (3, H, W)
-        rows = pixels[:, :: max(1, pixels.shape[1] // ROWS)].flatten(1).float() / 255
+        rows = decoded[:, :: max(1, decoded.shape[1] // ROWS)].flatten(1).float() / 255
         finding["moments"] = torch.stack([rows.mean(dim=1), rows.square().mean(dim=1)])
-        key = repr(pixels.shape).encode() + pixels.numpy().tobytes()
-    else:
-        key = size.to_bytes(8, "little") + content
-        if not _is_complete(kind, head, content, size):
-            file.seek(0)
-            decode_image(file.read(), PixelFormat(3))
+        key = repr(decoded.shape).encode() + decoded.numpy().tobytes()
     finding["key"] = hashlib.sha256(key).digest()
     finding["sides"] = sides
     finding["kind"] = described
     if ending[1:] not in IMAGE_KINDS[kind]:
         finding["ending"] = f"{kind} named {ending or 'without an ending'}"
     finding["turn"] = "turned upright by EXIF" if is_turned else 0
+
+
+def _describe_values(found: Values, pixels: PixelFormat, finding: np.void) -> None:
+    """Notes the extremes of an image and a sample of its values, in the file's unit. Raises:
+    FormatError if it has other channels."""
+    numbers = pick_channels(found, pixels).reshape(-1, found.numbers[0].size)
+    numbers = numbers[:, np.isfinite(numbers).all(axis=0)]  # (C, pixels)
+    if numbers.size:
+        finding["extremes"] = numbers.min(axis=1), numbers.max(axis=1)
+        finding["values"] = numbers[:, :: max(1, numbers.shape[1] // PER_IMAGE)].astype(float)
 
 
 def _mode(image: Image.Image, head: bytes) -> str:

@@ -49,6 +49,7 @@ def report(facts: Facts, bad: list[tuple[str, str]], img_size: int) -> Iterator[
     if splits:
         yield from _table(splits, img_size)
     first: Facts = next(iter(splits.values()), {})
+    yield from _values(first.get("values", {}))
     yield from (f"{fact}: {first[fact]}" for fact in ("mean", "std") if fact in first)
     yield from _equal_images(facts["duplicates"], "pixels" if is_full else "bytes")
     reasons = [f"{os.path.relpath(name, path)}: {reason}" for name, reason in bad]
@@ -59,6 +60,15 @@ def report(facts: Facts, bad: list[tuple[str, str]], img_size: int) -> Iterator[
         yield printable(f"{STAGES[stage]}: {could if verdict is None else f'could not: {verdict}'}")
     if not is_full:
         yield f"\nOnly headers and {read} were looked at: --full decodes every image."
+
+
+def _values(found: dict[str, list[float]]) -> Iterator[str]:
+    """The values in deep files, a row for each channel."""
+    if found:
+        yield _row("values in the files", [*found])
+        for channel, values in enumerate(zip(*found.values(), strict=True), 1):
+            yield _row(f"  channel {channel}", [f"{value:.6g}" for value in values])
+        yield ""
 
 
 def _table(splits: dict[str, Facts], img_size: int) -> Iterator[str]:

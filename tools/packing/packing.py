@@ -21,10 +21,19 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from data.images import IMAGE_KINDS, BadImageError, PixelFormat, decode_image, kind_of, open_image
+from data.images import (
+    IMAGE_KINDS,
+    BadImageError,
+    PixelFormat,
+    array_kind,
+    kind_of,
+    open_image,
+    read_values,
+)
 from data.labels import class_folders, folder_labels
 from data.loader import BadSample
 from data.packs.shards import LABEL_ENDING, ShardIndex, index_shard
+from data.pixels import PHOTOGRAPH
 from data.sources import FolderSource
 from util.errors import InputError
 from util.files import write_output
@@ -36,6 +45,7 @@ BYTES_PER_PIXEL = 0.35  # of a photograph at that quality; shard borders depend 
 TAR_OVERHEAD = 2048  # bytes per image: headers of image and label, and padding
 DIGITS = 9  # of the running number in a key
 LONGEST_STEM = 60  # characters of the source's name in a key; a plain tar header holds 100
+KEPT = (b".npy", b".dcm", b".tif", b".tiff")  # endings of files that may stay as they are
 UNCHANGED = "images must not change meanwhile; give another folder to pack into"
 
 
@@ -54,6 +64,10 @@ class Listing:
     def path(self, number: int) -> Path:
         """Where an image lies."""
         return self.root / os.fsdecode(self.images["name"][number].item())
+
+    def may_stay(self) -> np.ndarray:
+        """By their endings, which images may hold more than 8 bits or other channels `(n,)`."""
+        return np.array([name.lower().endswith(KEPT) for name in self.images["name"].tolist()])
 
     def digest(self) -> str:
         """Equal for equal lists of unchanged files."""
@@ -85,10 +99,10 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def shard_starts(sizes: np.ndarray, side: int, shard_mb: float) -> np.ndarray:
-    """Where each shard begins among images of these file sizes, if shards are to have about
-    `shard_mb` MiB."""
-    largest = BYTES_PER_PIXEL * side * side * 4 / 3 if side else np.inf
+def shard_starts(sizes: np.ndarray, are_kept: np.ndarray, side: int, shard_mb: float) -> np.ndarray:
+    """Where each shard begins among images of these file sizes, of which some may stay as they are,
+    if shards are to have about `shard_mb` MiB."""
+    largest = np.where(are_kept | (side == 0), np.inf, BYTES_PER_PIXEL * side * side * 4 / 3)
     estimates = np.minimum(np.maximum(sizes, 0), largest) + TAR_OVERHEAD
     shard_of = (np.cumsum(estimates) - estimates) // (shard_mb * 2**20)
     return np.flatnonzero(np.diff(shard_of, prepend=-1))
@@ -97,20 +111,40 @@ def shard_starts(sizes: np.ndarray, side: int, shard_mb: float) -> np.ndarray:
 def pack_image(encoded: bytes, side: int) -> tuple[bytes, str]:
     """An image's file with its short side at most `side` pixels, and the ending it should have.
 
-    A file that is no larger, or any if `side` is 0, stays as it is; others become JPEG.
+    A file that is no larger, or any if `side` is 0, stays as it is, as does one that is no RGB or
+    grey of 8 bits; others become JPEG.
     Raises: BadImageError.
     """
-    image = decode_image(encoded, PixelFormat(3))
-    short, long = sorted(image.shape[-2:])
-    if not side or short <= side or long * side // short > LONGEST:
-        with open_image(BytesIO(encoded)) as header:
+    numbers = read_values(encoded, PHOTOGRAPH).numbers  # (C, H, W)
+    if kind := array_kind(encoded, PHOTOGRAPH):
+        return encoded, IMAGE_KINDS[kind][0]
+    short, long = sorted(numbers.shape[1:])
+    with open_image(BytesIO(encoded)) as header:
+        is_photograph = numbers.dtype == np.uint8 and header.mode != "RGBX"  # a fourth channel
+        if not (is_photograph and side) or short <= side or long * side // short > LONGEST:
             return encoded, IMAGE_KINDS[kind_of(header)][0]
+    image = torch.from_numpy(numbers)
     image = F.resize(image, [side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     is_grey = torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
     pixels = image[0] if is_grey else image.permute(1, 2, 0)  # (H, W) or (H, W, 3)
     packed = BytesIO()
     Image.fromarray(pixels.numpy()).save(packed, format="JPEG", quality=QUALITY)
     return packed.getvalue(), IMAGE_KINDS["JPEG"][0]
+
+
+def note_on_depth(listing: Listing) -> str:
+    """What has to be said about a first image that no `side` reduces, else nothing."""
+    path = listing.path(0)
+    try:
+        found = read_values(path.read_bytes(), PHOTOGRAPH)
+    except (OSError, BadImageError):  # which is listed where it is packed
+        return ""
+    if found.numbers.dtype == np.uint8 and found.is_colour:
+        return ""
+    return (
+        f"{path} holds {len(found.numbers)} x {found.kind}: such files keep their bytes, as only "
+        "RGB and grey of 8 bits are reduced to --side"
+    )
 
 
 def make_shard(

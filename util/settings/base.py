@@ -6,6 +6,7 @@ a class is the heading of its settings in `--help`. A field is at once a YAML ke
 flag and (for models) the constructor's keyword.
 """
 
+import math
 from typing import Annotated, Literal, TypeVar, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -48,6 +49,32 @@ def setting(default: Value, help: str, *, may_change: bool = False) -> Value:
     change it; all others are compared on resume.
     """
     return Field(default, description=help, json_schema_extra={"may_change": may_change})
+
+
+def word_or_pair(value: tuple[str, ...]) -> str | tuple[float, float]:
+    """What `_interval` has checked, as a word or as two numbers."""
+    return value[0] if len(value) == 1 else (float(value[0]), float(value[1]))
+
+
+def _interval(*words: str, of_width: bool = False) -> AfterValidator:
+    """A validator of one of `words` or two numbers, a lower and a higher one or any one and a
+    width, which come back as Python spells them."""
+
+    def check(value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(value) == 1 and value[0] in words:
+            return value
+        try:
+            first, second = map(float, value)
+        except ValueError:
+            first = second = float("nan")
+        if not (math.isfinite(first) and math.isfinite(second) and second > first * (not of_width)):
+            pair = (
+                "CENTER WIDTH, the width above 0" if of_width else "LOW HIGH, the higher one last"
+            )
+            raise ValueError(f"must be {' or '.join(words)}, or {pair}, got {' '.join(value)}")
+        return str(first), str(second)
+
+    return AfterValidator(check)
 
 
 class Settings(BaseModel):
@@ -184,22 +211,61 @@ class PixelConfig(Settings):
         IMAGENET_STD, "Standard deviation of each channel, by which pixels in [0, 1] are divided."
     )
 
+    pixel_range: Annotated[tuple[Text, ...], _interval("auto", "per_channel")] = setting(
+        ("auto",),
+        "Values that become 0 and 1, those outside being clipped: auto takes the usual ones of 8 "
+        "and 16 bits (0 to 255, 0 to 65535) and refuses others; LOW HIGH are in the files' unit; "
+        "per_channel takes the lowest and highest value of each channel of each image.",
+    )
+    channels: tuple[Count, ...] = setting(
+        (),
+        "Channels of the files that are taken, in this order, counted from 1; without it all are, "
+        "and in_chans 1 and 3 also turn RGB into grey and grey into RGB.",
+    )
+    dicom_window: Annotated[tuple[Text, ...], _interval("file", "full", of_width=True)] = setting(
+        ("file",),
+        "Window of DICOM files that are not in colour: the one that the file names (file), all "
+        "values that its depth allows (full), or CENTER WIDTH in the unit after rescaling. A "
+        "pixel_range that is not auto takes the place of the window.",
+    )
+    dicom_frames: Literal["first", "all"] = setting(
+        "first", "Whether the first frame of a DICOM file in a folder is an image, or each of them."
+    )
+
     def channel_rows(self, in_chans: int) -> list[tuple[object, str]]:
-        """For `where`: whether the data path cannot read `in_chans` channels, or mean or std has
-        another number of values."""
+        """For `where`: whether mean, std or channels has another number of values than
+        `in_chans`."""
+        counts = {"mean": len(self.mean), "std": len(self.std)}
+        if self.channels:
+            counts["channels"] = len(self.channels)
         return [
             (
-                in_chans not in (1, 3),
-                f"in_chans must be 1 or 3, as images are read as grey or RGB, got {in_chans}",
-            ),
+                count != in_chans,
+                f"{name} has {count} values and in_chans is {in_chans}: they must agree",
+            )
+            for name, count in counts.items()
+        ]
+
+
+class ShowConfig(Settings):
+    """Pictures of many channels"""
+
+    show_channels: tuple[Count, ...] = setting(
+        (),
+        "One or three channels that pictures show, counted from 1 among those of in_chans; "
+        "without it the first three, or the first of one or two.",
+        may_change=True,
+    )
+
+    def show_rows(self, in_chans: int) -> list[tuple[object, str]]:
+        """For `where`: whether pictures cannot show the channels."""
+        shown = self.show_channels
+        return [
             (
-                len(self.mean) != in_chans,
-                f"mean has {len(self.mean)} values and in_chans is {in_chans}: they must agree",
-            ),
-            (
-                len(self.std) != in_chans,
-                f"std has {len(self.std)} values and in_chans is {in_chans}: they must agree",
-            ),
+                len(shown) not in (0, 1, 3) or max(shown, default=1) > in_chans,
+                f"show_channels must be one or three numbers up to in_chans {in_chans}, got "
+                f"{' '.join(map(str, shown))}",
+            )
         ]
 
 
@@ -266,7 +332,7 @@ class ModelConfig(Settings):
     patch_size: Count | tuple[Count, Count] | None = setting(
         None, "Side of the patches in pixels, or height and width."
     )
-    in_chans: Count = setting(3, "Number of image channels: 3 reads images as RGB, 1 as grey.")
+    in_chans: Count = setting(3, "Number of image channels: 3 reads photographs as RGB, 1 as grey.")
     embed_dim: Width | None = setting(None, "Width of the encoder.")
     depth: Count | None = setting(None, "Number of encoder blocks.")
     num_heads: Count | None = setting(None, "Number of attention heads of an encoder block.")

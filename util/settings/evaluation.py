@@ -142,6 +142,11 @@ class FinetuneConfig(
         1, "Epochs between two checkpoints; 0 is off.", may_change=True
     )
 
+    @property
+    def needs_8_bits(self) -> bool:
+        """Whether Pillow augments the images, which it does in 8 bits."""
+        return self.auto_augment is not None or self.color_jitter > 0
+
     def problems(self) -> list[str]:
         return super().problems() + where(
             *self.channel_rows(self.in_chans),
@@ -158,7 +163,13 @@ class FinetuneConfig(
                 f"auto_augment must be like rand-m9-mstd0.5-inc1, got {self.auto_augment!r}",
             ),
             (
-                self.data_on_device and (self.auto_augment is not None or self.color_jitter),
+                self.needs_8_bits
+                and (self.in_chans not in (1, 3) or self.pixel_range != ("auto",)),
+                "auto_augment and color_jitter change photographs of 8 bits: leave them out with "
+                "an in_chans other than 1 and 3, and with pixel_range",
+            ),
+            (
+                self.data_on_device and self.needs_8_bits,
                 "data_on_device crops and flips only: leave auto_augment and color_jitter out, or "
                 "data_on_device",
             ),

@@ -16,6 +16,7 @@ from util.settings.base import (
     ParallelConfig,
     Settings,
     Share,
+    ShowConfig,
     TrainRunConfig,
     Width,
     setting,
@@ -56,7 +57,7 @@ class MAEConfig(AutoencoderConfig):
     )
 
 
-class MonitorConfig(Settings):
+class MonitorConfig(ShowConfig):
     """Monitoring"""
 
     monitor_epochs: CountOrZero = setting(
@@ -112,6 +113,7 @@ class PretrainConfig(
     def problems(self) -> list[str]:
         return super().problems() + where(
             *self.channel_rows(self.in_chans),
+            *self.show_rows(self.in_chans),
             (
                 self.batch_size % self.aug_repeats,
                 f"batch_size {self.batch_size} is not a multiple of aug_repeats "

@@ -14,13 +14,14 @@ from util.settings.base import (
     PixelConfig,
     Seed,
     ShareBelowOne,
+    ShowConfig,
     setting,
 )
 from util.settings.evaluation import ClassifierConfig, EvalCropConfig
 from util.settings.pretrain import AutoencoderConfig
 
 
-class PictureConfig(DatasetConfig, DeviceConfig):
+class PictureConfig(DatasetConfig, ShowConfig, DeviceConfig):
     """Pictures"""
 
     num_images: Count = setting(
@@ -53,6 +54,7 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
     def problems(self) -> list[str]:
         return where(
             *self.channel_rows(self.in_chans),
+            *self.show_rows(self.in_chans),
             (self.model_path is None, "model_path is needed: give --model_path PATH"),
             (
                 not (self.img_path or self.data_path or self.dataset == "mnist5k"),
@@ -126,6 +128,7 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     def problems(self) -> list[str]:
         return where(
             *self.channel_rows(self.in_chans),
+            *self.show_rows(self.in_chans),
             (self.finetune is None, "finetune is needed: give --finetune PATH"),
             (
                 not (self.image_path or self.data_path or self.dataset == "mnist5k"),
