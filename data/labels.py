@@ -17,6 +17,7 @@ from torch import Tensor
 from data.images import PixelFormat
 from data.known_sets import read_known_set
 from data.packs.source import PackedSource
+from data.parquet import open_parquet
 from data.sources import ArraySource, FolderSource, ImageSource, check_folder, list_folder
 from util.errors import DataError, InputError
 from util.rng import SUBSET, generator
@@ -175,6 +176,12 @@ def _open_split(
     dataset: str, data_path: str | None, split: str, pixels: PixelFormat, download: bool
 ) -> tuple[LabelledSource, list[str] | None]:
     """The images of a split, and the names of its classes if they are known. Raises: InputError."""
+    if dataset == "parquet":
+        splits = ("train",) if split == "train" else ("val", "test")
+        parquet = open_parquet(data_path, pixels, splits, strict=True)
+        if parquet.label_column is None:
+            raise DataError(f"{parquet.files[0]} has no column of labels (whole numbers)")
+        return parquet, parquet.class_names
     if dataset not in ("folder", "packed"):
         content = read_known_set(dataset, data_path, split == "train", download)
         return ArraySource(f"{dataset} {split}", *content, pixels), None

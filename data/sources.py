@@ -1,4 +1,5 @@
-"""The images behind `dataset:`, without labels: a folder of files, packed shards, or a known set.
+"""The images behind `dataset:`, without labels: a folder of files, packed shards, parquet files, or
+a known set.
 
 Each is an `ImageSource`: decoded uint8 images by index, a name for messages, and a fingerprint by
 which a resumed run notices that its images changed.
@@ -18,6 +19,7 @@ from torch import Tensor
 from data.images import IMAGE_ENDINGS, BadImageError, PixelFormat, decode_image, to_channels
 from data.known_sets import read_known_set
 from data.packs.source import open_pack
+from data.parquet import open_parquet
 from util.errors import DataError, InputError
 
 WALK_THREADS = 16  # they wait for the disk or the network, not for a core
@@ -116,6 +118,8 @@ def build_pretrain_source(
     dataset: str, data_path: str | None, pixels: PixelFormat, download: bool
 ) -> ImageSource:
     """The training images of a data set. Raises: InputError if they are not there."""
+    if dataset == "parquet":
+        return open_parquet(data_path, pixels, ("train",))
     if dataset not in ("folder", "packed"):
         return ArraySource(dataset, *read_known_set(dataset, data_path, True, download), pixels)
     root = check_folder(data_path)
