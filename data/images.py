@@ -31,7 +31,7 @@ if USE_TORCHCODEC := torch.__version__ >= "2.11":  # before that, Pillow decodes
 # name, with the endings of their files' names without the dot, the usual one first. It is an
 # allow-list, as some of Pillow's other formats start programs (PostScript).
 IMAGE_KINDS = {
-    "JPEG": ("jpg", "jpeg", "jpe"),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
     "PNG": ("png",),
     "WEBP": ("webp",),
     "GIF": ("gif",),
