@@ -14,7 +14,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +25,7 @@ from util.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray, Schema
+    from pyarrow.parquet import ParquetFile
 
 # What a process keeps: at most so many row groups (twice as many as are mixed at a time) and bytes.
 RECENT, RECENT_BYTES = 128, 2**30
@@ -175,13 +177,18 @@ def open_parquet(
     return ParquetSource(of_splits[chosen], pixels)
 
 
-def _open(path: Path) -> Any:
-    """The file by pyarrow, mapped into memory. Raises: InputError without pyarrow."""
+def import_parquet() -> ModuleType:
+    """pyarrow's module of parquet files. Raises: InputError if it is not installed."""
     try:
-        from pyarrow.parquet import ParquetFile
+        import pyarrow.parquet
     except ImportError as error:
         raise InputError("parquet files need pyarrow: pip install -e .[parquet]") from error
-    return ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    return pyarrow.parquet
+
+
+def _open(path: Path) -> "ParquetFile":
+    """The file, mapped into memory."""
+    return import_parquet().ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
 def _columns(path: Path, schema: "Schema") -> tuple[str, str | None, list[str] | None]:

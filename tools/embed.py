@@ -16,12 +16,12 @@ import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.parquet import import_parquet
 from engine.evaluation.apply import Answers, Parts, apply_model
 from models.vit import VisionTransformer
 from util.errors import InputError, run_cli
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     assert cfg.output_file is not None, "the config checks that there is one"
     write = WRITERS[Path(cfg.output_file).suffix]
     if write is write_parquet:
-        import_pyarrow()
+        import_parquet()  # says what is missing before any compute
     return apply_model(cfg, False, reader, write)
 
 
@@ -120,7 +120,9 @@ def write_npz(parts: Parts, path: Path) -> None:
 def write_parquet(parts: Parts, path: Path) -> None:
     """A row for each image: its name, and each feature as a list; several patches one after the
     other."""
-    pyarrow, ParquetWriter = import_pyarrow()
+    parquet = import_parquet()
+    import pyarrow
+
     names, arrays, writer, start = parts.names(), list(parts.shapes()), None, 0
     for of_arrays in zip(*map(parts.chunks, arrays), strict=True):
         end = start + len(of_arrays[0])
@@ -132,21 +134,11 @@ def write_parquet(parts: Parts, path: Path) -> None:
         }
         table = pyarrow.table({NAMES: names[start:end], **columns})
         table = table.replace_schema_metadata({"origin": parts.identity})
-        writer = writer or ParquetWriter(path, table.schema)
+        writer = writer or parquet.ParquetWriter(path, table.schema)
         writer.write_table(table)
         start = end
     if writer is not None:
         writer.close()
-
-
-def import_pyarrow() -> tuple[Any, Any]:
-    """pyarrow, and its writer of files. Raises: InputError if it is not installed."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetWriter
-    except ImportError as error:
-        raise InputError("parquet files need pyarrow: pip install -e .[parquet]") from error
-    return pyarrow, ParquetWriter
 
 
 WRITERS = {".safetensors": write_safetensors, ".npz": write_npz, ".parquet": write_parquet}

@@ -116,7 +116,7 @@ def apply_model(
             raise InputError(
                 f"output_file {output} is there already: remove it, or give another name"
             )
-        from_main(partial(check_writable, "output_file", folder))
+        from_main(partial(check_writable, "output_file", output.parent))
         model, info = from_main(partial(load_model, cfg, uses_head))
         cfg = with_weights(cfg, info)
         in_chans = info.spec.in_chans
@@ -130,7 +130,11 @@ def apply_model(
             for start in range(0, len(source), size)
             for end in [min(start + size, len(source))]
         ]
-        compute_parts(cfg, parts, source, in_chans, answer, identity, processes)
+        from_main(partial(check_writable, "output_file", folder))
+        # those that are missing are shared anew, so that no process waits long for another
+        missing = from_main(lambda: [part for part in parts if read_identity(part[0]) != identity])
+        share = missing[processes.rank :: processes.world_size]
+        compute_parts(cfg, share, source, in_chans, answer, identity, processes)
         all_gather(None)
         if not processes.is_main:
             return {"exit_code": 0}
@@ -227,17 +231,15 @@ def compute_parts(
     identity: str,
     processes: Processes,
 ) -> None:
-    """Writes those of this process's share of the parts that are not there yet.
+    """Writes this process's share of the parts.
 
     Raises: InputError if an answer is not finite.
     """
     assert cfg.img_size is not None, "the weights have one"
-    share = parts[processes.rank :: processes.world_size]
-    ends = {images.stop: path for path, images in share if read_identity(path) != identity}
+    ends = {images.stop: path for path, images in parts}
     batches = [
         images[at : at + cfg.batch_size]
-        for _, images in share
-        if images.stop in ends
+        for _, images in parts
         for at in range(0, len(images), cfg.batch_size)
     ]
     if not batches:

@@ -240,7 +240,7 @@ def test_features_of_cifar10_are_those_of_knn_bit_for_bit(tmp_path, cifar10_jpeg
 def test_what_cannot_be_is_refused_before_any_compute(tmp_path, data, weights, more, named):
     with pytest.raises(InputError, match=named):
         embedded(weights, data, tmp_path / "a.npz", *more)
-    assert not list(tmp_path.glob("a.npz"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_token_that_is_not_there_and_a_file_that_is(tmp_path, data, tokenless):
