@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from data.images import BadImageError, PixelFormat, decode_image
+from data.sources import ImageSource, say_once
 from util.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
 # What a process keeps: at most so many row groups (twice as many as are mixed at a time) and bytes.
 RECENT, RECENT_BYTES = 128, 2**30
 SPLIT = re.compile(r"(train|val|test)(ing|id|idation)?(?![a-z])", re.IGNORECASE)
+PROMISED = re.compile(r"-\d+-of-0*(\d+)")  # how many files there are, in a file's name
 # What pyarrow raises on damaged files
 READING_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError)
 logger = logging.getLogger(__name__)
 
 
-class ParquetSource:
-    """The images in parquet files, one file after the other: an `ImageSource` with labels `(n,)`
-    int64, -1 for images without one.
+class ParquetSource(ImageSource):
+    """The images in parquet files, one file after the other, with labels `(n,)` int64, -1 for
+    images without one.
 
     class_names: in the order of the labels, None if they are not known.
     label_column: None if there is none.
@@ -105,9 +107,6 @@ class ParquetSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read_ahead(self) -> None:
-        return
-
     def read(self, index: int) -> Tensor:
         return decode_image(self.read_bytes(index), self.pixels)
 
@@ -160,21 +159,29 @@ def open_parquet(
     Raises: InputError if there is no such file, or one is damaged.
     """
     root = Path(data_path or "")
-    files = sorted(root.rglob("*.parquet")) if root.is_dir() else [root]
-    of_splits: dict[str | None, list[Path]] = {None: []}
-    for path in files:
-        parts = path.relative_to(root).parts or (root.name,)
-        if not any(part.startswith(".") for part in parts):
-            found = (SPLIT.match(part) for part in reversed(parts))
-            name = next((match[1].lower() for match in found if match), None)
-            of_splits.setdefault(name, []).append(path)
-            of_splits[None] += [path] if name is not None else []
-    chosen = next((split for split in splits if split in of_splits), None)
-    if not of_splits[None] or (strict and chosen is None):
+    base = root if root.is_dir() else root.parent
+    found = sorted(root.rglob("*.parquet")) if root.is_dir() else [root]
+    files = {path: path.relative_to(base).parts for path in found}
+    files = {path: parts for path, parts in files.items() if not any(p[0] == "." for p in parts)}
+    chosen = [] if strict else list(files)
+    for split in reversed(splits):
+        chosen = [path for path, parts in files.items() if _split_of(parts) == split] or chosen
+    if not chosen:
         wanted = f" whose name, or folder's, begins with {' or '.join(splits)}" if strict else ""
         raise DataError(f"data_path {root} holds no .parquet file{wanted}")
-    logger.info("%s: %d of %d parquet files", root, len(of_splits[chosen]), len(of_splits[None]))
-    return ParquetSource(of_splits[chosen], pixels)
+    say_once(f"{root}: {len(chosen)} of {len(files)} parquet files")
+    promised = {match[1] for path in chosen if (match := PROMISED.search(path.name))}
+    if len(promised) == 1 and int(*promised) != len(chosen):
+        logger.warning(
+            "%s: its name promises %s files, there are %d", chosen[0], *promised, len(chosen)
+        )
+    return ParquetSource(chosen, pixels)
+
+
+def _split_of(parts: tuple[str, ...]) -> str | None:
+    """The split that the last of these names says which says one."""
+    found = (SPLIT.match(part) for part in reversed(parts))
+    return next((match[1].lower() for match in found if match), None)
 
 
 def import_parquet() -> ModuleType:

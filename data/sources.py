@@ -21,7 +21,6 @@ from torch import Tensor
 from data.images import IMAGE_ENDINGS, BadImageError, PixelFormat, decode_image, to_channels
 from data.known_sets import read_known_set
 from data.packs.source import open_pack
-from data.parquet import open_parquet
 from util.errors import DataError, InputError
 
 SHOWN = 5  # names in a message
@@ -129,6 +128,8 @@ def build_pretrain_source(
 ) -> ImageSource:
     """The training images of a data set. Raises: InputError if they are not there."""
     if dataset == "parquet":
+        from data.parquet import open_parquet  # here, as it imports this file
+
         return open_parquet(data_path, pixels, ("train",))
     if dataset not in ("folder", "packed"):
         return ArraySource(dataset, *read_known_set(dataset, data_path, True, download), pixels)

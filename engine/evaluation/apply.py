@@ -41,7 +41,7 @@ from models.weights.adapt import load_into_classifier
 from models.weights.info import WeightsInfo, complete, require_known
 from models.weights.read import read_weights
 from util.dist import Processes, all_gather, from_main, init_processes
-from util.errors import InputError, where
+from util.errors import InputError, LocalInputError, where
 from util.files import write_output
 from util.settings.base import DataConfig
 from util.settings.tools import ApplyConfig
@@ -176,9 +176,8 @@ def load_model(cfg: ApplyConfig, uses_head: bool) -> tuple[VisionTransformer, We
             "model.safetensors or best.safetensors of its run"
         )
     spec = encoder_spec(info.spec, "avg") if isinstance(info.spec, MAESpec) else info.spec
-    num_classes = spec.num_classes if uses_head else 0
-    size = cfg.img_size or spec.img_size
-    model = build_model(replace(spec, num_classes=num_classes, img_size=size, drop_path_rate=0.0))
+    spec = replace(spec, img_size=cfg.img_size or spec.img_size, drop_path_rate=0.0)
+    model = build_model(spec if uses_head else replace(spec, num_classes=0))
     load_into_classifier(model, tensors, info, cfg.finetune, uses_head)
     return model, info
 
@@ -195,6 +194,10 @@ def with_weights(cfg: CfgT, info: WeightsInfo) -> CfgT:
             and (name not in cfg.model_fields_set or getattr(cfg, name) is None)
         }
     )
+    if info.mean is None and "mean" not in cfg.model_fields_set:
+        logger.warning(
+            "the weights do not say mean and std: %s and %s are taken", cfg.mean, cfg.std
+        )
     if problems := where(*cfg.channel_rows(info.spec.in_chans)):
         raise InputError("; ".join(problems))
     return cfg
@@ -233,7 +236,7 @@ def compute_parts(
 ) -> None:
     """Writes this process's share of the parts.
 
-    Raises: InputError if an answer is not finite.
+    Raises: LocalInputError if an answer is not finite.
     """
     assert cfg.img_size is not None, "the weights have one"
     ends = {images.stop: path for path, images in parts}
@@ -261,7 +264,7 @@ def compute_parts(
                 name: values.float().cpu()[readable] for name, values in call(batch.images).items()
             }
             if not all(values.isfinite().all() for values in found.values()):
-                raise InputError(
+                raise LocalInputError(
                     "the model's answers are not finite: the weights are broken, or precision fp32 "
                     "is needed"
                 )

@@ -91,6 +91,16 @@ def test_row_groups_are_decoded_once_and_the_last_ones_kept(tables, monkeypatch)
     assert source.rows.cache_info() == (3, 4, 2, 2)  # hits, misses, at most and now kept
 
 
+def test_a_file_that_its_neighbours_promise_is_missed(tmp_path, tables, caplog):
+    root = shutil.copytree(tables, tmp_path / "own")
+    (root / "data/train-00001-of-00003.parquet").unlink()
+    assert len(open_parquet(root, PixelFormat(1), ("train",))) == 80
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        line == f"{root}/data/train-00000-of-00003.parquet: its name promises 3 files, there are 2"
+    )
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_processes_that_are_forked_or_spawned_read_the_same(tables, context):
     source = open_parquet(tables, PixelFormat(1), ("train",))
