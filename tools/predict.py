@@ -33,14 +33,12 @@ from util.settings.tools import PredictConfig
 class Head(NamedTuple):
     """What a classifier's outputs mean.
 
-    objective: multiclass, multilabel or regression. names: of the outputs.
-    mean, std: of the targets of a regression, whose outputs are normalised.
+    objective: multiclass, multilabel, or regression, whose outputs are in the data's unit.
+    names: of the outputs.
     """
 
     objective: str
     names: list[str]
-    mean: list[float]
-    std: list[float]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
@@ -72,10 +70,8 @@ def read_head(weights: str, num_outputs: int) -> Head:
     head = Head(
         header.get("objective") or "multiclass",
         [printable(str(name)) for name in header.get("class_names") or numbers],
-        header.get("target_mean") or [0.0] * num_outputs,
-        header.get("target_std") or [1.0] * num_outputs,
     )
-    if not len(head.names) == len(head.mean) == len(head.std) == num_outputs:
+    if len(head.names) != num_outputs:
         raise InputError(
             f"finetune {weights} has {num_outputs} outputs, and its header says {head}"
         )
@@ -105,13 +101,11 @@ def columns(cfg: PredictConfig, head: Head) -> list[str]:
 
 def described(cfg: PredictConfig, head: Head, logits: np.ndarray) -> Iterator[list[str]]:
     """The columns of each row of logits `(n, classes)`."""
-    outputs = torch.from_numpy(logits).double()
     if head.objective == "regression":
-        mean, std = (torch.tensor(of, dtype=torch.float64) for of in (head.mean, head.std))
-        targets = outputs * std + mean
-        for row in targets.tolist():
+        for row in logits.tolist():
             yield [f"{value:.7g}" for value in row]
         return
+    outputs = torch.from_numpy(logits).double()
     several = head.objective == "multilabel"
     shares = outputs.sigmoid() if several else outputs.softmax(dim=1)
     best = outputs.topk(min(cfg.topk or 1, len(head.names)), dim=1).indices.tolist()
