@@ -6,6 +6,8 @@ have the same classes, none of them empty: a wrong layout would only show as a b
 
 import logging
 import os
+import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +19,7 @@ from torch import Tensor
 from data.images import PixelFormat
 from data.known_sets import read_known_set
 from data.packs.source import PackedSource
+from data.parquet import open_parquet
 from data.sources import (
     ArraySource,
     FolderSource,
@@ -155,9 +158,28 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 def class_folders(split: Path) -> list[str]:
     """The class names of a split, in the order of their labels.
 
-    Raises: InputError if it cannot be listed.
+    Raises: InputError if it cannot be listed, or if two of them are one folder, by a link, or have
+        names that look the same.
     """
-    return sorted(list_folder(split, "")[1])
+    names = sorted(list_folder(split, "")[1])
+    alike: dict[object, list[str]] = defaultdict(list)
+    for name in names:
+        status = (split / name).stat()
+        alike[status.st_dev, status.st_ino].append(name)
+        alike[_normal(name)].append(name)
+    for key, of_one in alike.items():
+        if len(of_one) > 1:
+            same = (
+                "differ in Unicode normal form only" if isinstance(key, str) else "are one folder"
+            )
+            raise DataError(
+                f"the class folders {ascii(of_one)} in {split} {same}: keep one of them"
+            )
+    return names
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def folder_labels(names: np.ndarray, class_names: list[str]) -> np.ndarray:
@@ -171,6 +193,12 @@ def folder_labels(names: np.ndarray, class_names: list[str]) -> np.ndarray:
 def check_same_classes(root: Path, names: dict[str, list[str]]) -> None:
     """Raises: DataError if the splits' class names differ."""
     train, val = set(names["train"]), set(names["val"])
+    if train != val and {*map(_normal, train)} == {*map(_normal, val)}:
+        raise DataError(
+            f"train/ and val/ in {root} must have the same classes: the names of "
+            f"{ascii(sorted(train - val)[:SHOWN])} differ in their Unicode normal form only, as "
+            "after copying from macOS: rename those in one of them"
+        )
     if train != val:
         raise DataError(
             f"train/ and val/ in {root} must have the same classes: only in train/ are "
@@ -182,6 +210,12 @@ def _open_split(
     dataset: str, data_path: str | None, split: str, pixels: PixelFormat, download: bool
 ) -> tuple[LabelledSource, list[str] | None]:
     """The images of a split, and the names of its classes if they are known. Raises: InputError."""
+    if dataset == "parquet":
+        splits = ("train",) if split == "train" else ("val", "test")
+        parquet = open_parquet(data_path, pixels, splits, strict=True)
+        if parquet.label_column is None:
+            raise DataError(f"{parquet.files[0]} has no column of labels (whole numbers)")
+        return check_format(parquet), parquet.class_names
     if dataset not in ("folder", "packed"):
         content = read_known_set(dataset, data_path, split == "train", download)
         return check_format(ArraySource(f"{dataset} {split}", *content, pixels)), None

@@ -1,13 +1,16 @@
-"""The images behind `dataset:`, without labels: a folder of files, packed shards, or a known set.
+"""The images behind `dataset:`, without labels: a folder of files, packed shards, parquet files, or
+a known set.
 
 Each is an `ImageSource`: decoded uint8 images by index, a name for messages, and a fingerprint by
 which a resumed run notices that its images changed.
 """
 
 import hashlib
+import logging
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -22,9 +25,12 @@ from data.pixels import FormatError, to_pixels
 from util.errors import DataError, InputError
 
 SourceT = TypeVar("SourceT", bound="ImageSource")
+SHOWN = 5  # names in a message
 WALK_THREADS = 16  # they wait for the disk or the network, not for a core
 # Folders that systems leave beside images, with previews and remains in them.
 PASSED_OVER = ("@eaDir", "__MACOSX", "lost+found")
+SPLIT_FOLDERS = ("train", "val", "validation", "test")
+logger = logging.getLogger(__name__)
 
 
 class ImageSource(Protocol):
@@ -67,6 +73,11 @@ class FolderSource(ImageSource):
         root = Path(data_path)
         self.root = root / "train" if prefer_train and (root / "train").is_dir() else root
         self.pixels = pixels
+        if self.root != root and (others := set(list_folder(root, "")[1]) - {*SPLIT_FOLDERS}):
+            shown = ", ".join(sorted(others)[:SHOWN])
+            say_once(
+                f"{root}: only train/ is read, and none of {len(others)} other folders: {shown}"
+            )
         names = image_names(self.root)
         if not names:
             raise DataError(
@@ -134,6 +145,10 @@ def build_pretrain_source(
 ) -> ImageSource:
     """The training images of a data set. Raises: InputError if they are not there, or the first of
     them does not fit the settings."""
+    if dataset == "parquet":
+        from data.parquet import open_parquet  # here, as it imports this file
+
+        return check_format(open_parquet(data_path, pixels, ("train",)))
     if dataset not in ("folder", "packed"):
         known = read_known_set(dataset, data_path, True, download)
         return check_format(ArraySource(dataset, *known, pixels))
@@ -164,27 +179,33 @@ def value_bytes(source: ImageSource) -> int:
 
 
 def image_names(root: Path) -> list[str]:
-    """Paths of the images below `root`, sorted. Links are followed, each folder once: under the
-    name with the fewest parts, of these the first.
+    """Paths of the images below `root`, sorted; a line in the log counts what is passed over. Links
+    are followed, each folder once: under the name with the fewest parts, of these the first.
 
     Raises: InputError if a folder cannot be listed.
     """
     found: dict[tuple[int, int], list[str]] = {}  # images by device and inode of their folder
     level = [""]  # folders of one depth
+    passed_over: Counter[str] = Counter()
     with ThreadPoolExecutor(WALK_THREADS) as pool:
         while level:
             subfolders: list[str] = []
-            for identity, folders, images in pool.map(partial(list_folder, root), level):
+            for identity, folders, images, others in pool.map(partial(list_folder, root), level):
                 if identity not in found:
                     found[identity] = images
                     subfolders += folders
+                    passed_over.update(others)
             level = sorted(subfolders)
+    if counts := ", ".join(f"{count} {kind}" for kind, count in passed_over.items() if count):
+        say_once(f"{root}: passed over {counts}")
     return sorted(name for images in found.values() for name in images)
 
 
-def list_folder(root: Path, path: str) -> tuple[tuple[int, int], list[str], list[str]]:
-    """A folder's device and inode, and the paths below the root of its subfolders and images.
-    Hidden files and folders are left out, and those in PASSED_OVER.
+def list_folder(
+    root: Path, path: str
+) -> tuple[tuple[int, int], list[str], list[str], dict[str, int]]:
+    """A folder's device and inode, the paths below the root of its subfolders and images, and how
+    many it has of what is left out: hidden files and folders, those in PASSED_OVER, other files.
 
     Raises: InputError if it cannot be listed.
     """
@@ -199,11 +220,19 @@ def list_folder(root: Path, path: str) -> tuple[tuple[int, int], list[str], list
         [f"{start}{name}" for name in of_kind if name[0] != "." and name not in PASSED_OVER]
         for of_kind in names
     )
-    return (
-        (status.st_dev, status.st_ino),
-        folders,
-        [name for name in files if name.lower().endswith(IMAGE_ENDINGS)],
-    )
+    images = [name for name in files if name.lower().endswith(IMAGE_ENDINGS)]
+    left_out = {
+        "hidden files": len(names[1]) - len(files),
+        "files that are no images": len(files) - len(images),
+        "folders": len(names[0]) - len(folders),
+    }
+    return (status.st_dev, status.st_ino), folders, images, left_out
+
+
+@cache
+def say_once(line: str) -> None:
+    """Logs a line about a data set, which a stage may open several times."""
+    logger.info("%s", line)
 
 
 def _raise(error: OSError) -> None:

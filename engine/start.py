@@ -78,7 +78,7 @@ def with_paths(cfg: SettingsT) -> SettingsT:
     Raises: InputError.
     """
     values = {} if "RANK" in os.environ else dict(cfg)
-    if values.get("load_path") or values.get("dataset") not in ("folder", "packed"):
+    if values.get("load_path") or values.get("dataset") not in ("folder", "packed", "parquet"):
         values["data_path"] = None
     for name in ("finetune", "load_path", "data_path"):
         path = values.get(name)

@@ -89,6 +89,13 @@ class VisionTransformer(Encoder):
             x = block(x, maps=maps)
             yield maps.pop()
 
+    def iterate_tokens(self, images: Tensor) -> Iterator[Tensor]:
+        """The tokens `(B, T, D)` after each block, before any norm."""
+        x = self._embed(images)
+        for block in self.blocks:
+            x = block(x)
+            yield x
+
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """The attention weights of all blocks, `(B, heads, T, T)` each."""
         return self.forward_with_attention(images)[1]

@@ -14,7 +14,6 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-import torch
 from conftest import ROOT
 from runs import make_pictures, results_of, run
 from test_datasets import cifar_rows, publish, server  # noqa: F401  (a fixture)
@@ -33,6 +32,7 @@ SMALL_PICTURES = shlex.split("--size debug --device cpu")
 SMALLER = {  # by the first pattern that is found in the script's name
     r"run_mae_vis|draw_overview": [*SMALL_PICTURES, *DECODER],
     r"vit_explain": SMALL_PICTURES,
+    r"embed|predict": ["--device", "cpu", "--num_workers", "0"],
     # The width of a large recipe's decoder stays, as its weights are not read again.
     r"_pretrain\.": [*SMALL, *ONE_STEP, "--decoder_depth", "1"],
     r"_(finetune|lincls)\.": [*SMALL, *ONE_STEP],
@@ -185,6 +185,8 @@ LEAVES = {
     r"pretrain\.": "**/model.safetensors",
     r"pack_dataset": "**/index.json",
     r"convert_checkpoint": "path/converted",
+    r"embed": "output/features.npz",
+    r"predict": "output/predictions.csv",
     r"plot_run": "**/report.html",
     r"": "output/**/*.png",
 }
@@ -271,15 +273,25 @@ def test_no_command_is_forgotten():
     assert all([*(ROOT / "tests").rglob(f"test_{name}.py")] for name in ELSEWHERE)
 
 
+PYTHON = {"features": (8, 128), "probabilities": (8, 3), "painted": (8, 1, 28, 28)}
+
+
 @pytest.mark.long
-def test_the_lines_of_python(images, clone, monkeypatch):
-    (block,) = [block for readme in READMES for block in fenced(readme, "python")]
-    (weights,) = re.findall(r'weights="([^"]+)"', block)
-    folder = trained("pretrain", "cfgs/quickstart/pretrain.yaml", images, clone)
-    put(folder / "model.safetensors", clone / weights)
-    found: dict[str, torch.Tensor] = {}
-    exec(compile(block, "README.md", "exec"), found)  # noqa: S102
-    assert found["features"].shape == (8, 128)
+@pytest.mark.parametrize("result", PYTHON)
+def test_the_lines_of_python(result, images, clone, tmp_path_factory):
+    """In a process of its own that knows no more than the project's path, from another folder."""
+    blocks = [block for readme in READMES for block in fenced(readme, "python")]
+    assert len(blocks) == len(PYTHON)
+    (block,) = [block for block in blocks if result in block]
+    assert len(block.splitlines()) <= 5
+    (stage,) = re.findall(r'weights="(\w+)/model.safetensors"', block)
+    folder = trained(stage, f"cfgs/quickstart/{stage}.yaml", images, clone)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    put(folder / "model.safetensors", elsewhere / stage / "model.safetensors")
+    lines = [block.replace("/path/to/mae", str(ROOT)), f"print(tuple({result}.shape))"]
+    found = run([sys.executable, "-c", "\n".join(lines)], cwd=elsewhere, PYTHONPATH="")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == str(PYTHON[result])
 
 
 def test_the_readmes_name_only_what_is_there():

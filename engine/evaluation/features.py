@@ -4,7 +4,7 @@ An evaluation leaves no image out: each process takes its share, and all of them
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from engine.run.interrupts import Stopped, received
 from models.vit import VisionTransformer
 from util.dist import all_gather, autocast_dtype, gather_rows
 from util.errors import DataError, InputError
+from util.settings.base import PixelConfig
 from util.settings.evaluation import KnnConfig
+
+Answer = TypeVar("Answer")
 
 
 class Features(NamedTuple):
@@ -33,6 +36,21 @@ class Features(NamedTuple):
     train_labels: Tensor
     val: Tensor
     val_labels: Tensor
+
+
+def on_pixels(
+    model: Callable[[Tensor], Answer], cfg: PixelConfig, precision: str, device: torch.device
+) -> Callable[[Tensor], Answer]:
+    """A function of a loader's images `(B, C, H, W)`: `model` on them, normalised, in the
+    precision of a `precision:` setting."""
+    normalize = PixelNormalizer(cfg.mean, cfg.std, device)
+    dtype = autocast_dtype(precision, device)
+
+    def call(images: Tensor) -> Answer:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            return model(normalize(images))
+
+    return call
 
 
 @torch.no_grad()
@@ -55,8 +73,7 @@ def answers(
     Raises: DataError at the end on all processes if one met a file that cannot be decoded,
         Stopped if one got a signal; that process's batches end there.
     """
-    normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
-    dtype = autocast_dtype(cfg.precision, run.device)
+    call = on_pixels(model, cfg, cfg.precision, run.device)
     bad: list[BadSample] = []
     for batch in eval_batches(cfg, run, source, crop_pct):
         bad += batch.bad
@@ -65,9 +82,7 @@ def answers(
         images, rows = batch.images, len(batch.images)
         if cfg.compile and rows < cfg.batch_size:  # another shape would be compiled anew
             images = F.pad(images, (0,) * 7 + (cfg.batch_size - rows,))  # keeps the strides
-        with torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None):
-            answer = model(normalize(images))[..., :rows, :]
-        yield batch.targets.to(run.device), answer
+        yield batch.targets.to(run.device), call(images)[..., :rows, :]
     ends = all_gather((bad, received()))
     for samples, _ in ends:
         for path, reason in samples:

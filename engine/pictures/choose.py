@@ -13,8 +13,11 @@ from torch import Tensor
 from data.images import BadImageError, PixelFormat, decode_image
 from data.labels import build_labelled_data
 from data.packs.source import open_pack
+from data.parquet import open_parquet
 from data.sources import FolderSource, ImageSource, check_folder
 from util.errors import InputError
+
+LONGEST_NAME = 180  # bytes of a picture's name; file systems take 255 with all that is added
 
 
 def open_images(
@@ -60,6 +63,8 @@ def validation_source(dataset: str, data_path: str | None, pixels: PixelFormat) 
 
     Raises: InputError if they are not there.
     """
+    if dataset == "parquet":
+        return open_parquet(data_path, pixels, ("val", "test", "train"))
     if dataset not in ("folder", "packed"):
         return build_labelled_data(dataset, data_path, pixels, False, None).val
     root = check_folder(data_path)
@@ -81,8 +86,10 @@ def find_images(paths: Sequence[str], num_images: int) -> dict[str, Path]:
             files += [Path(source.name(index)) for index in spread(len(source), num_images)]
         else:
             files.append(Path(path))
-    # A file's name may not be Unicode.
-    names = [file.stem.encode(errors="replace").decode() for file in files]
+    # A file's name may not be Unicode, and too long for what is added to it.
+    names = [
+        file.stem.encode(errors="replace")[:LONGEST_NAME].decode(errors="ignore") for file in files
+    ]
     if len(set(names)) < len(names):
         names = [f"{place}_{name}" for place, name in enumerate(names)]
     return dict(zip(names, files, strict=True))

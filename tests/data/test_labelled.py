@@ -120,6 +120,31 @@ def test_wrong_layouts_are_refused(tmp_path, layout):
     assert "\n" not in str(error.value)
 
 
+E_ACUTE = ("\u00e9", "e\u0301")  # the same letter in one character and in two
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (
+            [*(f"{s}/{n}/1.jpg" for s in ("train", "val") for n in E_ACUTE)],
+            "in {root}/train differ",
+        ),
+        ([f"train/{E_ACUTE[0]}/1.jpg", f"val/{E_ACUTE[1]}/1.jpg"], "form only"),
+        (BOTH, "the class folders ['a', 'link'] in {root}/train are one folder"),
+    ],
+)
+def test_names_that_look_the_same_and_links_are_said_as_that(tmp_path, names, named):
+    touch(tmp_path, *names)
+    if names == BOTH:
+        (tmp_path / "train/link").symlink_to(tmp_path / "train/a")
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    assert named.format(root=tmp_path) in str(error.value)
+    if names != BOTH:
+        assert "\\xe9" in str(error.value)  # so that the difference can be seen
+
+
 @pytest.mark.parametrize("given", [1, 3, 1000])
 def test_a_number_of_classes_that_the_data_does_not_have_is_refused(tmp_path, given):
     touch(tmp_path, *BOTH)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.images import IMAGE_ENDINGS
-from data.sources import image_names
+from data.images import IMAGE_ENDINGS, PixelFormat
+from data.sources import FolderSource, image_names
 from util.errors import InputError
 
 
@@ -54,11 +54,31 @@ def test_images_are_found_at_any_depth_and_hidden_ones_are_not(tmp_path_factory,
         (["cat/1.jpg", "cat/.2.jpg", "cat/._1.jpg", ".git/3.jpg", "dog/x.db"], ["cat/1.jpg"]),
         (["labels.csv", "1.jpg.part", "jpg", "2.mp4", "9.pgm"], ["9.pgm"]),
         (["a/@eaDir/1.jpg", "__MACOSX/b/2.jpg", "lost+found/3.jpg", "4.jpg"], ["4.jpg"]),
+        ([".thumbnails/1.jpg", "a/.thumbnails/2.jpg", "3.jfif", "4.JFIF"], ["3.jfif", "4.JFIF"]),
     ],
 )
 def test_what_counts_as_an_image(tmp_path, names, found):
     touch(tmp_path, *names)
     assert image_names(tmp_path) == sorted(found or names)
+
+
+def test_what_is_passed_over_is_counted_in_one_line(tmp_path, caplog):
+    caplog.set_level("INFO")
+    touch(tmp_path, "train/1.jpg", "train/.2.jpg", "train/a/.git/3.jpg", "train/a/@eaDir/4.jpg")
+    touch(tmp_path, "train/a/notes.txt", "train/a/._5.jpg", "train/a/6.jpg", "train/b.txt")
+    touch(tmp_path, "train/c.mp4", "val/7.jpg", ".cache/8.jpg")
+    assert len(FolderSource(tmp_path, PixelFormat(3))) == 2
+    counts = "2 hidden files, 3 files that are no images, 2 folders"
+    assert caplog.messages == [f"{tmp_path}/train: passed over {counts}"]
+    FolderSource(tmp_path, PixelFormat(3))  # a stage opens it again
+    assert len(caplog.messages) == 1
+    touch(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    assert len(FolderSource(tmp_path, PixelFormat(3))) == 2
+    assert caplog.messages[1:] == [
+        f"{tmp_path}: only train/ is read, and none of 2 other folders: cat, dog"
+    ]
+    image_names(tmp_path / "dog")  # there is nothing to say
+    assert len(caplog.messages) == 2
 
 
 def test_a_root_may_be_hidden_or_a_link(tmp_path):

@@ -420,3 +420,11 @@ def test_the_command_needs_no_display_and_says_one_line(weights, photo, tmp_path
     done = run(command(*words, script="tools/vit_explain.py"), cwd=tmp_path, DISPLAY="")
     assert done.returncode == status and "Traceback" not in done.stderr
     assert (done.stdout == "") == done.stderr.splitlines()[-1].startswith("error: layer_index")
+
+
+def test_names_as_long_as_the_system_takes(weights, photo, tmp_path):
+    long = tmp_path / f"{'a' * 246}.png"
+    long.write_bytes(photo.read_bytes())
+    model = next(iter(weights.values()))
+    explain(model, long, tmp_path / "out", "--layer_index", 0)
+    assert len(written(tmp_path / "out")) == 4

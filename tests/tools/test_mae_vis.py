@@ -225,3 +225,14 @@ def test_the_command_says_one_line_and_needs_no_display(tmp_path):
     result = run(command(*QUICKSTART, *more, script="tools/run_mae_vis.py"), DISPLAY="")
     assert result.returncode == 2 and not result.stdout and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: img_path nowhere.png")
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00fc"])
+def test_names_as_long_as_the_system_takes(weights, tmp_path, letter):
+    """Two that begin alike keep pictures of their own."""
+    stem = letter * (248 // len(letter.encode()))
+    for number in (1, 2):
+        noise(tmp_path / "in" / f"{stem}{number}.png", number)
+    more = ["--mask_ratio", 0.25, 0.123456, "--seed", 2**31 - 1, 0]
+    found = draw(weights, tmp_path / "out", "--img_path", tmp_path / "in", *more)
+    assert len(found["psnr"]) == 8 and len(list((tmp_path / "out").glob("*.png"))) == 8 * 4 + 1

@@ -16,8 +16,10 @@ from tools import (
     check_dataset,
     convert_checkpoint,
     draw_overview,
+    embed,
     pack_dataset,
     plot_run,
+    predict,
     results_table,
     run_mae_vis,
     vit_explain,
@@ -33,6 +35,8 @@ MAINS = {
     "mae_vis": run_mae_vis.main,
     "overview": draw_overview.main,
     "explain": vit_explain.main,
+    "embed": embed.main,
+    "predict": predict.main,
 }
 NEEDED = {  # what makes each command legal
     "lincls": "--finetune random",
@@ -40,6 +44,8 @@ NEEDED = {  # what makes each command legal
     "mae_vis": "--model_path w",
     "overview": "--model_path w",
     "explain": "--finetune random",
+    "embed": "--finetune w --output_file o.npz",
+    "predict": "--finetune w --output_file o.csv",
 }
 HUGE = "1" + "0" * 400
 MATRIX = [
@@ -92,6 +98,9 @@ MATRIX = [
     ("finetune", "--global_pool cls", "global_pool"),
     ("lincls", "--optimizer adam", "optimizer"),
     ("explain", "--reader cls", "reader"),
+    ("embed", "--layer x", "layer"),
+    ("embed", "--pool cls", "pool"),
+    ("predict", "--threshold 1.5", "threshold"),
     # legal alone and wrong together
     ("pretrain", "--dataset folder", "data_path"),
     ("pretrain", "--dataset cifar10", "data_path"),
@@ -130,6 +139,11 @@ MATRIX = [
     ("overview", "--img_path a b", "img_path"),
     ("explain", "--finetune null", "finetune"),
     ("explain", "--dataset folder", "image_path"),
+    ("embed", "--output_file o.txt", "output_file"),
+    ("embed", "--finetune null", "finetune"),
+    ("predict", "--output_file null", "output_file"),
+    ("predict", "--dataset folder", "data_path"),
+    ("predict", "--dataset parquet", "data_path"),
     # several at once
     ("lincls", "--lr -1 --epochs 0 --device q", "lr epochs device"),
     (
@@ -222,6 +236,10 @@ PATHS = [  # every argument that is a path
     ("explain", "--finetune WEIGHTS --image_path BAD"),
     ("explain", "--finetune WEIGHTS --data_path BAD"),
     ("explain", "--finetune WEIGHTS --image_path PICTURE --save_path BAD"),
+    *((tool, "--data_path DATA --finetune BAD") for tool in ("embed", "predict")),
+    *((tool, "--finetune WEIGHTS --data_path BAD") for tool in ("embed", "predict")),
+    ("embed", "--finetune WEIGHTS --data_path BAD --dataset parquet"),
+    ("predict", "--finetune WEIGHTS --data_path DATA --output_file BAD"),
     ("check", "BAD"),
     ("check", "DATA --json BAD"),
     ("check", "DATA --problems BAD"),

@@ -272,13 +272,15 @@ class ShowConfig(Settings):
 class DatasetConfig(Settings):
     """Data set"""
 
-    dataset: Literal["folder", "packed", "mnist5k", "cifar10", "cifar100"] = setting(
-        "folder", "Kind of data set: a folder of images, packed shards of them, or a known set."
+    dataset: Literal["folder", "packed", "parquet", "mnist5k", "cifar10", "cifar100"] = setting(
+        "folder",
+        "Kind of data set: a folder of images, packed shards of them, parquet files as the library "
+        "datasets writes them, or a known set.",
     )
     data_path: PathText | None = setting(
         None,
-        "Folder of images or shards, whose train/ and val/ are used where it has them; for CIFAR "
-        "the folder of the binary version's .tar.gz.",
+        "Folder of images, shards or parquet files, whose train/ and val/ are used where it has "
+        "them; for CIFAR the folder of the binary version's .tar.gz.",
         may_change=True,  # the resume compares the list of images instead
     )
 

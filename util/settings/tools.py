@@ -1,10 +1,13 @@
-"""The settings of the picture tools (see `util/settings/base.py`); they read a recipe's YAML as the
-stages do."""
+"""The settings of the tools that draw, embed and predict (see `util/settings/base.py`); they read
+a recipe's YAML as the stages do."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from util.errors import where
 from util.settings.base import (
+    LARGEST,
     Count,
     CountOrZero,
     DatasetConfig,
@@ -12,6 +15,7 @@ from util.settings.base import (
     OpenShare,
     PathText,
     PixelConfig,
+    Probability,
     Seed,
     ShareBelowOne,
     ShowConfig,
@@ -135,3 +139,101 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
                 "image_path is needed: give --image_path PATH",
             ),
         )
+
+
+class ApplyConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
+    """Weights and images"""
+
+    finetune: PathText | None = setting(
+        None,
+        "Weights to apply, of any kind that models/README.md lists; what they record (img_size, "
+        "mean, std) is taken where it is not stated here.",
+        may_change=True,  # parts of a result record the weights' sha256 instead
+    )
+    data_path: PathText | None = setting(
+        None,
+        "Folder of images, an image, a text file with a path in each line, a parquet file or a "
+        "folder of them, or a folder of shards; for CIFAR the folder of the binary version's "
+        ".tar.gz.",
+        may_change=True,
+    )
+    split: Literal["all", "train", "val"] = setting(
+        "all", "Split of the data set to take; all takes every image below data_path."
+    )
+    output_file: PathText | None = setting(
+        None, "File to write, which must not be there yet.", may_change=True
+    )
+    img_size: Count | tuple[Count, Count] | None = setting(
+        None, "Side of the images in pixels, or height and width; null is that of the weights."
+    )
+    num_heads: Count | None = setting(
+        None, "Number of attention heads, for weights that do not tell it."
+    )
+    batch_size: Count = setting(128, "Number of images in a batch of one process.")
+    num_workers: CountOrZero | None = setting(
+        None,
+        "Number of loader processes per process; null is the number of cores that it can have, at "
+        "most 8.",
+        may_change=True,
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto",
+        "Precision of the model's arithmetic, by autocast where it is bf16 or fp16; auto is bf16 "
+        "on a device that computes it fast, else fp16 on CUDA, else fp32.",
+    )
+    strict: bool = setting(
+        False, "Whether the exit code is 1 if an image could not be read.", may_change=True
+    )
+
+    def problems(self) -> list[str]:
+        return where(
+            (self.finetune is None, "finetune is needed: give --finetune PATH"),
+            (
+                self.data_path is None and self.dataset != "mnist5k",
+                "data_path is needed: give --data_path PATH",
+            ),
+            (self.output_file is None, "output_file is needed: give --output_file PATH"),
+        )
+
+
+class EmbedConfig(ApplyConfig):
+    """Features"""
+
+    output: Literal["image", "patch"] = setting(
+        "image", "Features to write: one for each image, or one for each of its patches."
+    )
+    pool: Literal["avg", "token", "both"] = setting(
+        "avg",
+        "Feature of an image: the mean of the patch tokens (avg), the class token (token), or "
+        "both, as two arrays.",
+    )
+    layer: tuple[Annotated[int, Ge(-LARGEST), Le(LARGEST)], ...] = setting(
+        (-1,),
+        "Blocks whose tokens are taken, counted from 0, or from -1 backwards; each passes the "
+        "model's last norm.",
+    )
+    normalize: bool = setting(False, "Whether features are divided by their L2 norm.")
+
+    def problems(self) -> list[str]:
+        endings = (".safetensors", ".npz", ".parquet")
+        return super().problems() + where(
+            (
+                self.output_file is not None and not self.output_file.endswith(endings),
+                f"output_file must end in {', '.join(endings)}, got {self.output_file}",
+            )
+        )
+
+
+class PredictConfig(ApplyConfig):
+    """Predictions"""
+
+    topk: Count | None = setting(
+        None,
+        "Number of most probable classes to write; null writes the probability of every class.",
+        may_change=True,
+    )
+    threshold: Probability = setting(
+        0.5,
+        "Probability from which on a class is predicted, if an image may have several.",
+        may_change=True,
+    )

@@ -1,0 +1,148 @@
+"""Features of any images, without labels, in one file.
+
+    python tools/embed.py --finetune /path/to/pretrain/model --data_path /path/to/images \\
+        --output_file output/features.npz
+
+The model is the encoder of any weights that the project reads, and the file says what it is; no
+recipe is needed. `--data_path` is a folder, an image, a text file with a path in each line, or a
+parquet file; with `--dataset` also packed shards and known sets. `--output_file` ends in .npz,
+.safetensors or .parquet. The same command goes on where a killed one stopped, and torchrun starts
+it on several processes.
+"""
+
+import json
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.parquet import import_parquet
+from engine.evaluation.apply import Answers, Parts, apply_model
+from models.vit import VisionTransformer
+from util.errors import InputError, run_cli
+from util.settings.evaluation import STAGE_CONFIGS
+from util.settings.read import load_config
+from util.settings.tools import EmbedConfig
+
+NAMES = "names"
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
+    """Writes the features; returns what `apply_model` does."""
+    cfg = load_config(EmbedConfig, "embed", argv, siblings=STAGE_CONFIGS)
+    assert cfg.output_file is not None, "the config checks that there is one"
+    write = WRITERS[Path(cfg.output_file).suffix]
+    if write is write_parquet:
+        import_parquet()  # says what is missing before any compute
+    return apply_model(cfg, False, reader, write)
+
+
+def reader(cfg: EmbedConfig, model: VisionTransformer) -> tuple[Callable[[Tensor], Answers], int]:
+    """What reads the features that the settings ask for off the model, and the bytes of those of
+    an image. An array is called avg, token or patch, and after its layer if there are several.
+
+    Raises: InputError for a layer or class token that the model does not have.
+    """
+    spec, depth = model.spec, len(model.blocks)
+    if wrong := [layer for layer in cfg.layer if not -depth <= layer < depth]:
+        raise InputError(f"layer {wrong[0]}: the model has {depth} blocks, from 0 to {depth - 1}")
+    layers = sorted({layer % depth for layer in cfg.layer})
+    kinds = {"avg": ["avg"], "token": ["token"], "both": ["avg", "token"]}[cfg.pool]
+    if cfg.output == "patch":
+        kinds = ["patch"]
+    if "token" in kinds and (not spec.class_token or spec.fc_norm):
+        lack = "norm for it" if spec.class_token else "class token"
+        raise InputError(f"pool {cfg.pool}: {cfg.finetune} has no {lack}, use --pool avg")
+
+    def embed(images: Tensor) -> Answers:
+        """Arrays `(B, D)`, or `(B, N, D)` of patches, of normalised images `(B, C, H, W)`."""
+        found = {}
+        for number, tokens in zip(
+            range(layers[-1] + 1), model.iterate_tokens(images), strict=False
+        ):
+            if number not in layers:
+                continue
+            tokens = model.norm(tokens)  # (B, T, D)
+            patches = tokens[:, int(spec.class_token) :]  # (B, N, D)
+            for kind in kinds:
+                feature = patches
+                if kind == "avg":
+                    feature = model.fc_norm(patches.mean(dim=1))  # (B, D)
+                elif kind == "token":
+                    feature = tokens[:, 0]  # (B, D)
+                name = f"{kind}_layer{number}" if len(layers) > 1 else kind
+                found[name] = F.normalize(feature.float(), dim=-1) if cfg.normalize else feature
+        return found
+
+    rows = spec.num_patches if cfg.output == "patch" else 1
+    return embed, 4 * spec.embed_dim * rows * len(kinds) * len(layers)
+
+
+def write_safetensors(parts: Parts, path: Path) -> None:
+    """The arrays, and the names as one text in UTF-8 with a line break after each, as bytes."""
+    names, start = "".join(f"{name}\n" for name in parts.names()).encode(), 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "origin": parts.identity}}
+    for name, shape in parts.shapes().items():
+        end = start + 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    end = start + len(names)
+    header[NAMES] = {"dtype": "U8", "shape": [len(names)], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in parts.shapes():
+            for rows in parts.chunks(name):
+                file.write(rows.tobytes())
+        file.write(names)
+
+
+def write_npz(parts: Parts, path: Path) -> None:
+    """The arrays for `np.load`, `names` among them."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, shape in parts.shapes().items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                described = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, described)
+                for rows in parts.chunks(name):
+                    file.write(rows.tobytes())
+        for name, content in ((NAMES, parts.names()), ("origin", parts.identity)):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.array(content), allow_pickle=False)
+
+
+def write_parquet(parts: Parts, path: Path) -> None:
+    """A row for each image: its name, and each feature as a list; several patches one after the
+    other."""
+    parquet = import_parquet()
+    import pyarrow
+
+    names, arrays, writer, start = parts.names(), list(parts.shapes()), None, 0
+    for of_arrays in zip(*map(parts.chunks, arrays), strict=True):
+        end = start + len(of_arrays[0])
+        columns = {
+            name: pyarrow.FixedSizeListArray.from_arrays(
+                pyarrow.array(rows.reshape(-1)), int(np.prod(rows.shape[1:]))
+            )
+            for name, rows in zip(arrays, of_arrays, strict=True)
+        }
+        table = pyarrow.table({NAMES: names[start:end], **columns})
+        table = table.replace_schema_metadata({"origin": parts.identity})
+        writer = writer or parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+        start = end
+    if writer is not None:
+        writer.close()
+
+
+WRITERS = {".safetensors": write_safetensors, ".npz": write_npz, ".parquet": write_parquet}
+
+
+if __name__ == "__main__":
+    run_cli(lambda: sys.exit(main()["exit_code"] == 1))

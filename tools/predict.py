@@ -1,0 +1,123 @@
+"""What a classifier says about any images, as a CSV file.
+
+    python tools/predict.py --finetune output/finetune/ViT-S_50E_GAP/best.safetensors \\
+        --data_path /path/to/images --output_file output/predictions.csv
+
+A row has an image's name, the prediction, and the probability of each class, or with `--topk 3` the
+three most probable classes. Where the weights say that an image may have several classes, the
+prediction is all from `--threshold` on, and where they predict numbers, these are the columns.
+`--data_path` takes what tools/embed.py does; the same command goes on where a killed one stopped.
+"""
+
+import csv
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.evaluation.apply import Answers, Parts, apply_model, printable
+from models.vit import VisionTransformer
+from models.weights.files import weights_files
+from models.weights.own import read_header
+from util.errors import InputError, run_cli
+from util.settings.evaluation import STAGE_CONFIGS
+from util.settings.read import load_config
+from util.settings.tools import PredictConfig
+
+
+class Head(NamedTuple):
+    """What a classifier's outputs mean.
+
+    objective: multiclass, multilabel, or regression, whose outputs are in the data's unit.
+    names: of the outputs.
+    """
+
+    objective: str
+    names: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
+    """Writes the predictions; returns what `apply_model` does."""
+    cfg = load_config(PredictConfig, "predict", argv, siblings=STAGE_CONFIGS)
+    return apply_model(cfg, True, classifier, partial(write_csv, cfg))
+
+
+def classifier(
+    cfg: PredictConfig, model: VisionTransformer
+) -> tuple[Callable[[Tensor], Answers], int]:
+    """What makes logits of normalised images, and the bytes of those of an image."""
+    assert cfg.finetune is not None, "the config checks that there are weights"
+    read_head(cfg.finetune, model.spec.num_classes)  # before any compute
+    return lambda images: {"logits": model(images)}, 4 * model.spec.num_classes
+
+
+def read_head(weights: str, num_outputs: int) -> Head:
+    """What the weights record of their outputs: this project's files do, others have classes that
+    are called by their numbers.
+
+    Raises: InputError if that does not fit the number of outputs.
+    """
+    try:
+        header = read_header(weights_files(Path(weights))[0])
+    except Exception:  # noqa: BLE001 (another project's file, which has been read without an error)
+        header = {}
+    numbers = [str(number) for number in range(num_outputs)]
+    head = Head(
+        header.get("objective") or "multiclass",
+        [printable(str(name)) for name in header.get("class_names") or numbers],
+    )
+    if len(head.names) != num_outputs:
+        raise InputError(
+            f"finetune {weights} has {num_outputs} outputs, and its header says {head}"
+        )
+    return head
+
+
+def write_csv(cfg: PredictConfig, parts: Parts, path: Path) -> None:
+    """A row for each image, in UTF-8."""
+    assert cfg.finetune is not None, "the config checks that there are weights"
+    head = read_head(cfg.finetune, parts.shapes()["logits"][1])
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", *columns(cfg, head)])
+        rows = (row for logits in parts.chunks("logits") for row in described(cfg, head, logits))
+        writer.writerows([name, *row] for name, row in zip(parts.names(), rows, strict=True))
+
+
+def columns(cfg: PredictConfig, head: Head) -> list[str]:
+    """The titles of the columns behind the name."""
+    if head.objective == "regression":
+        return head.names if len(head.names) > 1 else ["prediction"]
+    if cfg.topk is None:
+        return ["prediction", *(f"p({name})" for name in head.names)]
+    places = range(1, min(cfg.topk, len(head.names)) + 1)
+    return ["prediction", *(title for k in places for title in (f"top{k}", f"p(top{k})"))]
+
+
+def described(cfg: PredictConfig, head: Head, logits: np.ndarray) -> Iterator[list[str]]:
+    """The columns of each row of logits `(n, classes)`."""
+    if head.objective == "regression":
+        for row in logits.tolist():
+            yield [f"{value:.7g}" for value in row]
+        return
+    outputs = torch.from_numpy(logits).double()
+    several = head.objective == "multilabel"
+    shares = outputs.sigmoid() if several else outputs.softmax(dim=1)
+    best = outputs.topk(min(cfg.topk or 1, len(head.names)), dim=1).indices.tolist()
+    for row, order in zip(shares.tolist(), best, strict=True):
+        chosen = [order[0]]
+        if several:
+            chosen = [label for label, share in enumerate(row) if share >= cfg.threshold]
+        shown = [f"{share:.6g}" for share in row]
+        if cfg.topk is not None:
+            shown = [text for k in order for text in (head.names[k], f"{row[k]:.6g}")]
+        yield ["; ".join(head.names[label] for label in chosen), *shown]
+
+
+if __name__ == "__main__":
+    run_cli(lambda: sys.exit(main()["exit_code"] == 1))
