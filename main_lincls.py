@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.labels import LabelledSource, Subset, stratified_choice, take_subset
+from data.labels import LabelledSource, Subset, strata, stratified_choice, take_subset
 from data.loader import Batch, LabelledDataset
 from data.on_device import place_on_device
 from data.transforms import CropAndFlip, PixelNormalizer
@@ -132,7 +132,8 @@ def split_training_set(source: LabelledSource, cfg: LinclsConfig) -> tuple[Label
     stratified tenth, held out by seed."""
     if len(cfg.lr) == 1:
         return (source,)
-    held_out = stratified_choice(source.labels, max(1, round(HELD_OUT * len(source))), cfg.seed)
+    count = max(1, round(HELD_OUT * len(source)))
+    held_out = stratified_choice(strata(source.labels), count, cfg.seed)
     return Subset(source, np.setdiff1d(np.arange(len(source)), held_out)), Subset(source, held_out)
 
 

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images import pixel_format
-from data.labels import LabelledData, LabelledSource, build_labelled_data
+from data.labels import (
+    LabelledData,
+    LabelledSource,
+    build_labelled_data,
+    build_table_data,
+    check_num_classes,
+)
 from engine.evaluation.features import answers
 from engine.run.folder import Run
 from engine.run.records import without_nan
@@ -76,6 +82,11 @@ def percent_by_class(
 
 def open_labelled_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig, run: Run) -> LabelledData:
     """Both splits of the data set that the settings name. Raises: InputError."""
+    if cfg.labels is not None:
+        pixels = pixel_format(cfg, cfg.in_chans)
+        data = build_table_data(cfg, cfg.data_path, pixels, cfg.seed)
+        check_num_classes(cfg.num_classes, data.class_names)
+        return data
     with first_process_first(run.processes) if cfg.download else nullcontext():
         return build_labelled_data(
             cfg.dataset,
