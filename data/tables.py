@@ -24,6 +24,7 @@ from util.settings.evaluation import TableConfig
 SPLITS = ("train", "val")
 SHOWN = 5  # names in a message
 YES_OR_NO = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
 LONGEST_CELL = 2**24  # characters; csv's own limit refuses long texts in columns of no interest
 
 
@@ -230,8 +231,8 @@ def _numbers(cfg: TableConfig, name: str, cells: list[str]) -> np.ndarray:
         cell = ""  # the one that is looked at
         values = []
         for cell in cells:
-            values.append(YES_OR_NO[cell.lower()] if yes_or_no else float(np.float32(cell)))
-            if not np.isfinite(values[-1]):
+            values.append(YES_OR_NO[cell.lower()] if yes_or_no else float(cell))
+            if not abs(values[-1]) <= LARGEST_NUMBER:  # NaN is not, either
                 raise ValueError
     except (ValueError, KeyError) as error:
         wanted = "0 or 1" if yes_or_no else "finite numbers"
