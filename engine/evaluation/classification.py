@@ -247,13 +247,14 @@ class Evaluator:
             labels, outputs `(n, H, C)`, classes `(n, H)`: of this process's share of the images.
             keeps: whether `outputs` are there.
         """
+        names, name = self.objective.names, self.objective.name
         total = len(self.source)
-        labels = gather_rows(labels, total, everywhere=False)
-        outputs = gather_rows(outputs, total if keeps else 0, everywhere=False)
-        classes = gather_rows(classes, total, everywhere=False)
+        labels, outputs, classes = (
+            gather_rows(rows, total if is_kept else 0, everywhere=False)
+            for rows, is_kept in ((labels, True), (outputs, keeps), (classes, name == "multiclass"))
+        )
         # where 64 bits and sorting are fast
         device = self.run.device if self.run.device.type == "cuda" else torch.device("cpu")
-        names, name = self.objective.names, self.objective.name
 
         def compute() -> list[Figures]:
             found, own = [], labels.to(device)

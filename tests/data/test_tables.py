@@ -134,9 +134,9 @@ WRONG = {  # what is wrong: the table, the settings, and what the message names
     "missing": (
         ROWS.replace("c.png", "x.png"),
         {},
-        "1 of 4 images that are not in {root}: ['x.png",
+        "1 of 4 images that are not in {root}: .'x.png'",
     ),
-    "duplicate": (ROWS.replace("b/2.png", "./a/1.png"), {}, "1 images more than once: ['a/1.png']"),
+    "duplicate": (ROWS.replace("b/2.png", "./a/1.png"), {}, "1 images more than once: .'a/1.png'"),
     "empty label": (
         ROWS.replace('"dog"', ""),
         {},
@@ -168,9 +168,7 @@ WRONG = {  # what is wrong: the table, the settings, and what the message names
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_table_is_one_line(root, wrong):
     text, settings, named = WRONG[wrong]
-    with pytest.raises(
-        InputError, match=named.format(root=root).replace("['x", r"\['x").replace("['a", r"\['a")
-    ) as error:
+    with pytest.raises(InputError, match=named.format(root=root)) as error:
         read(root, text, **{"split_column": "where"} | settings)
     assert "\n" not in str(error.value)
 
