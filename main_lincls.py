@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         if run.processes.is_main:
             head = objective.head_in_unit(*probes.folded(chosen))
             backbone.load_state_dict(head, strict=False)
-            save_weights(weights_path(run.output_dir), backbone, job.identity, **objective.header())
+            save_weights(
+                weights_path(run.output_dir), backbone, job.identity, None, **objective.header()
+            )
         return run.finish(
             {
                 "protocol": "linear classification",

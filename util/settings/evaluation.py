@@ -153,16 +153,17 @@ class LabelledDataConfig(TableConfig, EvalCropConfig, DataConfig):
 class LossConfig(LabelledDataConfig):
     """Loss"""
 
-    class_weights: Literal["none", "balanced"] = setting(
-        "none",
+    class_weights: Literal["balanced"] | None = setting(
+        None,
         "Weights of the classes in training: balanced is n / (C * n_c), n_c of all n images being "
-        "of this one of C classes; for multilabel it is negatives / positives, on the positives.",
+        "of this one of C classes, and for multilabel negatives / positives, on the positives; "
+        "null is none.",
     )
 
     def problems(self) -> list[str]:
         return super().problems() + where(
             (
-                self.objective == "regression" and self.class_weights != "none",
+                self.objective == "regression" and self.class_weights is not None,
                 "class_weights balanced needs classes: leave it out for objective regression",
             )
         )
