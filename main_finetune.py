@@ -25,8 +25,10 @@ from data.loader import Batch, LabelledDataset
 from data.on_device import place_on_device
 from data.transforms import PixelNormalizer, finetune_transform
 from engine.evaluation.best import read_best
-from engine.evaluation.classification import Evaluator, open_labelled_data
+from engine.evaluation.classification import Evaluator, open_labelled_data, said_alone
 from engine.evaluation.from_weights import build_finetuned
+from engine.evaluation.metrics import is_better
+from engine.evaluation.objective import HEAD_NAMES, build_objective
 from engine.loop import train
 from engine.mixing import BatchMixer
 from engine.optim import build_adamw, param_groups
@@ -41,7 +43,7 @@ from engine.start import read_finetune
 from util.dist import from_main
 from util.errors import run_cli
 from util.rng import BATCH, derive_seed, seed_libraries
-from util.settings.evaluation import FinetuneConfig
+from util.settings.evaluation import MAIN_METRIC, FinetuneConfig
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +57,14 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         source, val = place_on_device(
             cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
         )
-        model, sha256 = from_main(lambda: build_finetuned(cfg, len(data.class_names)))
-        evaluator = Evaluator(cfg, run, val, data.class_names)
+        objective = build_objective(cfg, data.class_names, source.labels, run.device)
+        model, sha256 = from_main(lambda: build_finetuned(cfg, objective))
+        evaluator = Evaluator(cfg, run, val, objective)
         origin = {"checkpoint": cfg.finetune, "sha256": sha256, "dataset": cfg.dataset}
         if cfg.eval:
             (scores,) = evaluator(spread_model(model, run.device).eval())
-            logger.info(
-                "%s: %d images, top-1 %.2f %%", cfg.finetune, scores.num_samples, scores.acc1
-            )
+            shown = ("acc1",) if cfg.objective == "multiclass" else ()
+            logger.info("%s: %d images, %s", cfg.finetune, scores.num_samples, scores.text(*shown))
             return run.finish(
                 {"protocol": "evaluation", **origin, **scores.as_dict(evaluator.class_names)},
                 run.output_dir / "eval.json",
@@ -86,12 +88,14 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         if job.is_finished:
             return read_results(run.results_path)
         if job.state.step:
-            from_main(lambda: read_best(run.output_dir))  # a damaged file is found before training
+            from_main(
+                lambda: read_best(run.output_dir, best_metric(cfg))
+            )  # a damaged file is found before training
 
         augmented = LabelledDataset(source, finetune_transform(cfg), cfg.seed)
         batches = train_batches(cfg, run, job.plan, augmented, job.state.step)
         normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
-        mixer = BatchMixer(cfg, len(data.class_names), run.device)
+        mixer = BatchMixer(cfg, objective, run.device)
 
         def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             # Mixing, erasing and drop path are pure functions of the seed and the batch's place.
@@ -105,56 +109,67 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         with Saver(job) as saver:
             for epoch in train(job, batches, loss_fn, saver):
                 if epoch % cfg.eval_epochs == 0 and job.state.step < job.plan.stop_step:
-                    evaluate_epoch(job, epoch, evaluator)
-        results, best = evaluate_epoch(job, job.epochs_done, evaluator)
+                    evaluate_epoch(job, epoch, evaluator, best_metric(cfg))
+        results, best = evaluate_epoch(job, job.epochs_done, evaluator, best_metric(cfg))
         trained = unsharded_model(
             job.state.model, torch.device("cpu" if run.processes.is_main else "meta")
         )
         if run.processes.is_main:
-            save_weights(weights_path(run.output_dir), trained, job.identity)
+            head = objective.head_in_unit(*map(trained.get_parameter, HEAD_NAMES))
+            save_weights(
+                weights_path(run.output_dir), trained, job.identity, head, **objective.header()
+            )
         return run.finish(
             {
                 "protocol": "fine-tuning" if cfg.finetune else "from scratch",
                 **origin,
                 **results,
                 "num_train": len(source),
-                "best_acc1": best[0],
+                f"best_{best_metric(cfg)}": best[0],
                 "best_epoch": best[1],
             }
         )
 
 
+def best_metric(cfg: FinetuneConfig) -> str:
+    """The figure that decides which weights are the best."""
+    return cfg.best_metric or MAIN_METRIC[cfg.objective]
+
+
 def evaluate_epoch(
-    job: Job, epoch: int, evaluator: Evaluator
+    job: Job, epoch: int, evaluator: Evaluator, metric: str
 ) -> tuple[dict[str, object], tuple[float, int]]:
     """Evaluates the model after `epoch` epochs and, if there is one, its moving average, whose
-    accuracy then decides which weights are the best; of equals the first stay.
+    `metric` then decides which weights are the best; of equals the first stay.
 
-    Records the accuracies and keeps the best weights. Returns: the scores for results.json, and
-    accuracy and epoch of the best evaluation so far.
+    Records the figures and keeps the best weights. Returns: the scores for results.json, and
+    metric and epoch of the best evaluation so far.
     """
-    run, state = job.run, job.state
+    run, state, objective = job.run, job.state, evaluator.objective
     model = unsharded_model(state.model, run.device)
     (scores,) = evaluator(model.eval())
     model.train()
-    values = {"epoch": float(epoch), "val_loss": scores.loss, "acc1": scores.acc1}
-    line = f"epoch {epoch} top-1 {scores.acc1:.2f} %  top-5 {scores.acc5:.2f} %"
+    values = {"epoch": float(epoch), "val_loss": scores.loss, **scores.scalars}
+    shown = ("acc1", "acc5") if objective.name == "multiclass" else tuple(scores.scalars)
+    line = f"epoch {epoch} {scores.text(*shown, *{metric}.difference(shown))}"
     results = scores.as_dict(evaluator.class_names)
     if state.ema is not None:
         model = state.ema.module
         (scores,) = evaluator(model)
-        values["ema_acc1"] = scores.acc1
+        values[f"ema_{metric}"] = scores.scalars[metric]
         results["ema"] = scores.as_dict(evaluator.class_names)
-        line += f"  moving average top-1 {scores.acc1:.2f} %"
-    best = from_main(lambda: read_best(run.output_dir))
-    is_best = scores.acc1 > best[0]
-    acc1, at_epoch = (scores.acc1, epoch) if is_best else best
-    line += f"  best {acc1:.2f} % after epoch {at_epoch}"
+        line += f"  moving average {scores.text(metric)}"
+    best = from_main(lambda: read_best(run.output_dir, metric))
+    is_best = is_better(metric, scores.scalars[metric], best[0])
+    value, at_epoch = (scores.scalars[metric], epoch) if is_best else best
+    line += f"  best {said_alone(metric, value)} after epoch {at_epoch}"
     # First the record: best.safetensors without one would be taken for somebody else's.
     run.records.write("val", state.step, values, line)
     if is_best and run.processes.is_main:
-        save_weights(best_path(run.output_dir), model, job.identity, acc1=acc1, epoch=epoch)
-    return results, (acc1, at_epoch)
+        header = {**objective.header(), metric: value, "epoch": epoch}
+        head = objective.head_in_unit(*map(model.get_parameter, HEAD_NAMES))
+        save_weights(best_path(run.output_dir), model, job.identity, head, **header)
+    return results, (value, at_epoch)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.labels import LabelledSource, Subset, stratified_choice, take_subset
+from data.labels import LabelledSource, Subset, strata, stratified_choice, take_subset
 from data.loader import Batch, LabelledDataset
 from data.on_device import place_on_device
 from data.transforms import CropAndFlip, PixelNormalizer
 from engine.evaluation.classification import Evaluator, open_labelled_data
 from engine.evaluation.from_weights import build_frozen
+from engine.evaluation.objective import build_objective
 from engine.evaluation.probe import (
     build_probe_optimizer,
     choose_probe,
@@ -40,7 +41,7 @@ from engine.run.batches import train_batches
 from engine.run.checkpoint import save_weights, weights_path
 from engine.run.folder import open_run
 from engine.run.job import Job, begin
-from engine.run.records import read_results
+from engine.run.records import read_results, without_nan
 from engine.run.saving import Saver
 from engine.start import read_lincls
 from models.heads.probe import LinearProbes
@@ -48,7 +49,7 @@ from models.vit import VisionTransformer
 from util.dist import from_main
 from util.errors import run_cli
 from util.rng import HEAD, generator
-from util.settings.evaluation import LinclsConfig
+from util.settings.evaluation import MAIN_METRIC, LinclsConfig
 
 HELD_OUT = 0.1  # share of the training set that chooses among several learning rates
 
@@ -69,8 +70,9 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         )
         spread_model(backbone, run.device)
         compile_features(backbone, cfg)
+        objective = build_objective(cfg, data.class_names, source.labels, run.device)
         evaluators = {
-            name: Evaluator(cfg, run, images, data.class_names)
+            name: Evaluator(cfg, run, images, objective)
             for name, images in zip(("val", "held_out"), (val, *held_out), strict=False)
         }
 
@@ -101,9 +103,8 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 features = backbone.forward_features(normalize(batch.images))  # (B, D)
-            losses = probe_loss(
-                model(features), batch.targets.to(run.device, non_blocking=True)
-            )  # (H,)
+            targets = batch.targets.to(run.device, non_blocking=True)
+            losses = probe_loss(model(features), targets, objective.losses)  # (H,)
             return losses.sum(), {"loss": mean_of_finite(losses.detach())}
 
         with Saver(job) as saver:
@@ -112,9 +113,11 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
                     evaluate_epoch(job, epoch, backbone, evaluators, cfg.lr)
         chosen, results = evaluate_epoch(job, job.epochs_done, backbone, evaluators, cfg.lr)
         if run.processes.is_main:
-            weight, bias = probes.folded(chosen)
-            backbone.head.load_state_dict({"weight": weight, "bias": bias})
-            save_weights(weights_path(run.output_dir), backbone, job.identity)
+            head = objective.head_in_unit(*probes.folded(chosen))
+            backbone.load_state_dict(head, strict=False)
+            save_weights(
+                weights_path(run.output_dir), backbone, job.identity, None, **objective.header()
+            )
         return run.finish(
             {
                 "protocol": "linear classification",
@@ -132,7 +135,8 @@ def split_training_set(source: LabelledSource, cfg: LinclsConfig) -> tuple[Label
     stratified tenth, held out by seed."""
     if len(cfg.lr) == 1:
         return (source,)
-    held_out = stratified_choice(source.labels, max(1, round(HELD_OUT * len(source))), cfg.seed)
+    count = max(1, round(HELD_OUT * len(source)))
+    held_out = stratified_choice(strata(source.labels), count, cfg.seed)
     return Subset(source, np.setdiff1d(np.arange(len(source)), held_out)), Subset(source, held_out)
 
 
@@ -143,10 +147,10 @@ def evaluate_epoch(
     evaluators: dict[str, Evaluator],
     lrs: tuple[float, ...],
 ) -> tuple[int, dict[str, object]]:
-    """Evaluates every probe on every split after `epoch` epochs; records the accuracies of the one
-    that would be chosen now.
+    """Evaluates every probe on every split after `epoch` epochs; records the figures of the one
+    that would be chosen now, by the objective's main metric.
 
-    Returns: its place, and its results on the validation set, with the accuracies of all probes as
+    Returns: its place, and its results on the validation set, with the main metric of all probes as
     a curve over the learning rates.
     """
     probes = job.state.model.eval()
@@ -156,24 +160,24 @@ def evaluate_epoch(
     }
     probes.train()
     held_out = scores.get("held_out", [])
-    chosen = choose_probe(held_out or scores["val"])
+    metric = MAIN_METRIC[evaluators["val"].objective.name]
+    chosen = choose_probe(held_out or scores["val"], metric)
     curve = [
-        {f"{split}_acc1": of_split[probe].acc1 for split, of_split in scores.items()}
+        {f"{split}_{metric}": of_split[probe].scalars[metric] for split, of_split in scores.items()}
         for probe in range(len(lrs))
     ]
     best = scores["val"][chosen]
-    values = {"epoch": float(epoch), "val_loss": best.loss, **curve[chosen]}
-    accuracies = "  ".join(
-        f"{split} top-1 {of_split[chosen].acc1:.2f} %" for split, of_split in scores.items()
-    )
+    figures = {f"val_{name}": value for name, value in best.scalars.items()}
+    values = {"epoch": float(epoch), "val_loss": best.loss, **figures, **curve[chosen]}
+    said = "  ".join(f"{split} {found[chosen].text(metric)}" for split, found in scores.items())
     job.run.records.write(
-        "val", job.state.step, values, f"epoch {epoch} lr {lrs[chosen]:g}  {accuracies}"
+        "val", job.state.step, values, f"epoch {epoch} lr {lrs[chosen]:g}  {said}"
     )
     return chosen, {
         **best.as_dict(evaluators["val"].class_names),
         "lr": lrs[chosen],
         "num_held_out": held_out[0].num_samples if held_out else 0,
-        "curve": [{"lr": lr, **point} for lr, point in zip(lrs, curve, strict=True)],
+        "curve": [{"lr": lr, **without_nan(point)} for lr, point in zip(lrs, curve, strict=True)],
     }
 
 

@@ -1,7 +1,11 @@
 """Labelled images for the evaluations: the training and validation split of a folder or known set.
 
 A folder holds `train/<class>/...` and `val/<class>/...`, or packed shards of them. Both splits must
-have the same classes, none of them empty: a wrong layout would only show as a bad accuracy.
+have the same classes, none of them empty: a wrong layout would only show as a bad accuracy. A table
+(`data/tables.py`) may say instead what the images below a folder are; then only the training images
+must have each class.
+
+Shapes: `n` images, `L` labels of an image.
 """
 
 import logging
@@ -28,23 +32,26 @@ from data.sources import (
     check_format,
     list_folder,
 )
+from data.tables import SHOWN, SPLITS, LabelTable, read_label_table
 from util.errors import DataError, InputError
 from util.rng import SUBSET, generator
+from util.settings.evaluation import TableConfig
 
-SPLITS = ("train", "val")
-SHOWN = 5  # names in a message
+NUM_BINS = 10  # of a regression's targets, each of which is in both parts of a split
 logger = logging.getLogger(__name__)
 
 
 class LabelledSource(ImageSource, Protocol):
-    """Images by index with `labels` `(n,)` int64, counted from 0."""
+    """Images by index with `labels`: classes counted from 0, `(n,)` int64; of multilabel 0 or 1,
+    `(n, L)` int64; of regression numbers, `(n, L)` float32."""
 
     labels: np.ndarray
 
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Both splits of a data set and its classes' names in the order of the labels."""
+    """Both splits of a data set and its classes' names in the order of the labels; of multilabel
+    and regression the labels' names."""
 
     train: LabelledSource
     val: LabelledSource
@@ -58,6 +65,19 @@ class ClassFolder(FolderSource):
     def __init__(self, split: Path, class_names: list[str], pixels: PixelFormat):
         super().__init__(split, pixels, prefer_train=False)
         self.labels = folder_labels(self.names, class_names)
+
+
+class TableImages(FolderSource):
+    """The images of one split of a table, with their labels."""
+
+    def __init__(self, table: LabelTable, rows: np.ndarray, root: Path, pixels: PixelFormat):
+        # FolderSource would look for images; here the table names them
+        self.root, self.pixels = root, pixels
+        self.names, self.labels = table.names[rows], table.labels[rows]
+        self.digest = table.digest()
+
+    def fingerprint(self) -> str:
+        return f"{self.digest} {super().fingerprint()}"
 
 
 class Subset(LabelledSource):
@@ -110,16 +130,110 @@ def build_labelled_data(
         or val_names
         or [str(label) for label in range(np.unique(train.labels[train.labels >= 0]).size)]
     )
-    if num_classes not in (None, len(class_names)):
-        raise InputError(
-            f"num_classes is {num_classes} and the data has {len(class_names)} classes: leave "
-            "num_classes out"
-        )
+    check_num_classes(num_classes, class_names)
     train, val = (
         _with_labels(root / split, source, class_names)
         for split, source in zip(SPLITS, (train, val), strict=True)
     )
     return LabelledData(train, val, class_names)
+
+
+def check_num_classes(num_classes: int | None, class_names: list[str]) -> None:
+    """Raises: InputError if the settings say another number of classes than the data has."""
+    if num_classes not in (None, len(class_names)):
+        raise InputError(
+            f"num_classes is {num_classes} and the data has {len(class_names)} classes: leave "
+            "num_classes out"
+        )
+
+
+def build_table_data(
+    cfg: TableConfig, data_path: str | None, pixels: PixelFormat, seed: int
+) -> LabelledData:
+    """Training and validation images of a folder as the table `cfg.labels` says, split by its
+    column or by `seed`.
+
+    Raises: InputError if table or images are not there or wrong, or no image of a class is for
+        training.
+    """
+    root = check_folder(data_path)
+    table = read_label_table(cfg, root)
+    if table.num_left_out:
+        logger.warning(
+            "%s: %d rows say neither train nor val in %s, and are left out",
+            cfg.labels,
+            table.num_left_out,
+            cfg.split_column,
+        )
+    if table.splits is not None:
+        is_val = table.splits == "val"
+    else:
+        assert cfg.val_share is not None, "the settings ask for one of the two"
+        is_val = validation_choice(table.labels, table.groups, cfg.val_share, seed)
+    train, val = (
+        check_format(TableImages(table, np.flatnonzero(rows), root, pixels))
+        for rows in (~is_val, is_val)
+    )
+    if not len(train) or not len(val):
+        raise DataError(
+            f"labels {cfg.labels}: {len(train)} images would be for training and {len(val)} for "
+            "validation: it needs more images, or more groups"
+        )
+    if cfg.objective == "multiclass":
+        present = set(train.labels.tolist())
+        absent = [name for label, name in enumerate(table.label_names) if label not in present]
+        if absent:
+            raise DataError(
+                f"labels {cfg.labels}: no image for training has the class {absent[:SHOWN]}"
+            )
+    logger.info("%s: %d training and %d validation images", cfg.labels, len(train), len(val))
+    return LabelledData(train, val, table.label_names)
+
+
+def validation_choice(
+    labels: np.ndarray, groups: np.ndarray | None, share: float, seed: int
+) -> np.ndarray:
+    """Which images `(n,)` bool are for validation: about `share` of each stratum, and of groups
+    `(n,)` all images or none. A pure function of its arguments.
+
+    A stratum of one image is for training. Groups are dealt one by one, large ones first, each to
+    the split where the counts of its strata then are nearer to their shares, by chi-square.
+    """
+    kinds = strata(labels)
+    is_val = np.zeros(len(labels), dtype=bool)
+    if groups is None:
+        several = np.flatnonzero(np.bincount(kinds)[kinds] > 1)
+        count = round(share * len(several))
+        is_val[several[stratified_choice(kinds[several], count, seed)]] = count > 0
+        return is_val
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    shuffled = torch.randperm(len(members), generator=generator(seed, SUBSET)).tolist()
+    totals = np.bincount(kinds)
+    goals = np.stack([(1 - share) * totals, share * totals])  # (2, strata)
+    have = np.zeros_like(goals)
+    order = sorted(shuffled, key=lambda group: -len(members[group]))
+    for group in order:
+        found, counts = np.unique(kinds[members[group]], return_counts=True)
+        missing = goals[:, found] - have[:, found]
+        # how much the sum of (have - goal)^2 / goal grows in either split
+        growth = (counts * (counts - 2 * missing) / goals[:, found]).sum(axis=1)
+        split = int(growth[1] < growth[0])
+        have[split, found] += counts
+        is_val[members[group]] = split
+    if not is_val.any() and len(order) > 1:
+        is_val[members[order[-1]]] = True
+    return is_val
+
+
+def strata(labels: np.ndarray) -> np.ndarray:
+    """What of each image should be in every part of a split in proportion, `(n,)` int64 from 0: its
+    class, its combination of labels, or the tenth of the images in which its first number lies."""
+    if labels.ndim == 1:
+        return labels
+    if labels.dtype == np.float32:
+        ranks = np.argsort(np.argsort(labels[:, 0], kind="stable"), kind="stable")
+        return ranks * min(NUM_BINS, len(labels)) // len(labels)
+    return np.unique(labels, axis=0, return_inverse=True)[1].reshape(len(labels))
 
 
 def take_subset(source: LabelledSource, count: int | None, seed: int) -> LabelledSource:
@@ -129,13 +243,14 @@ def take_subset(source: LabelledSource, count: int | None, seed: int) -> Labelle
     """
     if count is None:
         return source
-    classes = np.unique(source.labels).size
+    kinds = strata(source.labels)
+    classes = np.unique(kinds).size
     if not classes <= count <= len(source):
         raise InputError(
             f"subset {count} must lie between the {classes} classes and the {len(source)} training "
             "images"
         )
-    return Subset(source, stratified_choice(source.labels, count, seed))
+    return Subset(source, stratified_choice(kinds, count, seed))
 
 
 def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -80,7 +80,7 @@ def with_paths(cfg: SettingsT) -> SettingsT:
     values = {} if "RANK" in os.environ else dict(cfg)
     if values.get("load_path") or values.get("dataset") not in ("folder", "packed", "parquet"):
         values["data_path"] = None
-    for name in ("finetune", "load_path", "data_path"):
+    for name in ("finetune", "load_path", "data_path", "labels"):
         path = values.get(name)
         if path not in (None, RANDOM_WEIGHTS) and not os.access(path, os.F_OK):
             raise InputError(f"{name} {path} does not exist", settings=(name,))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import assert_same, assert_same_run
+from compare import assert_same, assert_same_run, class_scores
 from runs import (
     CLASSES,
     PICTURE_STEPS,
@@ -30,7 +30,6 @@ import engine.loop
 import main_finetune
 import main_knn
 import main_lincls
-from engine.evaluation.classification import Scores
 from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
 from models.weights.own import read_header
@@ -320,7 +319,7 @@ def scripted(monkeypatch, correct: list[int]) -> None:
 
     def call(self, classify, num_heads=1):
         right = next(says)
-        return [Scores(60, right, 60, 1.0, [right, 0, 0], [20, 20, 20])]
+        return [class_scores(60, [right, 0, 0], [20, 20, 20])]
 
     monkeypatch.setattr(engine.evaluation.classification.Evaluator, "__call__", call)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compare import assert_same, assert_same_run
+from compare import assert_same, assert_same_run, class_scores
 from runs import (
     CLASSES,
     Cut,
@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 import engine.evaluation.classification
 import main_finetune
 import main_lincls
-from engine.evaluation.classification import Scores
 from engine.run.checkpoint import load_newest_checkpoint
 from models.vit import VisionTransformer
 from util.errors import InputError
@@ -53,9 +52,7 @@ def scripted(monkeypatch, by_images: dict[int, list[int]]) -> None:
     def call(self, classify, num_heads=1):
         size = len(self.source)
         assert num_heads == len(by_images[size])
-        return [
-            Scores(size, right, size, 1.0, [right, 0, 0], [size, 0, 0]) for right in by_images[size]
-        ]
+        return [class_scores(size, [right, 0, 0], [size, 0, 0]) for right in by_images[size]]
 
     monkeypatch.setattr(engine.evaluation.classification.Evaluator, "__call__", call)
 

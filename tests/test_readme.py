@@ -115,6 +115,11 @@ def clone(images, tmp_path, monkeypatch) -> Path:
         (tmp_path / "path" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "path" / name).symlink_to(images)
     shutil.copyfile(images / "val" / "one" / "005.png", tmp_path / "path" / "image")
+    rows = ["file,effusion,nodule,split"]
+    for number, image in enumerate(sorted(images.rglob("*.png"))):
+        labels = f"{number % 2},{number // 2 % 2},{image.parent.parent.name}"
+        rows.append(f"{image.relative_to(images)},{labels}")
+    (tmp_path / "path" / "labels.csv").write_text("\n".join(rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

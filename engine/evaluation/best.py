@@ -3,24 +3,25 @@ they are."""
 
 from pathlib import Path
 
+from engine.evaluation.metrics import worst
 from engine.run.checkpoint import best_path
 from models.weights.own import read_header
 from util.errors import InputError
 
 
-def read_best(folder: Path) -> tuple[float, int]:
-    """Top-1 accuracy in percent and epoch of the best evaluation so far of the run in `folder`; -1
-    and 0 before the first.
+def read_best(folder: Path, metric: str = "acc1") -> tuple[float, int]:
+    """The figure `metric` and the epoch of the best evaluation so far of the run in `folder`, and
+    before the first a figure that is worse than any, and 0.
 
     Raises: InputError if the file is damaged, as the best weights would be lost without a word if
         others took their place.
     """
     path = best_path(folder)
     if not path.exists():
-        return -1.0, 0
+        return worst(metric), 0
     try:
         header = read_header(path)
-        return header["acc1"], header["epoch"]
+        return header[metric], header["epoch"]
     except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         raise InputError(
             f"{path} is damaged ({type(error).__name__}: {error}): bring it back, or move it away "

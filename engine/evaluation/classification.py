@@ -1,11 +1,12 @@
 """Classification: the labelled data of a stage's settings, and the exact scores of classifiers.
 
-On any number of processes every image counts once: nothing is padded, and integer counts are
-summed.
+On any number of processes every image counts once: nothing is padded, integer counts are summed,
+and what the other figures need is gathered in the order of the images.
 
 Shapes: `B` batch, `H` heads that share their images, `C` classes.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,55 +16,116 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images import pixel_format
-from data.labels import LabelledData, LabelledSource, build_labelled_data
+from data.labels import (
+    LabelledData,
+    LabelledSource,
+    build_labelled_data,
+    build_table_data,
+    check_num_classes,
+)
 from engine.evaluation.features import answers
+from engine.evaluation.metrics import (
+    Figures,
+    multiclass_figures,
+    multilabel_figures,
+    regression_figures,
+)
+from engine.evaluation.objective import Objective
 from engine.run.folder import Run
 from engine.run.records import without_nan
-from util.dist import all_gather, first_process_first
+from util.dist import all_gather, first_process_first, from_main, gather_rows
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
+
+# Of all images, heads and classes, in 32 bits: 256 MiB on the main process, and a validation set of
+# ImageNet's size for one head. Beyond, no images are ranked.
+MOST_LOGITS = 2**26
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one classifier got right.
+    """What one model was worth on the images of a split.
 
-    correct1, correct5: images whose class is the first, or among the first five.
-    loss: mean cross-entropy.
-    class_correct, class_total: images per class, in the order of the labels.
+    loss: mean over the images, without weights of classes.
+    figures: of the objective, see `engine/evaluation/metrics.py`.
     """
 
     num_samples: int
+    loss: float
+    figures: Figures = Figures({}, {})
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """All figures over all classes by name, NaN for one that is not defined."""
+        return self.figures.scalars
+
+    def text(self, *names: str) -> str:
+        """These figures for a line of the log, by default all."""
+        return "  ".join(said(name, self.scalars[name]) for name in names or self.scalars)
+
+    def counts(self) -> dict[str, object]:
+        """What comes first in results.json."""
+        return {"num_samples": self.num_samples, "loss": self.loss}
+
+    def as_dict(self, class_names: list[str] | None = None) -> dict[str, object]:
+        """For results.json: counts and figures, and with `class_names` those of each class."""
+        results = self.counts() | self.scalars
+        for name, values in self.figures.per_class.items() if class_names is not None else ():
+            assert class_names is not None
+            of_classes = dict(zip(class_names, values, strict=True))
+            results[f"per_class_{name}"] = without_nan(of_classes)
+        if class_names is not None and self.figures.confusion is not None:
+            results["confusion"] = self.figures.confusion
+        return without_nan(results)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScores(Scores):
+    """What a classifier of one class per image got right.
+
+    correct1, correct5: images whose class is the first, or among the first five.
+    class_correct, class_total: images per class, in the order of the labels.
+    """
+
     correct1: int
     correct5: int
-    loss: float
     class_correct: list[int]
     class_total: list[int]
 
     @property
-    def acc1(self) -> float:
-        """Top-1 accuracy in percent."""
-        return 100 * self.correct1 / self.num_samples
+    def scalars(self) -> dict[str, float]:
+        """Also the top-1 and top-5 accuracies in percent."""
+        percents = [100 * right / self.num_samples for right in (self.correct1, self.correct5)]
+        return {"acc1": percents[0], "acc5": percents[1], **self.figures.scalars}
 
-    @property
-    def acc5(self) -> float:
-        """Top-5 accuracy in percent."""
-        return 100 * self.correct5 / self.num_samples
-
-    def as_dict(self, class_names: list[str] | None = None) -> dict[str, object]:
-        """For results.json: counts and percent, and with `class_names` each class's accuracy."""
-        results: dict[str, object] = {
+    def counts(self) -> dict[str, object]:
+        return {
             "num_samples": self.num_samples,
             "correct1": self.correct1,
             "correct5": self.correct5,
-            "acc1": self.acc1,
-            "acc5": self.acc5,
+            "acc1": self.scalars["acc1"],
+            "acc5": self.scalars["acc5"],
             "loss": self.loss,
         }
+
+    def as_dict(self, class_names: list[str] | None = None) -> dict[str, object]:
+        results = super().as_dict(class_names)
         if class_names is not None:
             results["per_class"] = percent_by_class(
                 class_names, self.class_correct, self.class_total
             )
-        return without_nan(results)
+        return results
+
+
+def said(name: str, value: float) -> str:
+    """A figure for a line of the log: accuracies in percent, others as they are."""
+    title = {"acc1": "top-1", "acc5": "top-5"}.get(name, name)
+    return f"{title} {said_alone(name, value)}"
+
+
+def said_alone(name: str, value: float) -> str:
+    """The same without its name."""
+    return f"{value:.2f} %" if name in ("acc1", "acc5") else f"{value:.4f}"
 
 
 def percent_by_class(
@@ -76,6 +138,11 @@ def percent_by_class(
 
 def open_labelled_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig, run: Run) -> LabelledData:
     """Both splits of the data set that the settings name. Raises: InputError."""
+    if cfg.labels is not None:
+        pixels = pixel_format(cfg, cfg.in_chans)
+        data = build_table_data(cfg, cfg.data_path, pixels, cfg.seed)
+        check_num_classes(cfg.num_classes, data.class_names)
+        return data
     with first_process_first(run.processes) if cfg.download else nullcontext():
         return build_labelled_data(
             cfg.dataset,
@@ -88,49 +155,124 @@ def open_labelled_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig, run: Run)
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores classifiers on one labelled source of images of `classes`."""
+    """Scores models on one labelled source of images by what they are for."""
 
     cfg: FinetuneConfig | LinclsConfig
     run: Run
     source: LabelledSource
-    classes: list[str]
+    objective: Objective
 
     @property
     def class_names(self) -> list[str] | None:
-        """The classes whose accuracies are reported one by one, None without `per_class`."""
-        return self.classes if self.cfg.per_class else None
+        """The classes whose figures are reported one by one, None without `per_class`."""
+        return self.objective.names if self.cfg.per_class else None
 
     def __call__(self, classify: Callable[[Tensor], Tensor], num_heads: int = 1) -> list[Scores]:
         """Scores of one classifier, or of several that share their images, on the whole source.
 
         Args:
-            classify: normalised images `(B, channels, height, width)` to logits `(B, C)` or
+            classify: normalised images `(B, channels, height, width)` to outputs `(B, C)` or
                 `(H, B, C)`.
 
         All processes must call, and all get the scores.
 
         Raises: DataError on all processes if a file cannot be decoded.
         """
-        device, num_classes = self.run.device, len(self.classes)
+        device, num_classes = self.run.device, len(self.objective.names)
+        is_multiclass = self.objective.name == "multiclass"
+        keeps = not is_multiclass or len(self.source) * num_heads * num_classes <= MOST_LOGITS
         counts = torch.zeros(num_heads, 3, num_classes, dtype=torch.int64, device=device)
         losses = torch.zeros(  # sums over images
             num_heads, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
         )
+        # what the figures need of each image, one part per batch; empty ones for an empty share
+        kept_labels = [torch.from_numpy(self.source.labels[:0]).to(device)]
+        kept_outputs = [torch.empty(0, num_heads, num_classes, device=device)]
+        kept_classes = [torch.empty(0, num_heads, dtype=torch.int64, device=device)]
         for labels, logits in answers(self.cfg, self.run, self.source, self.cfg.crop_pct, classify):
             logits = logits.float().view(num_heads, len(labels), num_classes)  # (H, B, C)
+            kept_labels.append(labels)
+            if keeps:
+                kept_outputs.append(logits.transpose(0, 1))
+            if not is_multiclass:
+                losses += torch.stack(
+                    [
+                        self.objective.losses(of_head, labels, weigh=False).sum()
+                        for of_head in logits
+                    ]
+                )
+                continue
             best = logits.topk(min(5, num_classes), dim=-1).indices  # (H, B, 5)
             # logits that are not finite name no class: such an image counts as wrong
-            hits = (best == labels[:, None]) & logits.isfinite().all(dim=-1, keepdim=True)
+            is_finite = logits.isfinite().all(dim=-1, keepdim=True)
+            hits = (best == labels[:, None]) & is_finite
             for row, hit in enumerate((hits[..., 0], hits.any(-1), torch.ones_like(hits[..., 0]))):
                 counts[:, row].scatter_add_(1, labels.expand(num_heads, -1), hit.long())
             losses += torch.stack(
                 [F.cross_entropy(of_head, labels, reduction="sum") for of_head in logits]
             )
-        of_processes = zip(*all_gather((counts.cpu(), losses.cpu())), strict=True)
-        counts, losses = (torch.stack(parts).sum(dim=0) for parts in of_processes)
+            kept_classes.append(torch.where(is_finite, best[..., :1], num_classes)[..., 0].T)
+        total = torch.tensor(sum(map(len, kept_labels)))
+        of_processes = zip(*all_gather((counts.cpu(), losses.cpu(), total)), strict=True)
+        counts, losses, total = (torch.stack(parts).sum(dim=0) for parts in of_processes)
+        kept = map(torch.cat, (kept_labels, kept_outputs, kept_classes))
+        figures = self.figures(*kept, keeps=keeps)
+        num_samples = int(total)
+        if not is_multiclass:
+            return [
+                Scores(num_samples, loss / num_samples, found)
+                for loss, found in zip(losses.tolist(), figures, strict=True)
+            ]
         return [
-            Scores(sum(total), sum(first), sum(among_five), loss / sum(total), first, total)
-            for (first, among_five, total), loss in zip(
-                counts.tolist(), losses.tolist(), strict=True
+            ClassScores(
+                num_samples,
+                loss / num_samples,
+                found,
+                correct1=sum(first),
+                correct5=sum(among_five),
+                class_correct=first,
+                class_total=of_class,
+            )
+            for (first, among_five, of_class), loss, found in zip(
+                counts.tolist(), losses.tolist(), figures, strict=True
             )
         ]
+
+    def figures(
+        self, labels: Tensor, outputs: Tensor, classes: Tensor, *, keeps: bool
+    ) -> list[Figures]:
+        """The figures of each head, computed by the main process of all images.
+
+        Args:
+            labels, outputs `(n, H, C)`, classes `(n, H)`: of this process's share of the images.
+            keeps: whether `outputs` are there.
+        """
+        names, name = self.objective.names, self.objective.name
+        total = len(self.source)
+        labels, outputs, classes = (
+            gather_rows(rows, total if is_kept else 0, everywhere=False)
+            for rows, is_kept in ((labels, True), (outputs, keeps), (classes, name == "multiclass"))
+        )
+        # where 64 bits and sorting are fast
+        device = self.run.device if self.run.device.type == "cuda" else torch.device("cpu")
+
+        def compute() -> list[Figures]:
+            found, own = [], labels.to(device)
+            for head in range(outputs.shape[1]):
+                of_head = outputs[:, head].to(device)
+                if name == "multilabel":
+                    found.append(multilabel_figures(of_head, own))
+                elif name == "regression":
+                    found.append(regression_figures(self.objective.predictions(of_head), own))
+                else:
+                    logits = of_head if keeps else None
+                    chosen = classes[:, head].to(device)
+                    found.append(multiclass_figures(chosen, logits, own, len(names)))
+            return found
+
+        if not keeps:
+            logger.info(
+                "AUROC and average precision are left out: they would need more than %d logits",
+                MOST_LOGITS,
+            )
+        return from_main(compute)

@@ -6,6 +6,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from engine.evaluation.objective import HEAD_NAMES, Objective
 from models.blocks import init_weights
 from models.build import build_model, classifier_spec, mae_spec
 from models.mae import MaskedAutoencoder
@@ -30,19 +31,23 @@ FrozenConfig = KnnConfig | LinclsConfig | ExplainConfig
 logger = logging.getLogger(__name__)
 
 
-def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> tuple[VisionTransformer, str | None]:
+def build_finetuned(
+    cfg: FinetuneConfig, objective: Objective
+) -> tuple[VisionTransformer, str | None]:
     """The classifier that fine-tuning trains or evaluates: from scratch, or from its weights with a
-    fresh head if they have none. Also the sha256 of the weights, None from scratch.
+    fresh head if they have none for so many classes. Also the sha256 of the weights, None from
+    scratch.
 
     Raises: InputError if the weights do not fit the settings, or `eval` finds no head in them.
     """
-    fc_norm = cfg.global_pool == "avg"
+    fc_norm, num_classes = cfg.global_pool == "avg", len(objective.names)
     if cfg.finetune is None:
         return _build(cfg, num_classes, _class_token(cfg), fc_norm), None
     tensors, info = _read(cfg, cfg.finetune)
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
         fc_norm = bool(info.known("fc_norm"))
         _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
+        _check_same("objective", cfg.objective, info.objective, cfg.finetune)
     model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
     if cfg.eval and fresh:
@@ -55,6 +60,8 @@ def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> tuple[VisionTransf
             std=FINETUNE_HEAD_STD,
             generator=generator(cfg.seed, HEAD),
         )
+    else:
+        objective.standardise(*map(model.get_parameter, HEAD_NAMES))
     return model, info.sha256
 
 

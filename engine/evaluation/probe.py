@@ -7,6 +7,8 @@ Shapes: `B` batch, `H` probes, `C` classes.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,19 +17,23 @@ from torch.amp import GradScaler
 from torch.nn import functional as F
 
 from engine.evaluation.classification import Scores
+from engine.evaluation.metrics import is_better, worst
 from models.heads.probe import LinearProbes
 from util.settings.evaluation import LinclsConfig
 
 TRUST_COEFFICIENT = 0.001
+CROSS_ENTROPY = partial(F.cross_entropy, reduction="none")
 
 
-def probe_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each probe's mean cross-entropy, `(H, B, C)` and `(B,)` -> `(H,)`.
+def probe_loss(
+    logits: Tensor, labels: Tensor, losses_of: Callable[[Tensor, Tensor], Tensor] = CROSS_ENTROPY
+) -> Tensor:
+    """Each probe's mean loss, `(H, B, C)` and labels `(B,)` or `(B, C)` -> `(H,)`.
 
-    The sum of them trains each as if alone.
+    The sum of them trains each as if alone. `losses_of` gives the loss of each image.
     """
-    repeated = labels.repeat(len(logits))  # (H*B,)
-    losses = F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none")  # (H*B,)
+    repeated = labels.repeat(len(logits), *[1] * (labels.ndim - 1))  # (H*B,) or (H*B, C)
+    losses = losses_of(logits.flatten(0, 1), repeated)  # (H*B,)
     return losses.view(len(logits), -1).mean(dim=1)  # (H,)
 
 
@@ -36,12 +42,19 @@ def mean_of_finite(losses: Tensor) -> Tensor:
     return torch.where(losses.isfinite(), losses, float("nan")).nanmean()
 
 
-def choose_probe(scores: list[Scores]) -> int:
-    """The probe with the most correct images, of equals the first; one that has diverged only
-    where all have."""
-    return max(
-        range(len(scores)), key=lambda i: (math.isfinite(scores[i].loss), scores[i].correct1, -i)
-    )
+def choose_probe(scores: list[Scores], metric: str = "acc1") -> int:
+    """The probe that is best by `metric`, of equals the first; one that has diverged only where all
+    have."""
+    best = 0
+    for place, found in enumerate(scores):
+        ours, theirs = (math.isfinite(of.loss) for of in (found, scores[best]))
+        values = (
+            value if math.isfinite(value) else worst(metric)
+            for value in (found.scalars[metric], scores[best].scalars[metric])
+        )
+        if ours > theirs or (ours == theirs and is_better(metric, *values)):
+            best = place
+    return best
 
 
 def build_probe_optimizer(probes: LinearProbes, cfg: LinclsConfig) -> torch.optim.Optimizer:

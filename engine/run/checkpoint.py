@@ -10,6 +10,7 @@ counts. The newest complete one is found by scanning the folder.
 import hashlib
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -166,8 +167,14 @@ def checkpoint_seen(folder: Path, step: int | None) -> str | None:
     return f"{found[0].name} of {found[0].stat().st_size} bytes" if found else None
 
 
-def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: object) -> Path:
-    """Writes a model's weights for others to use.
+def save_weights(
+    path: Path,
+    model: nn.Module,
+    identity: RunIdentity,
+    replaced: Mapping[str, Tensor] | None = None,
+    **more: object,
+) -> Path:
+    """Writes a model's weights for others to use, with those in `replaced` in place of its own.
 
     The header holds, as JSON, the model's specification, mean and std, and `more`.
 
@@ -175,7 +182,10 @@ def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: ob
     """
     header = {"model_args": identity.model_args, "mean": identity.mean, "std": identity.std, **more}
     return write_output(
-        path, lambda target: target.write_bytes(own_bytes(model.state_dict(), header))
+        path,
+        lambda target: target.write_bytes(
+            own_bytes({**model.state_dict(), **(replaced or {})}, header)
+        ),
     )
 
 

@@ -24,6 +24,7 @@ from util.errors import InputError
 
 WRAPPERS = ("model", "state_dict")  # where a .pth keeps the weights, in this order
 OWN_HEADER = ("model_args", "mean", "std")
+OF_CLASSIFIERS = ("objective", "class_names")  # in the headers of those that know them
 FOLDER_FILES = (  # of Hugging Face's folders; large weights are split into several files
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -38,7 +39,8 @@ class RawWeights:
 
     source: "checkpoint" and "weights" are this project's; otherwise the entry of WRAPPERS that held
         the tensors, or "" if none did.
-    header: of this project's files the values of OWN_HEADER, of others the arguments of the run.
+    header: of this project's files OWN_HEADER and OF_CLASSIFIERS, of others the run's
+        arguments.
     """
 
     tensors: dict[str, Tensor]
@@ -136,7 +138,8 @@ def _from_safetensors(opened: str) -> RawWeights:
         metadata = file.metadata() or {}
     if "model_args" not in metadata:
         return RawWeights(tensors, "")
-    return RawWeights(tensors, "weights", decoded({name: metadata[name] for name in OWN_HEADER}))
+    names = [*OWN_HEADER, *(name for name in OF_CLASSIFIERS if name in metadata)]
+    return RawWeights(tensors, "weights", decoded({name: metadata[name] for name in names}))
 
 
 def _from_torch(path: Path, opened: str | BinaryIO) -> RawWeights:

@@ -26,6 +26,8 @@ class WeightsInfo:
     sha256: of the file's bytes; of several files, of their bytes one after the other.
     unknown: fields of `spec` that the file does not tell; the values there are stand-ins.
     mean, std: of the pixels in training, per channel; None is unknown.
+    objective, class_names: what a classifier of this project is for (multiclass, multilabel or
+        regression), and the names of its outputs; None is unknown.
     """
 
     kind: str
@@ -34,6 +36,8 @@ class WeightsInfo:
     unknown: frozenset[str] = frozenset()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    objective: str | None = None
+    class_names: tuple[str, ...] | None = None
 
     def known(self, name: str) -> Any:
         """A field of `spec`; None if the file does not tell it or its model has no such field."""

@@ -100,7 +100,16 @@ def _own_info(raw: RawWeights, sha256: str) -> WeightsInfo:
     if blocks > len(raw.tensors):  # before a model of this depth is built
         raise InputError(f"its header says {blocks} blocks, but it has {len(raw.tensors)} tensors")
     kind = f"this project's {raw.source} ({_contents(spec)})"
-    return WeightsInfo(kind=kind, spec=spec, sha256=sha256, mean=mean, std=std)
+    names = raw.header.get("class_names")
+    return WeightsInfo(
+        kind=kind,
+        spec=spec,
+        sha256=sha256,
+        mean=mean,
+        std=std,
+        objective=raw.header.get("objective"),
+        class_names=names and tuple(names),
+    )
 
 
 def _foreign(

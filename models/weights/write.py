@@ -94,7 +94,10 @@ def _huggingface(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
 def _safetensors(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     """This project's own, as a finished run writes it."""
     require_known(info)
-    header = {"model_args": info.spec.checked().as_dict(), "mean": info.mean, "std": info.std}
+    header: dict[str, object] = {"model_args": info.spec.checked().as_dict()}
+    header |= {"mean": info.mean, "std": info.std}
+    if info.objective is not None:
+        header |= {"objective": info.objective, "class_names": info.class_names}
     return own_bytes(tensors, header)
 
 

@@ -1,10 +1,12 @@
 """The evaluations on several gloo processes under their launchers: the same counts as one process,
 exact resume."""
 
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import (
@@ -21,6 +23,7 @@ from runs import (
     step_losses,
 )
 from safetensors.torch import load_file
+from sklearn import metrics
 
 import main_finetune
 import main_knn
@@ -125,6 +128,104 @@ def test_fine_tuning_on_two_processes_resumes_bit_for_bit(tmp_path, data, weight
     assert "12 = 6 x 2 processes x 1 accumulated" in printed
     for epoch in (1, 2, 3):
         assert printed.count(f"epoch {epoch} done") == 1  # only rank 0 speaks
+
+
+# Scores fixed outputs of 53 images, image i being one pixel of value i, and writes the figures.
+SCORE = """
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+from data.images import PixelFormat
+from data.sources import ArraySource
+from engine.evaluation.classification import Evaluator
+from engine.evaluation.objective import Objective
+from engine.run.folder import Run
+from engine.run.records import Records
+from util.dist import init_processes
+from util.settings.evaluation import LinclsConfig
+given = np.load(sys.argv[1])
+found = {}
+with init_processes("cpu", 5) as processes:
+    for name in ("multiclass", "multilabel", "regression"):
+        labels, logits = given[name], torch.from_numpy(given["outputs"])
+        if name == "regression":
+            logits = logits[..., :2]
+        pixels = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
+        source = ArraySource("numbers", pixels, labels, PixelFormat(1))
+        cfg = LinclsConfig(mean=(0.5,), std=(0.25,), num_workers=0, precision="fp32", crop_pct=1.0,
+                           img_size=1, batch_size=5)
+        run = Run(Path("nowhere"), processes, Records(Path("nowhere"), is_main=False))
+        stats = (torch.tensor([3.0, 1.0]), torch.tensor([2.0, 5.0]))
+        objective = Objective(name, [*"abcde"][:logits.shape[-1]], None,
+                              *(stats if name == "regression" else ()))
+        def classify(images):
+            return logits[:, (255 * (0.25 * images.flatten() + 0.5)).round().long()]
+        found[name] = [scores.as_dict(objective.names) for scores in
+                       Evaluator(cfg, run, source, objective)(classify, len(logits))]
+    Path(f"{sys.argv[2]}{processes.rank}.json").write_text(json.dumps(found))
+"""
+
+
+def expected_figures(kind: str, labels: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+    """scikit-learn's, of one head; class 3 has no image."""
+    if kind == "regression":
+        predicted = outputs.astype(np.float64) * [2, 5] + [3, 1]
+        return {
+            "mae": metrics.mean_absolute_error(labels, predicted),
+            "rmse": metrics.root_mean_squared_error(labels, predicted),
+            "r2": metrics.r2_score(labels, predicted),
+        }
+    logits = torch.from_numpy(outputs).double()
+    one_hot = np.eye(5, dtype=int)[labels] if kind == "multiclass" else labels
+    scores = (logits.softmax(1) if kind == "multiclass" else logits.sigmoid()).numpy()
+    there = [place for place in range(5) if one_hot[:, place].any()]
+    auroc = metrics.roc_auc_score(one_hot[:, there], scores[:, there], average="macro")
+    ap = metrics.average_precision_score(one_hot[:, there], scores[:, there], average="macro")
+    if kind == "multilabel":
+        f1 = metrics.f1_score(labels, outputs > 0, average="macro")
+        return {"map": ap, "auroc": auroc, "f1": f1}
+    predicted = outputs.argmax(axis=1)
+    return {
+        "acc1": 100 * metrics.accuracy_score(labels, predicted),
+        "balanced_acc": metrics.balanced_accuracy_score(labels, predicted),
+        "f1": metrics.f1_score(labels, predicted, average="macro"),
+        "kappa": metrics.cohen_kappa_score(labels, predicted),
+        "kappa_quadratic": metrics.cohen_kappa_score(labels, predicted, weights="quadratic"),
+        "auroc": auroc,
+        "ap": ap,
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_figures_are_those_of_scikit_learn_on_any_number_of_processes(tmp_path, processes):
+    chance = np.random.default_rng(0)
+    # images with equal outputs, but none with two largest ones, of which either may be chosen
+    outputs = (chance.normal(size=(2, 53, 5)).round(1) + 0.01 * np.arange(5)).astype(np.float32)
+    given = {
+        "multiclass": chance.choice([0, 1, 2, 4], 53),
+        "multilabel": chance.integers(0, 2, (53, 5)),
+        "regression": chance.normal(3, 2, (53, 2)).astype(np.float32),
+    }
+    np.savez(tmp_path / "given.npz", outputs=outputs, **given)
+    (tmp_path / "score.py").write_text(SCORE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    script = [str(tmp_path / "score.py"), str(tmp_path / "given.npz"), f"{tmp_path}/found"]
+    result = run([sys.executable, *launcher, *script], PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    found, *others = (
+        json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(processes)
+    )
+    assert all(other == found for other in others)
+    for kind, labels in given.items():
+        for head in range(2):
+            of_head = outputs[head, :, : 2 if kind == "regression" else 5]
+            expected = expected_figures(kind, labels, of_head)
+            ours = {name: found[kind][head][name] for name in expected}
+            assert ours == pytest.approx(expected, rel=1e-12, abs=1e-12), (kind, head)
+            assert found[kind][head]["num_samples"] == 53
+    assert found["multiclass"][0]["per_class_auroc"]["d"] is None
+    assert np.sum(found["multiclass"][0]["confusion"]) == 53
 
 
 # Runs a linear classification and keeps what each process holds after its last evaluation.

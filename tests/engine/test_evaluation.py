@@ -27,6 +27,7 @@ from engine.evaluation import knn
 from engine.evaluation.classification import Evaluator, Scores
 from engine.evaluation.features import Features, compute_features
 from engine.evaluation.features_file import FEATURES_FILE, Origin, load_features, save_features
+from engine.evaluation.objective import Objective
 from engine.run.folder import Run
 from engine.run.records import Records, read_results, write_results
 from models.vit import VisionTransformer
@@ -52,7 +53,8 @@ def scores(
     """Of this process's share of `source`."""
     cfg = LinclsConfig(**PIXELS | {"img_size": source.images.shape[-1], "batch_size": 3} | more)
     names = [str(label) for label in range(num_classes)]
-    return Evaluator(cfg, run_of(rank, world_size), source, names)(classify, heads)
+    objective = Objective("multiclass", names)
+    return Evaluator(cfg, run_of(rank, world_size), source, objective)(classify, heads)
 
 
 def scores_of(logits: torch.Tensor, labels: list[int], batch_size: int = 3) -> list[Scores]:
@@ -78,7 +80,10 @@ def test_four_images_by_hand():
     last = math.log(5 * math.exp(1) + math.exp(9)) - 9
     loss = (log_sum - 6 + log_sum - 2 + log_sum - 1 + last) / 4
     counts = {"num_samples": 4, "correct1": 2, "correct5": 3, "acc1": 50.0, "acc5": 75.0}
-    assert found.as_dict() == counts | {"loss": pytest.approx(loss, abs=1e-6)}
+    results = found.as_dict()
+    assert list(results)[:6] == [*counts, "loss"] and {n: results[n] for n in counts} == counts
+    assert results["loss"] == pytest.approx(loss, abs=1e-6)
+    assert results["balanced_acc"] == 0.5  # of classes 0, 4 and 5: 1, 0 and 1 / 2
     per_class = {"a": 100.0, "b": None, "c": None, "d": None, "e": 0.0, "f": 50.0}
     assert found.as_dict(list("abcdef"))["per_class"] == per_class
 

@@ -17,6 +17,7 @@ import main_knn
 import main_lincls
 import main_pretrain
 from engine.evaluation.from_weights import build_finetuned, build_frozen
+from engine.evaluation.objective import Objective
 from engine.optim import build_adamw, param_groups, set_lr
 from engine.parallel import check_speed
 from engine.run.checkpoint import save_weights
@@ -134,7 +135,7 @@ def finetuned(
     weights: str | None, num_classes: int = 5, **changes
 ) -> tuple[VisionTransformer, str | None]:
     cfg = FinetuneConfig(finetune=weights, drop_path_rate=0.0, **SETTINGS | changes)
-    return build_finetuned(cfg, num_classes)
+    return build_finetuned(cfg, Objective("multiclass", list(map(str, range(num_classes)))))
 
 
 def images() -> torch.Tensor:

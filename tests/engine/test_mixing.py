@@ -9,6 +9,7 @@ from test_sampler import global_states
 from torch import nn
 
 from data.transforms import CropAndFlip, finetune_transform
+from engine.evaluation.objective import Objective
 from engine.mixing import BatchMixer
 from util.rng import seed_libraries, seeded
 from util.settings.evaluation import FinetuneConfig
@@ -18,7 +19,8 @@ RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
 
 def mixer(num_classes: int = 5, **changes) -> BatchMixer:
-    return BatchMixer(FinetuneConfig(**{"label_smoothing": 0.0} | changes), num_classes, CPU)
+    objective = Objective("multiclass", [*map(str, range(num_classes))])
+    return BatchMixer(FinetuneConfig(**{"label_smoothing": 0.0} | changes), objective, CPU)
 
 
 def test_without_any_mixing_nothing_changes():

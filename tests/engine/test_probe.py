@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from compare import class_scores
 from torch import nn
 from torch.amp import GradScaler
 from torch.nn import functional as F
 
-from engine.evaluation.classification import Scores
+from engine.evaluation.classification import ClassScores
 from engine.evaluation.probe import (
     build_probe_optimizer,
     choose_probe,
@@ -270,8 +271,8 @@ def test_the_loss_of_each_probe_and_their_mean():
     assert math.isnan(mean_of_finite(torch.tensor([nan, inf])).item())
 
 
-def scored(correct: int, loss: float = 1.0) -> Scores:
-    return Scores(10, correct, 10, loss, [correct], [10])
+def scored(correct: int, loss: float = 1.0) -> ClassScores:
+    return class_scores(10, [correct], [10], loss)
 
 
 @pytest.mark.parametrize(

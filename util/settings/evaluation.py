@@ -25,6 +25,7 @@ from util.settings.base import (
     Probability,
     RunConfig,
     ScheduleConfig,
+    Settings,
     Share,
     ShareBelowOne,
     Text,
@@ -34,6 +35,13 @@ from util.settings.base import (
 from util.settings.pretrain import PretrainConfig
 
 RANDOM_WEIGHTS = "random"  # the value of `finetune` for an untrained model
+# What best.safetensors follows if nothing else is asked for, and by what probes are chosen.
+MAIN_METRIC = {"multiclass": "acc1", "multilabel": "map", "regression": "rmse"}
+METRICS = {  # of each objective, as engine/evaluation/metrics.py defines them
+    "multiclass": ("acc1", "acc5", "balanced_acc", "f1", "kappa", "kappa_quadratic", "auroc", "ap"),
+    "multilabel": ("map", "auroc", "f1"),
+    "regression": ("mae", "rmse", "r2"),
+}
 
 
 class ClassifierConfig(ModelConfig):
@@ -63,7 +71,63 @@ class EvalCropConfig(PixelConfig):
     )
 
 
-class LabelledDataConfig(EvalCropConfig, DataConfig):
+class TableConfig(Settings):
+    """Labels from a table"""
+
+    objective: Literal["multiclass", "multilabel", "regression"] = setting(
+        "multiclass",
+        "What is predicted: one class of an image (multiclass), yes or no for each of several "
+        "labels (multilabel), or numbers (regression); the last two need labels.",
+    )
+    labels: PathText | None = setting(
+        None,
+        "Table of the images and their labels, .csv or .parquet, with names in the first row; null "
+        "takes the class folders.",
+        may_change=True,  # the resume compares what is used of its content instead
+    )
+    file_column: Text | None = setting(
+        None,
+        "Column of the images' paths, relative to data_path; null is the first column.",
+        may_change=True,
+    )
+    label_columns: Text | tuple[Text, ...] | None = setting(
+        None,
+        "Columns of the labels: the class, 0 or 1 for each label of multilabel, or the numbers of "
+        "regression; null is the first column that is left, for multilabel all that are left.",
+    )
+    split_column: Text | None = setting(
+        None,
+        "Column that says train or val; images with another value are left out. Either this or "
+        "val_share.",
+    )
+    val_share: OpenShare | None = setting(
+        None, "Share of the images that are for validation, chosen by seed with each class in it."
+    )
+    group: Text | None = setting(
+        None,
+        "Column of what must not be in both splits, such as the patient of an image; null is none.",
+    )
+
+    def problems(self) -> list[str]:
+        others = ("file_column", "label_columns", "split_column", "val_share", "group")
+        given = [name for name in others if getattr(self, name) is not None]
+        return super().problems() + where(
+            (
+                self.labels is None and given,
+                f"{' '.join(given[:1])} is about a table of labels: give --labels FILE as well",
+            ),
+            (
+                self.labels is None and self.objective != "multiclass",
+                f"objective {self.objective} needs a table of labels: give --labels FILE",
+            ),
+            (
+                self.labels is not None and (self.split_column is None) == (self.val_share is None),
+                "labels needs either split_column, which says train or val, or val_share",
+            ),
+        )
+
+
+class LabelledDataConfig(TableConfig, EvalCropConfig, DataConfig):
     """Labelled data"""
 
     subset: Count | None = setting(
@@ -72,15 +136,44 @@ class LabelledDataConfig(EvalCropConfig, DataConfig):
         "all.",
     )
     per_class: bool = setting(
-        False, "Whether results.json gives the accuracy of each class.", may_change=True
+        False,
+        "Whether results.json gives the figures of each class, too, and the confusion matrix.",
+        may_change=True,
     )
+
+    def problems(self) -> list[str]:
+        return super().problems() + where(
+            (
+                self.labels is not None and self.dataset != "folder",
+                f"labels name files, so they go with dataset folder, not {self.dataset}",
+            )
+        )
+
+
+class LossConfig(LabelledDataConfig):
+    """Loss"""
+
+    class_weights: Literal["balanced"] | None = setting(
+        None,
+        "Weights of the classes in training: balanced is n / (C * n_c), n_c of all n images being "
+        "of this one of C classes, and for multilabel negatives / positives, on the positives; "
+        "null is none.",
+    )
+
+    def problems(self) -> list[str]:
+        return super().problems() + where(
+            (
+                self.objective == "regression" and self.class_weights is not None,
+                "class_weights balanced needs classes: leave it out for objective regression",
+            )
+        )
 
 
 class FinetuneConfig(
     AdamWConfig,
     ClassifierConfig,
     AugmentConfig,
-    LabelledDataConfig,
+    LossConfig,
     CheckpointingConfig,
     CompileConfig,
     ParallelConfig,
@@ -122,12 +215,20 @@ class FinetuneConfig(
     cutmix: PositiveOrZero = setting(0.0, "Alpha of cutmix; 0 is off.")
     mixup_switch_prob: Probability = setting(0.5, "Probability of cutmix when mixup is on as well.")
     label_smoothing: ShareBelowOne = setting(
-        0.1, "Share of the target that is spread over all classes."
+        0.1,
+        "Share of the target that is spread over all classes, in multilabel over yes and no; "
+        "regression has none.",
     )
     ema_decay: ShareBelowOne | None = setting(
         None,
         "Decay of the weights' moving average, which is evaluated as well and then decides which "
         "epoch is best; null is off.",
+    )
+    best_metric: Text | None = setting(
+        None,
+        "Figure by which best.safetensors is chosen: for multiclass "
+        f"{', '.join(METRICS['multiclass'])}, for multilabel {', '.join(METRICS['multilabel'])}, "
+        f"for regression {', '.join(METRICS['regression'])}; null is acc1, map and rmse.",
     )
 
     lr: Positive = setting(
@@ -153,6 +254,15 @@ class FinetuneConfig(
             (
                 (self.mixup or self.cutmix) and self.batch_size % 2,
                 f"batch_size {self.batch_size} is odd: mixup and cutmix pair the images of a batch",
+            ),
+            (
+                self.objective == "regression" and (self.mixup or self.cutmix),
+                "objective regression has no shares of classes: leave mixup and cutmix out",
+            ),
+            (
+                self.best_metric not in (None, *METRICS[self.objective]),
+                f"best_metric must be one of {', '.join(METRICS[self.objective])} for objective "
+                f"{self.objective}, got {self.best_metric!r}",
             ),
             (
                 self.auto_augment is not None
@@ -190,12 +300,7 @@ class FinetuneConfig(
 
 
 class LinclsConfig(
-    ScheduleConfig,
-    ClassifierConfig,
-    AugmentConfig,
-    LabelledDataConfig,
-    CompileConfig,
-    TrainRunConfig,
+    ScheduleConfig, ClassifierConfig, AugmentConfig, LossConfig, CompileConfig, TrainRunConfig
 ):
     """Linear classification"""
 
@@ -275,6 +380,11 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
             else []
         )
         return of_images + where(
+            (
+                self.objective != "multiclass",
+                f"objective {self.objective} is for fine-tuning and linear classification: "
+                "neighbours vote for a class",
+            ),
             (
                 len(set(self.ks)) < len(self.ks),
                 f"ks names a number twice: {' '.join(map(str, self.ks))}",

@@ -159,6 +159,8 @@ def _expected(schema: dict[str, Any]) -> str:
     """What a setting takes, for example `a number > 0 and <= 1, or null`."""
     if "anyOf" in schema:
         return ", or ".join(map(_expected, schema["anyOf"]))
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if schema["type"] == "array":

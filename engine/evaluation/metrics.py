@@ -1,0 +1,159 @@
+"""What predictions are worth: the figures of each objective, as scikit-learn defines them.
+
+They lie between 0 and 1 (kappa and R² may be negative), but for errors, which are in the data's
+unit. All images count at once, in 64 bits. A figure that is not defined is NaN: AUROC of a class
+that no image or every image has, and average precision of one that no image has. Means over classes
+are over those that are defined. Logits that are not finite rank no image, so all of these are NaN
+then, and such an image is predicted to be of no class.
+
+torchmetrics computes what ranks images, and the errors. Its accuracies, F1 and kappas have 32 bits,
+so here they come from counts, which are exact.
+
+Shapes: `n` images, `C` classes, `L` labels of an image.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NOT_DEFINED = float("nan")
+# Figures of which less is better; of the others more is.
+ERRORS = ("mae", "rmse")
+
+
+class Figures(NamedTuple):
+    """scalars: by name, over all classes, NaN for one that is not defined. per_class: by name, of
+    each class or label. confusion: images `(C, C)` by their class, then by the predicted one; only
+    of multiclass."""
+
+    scalars: dict[str, float]
+    per_class: dict[str, list[float]]
+    confusion: list[list[int]] | None = None
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Whether a figure is better than another one; NaN never is."""
+    return value < than if metric in ERRORS else value > than
+
+
+def worst(metric: str) -> float:
+    """Than which every figure is better."""
+    return float("inf") if metric in ERRORS else float("-inf")
+
+
+def multiclass_figures(
+    predicted: Tensor, logits: Tensor | None, labels: Tensor, num_classes: int
+) -> Figures:
+    """Figures of one class per image: of the predicted classes, and of the softmax of the logits.
+
+    Balanced accuracy is the mean recall of the classes that images have, F1 the mean over the
+    classes that images have or are predicted to have. For kappa "no class" is one class more.
+
+    Args:
+        predicted: `(n,)` int64; `num_classes` is no class.
+        logits: `(n, C)`, or None to leave out what ranks images (NaN).
+        labels: `(n,)` int64.
+    """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    counts = multiclass_confusion_matrix(  # (C + 1, C + 1)
+        predicted, labels, num_classes + 1, validate_args=False
+    )
+    confusion, right = counts.double(), counts.diag()[:num_classes].double()
+    of_class, as_class = confusion.sum(dim=1)[:num_classes], confusion.sum(dim=0)[:num_classes]
+    place = torch.arange(num_classes + 1, dtype=torch.float64)
+    distance = (place[:, None] - place).abs()
+    scores = None if logits is None else logits.double().softmax(dim=1)
+    auroc, ap = _rankings(scores, (labels[:, None] == place[:-1]).long())
+    scalars = {
+        "balanced_acc": _mean(right / of_class),
+        "f1": _mean(2 * right / (of_class + as_class)),
+        "kappa": _kappa(confusion, (distance > 0).double()),
+        "kappa_quadratic": _kappa(confusion, distance**2),
+        "auroc": _mean(auroc),
+        "ap": _mean(ap),
+    }
+    per_class = {"auroc": auroc.tolist(), "ap": ap.tolist()}
+    return Figures(scalars, per_class, counts[:num_classes, :num_classes].tolist())
+
+
+def multilabel_figures(logits: Tensor, labels: Tensor) -> Figures:
+    """Figures of several labels per image, both `(n, L)`: an image has a label if its logit is
+    above 0, a probability of 0.5.
+
+    F1 is the mean over the labels that images have or are predicted to have.
+    """
+    predicted = (logits > 0) & logits.isfinite().all(dim=1, keepdim=True)  # (n, L)
+    right = (predicted & (labels == 1)).sum(dim=0).double()
+    f1 = 2 * right / (predicted.sum(dim=0) + labels.sum(dim=0))
+    auroc, ap = _rankings(logits.double().sigmoid(), labels)
+    per_label = {"auroc": auroc, "ap": ap, "f1": f1}
+    return Figures(
+        {"map": _mean(ap), "auroc": _mean(auroc), "f1": _mean(f1)},
+        {name: values.tolist() for name, values in per_label.items()},
+    )
+
+
+def regression_figures(predicted: Tensor, targets: Tensor) -> Figures:
+    """Mean absolute error, root of the mean squared error, and the coefficient of determination R²,
+    each the mean of those of the L numbers. All are NaN if a prediction is not finite, and R² is
+    for equal targets.
+
+    Args:
+        predicted, targets: `(n, L)` in the data's unit.
+    """
+    from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error, r2_score
+
+    columns: dict[str, list[float]] = {"mae": [], "rmse": [], "r2": []}
+    centre = targets.double().mean(dim=0)  # far from 0 the sums of squares would lose digits
+    for ours, own in zip((predicted - centre).T, (targets - centre).T, strict=True):
+        is_finite, differ = bool(ours.isfinite().all()), bool((own != own[0]).any())
+        columns["mae"].append(mean_absolute_error(ours, own).item() if is_finite else NOT_DEFINED)
+        squared = mean_squared_error(ours, own, squared=False).item()
+        columns["rmse"].append(squared if is_finite else NOT_DEFINED)
+        r2 = r2_score(ours, own).item() if is_finite and differ else NOT_DEFINED
+        columns["r2"].append(r2)
+    means = {name: sum(values) / len(values) for name, values in columns.items()}
+    return Figures(means, columns)
+
+
+def _rankings(scores: Tensor | None, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """AUROC and average precision of each column, `(C,)` float64, from `(n, C)` probabilities and
+    0 or 1."""
+    from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+    found = torch.full((2, truth.shape[1]), NOT_DEFINED, dtype=torch.float64)
+    if scores is not None and scores.isfinite().all():
+        with _default_dtype(torch.float64):  # of the library's divisions of counts
+            for place, (of_class, is_class) in enumerate(zip(scores.T, truth.T, strict=True)):
+                if is_class.any():
+                    found[1, place] = binary_average_precision(
+                        of_class, is_class, validate_args=False
+                    )
+                    if not is_class.all():
+                        found[0, place] = binary_auroc(of_class, is_class, validate_args=False)
+    return found[0], found[1]
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _kappa(confusion: Tensor, weights: Tensor) -> float:
+    """Cohen's kappa of counts `(C, C)`; `weights` say how bad each confusion is."""
+    by_chance = confusion.sum(dim=1)[:, None] * confusion.sum(dim=0) / confusion.sum()
+    return (1 - (weights * confusion).sum() / (weights * by_chance).sum()).item()
+
+
+def _mean(values: Tensor) -> float:
+    """Of those that are defined; NaN if none is."""
+    return values.nanmean().item()
