@@ -34,7 +34,7 @@ class RunIdentity:
     config: the settings. model_args: the fields of the model's specification.
     mean, std: how pixels are normalised, per channel.
     data: `num_images` and `fingerprint` of the training images.
-    weights: sha256 of the file that `finetune` names, None without one.
+    weights: sha256 of the file that `finetune` or `init` names, None without one.
     """
 
     config: dict[str, object]

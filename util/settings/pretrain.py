@@ -14,6 +14,7 @@ from util.settings.base import (
     ModelConfig,
     OpenShare,
     ParallelConfig,
+    PathText,
     Settings,
     Share,
     TrainRunConfig,
@@ -108,6 +109,14 @@ class PretrainConfig(
     TrainRunConfig,
 ):
     """All settings of `main_pretrain.py`."""
+
+    init: PathText | None = setting(
+        None,
+        "Weights to start from, of any kind that models/README.md lists, with or without a "
+        "decoder, whose mean and std count unless they are stated; null starts from random "
+        "weights, and a run that goes on from its own.",
+        may_change=True,
+    )
 
     def problems(self) -> list[str]:
         return super().problems() + where(
