@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from engine.run.checkpoint import checkpoint_steps
 from models.blocks import init_weights
 from models.build import build_model, classifier_spec, mae_spec
+from models.lora import add_lora, freeze_blocks
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.adapt import load_for_pretraining, load_into_classifier, load_into_mae
 from models.weights.info import WeightsInfo, spelled
 from models.weights.read import read_weights
 from util.errors import InputError
-from util.rng import HEAD, generator
+from util.rng import HEAD, LORA, generator
 from util.settings.base import PixelConfig
 from util.settings.evaluation import (
     RANDOM_WEIGHTS,
@@ -95,6 +96,15 @@ def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> tuple[VisionTransf
             std=FINETUNE_HEAD_STD,
             generator=generator(cfg.seed, HEAD),
         )
+    if cfg.freeze_blocks and not cfg.eval:
+        freeze_blocks(model, cfg.freeze_blocks)
+    if cfg.lora_rank is not None and not cfg.eval:
+        add_lora(model, cfg.lora_rank, generator(cfg.seed, LORA))
+    sizes = dict.fromkeys((True, False), 0)
+    for parameter in model.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    if sizes[False] and not cfg.eval:
+        logger.info("%d parameters are trained, %d are frozen", sizes[True], sizes[False])
     return model, info.sha256
 
 

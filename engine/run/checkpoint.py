@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.lora import merged_tensors
 from models.weights.own import CHECKPOINT_VERSION, own_bytes
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_output, write_temporary, write_whole
@@ -175,7 +176,7 @@ def save_weights(path: Path, model: nn.Module, identity: RunIdentity, **more: ob
     """
     header = {"model_args": identity.model_args, "mean": identity.mean, "std": identity.std, **more}
     return write_output(
-        path, lambda target: target.write_bytes(own_bytes(model.state_dict(), header))
+        path, lambda target: target.write_bytes(own_bytes(merged_tensors(model), header))
     )
 
 
