@@ -942,7 +942,7 @@ def test_the_tool_describes_and_converts(tmp_path, capsys):
         (["a"], ["--describe", "--format"]),
         (["a", "b"], ["--describe", "--format"]),
         (["a", "b", "--format", "mae", "--describe"], ["--describe", "--format"]),
-        (["a", "b", "--format", "onnx"], ["'onnx'"]),
+        (["a", "b", "--format", "keras"], ["'keras'"]),
         (["none", "--describe"], ["none", "no such file"]),
         ([], ["SRC"]),
     ],
