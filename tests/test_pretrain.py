@@ -313,7 +313,11 @@ STATS = ["--mean", 0.5, 0.4, 0.3, "--std", 0.25, 0.2, 0.2]
 
 def continuing(data: Path, output_dir: Path, *more: object) -> list[str]:
     """The command line of a run in colour whose mean and std are not stated."""
-    arguments = pretraining(data, output_dir, *RGB, *more)
+    return unstated(pretraining(data, output_dir, *RGB, *more))
+
+
+def unstated(arguments: list[str]) -> list[str]:
+    """Without the grey images' mean and std."""
     for name in ("--mean", "--std"):
         place = arguments.index(name)
         del arguments[place : place + 2]
@@ -359,6 +363,19 @@ def test_stated_pixels_come_before_those_of_the_weights(data, started_from, tmp_
     saved = load_newest_checkpoint(tmp_path)
     assert (saved.mean, saved.std) == ([0.2, 0.2, 0.2], [0.25, 0.2, 0.2])
     assert "trained with mean (0.5, 0.4, 0.3) and the settings say (0.2, 0.2, 0.2)" in caplog.text
+
+
+def test_of_any_number_of_channels_the_weights_give_mean_and_std_or_they_must_be_stated(
+    data, weights, tmp_path
+):
+    more = ["--init", weights, "--stop_epoch", 1]
+    main_pretrain.main(unstated(pretraining(data, tmp_path / "grey", *more)))
+    saved = load_newest_checkpoint(tmp_path / "grey")
+    assert (saved.mean, saved.std) == ([0.1307], [0.3081])
+    torch.save({"model": load_file(weights)}, tmp_path / "says.pth")  # neither mean nor std
+    more[1] = tmp_path / "says.pth"
+    with pytest.raises(InputError, match="mean has 3 values and in_chans is 1.*says.pth has no"):
+        main_pretrain.main(unstated(pretraining(data, tmp_path / "refused", *more)))
 
 
 @pytest.mark.parametrize("init", [None, "another", "lost"])

@@ -17,7 +17,7 @@ from models.vit import VisionTransformer
 from models.weights.adapt import load_for_pretraining, load_into_classifier, load_into_mae
 from models.weights.info import WeightsInfo, spelled
 from models.weights.read import read_weights
-from util.errors import InputError
+from util.errors import InputError, where
 from util.rng import HEAD, LORA, generator
 from util.settings.base import PixelConfig
 from util.settings.evaluation import (
@@ -68,7 +68,10 @@ def build_pretrained(
             logger.info("%s follows the weights: %s", name, theirs)
         else:
             _compare_pixels(name, getattr(cfg, name), theirs)
-    return cfg.model_copy(update=follow), model, info.sha256
+    cfg = cfg.model_copy(update=follow)
+    if problems := where(*cfg.channel_rows(cfg.in_chans)):
+        raise InputError(f"{'; '.join(problems)}, and {cfg.init} has no others")
+    return cfg, model, info.sha256
 
 
 def build_finetuned(cfg: FinetuneConfig, num_classes: int) -> tuple[VisionTransformer, str | None]:

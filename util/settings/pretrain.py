@@ -119,8 +119,11 @@ class PretrainConfig(
     )
 
     def problems(self) -> list[str]:
+        # Those of the weights, which are read later, count where none are stated.
+        follow = {"mean", "std"} - self.model_fields_set if self.init else set()
+        of_pixels = self.channel_rows(self.in_chans)
         return super().problems() + where(
-            *self.channel_rows(self.in_chans),
+            *(row for row in of_pixels if row[1].split()[0] not in follow),
             (
                 self.batch_size % self.aug_repeats,
                 f"batch_size {self.batch_size} is not a multiple of aug_repeats "
