@@ -96,9 +96,22 @@ class RepeatsConfig(Settings):
     )
 
 
+class InitConfig(Settings):
+    """Initial weights"""
+
+    init: PathText | None = setting(
+        None,
+        "Weights to start from, of any kind that models/README.md lists, with or without a "
+        "decoder, whose mean and std count unless they are stated; null starts from random "
+        "weights, and a run that goes on from its own.",
+        may_change=True,
+    )
+
+
 class PretrainConfig(
     AdamWConfig,
     MAEConfig,
+    InitConfig,
     AugmentConfig,
     DataConfig,
     MonitorConfig,
@@ -109,14 +122,6 @@ class PretrainConfig(
     TrainRunConfig,
 ):
     """All settings of `main_pretrain.py`."""
-
-    init: PathText | None = setting(
-        None,
-        "Weights to start from, of any kind that models/README.md lists, with or without a "
-        "decoder, whose mean and std count unless they are stated; null starts from random "
-        "weights, and a run that goes on from its own.",
-        may_change=True,
-    )
 
     def problems(self) -> list[str]:
         # Those of the weights, which are read later, count where none are stated.
