@@ -266,9 +266,11 @@ def test_two_sharded_processes_resume_bit_for_bit(data, fsdp, tmp_path):
 
 
 @pytest.mark.long
-def test_fine_tuning_too(data, tmp_path):
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_fine_tuning_too(data, weights, tmp_path, frozen):
     for kind in ("ddp", "fsdp"):
         flags = ["--batch_size", 6, "--total_batch_size", 12, "--lr", 1e-2, "--parallel", kind]
+        flags += ["--finetune", weights, "--freeze_blocks", frozen] if frozen else []
         result = launch(pictures(data, tmp_path / kind, *flags), 2, "run_finetune.sh")
         assert result.returncode == 0, result.stderr
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
