@@ -132,7 +132,7 @@ def load_for_pretraining(
     taken = {n: t for n, t in tensors.items() if n in own and not n.startswith(dropped)}
     name = "patch_embed.proj.weight"
     taken[name] = adapt_projection(taken[name], *sizes[1])
-    for name in {"pos_embed", "decoder_pos_embed"} & taken.keys():
+    for name in [name for name in ("pos_embed", "decoder_pos_embed") if name in taken]:
         token = "class_token" if name == "pos_embed" else "decoder_class_token"
         old_token, new_token = getattr(theirs, token), getattr(spec, token)
         patches = taken[name][:, old_token:]  # (1, N, D)
