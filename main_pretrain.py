@@ -3,7 +3,7 @@
     sh run_pretrain.sh --config cfgs/pretrain/Vit-S_100E_GAP.yaml --data_path /path/to/train/data
 
 One process needs no launcher: python main_pretrain.py --config ... The same command resumes where
-it stopped.
+it stopped. --init starts from weights in place of random ones.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
@@ -24,6 +24,7 @@ from data.loader import Batch, PretrainDataset
 from data.on_device import place_on_device
 from data.sources import build_pretrain_source
 from data.transforms import CropAndFlip, PixelNormalizer
+from engine.evaluation.from_weights import build_pretrained
 from engine.loop import train
 from engine.optim import build_adamw, param_groups
 from engine.parallel import unsharded_model
@@ -37,7 +38,7 @@ from engine.start import read_pretrain
 from models.build import build_model, mae_spec
 from models.mae import MaskedAutoencoder
 from models.masks import training_order
-from util.dist import broadcast, first_process_first
+from util.dist import broadcast, first_process_first, from_main
 from util.errors import run_cli
 from util.settings.pretrain import PretrainConfig
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
     `epoch_losses`. `cfg` are settings that have been read already."""
     cfg = cfg or read_pretrain(argv)
     with open_run(cfg) as run:
+        cfg, initial, sha256 = from_main(partial(build_pretrained, cfg, run.output_dir))
         with first_process_first(run.processes) if cfg.download else nullcontext():
             source = build_pretrain_source(
                 cfg.dataset, cfg.data_path, pixel_format(cfg, cfg.in_chans), cfg.download
@@ -57,13 +59,24 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
         spec = mae_spec(cfg)
 
         def build() -> MaskedAutoencoder:
+            if initial is not None:
+                return initial
             torch.manual_seed(cfg.seed)
             return build_model(spec)
 
         def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
             return build_adamw(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
 
-        job = begin(run, cfg, source, spec, build, build_optimizer, weights_path(run.output_dir))
+        job = begin(
+            run,
+            cfg,
+            source,
+            spec,
+            build,
+            build_optimizer,
+            weights_path(run.output_dir),
+            weights=sha256,
+        )
         if job.is_finished:
             return finish(job, {})
 

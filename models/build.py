@@ -9,8 +9,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from models.spec import ClassifierSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec
+from util.errors import where
 from util.settings.base import ModelConfig
-from util.settings.evaluation import ClassifierConfig
+from util.settings.evaluation import ClassifierConfig, FinetuneConfig
 from util.settings.pretrain import AutoencoderConfig
 
 if TYPE_CHECKING:
@@ -86,7 +87,20 @@ def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:
     """What is wrong with the classifier that settings ask for, one line each."""
     # Data and weights decide the rest, and a class token where the settings are silent.
     decided = {"num_classes": 1, "class_token": cfg.class_token is not False}
-    return classifier_spec(cfg, **decided).problems()
+    spec = classifier_spec(cfg, **decided)
+    freeze, rank = (
+        (cfg.freeze_blocks, cfg.lora_rank or 0) if isinstance(cfg, FinetuneConfig) else (0, 0)
+    )
+    return spec.problems() + where(
+        (
+            freeze > spec.depth,
+            f"freeze_blocks {freeze} is more than the encoder's depth {spec.depth}",
+        ),
+        (
+            rank > spec.embed_dim,
+            f"lora_rank {rank} is more than the encoder's width, embed_dim {spec.embed_dim}",
+        ),
+    )
 
 
 def _spec(kind: type[SpecT], cfg: ModelConfig, decided: Mapping[str, object]) -> SpecT:

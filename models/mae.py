@@ -97,7 +97,7 @@ class MaskedAutoencoder(Encoder):
         """Encodes the kept patches: `(B, N, P*P*C)`, `(B, K)` -> normalised latent `(B, +K, D)`."""
         x = self.patch_embed(_gather(patches, ids_keep))  # (B, K, D)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+K, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+K, D)
         x = x + self.pos_embed[0, _rows(ids_keep, self.spec.class_token)]  # (B, +K, D)
         return self.norm(self.run_blocks(self.blocks, x))  # (B, +K, D)
 
@@ -196,8 +196,9 @@ class MaskedAutoencoder(Encoder):
 
 def _gather(x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` `(B, M)` of `x` `(B, N, F)`: `(B, M, F)`."""
-    # Indexing copies whole rows, which is faster than `torch.gather` of single numbers.
-    return x[torch.arange(len(x), device=x.device)[:, None], ids]
+    # Indexing copies whole rows, which is faster than `torch.gather` of single numbers. `len(x)`
+    # would fix the batch of an exported model.
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], ids]
 
 
 def _rows(ids: Tensor, class_token: bool | int) -> Tensor:

@@ -207,6 +207,50 @@ def test_another_image_size_resizes_the_positions_and_trains(tmp_path, data, wei
     assert found.shape == (1, 7 * 9 + 1, 32)
 
 
+FREEZE = ["--freeze_blocks", 1]  # of 2
+LORA = ["--lora_rank", 4]
+
+
+@pytest.mark.parametrize("part", [FREEZE, LORA, [*LORA, "--compile", "--compile_backend", "eager"]])
+def test_a_part_is_trained_and_the_weights_left_are_plain(tmp_path, data, weights, part):
+    """It goes on bit for bit; what is frozen stays, all else learns, and the best weights are the
+    moving average's."""
+    base = [*ALL_ON, "--finetune", weights, *part]
+    finetune(data, tmp_path / "whole", *base)
+    finetune(data, tmp_path / "stopped", *base, "--stop_epoch", 1)
+    finetune(data, tmp_path / "stopped", *base, "--num_workers", 1)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    source, left = load_file(weights), load_file(tmp_path / "whole" / "model.safetensors")
+    model = VisionTransformer(**read_header(tmp_path / "whole" / "model.safetensors")["model_args"])
+    assert left.keys() == model.state_dict().keys()
+    if part is FREEZE:
+        trained = {name for name in left if name.startswith("blocks.1.")}
+    else:
+        trained = {n for n in left if n.endswith(("qkv.weight", "proj.weight")) and "attn" in n}
+    trained |= {name for name in left if name.startswith(("head", "fc_norm"))}
+    changed = {name for name in left if not torch.equal(left[name], source.get(name, left[name]))}
+    assert changed == {name for name in trained if name in source}
+    content = load_newest_checkpoint(tmp_path / "whole").model
+    assert sum("lora" in name for name in content) == (0 if part is FREEZE else 2 * 2 * 2)
+    results = results_of(tmp_path / "whole")
+    last = evaluate(data, tmp_path / "eval", tmp_path / "whole" / "model.safetensors")
+    assert last["acc1"] == results["acc1"]
+    assert last["loss"] == pytest.approx(results["loss"], abs=1e-6)
+    best = evaluate(data, tmp_path / "eval", tmp_path / "whole" / "best.safetensors")
+    assert best["acc1"] == results["best_acc1"]
+
+
+def test_low_rank_sums_learn_and_frozen_blocks_drop_no_paths(tmp_path, data, weights):
+    more = [*LEARN, "--finetune", weights, "--lora_rank", 8]
+    assert finetune(data, tmp_path / "lora", *more)["best_acc1"] > 55  # 33.3 is chance
+    losses = []
+    for rate in (0, 0.5):
+        more = ["--finetune", weights, "--freeze_blocks", 2, "--drop_path_rate", rate]
+        finetune(data, tmp_path / str(rate), *more, "--stop_epoch", 1)
+        losses.append(step_losses(tmp_path / str(rate)))
+    assert losses[0] == losses[1]
+
+
 def test_a_subset_is_the_same_choice_for_the_same_seed_in_every_stage(
     tmp_path, data, weights, monkeypatch
 ):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from compare import assert_same_run
+from conftest import ROOT
 from PIL import Image
 from runs import (
     STEPS_PER_EPOCH,
@@ -25,15 +26,18 @@ from runs import (
     files_of,
     log_lines,
     note_reads,
+    pretraining,
     run,
     step_losses,
     stop_at,
 )
 from safetensors.torch import load_file
 
+import hubconf
 import main_pretrain
 from engine.run.checkpoint import Checkpoint, load_newest_checkpoint
 from models.mae import MaskedAutoencoder
+from models.weights.files import weights_digest
 from util.errors import InputError
 
 
@@ -298,6 +302,142 @@ def test_grey_alpha_and_odd_files_are_no_error_and_broken_ones_are_replaced(tmp_
     bad = [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
     assert {Path(entry["path"]).name for entry in bad} == {"broken.jpg", "text.png"}
     assert {entry["reason"] for entry in bad if "broken" in entry["path"]} == {"the file is empty"}
+
+
+# from weights
+
+
+RGB = ["--in_chans", 3, "--log_interval", 1]
+STATS = ["--mean", 0.5, 0.4, 0.3, "--std", 0.25, 0.2, 0.2]
+
+
+def continuing(data: Path, output_dir: Path, *more: object) -> list[str]:
+    """The command line of a run in colour whose mean and std are not stated."""
+    return unstated(pretraining(data, output_dir, *RGB, *more))
+
+
+def unstated(arguments: list[str]) -> list[str]:
+    """Without the grey images' mean and std."""
+    for name in ("--mean", "--std"):
+        place = arguments.index(name)
+        del arguments[place : place + 2]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def started_from(data, tmp_path_factory):
+    """Weights, and a run that starts from them: its first batch, order and loss."""
+    source = tmp_path_factory.mktemp("source")
+    main_pretrain.main(pretraining(data, source, *RGB, *STATS))
+    path, folder, first = source / "model.safetensors", source / "next", []
+
+    def noted(self, *batch, original=MaskedAutoencoder.forward):
+        loss = original(self, *batch)
+        first.append((*(tensor.clone() for tensor in batch), loss.item()))
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedAutoencoder, "forward", noted)
+        main_pretrain.main(continuing(data, folder, "--init", path))
+    return path, folder, first[0]
+
+
+def test_the_first_loss_is_that_of_the_weights_and_pixels_are_normalised_as_theirs(started_from):
+    path, folder, (images, order, loss) = started_from
+    source = hubconf.autoencoder(str(path))
+    assert abs(source(images, order).item() - loss) < 1e-5
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["mean"], config["std"]) == ([0.5, 0.4, 0.3], [0.25, 0.2, 0.2])
+    pixels = (images * source.std + source.mean) * 255  # of grey digits, 0 to 255 in each channel
+    assert pixels.min() > -6 and pixels.max() < 261
+    torch.testing.assert_close(pixels[:, 0], pixels[:, 2], rtol=0, atol=1e-3)
+    saved = load_newest_checkpoint(folder)
+    assert (saved.mean, saved.weights) == ([0.5, 0.4, 0.3], weights_digest(path))
+    text = (folder / "log.txt").read_text()
+    assert "fresh: nothing" in text and "mean follows the weights" in text
+
+
+def test_stated_pixels_come_before_those_of_the_weights(data, started_from, tmp_path, caplog):
+    more = ["--init", started_from[0], "--mean", 0.2, 0.2, 0.2, "--stop_epoch", 1]
+    main_pretrain.main(continuing(data, tmp_path, *more))
+    saved = load_newest_checkpoint(tmp_path)
+    assert (saved.mean, saved.std) == ([0.2, 0.2, 0.2], [0.25, 0.2, 0.2])
+    assert "trained with mean (0.5, 0.4, 0.3) and the settings say (0.2, 0.2, 0.2)" in caplog.text
+
+
+def test_of_any_number_of_channels_the_weights_give_mean_and_std_or_they_must_be_stated(
+    data, weights, tmp_path
+):
+    more = ["--init", weights, "--stop_epoch", 1]
+    main_pretrain.main(unstated(pretraining(data, tmp_path / "grey", *more)))
+    saved = load_newest_checkpoint(tmp_path / "grey")
+    assert (saved.mean, saved.std) == ([0.1307], [0.3081])
+    torch.save({"model": load_file(weights)}, tmp_path / "says.pth")  # neither mean nor std
+    more[1] = tmp_path / "says.pth"
+    with pytest.raises(InputError, match="mean has 3 values and in_chans is 1.*says.pth has no"):
+        main_pretrain.main(unstated(pretraining(data, tmp_path / "refused", *more)))
+
+
+@pytest.mark.parametrize("init", [None, "another", "lost"])
+def test_a_run_that_started_from_weights_goes_on_without_them(
+    data, started_from, tmp_path, caplog, init
+):
+    """Whatever `init` is by then."""
+    path, folder, _ = started_from
+    copy = shutil.copy(path, tmp_path / "copy")
+    main_pretrain.main(continuing(data, tmp_path / "run", "--init", copy, "--stop_epoch", 1))
+    Path(copy).unlink()
+    if init == "another":
+        Path(copy).write_text("these are no weights")
+    caplog.set_level("INFO")
+    more = [] if init is None else ["--init", copy]
+    for _ in range(2):  # it goes on, and then is finished
+        main_pretrain.main(continuing(data, tmp_path / "run", *more))
+    assert_same_run(folder, tmp_path / "run")
+    assert ("init is ignored" in caplog.text) == (init is not None)
+
+
+def test_weights_that_do_not_fit_or_lie_where_the_run_writes_are_refused(
+    data, started_from, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(main_pretrain, "build_pretrain_source", None)  # before any image is read
+    path = shutil.copy(started_from[0], tmp_path / "model.safetensors")
+    more = ["--embed_dim", 48, "--depth", 3]
+    with pytest.raises(InputError, match="32 in the file, 48 in.*depth 2 in the file, 3 in"):
+        main_pretrain.main(continuing(data, tmp_path / "run", "--init", path, *more))
+    with pytest.raises(InputError, match="model.safetensors, which init names"):
+        main_pretrain.main(continuing(data, tmp_path, "--init", path))
+
+
+@pytest.mark.long
+def test_other_images_are_learned_faster_from_weights(cifar10_jpeg, tmp_path):
+    """CIFAR-10's classes 0 to 4, then 5 to 9, beside from scratch at equal steps."""
+    names = sorted(path.name for path in (cifar10_jpeg / "train").iterdir())
+    for part, classes in (("first", names[:5]), ("second", names[5:])):
+        for name in classes:
+            for split, count in (("train", 300), ("val", 50)):
+                folder = tmp_path / part / split / name
+                folder.mkdir(parents=True)
+                for image in sorted((cifar10_jpeg / split / name).iterdir())[:count]:
+                    (folder / image.name).symlink_to(image)
+    recipe = ["--config", str(ROOT / "cfgs/pretrain/ViT-Ti_CIFAR10.yaml"), "--dataset", "folder"]
+    small = "--batch_size 64 --total_batch_size 64 --depth 3 --precision fp32 --device cpu"
+    small += " --epochs 4 --warmup_epochs 0.5 --tensorboard false"
+
+    def losses(part, output, *more):
+        arguments = [*recipe, *small.split(), "--data_path", str(tmp_path / part)]
+        arguments += ["--output_dir", str(tmp_path / output), *map(str, more)]
+        return main_pretrain.main(arguments)["epoch_losses"]
+
+    losses("first", "source", "--monitor_epochs", 0)
+    fresh = losses("second", "fresh")
+    started = losses("second", "started", "--init", tmp_path / "source" / "model.safetensors")
+    assert all(ours < theirs for ours, theirs in zip(started, fresh, strict=True))
+    knn = [
+        [line["knn_acc1"] for line in log_lines(tmp_path / name) if "knn_acc1" in line]
+        for name in ("started", "fresh")
+    ]
+    assert knn[0][-1] > knn[1][-1]
 
 
 # refused, with one clear line, before any compute

@@ -189,7 +189,7 @@ LEAVES = {
     r"run_(finetune|lincls|knn)": "output/*/*/results.json",
     r"pretrain\.": "**/model.safetensors",
     r"pack_dataset": "**/index.json",
-    r"convert_checkpoint": "path/converted",
+    r"convert_checkpoint": "path/converted*",
     r"embed": "output/features.npz",
     r"predict": "output/predictions.csv",
     r"plot_run": "**/report.html",

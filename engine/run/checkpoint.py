@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.lora import merged_tensors
 from models.weights.own import CHECKPOINT_VERSION, own_bytes
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_output, write_temporary, write_whole
@@ -35,7 +36,7 @@ class RunIdentity:
     config: the settings. model_args: the fields of the model's specification.
     mean, std: how pixels are normalised, per channel.
     data: `num_images` and `fingerprint` of the training images.
-    weights: sha256 of the file that `finetune` names, None without one.
+    weights: sha256 of the file that `finetune` or `init` names, None without one.
     """
 
     config: dict[str, object]
@@ -184,7 +185,7 @@ def save_weights(
     return write_output(
         path,
         lambda target: target.write_bytes(
-            own_bytes({**model.state_dict(), **(replaced or {})}, header)
+            own_bytes({**merged_tensors(model), **(replaced or {})}, header)
         ),
     )
 

@@ -154,7 +154,7 @@ def claim(folder: Path, cfg: RunConfig, stack: ExitStack) -> None:
         lost = _results_of_others(folder / "eval.json", "evaluation")
     else:
         stack.enter_context(locked(folder))
-        lost = _weights_to_start_from(folder, getattr(cfg, "finetune", None))
+        lost = _weights_to_start_from(folder, cfg)
         if not checkpoint_steps(folder):
             lost += _files_of_others(folder, cfg)
     if lost:
@@ -208,11 +208,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _weights_to_start_from(folder: Path, finetune: str | None) -> list[str]:
-    """The weights that `finetune` names if they lie where the run writes."""
-    found = [Path(finetune), *Path(finetune).glob("model.safetensors")] if finetune else []
+def _weights_to_start_from(folder: Path, cfg: RunConfig) -> list[str]:
+    """The weights that `finetune` or `init` names if they lie where the run writes."""
+    name = "init" if isinstance(cfg, PretrainConfig) else "finetune"
+    start = getattr(cfg, name, None)
+    found = [Path(start), *Path(start).glob("model.safetensors")] if start else []
     return [
-        f"{path.name}, which finetune names"
+        f"{path.name}, which {name} names"
         for path in found
         if path.resolve().parent == folder.resolve()
         if path.is_file() and OWN_NAME.fullmatch(path.name)

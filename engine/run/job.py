@@ -26,6 +26,7 @@ from models.spec import ModelSpec
 from util.dist import all_gather, autocast_dtype, broadcast, from_main
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
+from util.settings.pretrain import PretrainConfig
 from util.settings.read import changed_settings, differences
 
 if TYPE_CHECKING:
@@ -132,13 +133,17 @@ def begin(
             none are needed, torch's default device is `meta` while it is called.
         build_optimizer: returns the optimiser of that part, which is on its device by then.
         result: the file that a finished run leaves last.
-        weights: sha256 of the file that `finetune` names.
+        weights: sha256 of the file that `finetune` or `init` names; pretraining that goes on keeps
+            the one in its checkpoint.
         may_diverge: see `TrainState`.
         scale_loss: whether fp16 scales the loss against underflow of the gradient.
 
     Raises: InputError, before the folder is touched, if the data set is too small or the folder
     holds a run with other settings.
     """
+    saved = from_main(partial(load_newest_checkpoint, run.output_dir))
+    if saved is not None and isinstance(cfg, PretrainConfig):
+        weights = saved.weights
     identity = RunIdentity(
         config=cfg.model_dump(mode="json"),
         model_args=spec.as_dict(),
@@ -147,7 +152,6 @@ def begin(
         data={"num_images": len(source), "fingerprint": source.fingerprint()},
         weights=weights,
     )
-    saved = from_main(partial(load_newest_checkpoint, run.output_dir))
     check_resumable(run.output_dir, cfg, saved, identity)
     world_size = run.processes.world_size
     plan = plan_run(cfg, len(source), world_size, choose_accum_iter(cfg, world_size, saved))

@@ -1,10 +1,11 @@
 """Loads a file's weights into a model that the settings ask for: strictly, with every exception
 named here.
 
-Shapes: `N` patches, `D` width.
+Shapes: `N` patches, `D` width, `C` channels, `P` patch side.
 """
 
 import logging
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.mae import DECODER_NAMES, MaskedAutoencoder
-from models.spec import MAESpec, ModelSpec
+from models.pos_embed import sincos_pos_embed
+from models.spec import MAESpec, ModelSpec, pair
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, spelled
 from util.errors import InputError
@@ -22,6 +24,9 @@ from util.errors import InputError
 # and head replaced; an autoencoder's weights do not depend on how it is trained.
 ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate")
 TRAINING_ONLY = ("mask_ratio", "pred_ratio", "norm_pix_loss")
+# Pretraining that starts from weights also adapts the patch projection and the class token.
+STARTED_FROM = ("img_size", "patch_size", "in_chans", "class_token", *TRAINING_ONLY)
+SINCOS_ERROR = 1e-3  # of a table in half precision; a table that was learned is further away
 logger = logging.getLogger(__name__)
 
 
@@ -90,15 +95,109 @@ def load_into_mae(
             "it holds no decoder: take a file of the whole autoencoder, as pretraining writes it"
         )
     _refuse_or_log(path, info, problems)
-    target = info.known("norm_pix_loss")
-    if target not in (None, model.norm_pix_loss):
-        logger.warning(
-            "norm_pix_loss is %s in the file, %s in the settings: its decoder predicts another "
-            "target",
-            target,
-            model.norm_pix_loss,
-        )
+    _compare_targets(info, model.spec)
     model.load_state_dict(tensors, strict=True)
+
+
+def load_for_pretraining(
+    model: MaskedAutoencoder, tensors: dict[str, Tensor], info: WeightsInfo, path: str | Path
+) -> None:
+    """Loads canonical tensors, with or without a decoder, to go on with pretraining.
+
+    Fresh: a decoder that the file has not, or of another geometry; its `decoder_pred` for patches
+    of another size or number of channels; a class token or `norm` that the file has not. Adapted:
+    the patch projection and the positions. Dropped: a head, `fc_norm`, and a class token that the
+    settings have not. All of it is logged.
+
+    Raises: InputError naming both sides of an encoder that does not fit; the model is untouched
+    then.
+    """
+    spec, theirs, own = model.spec, info.spec, model.state_dict()
+    differences = _differences(info, spec, STARTED_FROM)
+    of_decoder = [line for line in differences if line.startswith("decoder")]
+    _refuse_or_log(path, info, [line for line in differences if line not in of_decoder])
+    dropped: tuple[str, ...] = ()  # beginnings of names
+    if not isinstance(theirs, MAESpec):
+        logger.info("no decoder in the file: it starts fresh")
+    elif of_decoder:
+        dropped += DECODER_NAMES
+        logger.info("decoder dropped, a fresh one starts: %s", "; ".join(of_decoder))
+    else:
+        _compare_targets(info, spec)
+    if theirs.class_token and not spec.class_token:
+        dropped += ("cls_token",)
+    sizes = [(s.in_chans, pair(s.patch_size)) for s in (theirs, spec)]
+    if sizes[0] != sizes[1]:
+        dropped += ("decoder_pred.",)
+    taken = {n: t for n, t in tensors.items() if n in own and not n.startswith(dropped)}
+    name = "patch_embed.proj.weight"
+    taken[name] = adapt_projection(taken[name], *sizes[1])
+    for name in [name for name in ("pos_embed", "decoder_pos_embed") if name in taken]:
+        token = "class_token" if name == "pos_embed" else "decoder_class_token"
+        old_token, new_token = getattr(theirs, token), getattr(spec, token)
+        patches = taken[name][:, old_token:]  # (1, N, D)
+        first = taken[name] if old_token else own[name]
+        table = torch.cat([first[:, :new_token], patches], dim=1)  # (1, N + new_token, D)
+        taken[name] = _positions_for(table, theirs.grid_size, spec.grid_size, new_token, name)
+    fresh = sorted(own.keys() - taken.keys())
+    lost = sorted(tensors.keys() - taken.keys())
+    logger.info("taken from %s: %d of the model's %d tensors", path, len(taken), len(own))
+    logger.info("fresh: %s", ", ".join(_parts(fresh)) or "nothing")
+    logger.info("dropped: %s", ", ".join(_parts(lost)) or "nothing")
+    model.load_state_dict({name: own[name] for name in fresh} | taken, strict=True)
+
+
+def adapt_projection(weight: Tensor, in_chans: int, patch_size: tuple[int, int]) -> Tensor:
+    """A patch projection `(D, C, P, P)` for other channels and patches, and a log line for each.
+
+    What it gives for a patch is what the old one gave for the patch resized to the old size, by
+    antialiased bicubic interpolation, so that the scale stays. One channel gets the sum over the
+    old ones, so that a grey image gives what it gave as RGB; of several each gets the next of the
+    old ones, times old over new number.
+
+    Source of the latter: timm's `adapt_input_conv`.
+    """
+    old_chans, old_size = weight.shape[1], (weight.shape[2], weight.shape[3])
+    if in_chans != old_chans:
+        weight = weight.float()
+        if in_chans == 1:
+            weight = weight.sum(dim=1, keepdim=True)  # (D, 1, P, P)
+        else:
+            order = torch.arange(in_chans) % old_chans
+            weight = weight[:, order] * (old_chans / in_chans)  # (D, C, P, P)
+        logger.info("patch projection adapted from %d to %d channels", old_chans, in_chans)
+    if patch_size != old_size:
+        count = patch_size[0] * patch_size[1]
+        pixels = torch.eye(count).view(count, 1, *patch_size)  # an image for each new pixel
+        resized = F.interpolate(pixels, old_size, mode="bicubic", antialias=True).flatten(1)
+        weight = weight.float().flatten(2) @ resized.T  # (D, C, P*P)
+        weight = weight.view(-1, in_chans, *patch_size)  # (D, C, P, P)
+        logger.info(
+            "patch projection resized from %s to %s pixels", spelled(old_size), spelled(patch_size)
+        )
+    return weight
+
+
+def _positions_for(
+    table: Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    class_token: bool,
+    name: str,
+) -> Tensor:
+    """A position table `(1, N + class_token, D)` for another grid: the sine-cosine one is computed
+    anew, a learned one resized. The class token's row stays as it is."""
+    if old_grid == new_grid:
+        return table
+    width = table.shape[-1]
+    fixed = sincos_pos_embed(width, old_grid, False)
+    is_fixed = torch.allclose(table[:, class_token:].float(), fixed, rtol=0, atol=SINCOS_ERROR)
+    how, old, new = "recomputed" if is_fixed else "resized", spelled(old_grid), spelled(new_grid)
+    logger.info("%s %s from %s to %s patches", name, how, old, new)
+    if is_fixed:
+        fixed = sincos_pos_embed(width, new_grid, False)
+        return torch.cat([table[:, :class_token].float(), fixed], dim=1)
+    return resize_pos_embed(table, old_grid, new_grid, class_token)
 
 
 def resize_pos_embed(
@@ -129,6 +228,23 @@ def _differences(info: WeightsInfo, spec: ModelSpec, ignored: Collection[str]) -
         for name in names
         if theirs[name] != ours[name]
     ]
+
+
+def _parts(names: list[str]) -> list[str]:
+    """Names of tensors without their endings and the numbers of blocks, each once."""
+    return sorted({re.sub(r"\.(weight|bias)$|\.\d+\..*", "", name) for name in names})
+
+
+def _compare_targets(info: WeightsInfo, spec: MAESpec) -> None:
+    """Warns of a decoder that was trained for another target."""
+    target = info.known("norm_pix_loss")
+    if target not in (None, spec.norm_pix_loss):
+        logger.warning(
+            "norm_pix_loss is %s in the file, %s in the settings: its decoder predicts another "
+            "target",
+            target,
+            spec.norm_pix_loss,
+        )
 
 
 def _refuse_or_log(path: str | Path, info: WeightsInfo, problems: list[str]) -> None:

@@ -119,6 +119,13 @@ def test_accumulation_checkpointing_and_compiling_go_with_it(data, ddp, tmp_path
 
 
 @pytest.mark.long
+def test_each_process_gets_its_part_of_the_weights_to_start_from(data, weights, tmp_path):
+    more = ["--init", weights, "--epochs", 1, "--warmup_epochs", 0.5]
+    folder = pretrain(data, tmp_path / "run", *more, *FSDP)
+    assert_same(restored(folder).model, load_file(weights))
+
+
+@pytest.mark.long
 @pytest.mark.fault("R16")
 def test_in_bf16_all_is_equal_bit_for_bit_also_around_a_step_that_one_process_spoils(
     data, tmp_path
@@ -259,9 +266,11 @@ def test_two_sharded_processes_resume_bit_for_bit(data, fsdp, tmp_path):
 
 
 @pytest.mark.long
-def test_fine_tuning_too(data, tmp_path):
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_fine_tuning_too(data, weights, tmp_path, frozen):
     for kind in ("ddp", "fsdp"):
         flags = ["--batch_size", 6, "--total_batch_size", 12, "--lr", 1e-2, "--parallel", kind]
+        flags += ["--finetune", weights, "--freeze_blocks", frozen] if frozen else []
         result = launch(pictures(data, tmp_path / kind, *flags), 2, "run_finetune.sh")
         assert result.returncode == 0, result.stderr
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"

@@ -10,6 +10,7 @@ from reference import MAE, READOUTS, VIT, huggingface_mae, randomized, timm_vit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.blocks import DropPath
+from models.lora import add_lora, merged_tensors
 from models.mae import MaskedAutoencoder
 from models.pos_embed import sincos_pos_embed
 from models.spec import num_kept
@@ -292,3 +293,29 @@ def test_models_that_cannot_be_are_refused_with_their_fields(kind, changes, name
 def test_images_of_another_size_are_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\).*\(2, 3, 64, 64\)"):
         MaskedAutoencoder(**MAE)(torch.rand(2, 3, 64, 64))
+
+
+def test_low_rank_sums_by_hand_and_merged():
+    """y = W x + b + B (A x), which is W's at first; alone they and the readout are trained."""
+    model = randomized(VisionTransformer(**VIT | READOUTS[1]))
+    images, before = torch.randn(2, 3, 32, 32), model.state_dict()
+    expected = model(images)
+    add_lora(model, 5, torch.Generator().manual_seed(0))
+    assert torch.equal(model(images), expected)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    readout = {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+    layers = [f"blocks.{i}.attn.{part}" for i in (0, 1) for part in ("qkv", "proj")]
+    assert trained == readout | {f"{n}.lora_{part}" for n in layers for part in "ab"}
+    for name in layers:
+        layer = model.get_submodule(name)
+        assert layer.lora_a.shape == (5, 48) and layer.lora_a.std() > 0.05
+        torch.nn.init.normal_(layer.lora_b, std=0.1)
+    x, layer = torch.randn(3, 48), model.blocks[1].attn.qkv
+    by_hand = x @ layer.weight.T + layer.bias + (x @ layer.lora_a.T) @ layer.lora_b.T
+    torch.testing.assert_close(layer(x), by_hand)
+    merged = merged_tensors(model)
+    assert merged.keys() == before.keys()
+    plain = VisionTransformer(**VIT | READOUTS[1])
+    plain.load_state_dict(merged)
+    assert not torch.allclose(model(images), expected)
+    torch.testing.assert_close(plain(images), model(images), rtol=0, atol=1e-5)

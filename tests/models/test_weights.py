@@ -11,20 +11,30 @@ import random
 import re
 from unittest import mock
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from conftest import ROOT
+from PIL import Image
 from reference import MAE, READOUTS, VIT, huggingface_mae, randomized, timm_vit
 from runs import command, flip_bit, run
+from timm.models._manipulate import adapt_input_conv
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 import hubconf
 from models.mae import MaskedAutoencoder
+from models.pos_embed import sincos_pos_embed
 from models.vit import VisionTransformer
 from models.weights import files as weights_files
-from models.weights.adapt import load_into_classifier, load_into_mae, resize_pos_embed
+from models.weights.adapt import (
+    adapt_projection,
+    load_for_pretraining,
+    load_into_classifier,
+    load_into_mae,
+    resize_pos_embed,
+)
 from models.weights.files import CHECKPOINT_VERSION, weights_digest
 from models.weights.info import complete
 from models.weights.own import own_bytes, read_header
@@ -592,6 +602,157 @@ def test_an_autoencoder_needs_a_decoder_and_takes_the_files_positions(tmp_path, 
     assert_named(message, "the path (MAE (encoder))", "no decoder")
 
 
+# Into an autoencoder that goes on with pretraining
+
+
+def huggingface_folder(folder, model):
+    huggingface_mae(model).save_pretrained(folder)
+    return folder
+
+
+def start_from(path, fields):
+    """A model with other weights, started from a file, and what it had before."""
+    model = built(fields, seed=1)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    load_for_pretraining(model, *read_weights(path), path)
+    return model, before
+
+
+@pytest.mark.parametrize(
+    ("fields", "write"),
+    [(MAE, own_file), (CROSS, own_file), (TOKEN_LEAVES, own_checkpoint), (MAE, huggingface_folder)]
+    + [(HALF | SMALL, lambda f, m: saved(f, public_mae(m)))]
+    + [(x | ONE_HEAD, lambda f, m: saved(f, reference_project(m))) for x in (NO_TOKEN, MAE)],
+)
+def test_pretraining_goes_on_at_the_loss_of_the_weights(tmp_path, caplog, fields, write):
+    source = built(fields)
+    path = write(tmp_path, source)
+    expected = source(images(), order().argsort(dim=1)).item()
+    if write is huggingface_folder:
+        theirs = ViTMAEForPreTraining.from_pretrained(path).eval()
+        expected = theirs(images(), noise=order()).loss.item()
+    caplog.set_level(logging.INFO)
+    model, _ = start_from(path, fields)
+    assert abs(model(images(), order().argsort(dim=1)).item() - expected) < 1e-5
+    assert_named(caplog.text, "fresh: nothing", "dropped: nothing")
+
+
+@pytest.mark.parametrize(
+    ("fields", "content", "fresh"),
+    [
+        (VIT, lambda model: {"model": model.state_dict()}, set()),
+        (VIT | {"num_classes": 0}, timm_checkpoint, set()),
+        (VIT, timm_checkpoint, set()),
+        (VIT | READOUTS[3], timm_checkpoint, {"norm.weight", "norm.bias", "cls_token"}),
+        (VIT, reference_project, set()),
+    ],
+)
+def test_pretraining_goes_on_with_an_encoder_and_a_fresh_decoder(
+    tmp_path, caplog, fields, content, fresh
+):
+    source = built(fields)
+    path = saved(tmp_path, content(source))
+    caplog.set_level(logging.INFO)
+    model, before = start_from(path, MAE)
+    own, theirs = model.state_dict(), source.state_dict()
+    assert_named(caplog.text, "no decoder in the file")
+    fresh = fresh | {name for name in own if name.startswith(("decoder", "mask"))}
+    same({n: own[n] for n in fresh}, {n: before[n] for n in fresh})
+    taken = own.keys() - fresh - {"pos_embed"}
+    same({n: own[n] for n in taken}, {n: theirs[n] for n in taken})
+    assert torch.equal(own["pos_embed"][:, 1:], theirs["pos_embed"][:, -16:])
+    if not {"norm.weight", "cls_token"} & fresh:  # timm itself gives the feature, unmasked
+        latent = model.forward_encoder(model.patchify(images()), torch.arange(16).repeat(2, 1))
+        feature = timm_vit(source).forward_features(images())
+        torch.testing.assert_close(latent, feature, rtol=0, atol=1e-5)
+
+
+def test_a_class_token_that_only_the_file_has_is_dropped(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    model, before = start_from(own_file(tmp_path, source := built(MAE)), NO_TOKEN)
+    assert torch.equal(model.pos_embed, source.pos_embed[:, 1:])
+    assert torch.equal(model.mask_token, before["mask_token"])
+    assert_named(caplog.text, "decoder_class_token true in the file", "dropped: cls_token, dec")
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_on_another_grid_learned_positions_are_resized_and_fixed_ones_computed(
+    tmp_path, caplog, is_learned
+):
+    caplog.set_level(logging.INFO)
+    source = built(MAE)
+    if not is_learned:
+        for name, width in (("pos_embed", 48), ("decoder_pos_embed", 24)):
+            getattr(source, name).copy_(sincos_pos_embed(width, (4, 4), True).half().float())
+    model, _ = start_from(own_file(tmp_path, source), MAE | {"img_size": (48, 32)})
+    for name, width in (("pos_embed", 48), ("decoder_pos_embed", 24)):
+        resized = resize_pos_embed(getattr(source, name), (4, 4), (6, 4), class_token=True)
+        expected = resized if is_learned else sincos_pos_embed(width, (6, 4), True)
+        assert torch.equal(getattr(model, name), expected)
+    how = "resized" if is_learned else "recomputed"
+    assert_named(caplog.text, f"pos_embed {how} from 4x4 to 6x4 patches")
+    assert torch.equal(model.decoder_pred.weight, source.decoder_pred.weight)
+
+
+@pytest.mark.parametrize("patch_size", [(4, 4), (16, 16), (7, 10)])
+def test_another_patch_size_gives_what_the_old_one_gave_for_the_resized_patch(patch_size):
+    """Resized by Pillow's rule, which torchvision and the data path follow."""
+    weight = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    patch = torch.rand(3, *patch_size, generator=torch.Generator().manual_seed(1))
+    resized = torch.stack(
+        [
+            torch.from_numpy(
+                np.array(Image.fromarray(c.numpy()).resize((8, 8), Image.Resampling.BICUBIC))
+            )
+            for c in patch
+        ]
+    )
+    found = (adapt_projection(weight, 3, patch_size) * patch).sum(dim=(1, 2, 3))
+    expected = (weight * resized).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert torch.equal(adapt_projection(weight, 3, (8, 8)), weight)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4, 6])
+def test_another_number_of_channels_is_adapted_as_timm_does(in_chans):
+    weight = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = adapt_input_conv(in_chans, weight)
+    torch.testing.assert_close(adapt_projection(weight, in_chans, (8, 8)), expected)
+
+
+def test_of_other_patches_and_channels_the_prediction_starts_fresh(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    source = built(MAE)
+    path = own_file(tmp_path, source)
+    model, before = start_from(path, MAE | {"patch_size": 16, "img_size": 64, "in_chans": 1})
+    own, theirs = model.state_dict(), source.state_dict()
+    fresh = {"decoder_pred.weight", "decoder_pred.bias"}
+    same({n: own[n] for n in fresh}, {n: before[n] for n in fresh})
+    taken = own.keys() - fresh - {"patch_embed.proj.weight"}
+    same({n: own[n] for n in taken}, {n: theirs[n] for n in taken})
+    assert_named(caplog.text, "3 to 1 channels", "8x8 to 16x16 pixels", "fresh: decoder_pred")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"embed_dim": 24}, ["embed_dim 48 in the file, 24 in the settings"]),
+        ({"depth": 3}, ["depth 2 in the file, 3 in the settings"]),
+        ({"num_heads": 4}, ["num_heads 3 in the file, 4 in the settings"]),
+        ({"mlp_ratio": 2.0, "depth": 1}, ["mlp_ratio 4 in the file, 2 in", "depth 2 in the file"]),
+    ],
+)
+def test_another_encoder_is_refused_and_another_decoder_starts_fresh(
+    tmp_path, caplog, changes, said
+):
+    path = own_file(tmp_path, built(MAE))
+    assert_named(refusal(start_from, path, MAE | changes), path, *said)
+    caplog.set_level(logging.INFO)
+    model, before = start_from(path, MAE | {"decoder_depth": 1})
+    assert_named(caplog.text, "decoder_depth 2 in the file, 1 in the settings")
+    assert torch.equal(model.decoder_pred.weight, before["decoder_pred.weight"])
+
+
 # Files that are something else
 
 
@@ -781,7 +942,7 @@ def test_the_tool_describes_and_converts(tmp_path, capsys):
         (["a"], ["--describe", "--format"]),
         (["a", "b"], ["--describe", "--format"]),
         (["a", "b", "--format", "mae", "--describe"], ["--describe", "--format"]),
-        (["a", "b", "--format", "onnx"], ["'onnx'"]),
+        (["a", "b", "--format", "keras"], ["'keras'"]),
         (["none", "--describe"], ["none", "no such file"]),
         ([], ["SRC"]),
     ],

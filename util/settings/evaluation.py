@@ -230,6 +230,16 @@ class FinetuneConfig(
         f"{', '.join(METRICS['multiclass'])}, for multilabel {', '.join(METRICS['multilabel'])}, "
         f"for regression {', '.join(METRICS['regression'])}; null is acc1, map and rmse.",
     )
+    freeze_blocks: CountOrZero = setting(
+        0,
+        "Number of first blocks that are not trained, nor are the patch projection, the class "
+        "token and the positions then; 0 trains all.",
+    )
+    lora_rank: Count | None = setting(
+        None,
+        "Rank of trained sums on the attention's qkv and proj (LoRA, arXiv 2106.09685), beside "
+        "which only the head and fc_norm are trained; null trains the weights themselves.",
+    )
 
     lr: Positive = setting(
         1e-3, "Base learning rate per 256 images; the schedule's peak is lr * total batch / 256."
@@ -291,6 +301,20 @@ class FinetuneConfig(
             (
                 self.parallel == "fsdp" and self.ema_decay is not None,
                 "ema_decay keeps a second complete model on each process: not with parallel fsdp",
+            ),
+            (
+                self.parallel == "fsdp" and self.lora_rank is not None,
+                "lora_rank needs little memory for gradients: not with parallel fsdp",
+            ),
+            (
+                self.finetune is None and (self.lora_rank or self.freeze_blocks),
+                "finetune is needed by freeze_blocks and lora_rank: without weights there is "
+                "nothing to keep",
+            ),
+            (
+                self.freeze_blocks and self.lora_rank is not None,
+                "freeze_blocks and lora_rank exclude each other: with lora_rank all blocks are "
+                "frozen but for their sums",
             ),
             (
                 self.eval and self.finetune is None,

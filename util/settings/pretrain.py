@@ -14,6 +14,7 @@ from util.settings.base import (
     ModelConfig,
     OpenShare,
     ParallelConfig,
+    PathText,
     Settings,
     Share,
     ShowConfig,
@@ -96,9 +97,22 @@ class RepeatsConfig(Settings):
     )
 
 
+class InitConfig(Settings):
+    """Initial weights"""
+
+    init: PathText | None = setting(
+        None,
+        "Weights to start from, of any kind that models/README.md lists, with or without a "
+        "decoder, whose mean and std count unless they are stated; null starts from random "
+        "weights, and a run that goes on from its own.",
+        may_change=True,
+    )
+
+
 class PretrainConfig(
     AdamWConfig,
     MAEConfig,
+    InitConfig,
     AugmentConfig,
     DataConfig,
     MonitorConfig,
@@ -111,9 +125,12 @@ class PretrainConfig(
     """All settings of `main_pretrain.py`."""
 
     def problems(self) -> list[str]:
+        # Those of the weights, which are read later, count where none are stated.
+        follow = {"mean", "std"} - self.model_fields_set if self.init else set()
+        of_pixels = self.channel_rows(self.in_chans)
         return super().problems() + where(
-            *self.channel_rows(self.in_chans),
             *self.show_rows(self.in_chans),
+            *(row for row in of_pixels if row[1].split()[0] not in follow),
             (
                 self.batch_size % self.aug_repeats,
                 f"batch_size {self.batch_size} is not a multiple of aug_repeats "
