@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -127,7 +128,7 @@ class ParquetSource(ImageSource):
 
     def name(self, index: int) -> str:
         number = self.groups[self._group_of(index)][0]
-        first = next(group for group, place in enumerate(self.groups) if place[0] == number)
+        first = bisect_left(self.groups, (number, 0))  # of the file's groups
         return f"{self.files[number]}[{index - self.starts[first]}]"
 
     def fingerprint(self) -> str:

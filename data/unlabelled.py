@@ -2,6 +2,7 @@
 files, one file, parquet files, packed shards, or a known set.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +23,18 @@ from util.errors import DataError
 from util.settings.tools import ApplyConfig
 
 
-class ListSource(FolderSource):
-    """The images that a text file lists, a path in each line, relative to the file's folder; or a
-    single image."""
+def read_list(path: Path) -> list[str]:
+    """The paths that a text file lists, one in each line, or that of a single image; relative to
+    the file's folder.
 
-    def __init__(self, path: Path, pixels: PixelFormat):
-        self.root = path.parent
-        self.pixels = pixels
-        if path.name.lower().endswith(IMAGE_ENDINGS):
-            names = [path.name.encode(errors="surrogateescape")]
-        else:
-            names = [line for line in path.read_bytes().splitlines() if line.strip()]
-        if not names:
-            raise DataError(f"data_path {path} lists no image: it must hold a path in each line")
-        self.names = np.array(names)
+    Raises: DataError if there is none.
+    """
+    lines = [os.fsencode(path.name)]
+    if not path.name.lower().endswith(IMAGE_ENDINGS):
+        lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"data_path {path} lists no image: it must hold a path in each line")
+    return [os.fsdecode(line) for line in lines]
 
 
 def open_images(cfg: ApplyConfig, pixels: PixelFormat) -> ImageSource:
@@ -54,7 +53,7 @@ def open_images(cfg: ApplyConfig, pixels: PixelFormat) -> ImageSource:
         splits = {"all": (), "train": ("train",), "val": ("val", "test")}[cfg.split]
         return open_parquet(path, pixels, splits, strict=has_split)
     if cfg.dataset == "folder" and path.is_file():
-        return ListSource(path, pixels)
+        return FolderSource(path.parent, pixels, prefer_train=False, names=read_list(path))
     root = check_folder(path / cfg.split if has_split else path)
     if cfg.dataset == "packed":
         return PackedSource(root, pixels)

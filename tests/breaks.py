@@ -747,19 +747,19 @@ test_a_file_of_others_is_not_replaced_by_an_index
 -    if not is_ours:
 +    if False:
 
-140 parquet: an image at the border of two row groups comes from the wrong one
+160 parquet: an image at the border of two row groups comes from the wrong one
 data/parquet.py data/test_parquet.py
 test_images_labels_and_classes_are_those_of_the_folder
 -np.searchsorted(self.starts, index, side="right")
 +np.searchsorted(self.starts, index, side="left")
 
-141 embed: a part of other weights or settings is taken for one of this result
+161 embed: a part of other weights or settings is taken for one of this result
 engine/evaluation/apply.py tools/test_embed.py
 test_the_same_command_goes_on_and_nothing_is_computed_twice
 -if read_identity(part[0]) != identity]
 +if read_identity(part[0]) is None]
 
-142 predict: rows of images that cannot be read are written as those of black ones
+162 predict: rows of images that cannot be read are written as those of black ones
 engine/evaluation/apply.py tools/test_embed.py
 test_unreadable_images_are_left_out_and_listed
 -readable = batch.targets.bool()
