@@ -63,19 +63,14 @@ class Scores:
         """These figures for a line of the log, by default all."""
         return "  ".join(said(name, self.scalars[name]) for name in names or self.scalars)
 
-    def counts(self) -> dict[str, object]:
-        """What comes first in results.json."""
-        return {"num_samples": self.num_samples, "loss": self.loss}
-
     def as_dict(self, class_names: list[str] | None = None) -> dict[str, object]:
-        """For results.json: counts and figures, and with `class_names` those of each class."""
-        results = self.counts() | self.scalars
-        for name, values in self.figures.per_class.items() if class_names is not None else ():
-            assert class_names is not None
-            of_classes = dict(zip(class_names, values, strict=True))
-            results[f"per_class_{name}"] = without_nan(of_classes)
-        if class_names is not None and self.figures.confusion is not None:
-            results["confusion"] = self.figures.confusion
+        """For results.json: the figures, and with `class_names` those of each class."""
+        results: dict[str, object] = {"num_samples": self.num_samples, **self.scalars}
+        results["loss"] = self.loss
+        if class_names is not None:
+            for name, values in self.figures.per_class.items():
+                of_classes = dict(zip(class_names, values, strict=True))
+                results[f"per_class_{name}"] = without_nan(of_classes)
         return without_nan(results)
 
 
@@ -98,22 +93,14 @@ class ClassScores(Scores):
         percents = [100 * right / self.num_samples for right in (self.correct1, self.correct5)]
         return {"acc1": percents[0], "acc5": percents[1], **self.figures.scalars}
 
-    def counts(self) -> dict[str, object]:
-        return {
-            "num_samples": self.num_samples,
-            "correct1": self.correct1,
-            "correct5": self.correct5,
-            "acc1": self.scalars["acc1"],
-            "acc5": self.scalars["acc5"],
-            "loss": self.loss,
-        }
-
     def as_dict(self, class_names: list[str] | None = None) -> dict[str, object]:
         results = super().as_dict(class_names)
+        results |= {"correct1": self.correct1, "correct5": self.correct5}
         if class_names is not None:
             results["per_class"] = percent_by_class(
                 class_names, self.class_correct, self.class_total
             )
+            results["confusion"] = self.figures.confusion
         return results
 
 
@@ -256,23 +243,18 @@ class Evaluator:
         # where 64 bits and sorting are fast
         device = self.run.device if self.run.device.type == "cuda" else torch.device("cpu")
 
-        def compute() -> list[Figures]:
-            found, own = [], labels.to(device)
-            for head in range(outputs.shape[1]):
-                of_head = outputs[:, head].to(device)
-                if name == "multilabel":
-                    found.append(multilabel_figures(of_head, own))
-                elif name == "regression":
-                    found.append(regression_figures(self.objective.predictions(of_head), own))
-                else:
-                    logits = of_head if keeps else None
-                    chosen = classes[:, head].to(device)
-                    found.append(multiclass_figures(chosen, logits, own, len(names)))
-            return found
+        def compute(head: int) -> Figures:
+            own, of_head = labels.to(device), outputs[:, head].to(device) if keeps else None
+            if name == "multiclass":
+                return multiclass_figures(classes[:, head].to(device), of_head, own, len(names))
+            assert of_head is not None, "all outputs are kept"
+            if name == "multilabel":
+                return multilabel_figures(of_head, own)
+            return regression_figures(self.objective.predictions(of_head), own)
 
         if not keeps:
             logger.info(
                 "AUROC and average precision are left out: they would need more than %d logits",
                 MOST_LOGITS,
             )
-        return from_main(compute)
+        return from_main(lambda: [compute(head) for head in range(outputs.shape[1])])

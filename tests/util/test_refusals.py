@@ -116,6 +116,22 @@ MATRIX = [
     ("finetune", "--ema_decay 0.9 --parallel fsdp", "ema_decay"),
     ("finetune", "--eval", "finetune"),
     ("finetune", "--global_pool token --class_token false", "global_pool"),
+    ("finetune", "--objective regression", "objective"),
+    ("finetune", "--group patient", "group"),
+    ("finetune", "--dataset folder --data_path x --labels t.csv", "labels"),
+    ("finetune", "--labels t.csv --val_share 0.2", "labels"),
+    ("finetune", "--best_metric map", "best_metric"),
+    (
+        "finetune",
+        "--dataset folder --data_path x --labels t.csv --val_share 0.2 --objective regression "
+        "--mixup 0.2 --class_weights balanced",
+        "class_weights objective",
+    ),
+    (
+        "knn",
+        "--dataset folder --data_path x --labels t.csv --val_share 0.2 --objective multilabel",
+        "objective",
+    ),
     ("lincls", "--finetune null", "finetune"),
     ("lincls", "--lr 0.1 1 --min_lr 0.01", "min_lr"),
     ("lincls", "--lr 0.1 0.1", "lr"),
