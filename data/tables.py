@@ -202,14 +202,14 @@ def _check_files(table: str, root: Path, paths: list[str]) -> None:
 
 def _check_groups(cfg: TableConfig, groups: list[str], splits: np.ndarray) -> None:
     """Raises: DataError if images of one group are in both splits."""
-    members: dict[str, set[str]] = {}
-    for group, split in zip(groups, splits.tolist(), strict=True):
-        members.setdefault(group, set()).add(split)
-    both = [group for group, found in members.items() if len(found) > 1]
-    if both:
+    train, val = (
+        {group for group, of_group in zip(groups, splits, strict=True) if of_group == split}
+        for split in SPLITS
+    )
+    if both := train & val:
         raise DataError(
-            f"labels {cfg.labels}: {len(both)} of {len(members)} values of {cfg.group} are in both "
-            f"train and val by {cfg.split_column}: {sorted(both)[:SHOWN]}"
+            f"labels {cfg.labels}: {len(both)} of {len(train | val)} values of {cfg.group} are in "
+            f"both train and val by {cfg.split_column}: {sorted(both)[:SHOWN]}"
         )
 
 

@@ -39,6 +39,8 @@ ACCURACIES = {  # key in log.jsonl -> legend
 LOSS = {"loss": "", "val_loss": "validation"}
 COMPARED = {"loss": LOSS, "top-1 %": ACCURACIES}
 OF_ONE_RUN = COMPARED | {
+    "mean average precision": {"map": "", "val_map": "", "held_out_map": "held out"},
+    "RMSE": {"rmse": "", "val_rmse": "", "held_out_rmse": "held out"},
     "PSNR of reconstructions, dB": {"psnr": ""},
     "learning rate": {"lr": ""},
     "gradient norm": {"grad_norm": ""},
@@ -53,6 +55,10 @@ FIGURES = {  # key in log.jsonl -> words at the head of the page
     "knn_acc1": "10-NN, top-1 %",
     "probe_acc1": "linear, top-1 %",
     "psnr": "PSNR of reconstructions, dB",
+    "map": "mean average precision",
+    "val_map": "mean average precision",
+    "rmse": "RMSE",
+    "val_rmse": "RMSE",
 }
 COLUMNS = 2  # of panels
 

@@ -63,19 +63,14 @@ class Scores:
         """These figures for a line of the log, by default all."""
         return "  ".join(said(name, self.scalars[name]) for name in names or self.scalars)
 
-    def counts(self) -> dict[str, object]:
-        """What comes first in results.json."""
-        return {"num_samples": self.num_samples, "loss": self.loss}
-
     def as_dict(self, class_names: list[str] | None = None) -> dict[str, object]:
-        """For results.json: counts and figures, and with `class_names` those of each class."""
-        results = self.counts() | self.scalars
-        for name, values in self.figures.per_class.items() if class_names is not None else ():
-            assert class_names is not None
-            of_classes = dict(zip(class_names, values, strict=True))
-            results[f"per_class_{name}"] = without_nan(of_classes)
-        if class_names is not None and self.figures.confusion is not None:
-            results["confusion"] = self.figures.confusion
+        """For results.json: the figures, and with `class_names` those of each class."""
+        results: dict[str, object] = {"num_samples": self.num_samples, **self.scalars}
+        results["loss"] = self.loss
+        if class_names is not None:
+            for name, values in self.figures.per_class.items():
+                of_classes = dict(zip(class_names, values, strict=True))
+                results[f"per_class_{name}"] = without_nan(of_classes)
         return without_nan(results)
 
 
@@ -98,22 +93,14 @@ class ClassScores(Scores):
         percents = [100 * right / self.num_samples for right in (self.correct1, self.correct5)]
         return {"acc1": percents[0], "acc5": percents[1], **self.figures.scalars}
 
-    def counts(self) -> dict[str, object]:
-        return {
-            "num_samples": self.num_samples,
-            "correct1": self.correct1,
-            "correct5": self.correct5,
-            "acc1": self.scalars["acc1"],
-            "acc5": self.scalars["acc5"],
-            "loss": self.loss,
-        }
-
     def as_dict(self, class_names: list[str] | None = None) -> dict[str, object]:
         results = super().as_dict(class_names)
+        results |= {"correct1": self.correct1, "correct5": self.correct5}
         if class_names is not None:
             results["per_class"] = percent_by_class(
                 class_names, self.class_correct, self.class_total
             )
+            results["confusion"] = self.figures.confusion
         return results
 
 
@@ -181,98 +168,80 @@ class Evaluator:
         device, num_classes = self.run.device, len(self.objective.names)
         is_multiclass = self.objective.name == "multiclass"
         keeps = not is_multiclass or len(self.source) * num_heads * num_classes <= MOST_LOGITS
-        counts = torch.zeros(num_heads, 3, num_classes, dtype=torch.int64, device=device)
         losses = torch.zeros(  # sums over images
             num_heads, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
         )
-        # what the figures need of each image, one part per batch; empty ones for an empty share
-        kept_labels = [torch.from_numpy(self.source.labels[:0]).to(device)]
-        kept_outputs = [torch.empty(0, num_heads, num_classes, device=device)]
-        kept_classes = [torch.empty(0, num_heads, dtype=torch.int64, device=device)]
-        for labels, logits in answers(self.cfg, self.run, self.source, self.cfg.crop_pct, classify):
-            logits = logits.float().view(num_heads, len(labels), num_classes)  # (H, B, C)
-            kept_labels.append(labels)
+        # What the scores need of each image, a part for each batch, after one of no image: labels,
+        # predicted classes (H), whether they are among the first five (H), and outputs (H, C).
+        labels = [torch.from_numpy(self.source.labels[:0]).to(device)]
+        classes = [torch.empty(0, num_heads, dtype=torch.int64, device=device)]
+        among_five = [torch.empty(0, num_heads, dtype=torch.bool, device=device)]
+        outputs = [torch.empty(0, num_heads, num_classes, device=device)]
+        for own, logits in answers(self.cfg, self.run, self.source, self.cfg.crop_pct, classify):
+            logits = logits.float().view(num_heads, len(own), num_classes)  # (H, B, C)
+            labels.append(own)
             if keeps:
-                kept_outputs.append(logits.transpose(0, 1))
-            if not is_multiclass:
-                losses += torch.stack(
-                    [
-                        self.objective.losses(of_head, labels, weigh=False).sum()
-                        for of_head in logits
-                    ]
-                )
-                continue
-            best = logits.topk(min(5, num_classes), dim=-1).indices  # (H, B, 5)
-            # logits that are not finite name no class: such an image counts as wrong
-            is_finite = logits.isfinite().all(dim=-1, keepdim=True)
-            hits = (best == labels[:, None]) & is_finite
-            for row, hit in enumerate((hits[..., 0], hits.any(-1), torch.ones_like(hits[..., 0]))):
-                counts[:, row].scatter_add_(1, labels.expand(num_heads, -1), hit.long())
+                outputs.append(logits.transpose(0, 1))
+            if is_multiclass:
+                best = logits.topk(min(5, num_classes), dim=-1).indices  # (H, B, 5)
+                # logits that are not finite name no class: such an image counts as wrong
+                is_finite = logits.isfinite().all(dim=-1, keepdim=True)
+                best = torch.where(is_finite, best, num_classes)
+                classes.append(best[..., 0].T)
+                among_five.append((best == own[:, None]).any(dim=-1).T)
             losses += torch.stack(
-                [F.cross_entropy(of_head, labels, reduction="sum") for of_head in logits]
+                [
+                    F.cross_entropy(of_head, own, reduction="sum")
+                    if is_multiclass
+                    else self.objective.losses(of_head, own, weigh=False).sum()
+                    for of_head in logits
+                ]
             )
-            kept_classes.append(torch.where(is_finite, best[..., :1], num_classes)[..., 0].T)
-        total = torch.tensor(sum(map(len, kept_labels)))
-        of_processes = zip(*all_gather((counts.cpu(), losses.cpu(), total)), strict=True)
-        counts, losses, total = (torch.stack(parts).sum(dim=0) for parts in of_processes)
-        kept = map(torch.cat, (kept_labels, kept_outputs, kept_classes))
-        figures = self.figures(*kept, keeps=keeps)
-        num_samples = int(total)
-        if not is_multiclass:
-            return [
-                Scores(num_samples, loss / num_samples, found)
-                for loss, found in zip(losses.tolist(), figures, strict=True)
-            ]
-        return [
-            ClassScores(
-                num_samples,
-                loss / num_samples,
-                found,
-                correct1=sum(first),
-                correct5=sum(among_five),
-                class_correct=first,
-                class_total=of_class,
-            )
-            for (first, among_five, of_class), loss, found in zip(
-                counts.tolist(), losses.tolist(), figures, strict=True
+        sums = torch.stack(all_gather(losses.cpu())).sum(dim=0).tolist()
+        total = len(self.source)
+        rows = [
+            gather_rows(torch.cat(parts), total if are_kept else 0, everywhere=False)
+            for parts, are_kept in (
+                (labels, True),
+                (classes, is_multiclass),
+                (among_five, is_multiclass),
+                (outputs, keeps),
             )
         ]
-
-    def figures(
-        self, labels: Tensor, outputs: Tensor, classes: Tensor, *, keeps: bool
-    ) -> list[Figures]:
-        """The figures of each head, computed by the main process of all images.
-
-        Args:
-            labels, outputs `(n, H, C)`, classes `(n, H)`: of this process's share of the images.
-            keeps: whether `outputs` are there.
-        """
-        names, name = self.objective.names, self.objective.name
-        total = len(self.source)
-        labels, outputs, classes = (
-            gather_rows(rows, total if is_kept else 0, everywhere=False)
-            for rows, is_kept in ((labels, True), (outputs, keeps), (classes, name == "multiclass"))
-        )
-        # where 64 bits and sorting are fast
-        device = self.run.device if self.run.device.type == "cuda" else torch.device("cpu")
-
-        def compute() -> list[Figures]:
-            found, own = [], labels.to(device)
-            for head in range(outputs.shape[1]):
-                of_head = outputs[:, head].to(device)
-                if name == "multilabel":
-                    found.append(multilabel_figures(of_head, own))
-                elif name == "regression":
-                    found.append(regression_figures(self.objective.predictions(of_head), own))
-                else:
-                    logits = of_head if keeps else None
-                    chosen = classes[:, head].to(device)
-                    found.append(multiclass_figures(chosen, logits, own, len(names)))
-            return found
-
         if not keeps:
-            logger.info(
-                "AUROC and average precision are left out: they would need more than %d logits",
-                MOST_LOGITS,
-            )
-        return from_main(compute)
+            logger.info("no AUROC and average precision: more than %d logits", MOST_LOGITS)
+        return from_main(lambda: [self.scores(head, loss, *rows) for head, loss in enumerate(sums)])
+
+    def scores(
+        self,
+        head: int,
+        loss: float,
+        labels: Tensor,
+        classes: Tensor,
+        among_five: Tensor,
+        outputs: Tensor,
+    ) -> Scores:
+        """The scores of one head on all images, from the sum of their losses, their labels, and of
+        each head the predicted classes `(n, H)`, whether the right one is among five `(n, H)`, and
+        the outputs `(n, H, C)`, of which there are none if they are too many."""
+        name, count = self.objective.name, len(labels)
+        # 64 bits and sorting are fast on CUDA
+        device = self.run.device if self.run.device.type == "cuda" else torch.device("cpu")
+        own, of_head = labels.to(device), outputs[:, head].to(device)
+        if name == "multilabel":
+            return Scores(count, loss / count, multilabel_figures(of_head, own))
+        if name == "regression":
+            predicted = self.objective.predictions(of_head)
+            return Scores(count, loss / count, regression_figures(predicted, own))
+        chosen, num_classes = classes[:, head], len(self.objective.names)
+        is_right = chosen == labels
+        logits = of_head if len(of_head) == count else None
+        return ClassScores(
+            count,
+            loss / count,
+            multiclass_figures(chosen.to(device), logits, own, num_classes),
+            correct1=int(is_right.sum()),
+            correct5=int(among_five[:, head].sum()),
+            class_correct=labels[is_right].bincount(minlength=num_classes).tolist(),
+            class_total=labels.bincount(minlength=num_classes).tolist(),
+        )

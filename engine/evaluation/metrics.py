@@ -12,14 +12,12 @@ so here they come from counts, which are exact.
 Shapes: `n` images, `C` classes, `L` labels of an image.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NOT_DEFINED = float("nan")
 # Figures of which less is better; of the others more is.
 ERRORS = ("mae", "rmse")
 
@@ -41,7 +39,7 @@ def is_better(metric: str, value: float, than: float) -> bool:
 
 def worst(metric: str) -> float:
     """Than which every figure is better."""
-    return float("inf") if metric in ERRORS else float("-inf")
+    return math.inf if metric in ERRORS else -math.inf
 
 
 def multiclass_figures(
@@ -110,12 +108,11 @@ def regression_figures(predicted: Tensor, targets: Tensor) -> Figures:
     columns: dict[str, list[float]] = {"mae": [], "rmse": [], "r2": []}
     centre = targets.double().mean(dim=0)  # far from 0 the sums of squares would lose digits
     for ours, own in zip((predicted - centre).T, (targets - centre).T, strict=True):
-        is_finite, differ = bool(ours.isfinite().all()), bool((own != own[0]).any())
-        columns["mae"].append(mean_absolute_error(ours, own).item() if is_finite else NOT_DEFINED)
-        squared = mean_squared_error(ours, own, squared=False).item()
-        columns["rmse"].append(squared if is_finite else NOT_DEFINED)
-        r2 = r2_score(ours, own).item() if is_finite and differ else NOT_DEFINED
-        columns["r2"].append(r2)
+        # what is not finite is NaN from here on
+        ours = ours + 0 * ours.sum()
+        columns["mae"].append(mean_absolute_error(ours, own).item())
+        columns["rmse"].append(mean_squared_error(ours, own, squared=False).item())
+        columns["r2"].append(r2_score(ours, own).item() if own.unique().numel() > 1 else math.nan)
     means = {name: sum(values) / len(values) for name, values in columns.items()}
     return Figures(means, columns)
 
@@ -125,27 +122,20 @@ def _rankings(scores: Tensor | None, truth: Tensor) -> tuple[Tensor, Tensor]:
     0 or 1."""
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-    found = torch.full((2, truth.shape[1]), NOT_DEFINED, dtype=torch.float64)
-    if scores is not None and scores.isfinite().all():
-        with _default_dtype(torch.float64):  # of the library's divisions of counts
-            for place, (of_class, is_class) in enumerate(zip(scores.T, truth.T, strict=True)):
-                if is_class.any():
-                    found[1, place] = binary_average_precision(
-                        of_class, is_class, validate_args=False
-                    )
-                    if not is_class.all():
-                        found[0, place] = binary_auroc(of_class, is_class, validate_args=False)
-    return found[0], found[1]
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    found = torch.full((2, truth.shape[1]), math.nan, dtype=torch.float64)
+    usual = torch.get_default_dtype()
+    if scores is None or not scores.isfinite().all():
+        return found[0], found[1]
     try:
-        yield
+        torch.set_default_dtype(torch.float64)  # of the library's divisions of counts
+        for place, (of_class, is_class) in enumerate(zip(scores.T, truth.T, strict=True)):
+            if is_class.any() and not is_class.all():
+                found[0, place] = binary_auroc(of_class, is_class, validate_args=False)
+            if is_class.any():
+                found[1, place] = binary_average_precision(of_class, is_class, validate_args=False)
     finally:
-        torch.set_default_dtype(previous)
+        torch.set_default_dtype(usual)
+    return found[0], found[1]
 
 
 def _kappa(confusion: Tensor, weights: Tensor) -> float:

@@ -25,7 +25,7 @@ from util.dist import Processes, broadcast, init_processes
 from util.errors import DataError, InputError, LocalInputError
 from util.files import TEMPORARY, lock, write_text
 from util.settings.base import CheckpointingConfig, DatasetConfig, RunConfig
-from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
+from util.settings.evaluation import MAIN_METRIC, FinetuneConfig, KnnConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import dump_config
 
@@ -75,7 +75,11 @@ class Run:
             logger.info("wrote %s", path)
         self.records.write_settings(
             # a loss that is not finite is None in the results
-            {f"final/{n}": results[n] for n in ("acc1", "loss") if results.get(n) is not None}
+            {
+                f"final/{name}": results[name]
+                for name in (*MAIN_METRIC.values(), "loss")
+                if results.get(name) is not None
+            }
         )
         return results
 

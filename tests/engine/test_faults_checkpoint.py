@@ -46,11 +46,13 @@ from engine.run.checkpoint import (
     load_newest_checkpoint,
     save_checkpoint,
     save_weights,
+    weights_path,
 )
 from engine.run.faults import BadSamples, BadSteps
 from engine.run.folder import locked, open_run, take_over_folder
 from engine.run.records import write_results
 from models.mae import MaskedAutoencoder
+from models.weights.own import read_header
 from tools import pack_dataset
 from util.errors import InputError, LocalInputError
 from util.files import flush_folder, write_output
@@ -528,6 +530,8 @@ def test_names_that_are_no_utf_8_are_written_everywhere(tmp_path):
         result = run(command(*arguments, script=script))
         assert result.returncode == 0 and result.stderr == ""
     assert set(results_of(tmp_path / odd / "f")["per_class"]) == set(names)
+    header = read_header(weights_path(tmp_path / odd / "f"))
+    assert header["class_names"] == list(names)
     assert log_lines(folder)[-1]["step"] == 3 and list((folder / "tb").iterdir())
 
 

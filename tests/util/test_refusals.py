@@ -130,6 +130,22 @@ MATRIX = [
     ("finetune", "--finetune w --lora_rank 4 --parallel fsdp", "lora_rank"),
     ("finetune", "--lora_rank 4", "finetune"),
     ("finetune", "--global_pool token --class_token false", "global_pool"),
+    ("finetune", "--objective regression", "objective"),
+    ("finetune", "--group patient", "group"),
+    ("finetune", "--dataset folder --data_path x --labels t.csv", "labels"),
+    ("finetune", "--labels t.csv --val_share 0.2", "labels"),
+    ("finetune", "--best_metric map", "best_metric"),
+    (
+        "finetune",
+        "--dataset folder --data_path x --labels t.csv --val_share 0.2 --objective regression "
+        "--mixup 0.2 --class_weights balanced",
+        "class_weights objective",
+    ),
+    (
+        "knn",
+        "--dataset folder --data_path x --labels t.csv --val_share 0.2 --objective multilabel",
+        "objective",
+    ),
     ("lincls", "--finetune null", "finetune"),
     ("lincls", "--lr 0.1 1 --min_lr 0.01", "min_lr"),
     ("lincls", "--lr 0.1 0.1", "lr"),
