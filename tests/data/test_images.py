@@ -613,3 +613,25 @@ def test_broken_metadata_gives_an_image_or_a_reason(kind, tries, monkeypatch):
             check_pixels(decode_image(changed, PixelFormat(in_chans)), in_chans)
             num_images += 1
     assert 0.1 * tries < num_images < tries  # not vacuous
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "MPO", "PNG", "APNG", "WEBP", "TIFF 8-bit", "TIFF 16-bit"]
+)
+def test_damage_inside_of_metadata_never_costs_the_image(kind):
+    """EXIF, XMP and colour profile: only the orientation is needed, and upright will do."""
+    make, in_chans = WITH_METADATA[kind]
+    content = make()
+    starts = {content.find(payload[:40]): payload for payload in (exif()[6:], XMP, PROFILE)}
+    spans = [
+        (at, at + (40 if "TIFF" in kind else len(part))) for at, part in starts.items() if at >= 0
+    ]
+    assert spans
+    for seed in range(300):
+        chance, changed = random.Random(seed), bytearray(content)
+        for _ in range(chance.choice([1, 2, 8, 30])):
+            changed[chance.randrange(*chance.choice(spans))] = chance.choice(
+                [0, 255, chance.randrange(256)]
+            )
+        damaged = with_checksums(bytes(changed)) if "PNG" in kind else bytes(changed)
+        check_pixels(decode_image(damaged, PixelFormat(in_chans)), in_chans)
