@@ -139,11 +139,7 @@ MATRIX = [
     ("explain", "--dataset folder", "image_path"),
     # several at once
     ("lincls", "--lr -1 --epochs 0 --device q", "lr epochs device"),
-    (
-        "pretrain",
-        "--in_chans 2 --epochs 9 --num_heads 5",
-        "mean std warmup_epochs num_heads",
-    ),
+    ("pretrain", "--in_chans 2 --epochs 9 --num_heads 5", "mean std warmup_epochs num_heads"),
 ]
 
 
