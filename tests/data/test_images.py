@@ -198,6 +198,11 @@ KINDS: dict[str, tuple[Callable[[], bytes], Image.Image, int]] = {
 }
 
 
+# Of PNG with 16 bits, Pillow alone reads grey without alpha in full
+PILLOW_CUTS = set() if USE_TORCHCODEC else {"png 16-bit LA", "png 16-bit RGB"}
+DEEP = {kind for kind in KINDS if "16-bit" in kind} - PILLOW_CUTS
+
+
 def shown(image: Image.Image, in_chans: int) -> np.ndarray:
     """What Pillow makes of an image: `(C, H, W)`, int."""
     pixels = np.asarray(image.convert("RGB" if in_chans == 3 else "L")).astype(int)
@@ -227,12 +232,12 @@ def test_every_kind_of_file_shows_its_picture(kind, in_chans):
     grey_rounding = (
         2 if in_chans == 1 else 0
     )  # weights in fixed point, before or after the colours are rounded
-    difference = largest_difference(decoded, shown(picture, in_chans), deep="16-bit" in kind)
+    difference = largest_difference(decoded, shown(picture, in_chans), kind in DEEP)
     assert difference <= tolerance + grey_rounding
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "16-bit L" in kind or "pgm" in kind])
+@pytest.mark.parametrize("kind", sorted(DEEP - {"png 16-bit RGB"}))
 def test_16_bit_grey_keeps_its_depth(kind, in_chans):
     decoded = decode_image(KINDS[kind][0](), PixelFormat(in_chans))
     assert np.allclose(decoded.numpy(), RAMP16 / 257, rtol=1e-6, atol=0)
