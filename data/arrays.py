@@ -177,7 +177,8 @@ def read_dicom(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
     signed = data.PixelRepresentation
     lowest = -(2 ** (data.BitsStored - 1)) if signed else 0
     full = np.array([lowest, lowest + 2**data.BitsStored - 1], numbers.dtype)
-    window: Interval | None = tuple(map(float, sorted(apply_modality_lut(full, data))))  # type: ignore[assignment]
+    low, high = sorted(apply_modality_lut(full, data).tolist())
+    window = (float(low), float(high))
     numbers = apply_modality_lut(numbers, data)
     if isinstance(pixels.dicom_window, tuple):
         window = _window(*pixels.dicom_window)

@@ -646,46 +646,58 @@ test_hostile_and_broken_tar_files_are_refused
 77 images: EXIF's orientation is not applied to what Pillow decodes
 data/images.py data/test_images.py
 test_all_8_orientations_come_out_upright
--upright = image if turn is None else image.transpose(turn)
-+upright = image
+-turned_upright(numbers, orientation_of(image))
++turned_upright(numbers, 1)
 
-78 images: 16-bit grey is cut off at 255
-data/images.py data/test_images.py
-test_a_16_bit_gradient_keeps_all_its_8_bit_levels
--(np.asarray(upright) // 256).astype(np.uint8)
-+np.asarray(upright).clip(0, 255).astype(np.uint8)
+78 images: 16-bit grey loses its lower 8 bits
+data/pixels.py data/test_images.py
+test_16_bit_grey_keeps_its_depth
+-.astype(np.float32)
++.round().astype(np.float32)
 
 79 images: the inks of a CMYK image are taken for red, green and blue
 data/images.py data/test_images.py
 test_every_kind_of_file_shows_its_picture
--    pixels = np.array(upright.convert("RGB" if in_chans == 3 else "L"))  # (H, W, 3) or (H, W)
-+    pixels = np.array(upright.convert("RGB" if in_chans == 3 else "L"))
-+    if upright.mode == "CMYK" and in_chans == 3:
-+        pixels = np.array(upright)[..., :3]
+-        numbers = np.atleast_3d(converted).transpose(2, 0, 1)  # (C, H, W)
++        if image.mode == "CMYK" and is_rgb:
++            converted = np.array(image)[..., :3]
++        numbers = np.atleast_3d(converted).transpose(2, 0, 1)
 
 80 images: transparency is painted over white
 data/images.py data/test_images.py
 test_every_kind_of_file_shows_its_picture
 -        if not uses_torchcodec(image):
--            return _decode_with_pillow(image, pixels.in_chans)
+-            return _decode_with_pillow(image, is_rgb)
 +        if image.mode in ("RGBA", "LA"):
 +            white = Image.new("RGBA", image.size, "white")
 +            over = Image.alpha_composite(white, image.convert("RGBA"))
-+            return _decode_with_pillow(over, pixels.in_chans)
++            return _decode_with_pillow(over, is_rgb)
 +        if not uses_torchcodec(image):
-+            return _decode_with_pillow(image, pixels.in_chans)
++            return _decode_with_pillow(image, is_rgb)
 
-104 images: floating-point pixels are accepted
-data/images.py data/test_images.py
+104 images: floating-point pixels are taken to lie in [0, 1]
+data/arrays.py data/test_images.py
 test_pixels_without_a_defined_range_are_refused
--if image.mode in ("I", "F") and not
-+if image.mode == "I" and not
+-2.0**bits - 1) if numbers.dtype.kind == "u" and bits <= 16 else None
++2.0**bits - 1) if numbers.dtype.kind == "u" and bits <= 16 else (0.0, 1.0)
+
+140 images: bands are counted from 0
+data/pixels.py data/test_arrays.py
+test_every_channel_has_its_values
+-numbers = numbers[[number - 1 for number in pixels.channels]]
++numbers = numbers[[number % count for number in pixels.channels]]
+
+141 images: a DICOM window forgets the half value of the standard
+data/arrays.py data/test_arrays.py
+test_dicom_equals_numpy
+-return centre - 0.5 - half, centre - 0.5 + half
++return centre - half, centre + half
 
 81 check: a quick check never decodes, so that files which were cut off pass
 tools/checking/checks.py tools/test_check_dataset.py
 test_a_file_that_was_cut_off_is_found_without_decoding_all
--if not _is_complete(kind, head, content, size):
-+if False:
+-is_decoded |= not _is_complete(kind, head, content, size)
++pass
 
 82 check: its verdict stops training one bad file too early
 engine/run/faults.py tools/test_check_dataset.py

@@ -150,7 +150,9 @@ def _read_sample(
                 f"{path}: {member.name!r} is a link or a device, has more than {MAX_IMAGE} bytes, "
                 "or its name leads out of the archive: pack plain files"
             )
-    images = [member for ending, member in members if ending != LABEL_ENDING]
+    arrays = [member for ending, member in members if ending == "npy"]
+    images = [member for ending, member in members if ending not in (LABEL_ENDING, "npy")]
+    images = images or arrays  # features of an image may lie beside it
     if len(images) != 1:
         raise InputError(
             f"{path}: the key {key!r} has the images {[image.name for image in images]}, expected "

@@ -54,9 +54,9 @@ def test_a_run_decodes_one_file_for_all_its_samples(tmp_path, data, monkeypatch,
     where = [*PACKED, "--data_path", pack(data, tmp_path / "packed")] if packed else []
     module, decoded = (packs_source if packed else sources), []
 
-    def noted(encoded: bytes, in_chans: int, decode=module.decode_image) -> Tensor:
+    def noted(encoded: bytes, *more, decode=module.decode_image) -> Tensor:
         decoded.append(encoded)
-        return decode(encoded, in_chans)
+        return decode(encoded, *more)
 
     monkeypatch.setattr(module, "decode_image", noted)
     losses, rates = [], []
@@ -64,7 +64,7 @@ def test_a_run_decodes_one_file_for_all_its_samples(tmp_path, data, monkeypatch,
         decoded.clear()
         output = tmp_path / f"run{repeats}"
         main_pretrain.main(pretraining(data, output, *where, "--aug_repeats", repeats))
-        assert len(decoded) == files
+        assert len(decoded) == 1 + files  # the first is looked at before the training
         losses.append(step_losses(output))
         rates.append([line["lr"] for line in log_lines(output) if "lr" in line])
     assert losses[0].keys() == losses[1].keys() == set(range(1, 21))

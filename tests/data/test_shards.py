@@ -72,6 +72,13 @@ def test_every_kind_of_image_that_a_folder_lists_is_found_in_a_shard(tmp_path):
     assert {".jpe", ".pgm"} < set(IMAGE_ENDINGS)
 
 
+def test_features_beside_an_image_are_no_image(tmp_path):
+    """As public sets have them; without an image beside it an array is one."""
+    names = ["1.jpg", "1.npy", "2.npy", "3.npy", "3.png"]
+    path = write_tar(tmp_path / "a.tar", [member(name, png(1)) for name in names])
+    assert found_in(path) == [("1.jpg", -1), ("2.npy", -1), ("3.png", -1)]
+
+
 LONG = "a folder with a long name/" * 8 + "übung 日本 " + "x" * 90
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data.images import PixelFormat
 from data.transforms import EvalTransform
 from engine.pictures.choose import find_images, open_images, spread
 from engine.pictures.drawing import (
@@ -181,14 +182,15 @@ TARGETS = [(224, 1.0), (32, None), ((48, 96), 0.875), ((16, 224), None)]
 
 @pytest.mark.parametrize(("img_size", "crop_pct"), TARGETS)
 def test_seen_is_where_the_pixels_come_from(img_size, crop_pct):
-    """Each pixel of these images holds the coordinates of its centre, so the result says where it
-    is from."""
+    """Each pixel of these images holds the coordinates of its centre, in units in which they fit
+    between black and white, so the result says where it is from."""
     transform = EvalTransform(img_size, crop_pct)
     for height, width in SOURCES:
         top, left, bottom, right = transform.seen(height, width)
         assert 0 <= top < bottom <= height and 0 <= left < right <= width
         y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-        result = transform(torch.stack([y, x])).double().numpy()
+        unit = 255 / max(height, width)
+        result = transform(torch.stack([y, x]) * unit).double().numpy() / unit
         for found, start, end, side in (
             (result[0][:, 0], top, bottom, height),
             (result[1][0], left, right, width),
@@ -251,7 +253,7 @@ def test_named_images_keep_their_order_and_get_unique_names(images, paths, num_i
 
 def greys(*paths: Path, data_path: Path | None = None, num_images: int = 16) -> dict[str, int]:
     texts, place = list(map(str, paths)), data_path and str(data_path)
-    found = open_images("img_path", texts, "folder", place, num_images, 3)
+    found = open_images("img_path", texts, "folder", place, num_images, PixelFormat(3))
     assert all(image.shape == (3, 6, 8) for image in found.values())
     return {name: int(image.max()) for name, image in found.items()}
 

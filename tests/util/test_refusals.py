@@ -111,7 +111,14 @@ MATRIX = [
     ("pretrain", "--min_lr 2e-4", "min_lr"),
     ("pretrain", "--mean 0.5", "mean"),
     ("pretrain", "--std 1 1", "std"),
-    ("pretrain", "--in_chans 2 --mean 0 0 --std 1 1", "in_chans"),
+    ("pretrain", "--in_chans 2 --mean 0 0 --std 1 1 --channels 3", "channels"),
+    ("pretrain", "--pixel_range 1 0", "pixel_range"),
+    ("pretrain", "--pixel_range auto 5", "pixel_range"),
+    ("pretrain", "--pixel_range nan 5", "pixel_range"),
+    ("pretrain", "--dicom_window 40 0", "dicom_window"),
+    ("pretrain", "--show_channels 1 2", "show_channels"),
+    ("pretrain", "--show_channels 4", "show_channels"),
+    ("finetune", "--auto_augment rand-m9 --pixel_range 0 1", "auto_augment"),
     ("pretrain", "--img_size 224 230", "patch_size"),
     ("pretrain", "--num_heads 5", "num_heads"),
     ("pretrain", "--class_token false", "decoder_class_token"),
@@ -167,11 +174,7 @@ MATRIX = [
     ("predict", "--dataset parquet", "data_path"),
     # several at once
     ("lincls", "--lr -1 --epochs 0 --device q", "lr epochs device"),
-    (
-        "pretrain",
-        "--in_chans 2 --epochs 9 --num_heads 5",
-        "in_chans mean std warmup_epochs num_heads",
-    ),
+    ("pretrain", "--in_chans 2 --epochs 9 --num_heads 5", "mean std warmup_epochs num_heads"),
 ]
 
 

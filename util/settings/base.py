@@ -92,8 +92,9 @@ class Settings(BaseModel):
         """
         items = raw if isinstance(raw, list | tuple) else [raw]
         texts = [None if str(item).lower() in ("null", "none") else str(item) for item in items]
-        if get_origin(cls.model_fields[str(info.field_name)].annotation) is tuple:
-            return texts or None  # an empty list is no value
+        field = cls.model_fields[str(info.field_name)]
+        if get_origin(field.annotation) is tuple:
+            return texts or (None if field.default else ())  # empty is no value, or the default
         return texts[0] if len(texts) == 1 else texts
 
     def problems(self) -> list[str]:

@@ -141,7 +141,8 @@ def _parser(config_class: type[Settings], schemas: dict[str, dict[str, Any]]) ->
         for name, schema in settings:
             # as YAML spells it, but for the commas and quotes
             default = json.dumps(schema["default"], separators=(" ", "")).replace('"', "")
-            text = f"{schema['description']} ({_expected(schema)}; default {default.strip('[]')})"
+            default = default.strip("[]") or "empty"
+            text = f"{schema['description']} ({_expected(schema)}; default {default})"
             is_switch = schema.get("type") == "boolean"
             group.add_argument(
                 *(["-b"] if name == "batch_size" else []),
