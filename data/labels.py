@@ -71,9 +71,11 @@ class TableImages(FolderSource):
     """The images of one split of a table, with their labels."""
 
     def __init__(self, table: LabelTable, rows: np.ndarray, root: Path, pixels: PixelFormat):
-        # FolderSource would look for images; here the table names them
-        self.root, self.pixels = root, pixels
-        self.names, self.labels = table.names[rows], table.labels[rows]
+        names = [os.fsdecode(name) for name in table.names[rows].tolist()]
+        super().__init__(root, pixels, prefer_train=False, names=names)
+        self.labels = table.labels[rows]
+        if self.frames is not None:  # a file's labels are those of each of its frames
+            self.labels = self.labels[np.cumsum(self.frames == 0) - 1]
         self.digest = table.digest()
 
     def fingerprint(self) -> str:

@@ -92,7 +92,8 @@ class FolderSource(ImageSource):
         # One flat array: reference counts would copy a list of a million strings into every loader
         # process.
         self.names = np.array([os.fsencode(name) for name in names])
-        self.frames = None  # (n,), the place of each image in its file, if a file holds several
+        # (n,), the place of each image in its file, where files hold several
+        self.frames: np.ndarray | None = None
         if pixels.all_frames:
             with ThreadPoolExecutor(WALK_THREADS) as pool:
                 counts = [*pool.map(self._num_frames, names)]

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from data.parquet import import_parquet
 from engine.evaluation.apply import Answers, Parts, apply_model
 from models.vit import VisionTransformer
+from models.weights.info import WeightsInfo
 from util.errors import InputError, run_cli
 from util.settings.evaluation import STAGE_CONFIGS
 from util.settings.read import load_config
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     return apply_model(cfg, False, reader, write)
 
 
-def reader(cfg: EmbedConfig, model: VisionTransformer) -> tuple[Callable[[Tensor], Answers], int]:
+def reader(
+    cfg: EmbedConfig, model: VisionTransformer, info: WeightsInfo
+) -> tuple[Callable[[Tensor], Answers], int]:
     """What reads the features that the settings ask for off the model, and the bytes of those of
     an image. An array is called avg, token or patch, and after its layer if there are several.
 

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from engine.evaluation.apply import Answers, Parts, apply_model, printable
 from models.vit import VisionTransformer
-from models.weights.files import weights_files
-from models.weights.own import read_header
+from models.weights.info import WeightsInfo
 from util.errors import InputError, run_cli
 from util.settings.evaluation import STAGE_CONFIGS
 from util.settings.read import load_config
@@ -48,40 +47,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
 
 
 def classifier(
-    cfg: PredictConfig, model: VisionTransformer
+    cfg: PredictConfig, model: VisionTransformer, info: WeightsInfo
 ) -> tuple[Callable[[Tensor], Answers], int]:
     """What makes logits of normalised images, and the bytes of those of an image."""
-    assert cfg.finetune is not None, "the config checks that there are weights"
-    read_head(cfg.finetune, model.spec.num_classes)  # before any compute
+    head_of(info)  # before any compute
     return lambda images: {"logits": model(images)}, 4 * model.spec.num_classes
 
 
-def read_head(weights: str, num_outputs: int) -> Head:
+def head_of(info: WeightsInfo) -> Head:
     """What the weights record of their outputs: this project's files do, others have classes that
     are called by their numbers.
 
     Raises: InputError if that does not fit the number of outputs.
     """
-    try:
-        header = read_header(weights_files(Path(weights))[0])
-    except Exception:  # noqa: BLE001 (another project's file, which has been read without an error)
-        header = {}
-    numbers = [str(number) for number in range(num_outputs)]
-    head = Head(
-        header.get("objective") or "multiclass",
-        [printable(str(name)) for name in header.get("class_names") or numbers],
-    )
+    num_outputs = info.known("num_classes")
+    names = info.class_names or map(str, range(num_outputs))
+    head = Head(info.objective or "multiclass", [printable(name) for name in names])
     if len(head.names) != num_outputs:
-        raise InputError(
-            f"finetune {weights} has {num_outputs} outputs, and its header says {head}"
-        )
+        raise InputError(f"finetune has {num_outputs} outputs, and its header says {head}")
     return head
 
 
 def write_csv(cfg: PredictConfig, parts: Parts, path: Path) -> None:
     """A row for each image, in UTF-8."""
-    assert cfg.finetune is not None, "the config checks that there are weights"
-    head = read_head(cfg.finetune, parts.shapes()["logits"][1])
+    head = head_of(parts.info)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["name", *columns(cfg, head)])

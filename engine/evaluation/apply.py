@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.images import BadImageError, pixel_format
 from data.loader import loader_maker
-from data.sources import ImageSource
+from data.sources import ImageSource, check_format
 from data.transforms import EvalTransform
 from data.unlabelled import ReadableDataset, open_images
 from engine.evaluation.features import on_pixels
@@ -58,9 +58,11 @@ logger = logging.getLogger(__name__)
 class Parts:
     """All parts of a result, on the main process.
 
-    source: the images. identity: the JSON that each part carries. paths: of the parts in order.
+    info: of the weights. source: the images. identity: the JSON that each part carries. paths: of
+        the parts in order.
     """
 
+    info: WeightsInfo
     source: ImageSource
     identity: str
     paths: list[Path]
@@ -91,7 +93,9 @@ class Parts:
 def apply_model(
     cfg: CfgT,
     uses_head: bool,
-    prepare: Callable[[CfgT, VisionTransformer], tuple[Callable[[Tensor], Answers], int]],
+    prepare: Callable[
+        [CfgT, VisionTransformer, WeightsInfo], tuple[Callable[[Tensor], Answers], int]
+    ],
     write: Callable[[Parts, Path], object],
 ) -> dict[str, object]:
     """Writes `output_file`; returns the number of images in it, name and reason of each that is
@@ -120,8 +124,8 @@ def apply_model(
         model, info = from_main(partial(load_model, cfg, uses_head))
         cfg = with_weights(cfg, info)
         in_chans = info.spec.in_chans
-        source = open_images(cfg, pixel_format(cfg, in_chans))
-        answer, row_bytes = prepare(cfg, spread_model(model, processes.device).eval())
+        source = check_format(open_images(cfg, pixel_format(cfg, in_chans)))
+        answer, row_bytes = prepare(cfg, spread_model(model, processes.device).eval(), info)
         identity = identity_of(cfg, info, source)
         batches = min(PART_BATCHES, max(1, PART_BYTES // (row_bytes * cfg.batch_size)))
         size = batches * cfg.batch_size
@@ -140,7 +144,7 @@ def apply_model(
             return {"exit_code": 0}
         if any(read_identity(path) != identity for path, _ in parts):
             raise InputError(f"{folder} lacks parts: all processes must see the same folder")
-        result = Parts(source, identity, [path for path, _ in parts])
+        result = Parts(info, source, identity, [path for path, _ in parts])
         if len(result.kept):
             write_output(output, partial(write, result))
         for path in folder.glob("part-*.safetensors*"):
@@ -185,7 +189,7 @@ def load_model(cfg: ApplyConfig, uses_head: bool) -> tuple[VisionTransformer, We
 def with_weights(cfg: CfgT, info: WeightsInfo) -> CfgT:
     """The settings, with what the weights record where nothing is stated. Raises: InputError if
     mean or std do not fit the weights' channels."""
-    recorded = {"mean": info.mean, "std": info.std, "img_size": info.spec.img_size}
+    recorded = {"mean": info.mean, "std": info.std, "img_size": info.spec.img_size, **info.pixels}
     cfg = cfg.model_copy(
         update={
             name: value

@@ -67,9 +67,8 @@ def build_pretrained(
         if name not in cfg.model_fields_set and theirs and len(theirs) == cfg.in_chans:
             follow[name] = theirs
             logger.info("%s follows the weights: %s", name, theirs)
-        else:
-            _compare_pixels(name, getattr(cfg, name), theirs)
     cfg = cfg.model_copy(update=follow)
+    _compare_pixels(cfg, info)
     if problems := where(*cfg.channel_rows(cfg.in_chans)):
         raise InputError(f"{'; '.join(problems)}, and {cfg.init} has no others")
     return cfg, model, info.sha256
@@ -163,19 +162,19 @@ def _build(
 
 
 def _read(cfg: PixelConfig, weights: str) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """Reads weights, and warns if they were trained with other statistics of the pixels."""
+    """Reads weights, and warns if they were trained on pixels that were made in another way."""
     tensors, info = read_weights(weights)
-    for name, ours, theirs in (("mean", cfg.mean, info.mean), ("std", cfg.std, info.std)):
-        _compare_pixels(name, ours, theirs)
+    _compare_pixels(cfg, info)
     return tensors, info
 
 
-def _compare_pixels(name: str, ours: tuple[float, ...], theirs: tuple[float, ...] | None) -> None:
-    """Warns of weights that were trained with other statistics of the pixels."""
-    if theirs not in (None, ours):
-        logger.warning(
-            "the weights were trained with %s %s and the settings say %s", name, theirs, ours
-        )
+def _compare_pixels(cfg: PixelConfig, info: WeightsInfo) -> None:
+    """Warns of weights that were trained on pixels that were made in another way."""
+    for name, theirs in {"mean": info.mean, "std": info.std, **info.pixels}.items():
+        if theirs not in (None, ours := getattr(cfg, name)):
+            logger.warning(
+                "the weights were trained with %s %s and the settings say %s", name, theirs, ours
+            )
 
 
 def _class_token(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | None = None) -> bool:

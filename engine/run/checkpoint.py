@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.lora import merged_tensors
-from models.weights.own import CHECKPOINT_VERSION, own_bytes
+from models.weights.own import CHECKPOINT_VERSION, own_bytes, unusual_pixels
 from util.errors import InputError
 from util.files import TEMPORARY, flush_folder, write_output, write_temporary, write_whole
 
@@ -177,11 +177,13 @@ def save_weights(
 ) -> Path:
     """Writes a model's weights for others to use, with those in `replaced` in place of its own.
 
-    The header holds, as JSON, the model's specification, mean and std, and `more`.
+    The header holds, as JSON, the model's specification, mean and std, settings of the pixels that
+    are not the defaults, and `more`.
 
     Raises: LocalInputError if it cannot be written; then what was there stays.
     """
     header = {"model_args": identity.model_args, "mean": identity.mean, "std": identity.std, **more}
+    header |= unusual_pixels(identity.config)
     return write_output(
         path,
         lambda target: target.write_bytes(

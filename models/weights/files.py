@@ -19,12 +19,12 @@ import safetensors
 import torch
 from torch import Tensor
 
-from models.weights.own import CHECKPOINT_VERSION, decoded
+from models.weights.own import CHECKPOINT_VERSION, PIXEL_SETTINGS, decoded, unusual_pixels
 from util.errors import InputError
 
 WRAPPERS = ("model", "state_dict")  # where a .pth keeps the weights, in this order
 OWN_HEADER = ("model_args", "mean", "std")
-OF_CLASSIFIERS = ("objective", "class_names")  # in the headers of those that know them
+SOMETIMES = ("objective", "class_names", *PIXEL_SETTINGS)  # in the headers that need them
 FOLDER_FILES = (  # of Hugging Face's folders; large weights are split into several files
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -39,7 +39,7 @@ class RawWeights:
 
     source: "checkpoint" and "weights" are this project's; otherwise the entry of WRAPPERS that held
         the tensors, or "" if none did.
-    header: of this project's files OWN_HEADER and OF_CLASSIFIERS, of others the run's
+    header: of this project's files OWN_HEADER and some of SOMETIMES, of others the run's
         arguments.
     """
 
@@ -138,7 +138,7 @@ def _from_safetensors(opened: str) -> RawWeights:
         metadata = file.metadata() or {}
     if "model_args" not in metadata:
         return RawWeights(tensors, "")
-    names = [*OWN_HEADER, *(name for name in OF_CLASSIFIERS if name in metadata)]
+    names = [*OWN_HEADER, *(name for name in SOMETIMES if name in metadata)]
     return RawWeights(tensors, "weights", decoded({name: metadata[name] for name in names}))
 
 
@@ -167,6 +167,7 @@ def _from_torch(path: Path, opened: str | BinaryIO) -> RawWeights:
         found = outer["format_version"]
         if found != CHECKPOINT_VERSION:
             raise InputError(f"{path} has format {found}; this version reads {CHECKPOINT_VERSION}")
-        return RawWeights(tensors, "checkpoint", {name: outer.get(name) for name in OWN_HEADER})
+        header = {name: outer.get(name) for name in OWN_HEADER}
+        return RawWeights(tensors, "checkpoint", header | unusual_pixels(outer["config"]))
     args = outer.get("args")
     return RawWeights(tensors, source, vars(args) if isinstance(args, argparse.Namespace) else {})

@@ -6,8 +6,8 @@ size may settle them; otherwise they are named in `WeightsInfo.unknown`, and `co
 from the user.
 """
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from models.spec import ModelSpec, spec_from_dict
@@ -26,6 +26,7 @@ class WeightsInfo:
     sha256: of the file's bytes; of several files, of their bytes one after the other.
     unknown: fields of `spec` that the file does not tell; the values there are stand-ins.
     mean, std: of the pixels in training, per channel; None is unknown.
+    pixels: how files became pixels in training, by setting; empty is unknown.
     objective, class_names: what a classifier of this project is for (multiclass, multilabel or
         regression), and the names of its outputs; None is unknown.
     """
@@ -36,6 +37,7 @@ class WeightsInfo:
     unknown: frozenset[str] = frozenset()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    pixels: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     objective: str | None = None
     class_names: tuple[str, ...] | None = None
 

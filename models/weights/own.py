@@ -13,6 +13,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+# Settings of how files became pixels, with their defaults; those that differ are in the header.
+PIXEL_SETTINGS: dict[str, list[str | int]] = {
+    "pixel_range": ["auto"],
+    "channels": [],
+    "dicom_window": ["file"],
+}
 CHECKPOINT_VERSION = 2  # of checkpoint-*.pth files, which engine/run/checkpoint.py writes
 
 
@@ -28,6 +34,12 @@ def own_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> by
     text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
     assert len(text) == end - 8, "the same JSON in another order has the same length"
     return b"".join((content[:8], text, memoryview(content)[end:]))  # one copy, not two
+
+
+def unusual_pixels(config: Mapping[str, Any]) -> dict[str, object]:
+    """Those of PIXEL_SETTINGS in a run's settings, as JSON has them, that differ from the
+    defaults."""
+    return {n: config[n] for n, usual in PIXEL_SETTINGS.items() if config.get(n, usual) != usual}
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from models.spec import ClassifierSpec, MAESpec, ModelSpec, pair, spec_from_dict
 from models.weights.files import RawWeights, read_files, weights_files
 from models.weights.huggingface import from_huggingface, is_huggingface, read_config
 from models.weights.info import WeightsInfo, spelled
+from models.weights.own import PIXEL_SETTINGS
 from models.weights.reference_project import decoder_heads, from_reference, is_reference
 from util.errors import InputError
 
@@ -101,12 +102,14 @@ def _own_info(raw: RawWeights, sha256: str) -> WeightsInfo:
         raise InputError(f"its header says {blocks} blocks, but it has {len(raw.tensors)} tensors")
     kind = f"this project's {raw.source} ({_contents(spec)})"
     names = raw.header.get("class_names")
+    pixels = {n: tuple(raw.header.get(n, usual)) for n, usual in PIXEL_SETTINGS.items()}
     return WeightsInfo(
         kind=kind,
         spec=spec,
         sha256=sha256,
         mean=mean,
         std=std,
+        pixels=pixels,
         objective=raw.header.get("objective"),
         class_names=names and tuple(names),
     )

@@ -21,7 +21,7 @@ from models.mae import DECODER_NAMES
 from models.spec import ClassifierSpec, MAESpec, ModelSpec, encoder_spec
 from models.weights.huggingface import huggingface_config, to_huggingface
 from models.weights.info import WeightsInfo, require_known, spelled
-from models.weights.own import own_bytes
+from models.weights.own import own_bytes, unusual_pixels
 from util.errors import InputError
 from util.files import write_whole
 
@@ -95,7 +95,8 @@ def _safetensors(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     """This project's own, as a finished run writes it."""
     require_known(info)
     header: dict[str, object] = {"model_args": info.spec.checked().as_dict()}
-    header |= {"mean": info.mean, "std": info.std}
+    pixels = {name: list(value) for name, value in info.pixels.items()}
+    header |= {"mean": info.mean, "std": info.std, **unusual_pixels(pixels)}
     if info.objective is not None:
         header |= {"objective": info.objective, "class_names": info.class_names}
     return own_bytes(tensors, header)
