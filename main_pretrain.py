@@ -24,7 +24,6 @@ from data.loader import Batch, PretrainDataset
 from data.on_device import place_on_device
 from data.sources import build_pretrain_source
 from data.transforms import CropAndFlip, PixelNormalizer
-from engine.evaluation.from_weights import build_pretrained
 from engine.loop import train
 from engine.optim import build_adamw, param_groups
 from engine.parallel import unsharded_model
@@ -32,6 +31,7 @@ from engine.pictures.monitor import Monitor
 from engine.run.batches import train_batches
 from engine.run.checkpoint import save_weights, weights_path
 from engine.run.folder import open_run
+from engine.run.initial import build_pretrained
 from engine.run.job import Job, begin
 from engine.run.saving import Saver
 from engine.start import read_pretrain

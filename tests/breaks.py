@@ -784,7 +784,7 @@ test_another_number_of_channels_is_adapted_as_timm_does
 +weight = weight.mean(dim=1, keepdim=True)
 
 144 weights: a run that goes on follows the pixels of the settings, not those it began with
-engine/evaluation/from_weights.py test_pretrain.py
+engine/run/initial.py test_pretrain.py
 test_a_run_that_started_from_weights_goes_on_without_them
 -return cfg.model_copy(update={"init": recorded["init"], **follow}), None, None
 +return cfg.model_copy(update={"init": recorded["init"]}), None, None
