@@ -35,7 +35,8 @@ UPRIGHT: dict[int, tuple[bool, tuple[int, ...]]] = {
 }
 NPY_MAGIC, DICOM_MAGIC = b"\x93NUMPY", b"DICM"  # the second after 128 bytes
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-ORIENTATION, TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR = 274, 0, 1, 2  # of TIFF: a tag, photometrics
+ORIENTATION = 274  # a tag of TIFF
+TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR, TIFF_ALPHA = 0, 1, 2, (1, 2)  # photometrics, extra samples
 
 
 def may_be_array(head: bytes) -> bool:
@@ -138,6 +139,7 @@ def read_tiff(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
                 raise FormatError(f"{error}: pip install -e .[tiff]") from error
             raise
         tag = page.tags.get(ORIENTATION)
+        num_alpha = sum(kind in TIFF_ALPHA for kind in page.extrasamples)
     if picture.axes == "QYX":  # as np.save would write it: which axis is which was not said
         numbers = _channels_first(numbers, pixels)
     else:
@@ -145,6 +147,8 @@ def read_tiff(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
         first = tuple(slice(None) if name in kept else 0 for name in picture.axes)
         order = [kept.index(name) for name in (*planes, "Y", "X")]
         numbers = numbers[first].transpose(order).reshape(-1, lengths["Y"], lengths["X"])
+    if num_alpha and pixels.of_photographs:
+        numbers = numbers[:-num_alpha]
     return values_of(
         turned_upright(numbers, 1 if tag is None else tag.value),
         "TIFF",

@@ -57,6 +57,12 @@ def test_every_channel_has_its_values(kind):
     assert np.allclose(picked.numpy(), BANDS[[2, 1, 0]] / 257, rtol=1e-6, atol=0)
 
 
+def test_transparency_of_a_deep_tiff_is_dropped_unless_it_is_asked_for():
+    content = by_tifffile(LAST[..., :4], photometric="rgb")
+    assert np.allclose(decode_image(content, PixelFormat(3)), BANDS[:3] / 257, rtol=1e-6)
+    assert np.allclose(decode_image(content, PixelFormat(4)), BANDS[:4] / 257, rtol=1e-6)
+
+
 def test_channels_of_photographs_are_picked_too():
     photo = STORED_AS[1]
     for kind in ("PNG", "BMP", "TIFF"):
