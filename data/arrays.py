@@ -36,7 +36,8 @@ UPRIGHT: dict[int, tuple[bool, tuple[int, ...]]] = {
 NPY_MAGIC, DICOM_MAGIC = b"\x93NUMPY", b"DICM"  # the second after 128 bytes
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 274  # a tag of TIFF
-TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR, TIFF_ALPHA = 0, 1, 2, (1, 2)  # photometrics, extra samples
+ARRAY_PHOTOMETRICS = TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR = (0, 1, 2)  # what its pixels mean
+TIFF_ALPHA = (1, 2)  # what further channels are
 
 
 def may_be_array(head: bytes) -> bool:
@@ -68,7 +69,7 @@ def values_of(
     Raises: BadImageError if they are no real numbers.
     """
     if numbers.dtype.kind == "b":
-        numbers = numbers.astype(np.uint8) * np.uint8(255)
+        numbers, bits = numbers.astype(np.uint8) * np.uint8(255), 8
     if numbers.dtype.kind not in "uif" or not numbers.size:
         raise BadImageError(f"holds {numbers.size} values of type {numbers.dtype}, and no pixels")
     numbers = numbers.astype(numbers.dtype.newbyteorder("="), copy=False)
@@ -130,7 +131,7 @@ def read_tiff(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
             ends = map(add, part.dataoffsets, part.databytecounts)
             if max(ends) > len(encoded):  # tifffile would fill what was cut off
                 raise BadImageError("cannot be decoded: the file is truncated")
-        if (photometric := page.photometric) not in (TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR):
+        if (photometric := page.photometric) not in ARRAY_PHOTOMETRICS:
             raise BadImageError(f"holds pixels of photometric interpretation {photometric}")
         try:
             numbers = picture.asarray()

@@ -65,8 +65,9 @@ def test_transparency_of_a_deep_tiff_is_dropped_unless_it_is_asked_for():
 
 def test_channels_of_photographs_are_picked_too():
     photo = STORED_AS[1]
-    for kind in ("PNG", "BMP", "TIFF"):
-        content = encoded(Image.fromarray(photo), kind)
+    inks = Image.fromarray(photo).convert("CMYK")
+    files = [encoded(Image.fromarray(photo), kind) for kind in ("PNG", "BMP", "TIFF")]
+    for content in (*files, encoded(inks, "TIFF")):
         picked = decode_image(content, PixelFormat(2, channels=(3, 1)))
         assert picked.dtype == torch.uint8
         assert np.array_equal(picked.numpy(), photo.transpose(2, 0, 1)[[2, 0]])
@@ -116,6 +117,15 @@ def test_8_bits_stay_whole_numbers():
         decoded = decode_image(content, PixelFormat(5))
         assert decoded.dtype == torch.uint8
         assert np.array_equal(decoded.numpy(), numbers)
+
+
+def test_yes_and_no_are_white_and_black():
+    numbers = BANDS > 30_000
+    planes = by_tifffile(numbers[:2], planarconfig="separate", **GREY)
+    for content in (as_npy(numbers[:2]), planes):
+        decoded = decode_image(content, PixelFormat(2))
+        assert np.array_equal(decoded.numpy(), numbers[:2].astype(np.uint8) * 255)
+        assert decoded.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("orientation", STORED_AS)
