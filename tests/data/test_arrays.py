@@ -259,12 +259,22 @@ def test_dicom_equals_numpy():
     assert "dicom_window" in refusal(content, in_chans=1)
 
 
-@pytest.mark.parametrize("name", ["ExplVR_BigEnd.dcm", "SC_rgb_rle.dcm", "examples_palette.dcm"])
+IN_COLOUR = [
+    "ExplVR_BigEnd",
+    "SC_rgb_rle_16bit",
+    "examples_palette",
+    "SC_ybr_full_422_uncompressed",
+]
+
+
+@pytest.mark.parametrize("name", IN_COLOUR)
 def test_dicom_in_colour(name):
-    content, data = dicom(name)
-    expected = data.pixel_array
-    if expected.ndim == 2:
+    content, data = dicom(f"{name}.dcm")
+    expected = pydicom.pixels.pixel_array(data, raw=True)
+    if "palette" in name:
         expected = pydicom.pixels.apply_color_lut(expected, data)
+    if "ybr" in name:
+        expected = pydicom.pixels.convert_color_space(expected, "YBR_FULL", "RGB")
     decoded = decode_image(content, PixelFormat(3)).numpy()
     unit = 255 / np.iinfo(expected.dtype).max
     assert np.allclose(decoded, expected.transpose(2, 0, 1) * unit, rtol=1e-6)
