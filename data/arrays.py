@@ -35,7 +35,9 @@ UPRIGHT: dict[int, tuple[bool, tuple[int, ...]]] = {
 }
 NPY_MAGIC, DICOM_MAGIC = b"\x93NUMPY", b"DICM"  # the second after 128 bytes
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-ORIENTATION, TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR = 274, 0, 1, 2  # of TIFF: a tag, photometrics
+ORIENTATION = 274  # a tag of TIFF
+ARRAY_PHOTOMETRICS = TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR = (0, 1, 2)  # what its pixels mean
+TIFF_ALPHA = (1, 2)  # what further channels are
 
 
 def may_be_array(head: bytes) -> bool:
@@ -67,7 +69,7 @@ def values_of(
     Raises: BadImageError if they are no real numbers.
     """
     if numbers.dtype.kind == "b":
-        numbers = numbers.astype(np.uint8) * np.uint8(255)
+        numbers, bits = numbers.astype(np.uint8) * np.uint8(255), 8
     if numbers.dtype.kind not in "uif" or not numbers.size:
         raise BadImageError(f"holds {numbers.size} values of type {numbers.dtype}, and no pixels")
     numbers = numbers.astype(numbers.dtype.newbyteorder("="), copy=False)
@@ -129,7 +131,7 @@ def read_tiff(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
             ends = map(add, part.dataoffsets, part.databytecounts)
             if max(ends) > len(encoded):  # tifffile would fill what was cut off
                 raise BadImageError("cannot be decoded: the file is truncated")
-        if (photometric := page.photometric) not in (TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR):
+        if (photometric := page.photometric) not in ARRAY_PHOTOMETRICS:
             raise BadImageError(f"holds pixels of photometric interpretation {photometric}")
         try:
             numbers = picture.asarray()
@@ -138,6 +140,7 @@ def read_tiff(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
                 raise FormatError(f"{error}: pip install -e .[tiff]") from error
             raise
         tag = page.tags.get(ORIENTATION)
+        num_alpha = sum(kind in TIFF_ALPHA for kind in page.extrasamples)
     if picture.axes == "QYX":  # as np.save would write it: which axis is which was not said
         numbers = _channels_first(numbers, pixels)
     else:
@@ -145,6 +148,8 @@ def read_tiff(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
         first = tuple(slice(None) if name in kept else 0 for name in picture.axes)
         order = [kept.index(name) for name in (*planes, "Y", "X")]
         numbers = numbers[first].transpose(order).reshape(-1, lengths["Y"], lengths["X"])
+    if num_alpha and pixels.of_photographs:
+        numbers = numbers[:-num_alpha]
     return values_of(
         turned_upright(numbers, 1 if tag is None else tag.value),
         "TIFF",

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from data.arrays import (
+    ARRAY_PHOTOMETRICS,
     DICOM_MAGIC,
     NPY_MAGIC,
     TIFF_MAGICS,
@@ -62,7 +63,7 @@ IMAGE_ENDINGS = tuple(f".{ending}" for endings in IMAGE_KINDS.values() for endin
 # Pillow refuses a PNG with more than 1 MiB in one compressed text, XMP or colour profile, which
 # editors do write. Its limit on the sum of the texts (64 MiB) stays.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-BITS_PER_SAMPLE, DESCRIPTION = 258, 270  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, DESCRIPTION = 258, 262, 270  # tags of TIFF
 
 
 def pixel_format(cfg: PixelConfig, in_chans: int, needs_8_bits: bool = False) -> PixelFormat:
@@ -119,8 +120,12 @@ def array_kind(encoded: bytes, pixels: PixelFormat) -> str:
     try:
         with Image.open(BytesIO(encoded), formats=("TIFF",)) as image:
             tags = image.tag_v2  # type: ignore[attr-defined]
-            is_deep = max(tags.get(BITS_PER_SAMPLE, (1,))) > 8
-            is_array = is_deep or not pixels.of_photographs or "OME" in str(tags.get(DESCRIPTION))
+            is_array = (
+                max(tags.get(BITS_PER_SAMPLE, (1,))) > 8
+                or "OME" in str(tags.get(DESCRIPTION))
+                # palettes, inks, and luma with chroma become RGB, whose channels are picked
+                or (not pixels.of_photographs and tags.get(PHOTOMETRIC) in ARRAY_PHOTOMETRICS)
+            )
     except Exception:  # noqa: BLE001 (Pillow's, of any type)
         is_array = True
     return "TIFF" if is_array else ""

@@ -22,7 +22,7 @@ import main_pretrain
 from data.images import PixelFormat
 from data.on_device import DecodedSource
 from data.packs.source import PackedSource
-from data.sources import FolderSource
+from data.sources import FolderSource, value_bytes
 from data.transforms import PixelNormalizer
 from tools import check_dataset, run_mae_vis, vit_explain
 from util.errors import InputError
@@ -100,7 +100,9 @@ def test_pixels_after_normalisation_equal_numpy_s(folders, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deep_images_pretrain_resume_pack_and_fine_tune(folders, kind, tmp_path, monkeypatch):
+def test_deep_images_pretrain_resume_pack_and_fine_tune(
+    folders, kind, tmp_path, monkeypatch, capsys
+):
     flags = KINDS[kind][2]
     command = pretraining(folders[kind], tmp_path / "run", *flags, "--monitor_epochs", 1)
     found = main_pretrain.main(command)
@@ -119,6 +121,7 @@ def test_deep_images_pretrain_resume_pack_and_fine_tune(folders, kind, tmp_path,
     assert_same_run(tmp_path / "run", tmp_path / "workers")
 
     packed = pack(folders[kind], tmp_path / "packed", "--side", 256)
+    assert "keep their bytes" in capsys.readouterr().out
     source = PackedSource(packed / "train", FORMATS[kind])
     kept = sorted(source.read_bytes(index) for index in range(len(source)))
     assert kept == sorted(path.read_bytes() for path in (folders[kind] / "train").rglob("*.*"))
@@ -149,6 +152,8 @@ def test_deep_images_on_the_device(folders, tmp_path):
     source = FolderSource(folders["npy"], FORMATS["npy"])
     decoded = DecodedSource(source, torch.device("cpu"), 1)
     assert decoded.num_bytes == 72 * 2 * 28 * 28 * 4
+    assert value_bytes(source) == 4  # of which the shared memory of loader processes has to be
+    assert value_bytes(FolderSource(folders["png"], PixelFormat(1))) == 1
     assert all(torch.equal(decoded.read(index), source.read(index)) for index in range(72))
     command = pretraining(folders["npy"], tmp_path / "run", *KINDS["npy"][2], "--data_on_device")
     losses = main_pretrain.main(command)["epoch_losses"]
@@ -188,10 +193,17 @@ def test_the_check_prints_what_deep_files_hold(folders, tmp_path):
         assert np.allclose(found[name], expected, atol=0.02), name
     facts = check_dataset.main([*command, "--pixel_range", "-0.4", "0.5"])
     assert facts["could_start"]
+    of_range = facts["splits"]["train"]
     unit = np.clip((numbers + 0.4) / 0.9, 0, 1)
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    shutil.copy(get_testdata_file("CT_small.dcm", download=False), scans / "a.dcm")
+    facts = check_dataset.main([str(scans), "--full", "--workers", "1"])  # it has no window
+    assert "dicom_window" in facts["verdicts"]["pretrain"]
+    assert facts["splits"]["all"]["values"]["max"] == [2191 - 1024] * 3
     for name in ("mean", "std"):
         expected = getattr(unit, name)(axis=(0, 2, 3))
-        assert np.allclose(facts["splits"]["train"][name], expected, atol=1e-4), name
+        assert np.allclose(of_range[name], expected, atol=1e-4), name
 
 
 def test_pictures_show_three_of_five_channels(folders, weights, tmp_path):

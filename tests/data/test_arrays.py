@@ -57,10 +57,17 @@ def test_every_channel_has_its_values(kind):
     assert np.allclose(picked.numpy(), BANDS[[2, 1, 0]] / 257, rtol=1e-6, atol=0)
 
 
+def test_transparency_of_a_deep_tiff_is_dropped_unless_it_is_asked_for():
+    content = by_tifffile(LAST[..., :4], photometric="rgb")
+    assert np.allclose(decode_image(content, PixelFormat(3)), BANDS[:3] / 257, rtol=1e-6)
+    assert np.allclose(decode_image(content, PixelFormat(4)), BANDS[:4] / 257, rtol=1e-6)
+
+
 def test_channels_of_photographs_are_picked_too():
     photo = STORED_AS[1]
-    for kind in ("PNG", "BMP", "TIFF"):
-        content = encoded(Image.fromarray(photo), kind)
+    inks = Image.fromarray(photo).convert("CMYK")
+    files = [encoded(Image.fromarray(photo), kind) for kind in ("PNG", "BMP", "TIFF")]
+    for content in (*files, encoded(inks, "TIFF")):
         picked = decode_image(content, PixelFormat(2, channels=(3, 1)))
         assert picked.dtype == torch.uint8
         assert np.array_equal(picked.numpy(), photo.transpose(2, 0, 1)[[2, 0]])
@@ -110,6 +117,15 @@ def test_8_bits_stay_whole_numbers():
         decoded = decode_image(content, PixelFormat(5))
         assert decoded.dtype == torch.uint8
         assert np.array_equal(decoded.numpy(), numbers)
+
+
+def test_yes_and_no_are_white_and_black():
+    numbers = BANDS > 30_000
+    planes = by_tifffile(numbers[:2], planarconfig="separate", **GREY)
+    for content in (as_npy(numbers[:2]), planes):
+        decoded = decode_image(content, PixelFormat(2))
+        assert np.array_equal(decoded.numpy(), numbers[:2].astype(np.uint8) * 255)
+        assert decoded.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("orientation", STORED_AS)
@@ -243,12 +259,22 @@ def test_dicom_equals_numpy():
     assert "dicom_window" in refusal(content, in_chans=1)
 
 
-@pytest.mark.parametrize("name", ["ExplVR_BigEnd.dcm", "SC_rgb_rle.dcm", "examples_palette.dcm"])
+IN_COLOUR = [
+    "ExplVR_BigEnd",
+    "SC_rgb_rle_16bit",
+    "examples_palette",
+    "SC_ybr_full_422_uncompressed",
+]
+
+
+@pytest.mark.parametrize("name", IN_COLOUR)
 def test_dicom_in_colour(name):
-    content, data = dicom(name)
-    expected = data.pixel_array
-    if expected.ndim == 2:
+    content, data = dicom(f"{name}.dcm")
+    expected = pydicom.pixels.pixel_array(data, raw=True)
+    if "palette" in name:
         expected = pydicom.pixels.apply_color_lut(expected, data)
+    if "ybr" in name:
+        expected = pydicom.pixels.convert_color_space(expected, "YBR_FULL", "RGB")
     decoded = decode_image(content, PixelFormat(3)).numpy()
     unit = 255 / np.iinfo(expected.dtype).max
     assert np.allclose(decoded, expected.transpose(2, 0, 1) * unit, rtol=1e-6)

@@ -30,6 +30,7 @@ from data.images import (
     BadImageError,
     PixelFormat,
     array_kind,
+    decode_image,
     kind_of,
     open_image,
     orientation_of,
@@ -193,10 +194,13 @@ def _examine_file(
     key = size.to_bytes(8, "little") + content[-TAIL:]
     if is_decoded:
         file.seek(0)
-        found = read_values(file.read(), pixels)
+        content = file.read()
+        # without a window, for whose lack the settings may refuse the file
+        found = read_values(content, replace(pixels, dicom_window="full"))
         if full and found.numbers.dtype != np.uint8:
             _describe_values(found, pixels, finding)
-        decoded = to_pixels(found, pixels)  # (C, H, W)
+        is_dicom = kind == "DICOM"
+        decoded = decode_image(content, pixels) if is_dicom else to_pixels(found, pixels)
         sides = sides if described else sorted(decoded.shape[1:])
         described = described or f"{kind} {depth_of(found.numbers)} x {len(found.numbers)}"
     if full:
@@ -214,7 +218,10 @@ def _examine_file(
 def _describe_values(found: Values, pixels: PixelFormat, finding: np.void) -> None:
     """Notes the extremes of an image and a sample of its values, in the file's unit. Raises:
     FormatError if it has other channels."""
-    numbers = pick_channels(found, pixels).reshape(-1, found.numbers[0].size)
+    numbers = pick_channels(found, pixels)
+    # all of RGB that becomes grey are values of one channel, and grey those of all three
+    numbers = numbers.reshape(1 if len(numbers) > pixels.in_chans else len(numbers), -1)
+    numbers = np.broadcast_to(numbers, (pixels.in_chans, numbers.shape[1]))
     numbers = numbers[:, np.isfinite(numbers).all(axis=0)]  # (C, pixels)
     if numbers.size:
         finding["extremes"] = numbers.min(axis=1), numbers.max(axis=1)
