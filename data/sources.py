@@ -59,13 +59,19 @@ def check_folder(data_path: str | Path | None) -> Path:
 
 class FolderSource(ImageSource):
     """Every image file under a folder, at any depth; by default only those of `train/` if there is
-    one."""
+    one. Or the files of these `names` there, which are not looked for."""
 
-    def __init__(self, data_path: str | Path, pixels: PixelFormat, prefer_train: bool = True):
+    def __init__(
+        self,
+        data_path: str | Path,
+        pixels: PixelFormat,
+        prefer_train: bool = True,
+        names: list[str] | None = None,
+    ):
         root = Path(data_path)
         self.root = root / "train" if prefer_train and (root / "train").is_dir() else root
         self.pixels = pixels
-        names = image_names(self.root)
+        names = image_names(self.root) if names is None else names
         if not names:
             raise DataError(
                 f"no images under {self.root}: none of its files ends in {' '.join(IMAGE_ENDINGS)}"
