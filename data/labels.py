@@ -68,14 +68,13 @@ class ClassFolder(FolderSource):
 
 
 class TableImages(FolderSource):
-    """The images of one split of a table, with their labels."""
+    """The images in some rows of a table, with their labels."""
 
     def __init__(self, table: LabelTable, rows: np.ndarray, root: Path, pixels: PixelFormat):
-        names = [os.fsdecode(name) for name in table.names[rows].tolist()]
-        super().__init__(root, pixels, prefer_train=False, names=names)
-        self.labels = table.labels[rows]
-        if self.frames is not None:  # a file's labels are those of each of its frames
-            self.labels = self.labels[np.cumsum(self.frames == 0) - 1]
+        names = table.names[rows].tolist()
+        super().__init__(root, pixels, prefer_train=False, names=[*map(os.fsdecode, names)])
+        row = dict(zip(names, rows.tolist(), strict=True))
+        self.labels = table.labels[[row[name] for name in self.names.tolist()]]
         self.digest = table.digest()
 
     def fingerprint(self) -> str:
@@ -172,15 +171,13 @@ def build_table_data(
     else:
         assert cfg.val_share is not None, "the settings ask for one of the two"
         is_val = validation_choice(table.labels, table.groups, cfg.val_share, seed)
-    train, val = (
-        check_format(TableImages(table, np.flatnonzero(rows), root, pixels))
-        for rows in (~is_val, is_val)
-    )
-    if not len(train) or not len(val):
+    parts = [np.flatnonzero(rows) for rows in (~is_val, is_val)]
+    if not all(map(len, parts)):
         raise DataError(
-            f"labels {cfg.labels}: {len(train)} images would be for training and {len(val)} for "
-            "validation: it needs more images, or more groups"
+            f"labels {cfg.labels}: {len(parts[0])} images would be for training and "
+            f"{len(parts[1])} for validation: it needs more images, or more groups"
         )
+    train, val = (check_format(TableImages(table, rows, root, pixels)) for rows in parts)
     if cfg.objective == "multiclass":
         present = set(train.labels.tolist())
         absent = [name for label, name in enumerate(table.label_names) if label not in present]
