@@ -1,6 +1,8 @@
 """Images of more than 8 bits or other channels than grey and RGB, through the stages and tools:
 TIFF of five 16-bit channels, floating-point `.npy` and DICOM, all made of real digits."""
 
+import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from packs import PACKED, pack
 from PIL import Image
 from pydicom.data import get_testdata_file
 from runs import Cut, cut_after, make_pictures, pictures, pretraining, step_losses
+from safetensors.numpy import load_file
 
 import main_finetune
 import main_knn
@@ -24,7 +27,7 @@ from data.on_device import DecodedSource
 from data.packs.source import PackedSource
 from data.sources import FolderSource, value_bytes
 from data.transforms import PixelNormalizer
-from tools import check_dataset, run_mae_vis, vit_explain
+from tools import check_dataset, embed, predict, run_mae_vis, vit_explain
 from util.errors import InputError
 
 FACTORS = np.array([50, 100, 150, 200, 250])  # of the five channels
@@ -137,6 +140,20 @@ def test_deep_images_pretrain_resume_pack_and_fine_tune(
         for place, (path, more) in enumerate([(folders[kind], ()), (packed, PACKED)])
     ]
     assert found[0]["acc1"] == found[1]["acc1"] > 50  # 33 by chance
+
+    # The weights record how files become pixels, so that the tools need no flags.
+    images = ["--data_path", str(folders[kind]), "--split", "val", "--precision", "fp32"]
+    arguments = pictures(folders[kind], tmp_path / "kept", *flags, *weights, training=False)
+    main_knn.main([*arguments, "--save_path", str(tmp_path / "kept")])
+    embed.main([*map(str, weights), *images, "--output_file", str(tmp_path / "f.npz")])
+    expected = load_file(tmp_path / "kept" / "features.safetensors")["val"]
+    assert np.abs(np.load(tmp_path / "f.npz")["avg"] - expected).max() < 1e-5
+    tuned = ["--finetune", str(tmp_path / "tuned" / "model.safetensors"), *images]
+    predict.main([*tuned, "--output_file", str(tmp_path / "p.csv")])
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    right = [row["prediction"] == Path(row["name"]).parent.name for row in rows]
+    results = json.loads((tmp_path / "tuned" / "results.json").read_text())
+    assert len(rows) == 18 and sum(right) == results["correct1"]
 
 
 @pytest.fixture(scope="module")
