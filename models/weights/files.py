@@ -168,6 +168,6 @@ def _from_torch(path: Path, opened: str | BinaryIO) -> RawWeights:
         if found != CHECKPOINT_VERSION:
             raise InputError(f"{path} has format {found}; this version reads {CHECKPOINT_VERSION}")
         header = {name: outer.get(name) for name in OWN_HEADER}
-        return RawWeights(tensors, "checkpoint", header | unusual_pixels(outer["config"]))
+        return RawWeights(tensors, "checkpoint", header | unusual_pixels(outer.get("config") or {}))
     args = outer.get("args")
     return RawWeights(tensors, source, vars(args) if isinstance(args, argparse.Namespace) else {})
