@@ -128,7 +128,7 @@ class Photographs(ArraySource):
     def __init__(self, count: int, broken: tuple[int, ...] = ()):
         chance = np.random.default_rng(count)
         images = chance.integers(0, 256, (count, 1, 4, 4), dtype=np.uint8)
-        super().__init__("noise", images, chance.integers(0, 9, count), 1)
+        super().__init__("noise", images, chance.integers(0, 9, count), PixelFormat(1))
         self.broken = broken
         self.reads: list[int] = []
 
