@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data.arrays import num_frames, values_of
@@ -130,7 +131,7 @@ class ArraySource(ImageSource):
 
     def __init__(self, title: str, images: np.ndarray, labels: np.ndarray, pixels: PixelFormat):
         self.title = title
-        self.images = images
+        self.images = torch.from_numpy(images)
         self.labels = labels
         self.pixels = pixels
 
@@ -138,13 +139,14 @@ class ArraySource(ImageSource):
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        return to_pixels(values_of(self.images[index], self.title, is_colour=True), self.pixels)
+        found = values_of(self.images[index].numpy(), self.title, is_colour=True)
+        return to_pixels(found, self.pixels)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.images.tobytes()).hexdigest()
+        return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
 
 
 def build_pretrain_source(

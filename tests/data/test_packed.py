@@ -302,7 +302,7 @@ def test_images_without_a_label_are_left_out_of_evaluation(tmp_path, caplog):
 
 def test_pictures_are_made_of_the_validation_images_or_else_all(tmp_path, packs, data):
     def shown(root: Path) -> tuple[int, Path]:
-        source = validation_source("packed", str(root), 1)
+        source = validation_source("packed", str(root), PixelFormat(1))
         return len(source), Path(source.name(0)).parent.parent
 
     assert shown(packs) == (60, packs / "val")
