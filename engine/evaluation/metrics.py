@@ -62,7 +62,7 @@ def multiclass_figures(
     )
     confusion, right = counts.double(), counts.diag()[:num_classes].double()
     of_class, as_class = confusion.sum(dim=1)[:num_classes], confusion.sum(dim=0)[:num_classes]
-    place = torch.arange(num_classes + 1, dtype=torch.float64)
+    place = torch.arange(num_classes + 1, dtype=torch.float64, device=labels.device)
     distance = (place[:, None] - place).abs()
     scores = None if logits is None else logits.double().softmax(dim=1)
     auroc, ap = _rankings(scores, (labels[:, None] == place[:-1]).long())
