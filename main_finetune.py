@@ -88,9 +88,8 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         if job.is_finished:
             return read_results(run.results_path)
         if job.state.step:
-            from_main(
-                lambda: read_best(run.output_dir, best_metric(cfg))
-            )  # a damaged file is found before training
+            # a damaged file is found before training
+            from_main(lambda: read_best(run.output_dir, best_metric(cfg)))
 
         augmented = LabelledDataset(source, finetune_transform(cfg), cfg.seed)
         batches = train_batches(cfg, run, job.plan, augmented, job.state.step)
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
                 **origin,
                 **results,
                 "num_train": len(source),
-                f"best_{best_metric(cfg)}": best[0],
+                f"best_{best_metric(cfg)}": best[0] if best[1] else None,
                 "best_epoch": best[1],
             }
         )

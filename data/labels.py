@@ -203,7 +203,8 @@ def validation_choice(
     if groups is None:
         several = np.flatnonzero(np.bincount(kinds)[kinds] > 1)
         count = round(share * len(several))
-        is_val[several[stratified_choice(kinds[several], count, seed)]] = count > 0
+        if count:
+            is_val[several[stratified_choice(kinds[several], count, seed)]] = True
         return is_val
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
     shuffled = torch.randperm(len(members), generator=generator(seed, SUBSET)).tolist()

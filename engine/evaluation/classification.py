@@ -36,8 +36,8 @@ from engine.run.records import without_nan
 from util.dist import all_gather, first_process_first, from_main, gather_rows
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 
-# Of all images, heads and classes, in 32 bits: 256 MiB on the main process, and a validation set of
-# ImageNet's size for one head. Beyond, no images are ranked.
+# Of all images, heads and classes: more than those of ImageNet's validation set for one head. They
+# take 256 MiB of the main process, and 1 GiB while they are ranked. Beyond, no images are ranked.
 MOST_LOGITS = 2**26
 logger = logging.getLogger(__name__)
 

@@ -50,6 +50,12 @@ def build_finetuned(
         fc_norm = bool(info.known("fc_norm"))
         _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
+        if info.class_names not in (None, tuple(objective.names)):
+            logger.warning(
+                "the classifier's classes have other names than the data's: %s and %s",
+                info.class_names,
+                objective.names,
+            )
     model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
     if cfg.eval and fresh:

@@ -13,6 +13,7 @@ Shapes: `n` images, `C` classes, `L` labels of an image.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -62,10 +63,11 @@ def multiclass_figures(
     )
     confusion, right = counts.double(), counts.diag()[:num_classes].double()
     of_class, as_class = confusion.sum(dim=1)[:num_classes], confusion.sum(dim=0)[:num_classes]
-    place = torch.arange(num_classes + 1, dtype=torch.float64)
+    place = torch.arange(num_classes + 1, dtype=torch.float64, device=labels.device)
     distance = (place[:, None] - place).abs()
     scores = None if logits is None else logits.double().softmax(dim=1)
-    auroc, ap = _rankings(scores, (labels[:, None] == place[:-1]).long())
+    one_by_one = ((labels == label).long() for label in range(num_classes))
+    auroc, ap = _rankings(scores, one_by_one, num_classes)
     scalars = {
         "balanced_acc": _mean(right / of_class),
         "f1": _mean(2 * right / (of_class + as_class)),
@@ -87,7 +89,7 @@ def multilabel_figures(logits: Tensor, labels: Tensor) -> Figures:
     predicted = (logits > 0) & logits.isfinite().all(dim=1, keepdim=True)  # (n, L)
     right = (predicted & (labels == 1)).sum(dim=0).double()
     f1 = 2 * right / (predicted.sum(dim=0) + labels.sum(dim=0))
-    auroc, ap = _rankings(logits.double().sigmoid(), labels)
+    auroc, ap = _rankings(logits.double().sigmoid(), labels.T, labels.shape[1])
     per_label = {"auroc": auroc, "ap": ap, "f1": f1}
     return Figures(
         {"map": _mean(ap), "auroc": _mean(auroc), "f1": _mean(f1)},
@@ -117,18 +119,20 @@ def regression_figures(predicted: Tensor, targets: Tensor) -> Figures:
     return Figures(means, columns)
 
 
-def _rankings(scores: Tensor | None, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """AUROC and average precision of each column, `(C,)` float64, from `(n, C)` probabilities and
-    0 or 1."""
+def _rankings(
+    scores: Tensor | None, truths: Iterable[Tensor], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """AUROC and average precision of each class, `(C,)` float64, from the probabilities `(n, C)`
+    and for each class 0 or 1 `(n,)`."""
     from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-    found = torch.full((2, truth.shape[1]), math.nan, dtype=torch.float64)
+    found = torch.full((2, num_classes), math.nan, dtype=torch.float64)
     usual = torch.get_default_dtype()
     if scores is None or not scores.isfinite().all():
         return found[0], found[1]
     try:
         torch.set_default_dtype(torch.float64)  # of the library's divisions of counts
-        for place, (of_class, is_class) in enumerate(zip(scores.T, truth.T, strict=True)):
+        for place, (of_class, is_class) in enumerate(zip(scores.T, truths, strict=True)):
             if is_class.any() and not is_class.all():
                 found[0, place] = binary_auroc(of_class, is_class, validate_args=False)
             if is_class.any():

@@ -105,7 +105,10 @@ def build_objective(
         weights = _as_tensor(len(labels) / (len(names) * np.maximum(counts, 1)), device)
     elif cfg.class_weights == "balanced":
         positives = labels.sum(axis=0)
-        weights = _as_tensor((len(labels) - positives) / np.maximum(positives, 1), device)
+        negatives = len(labels) - positives
+        ratios = negatives / np.maximum(positives, 1)
+        # a label that no image or every image has cannot be balanced
+        weights = _as_tensor(np.where(positives * negatives > 0, ratios, 1.0), device)
     return Objective(cfg.objective, names, weights, mean, std)
 
 

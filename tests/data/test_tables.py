@@ -233,3 +233,4 @@ def test_without_groups_each_stratum_has_its_share():
     is_val = validation_choice(numbers, None, 0.2, 3)
     assert np.bincount((numbers[is_val, 0] // 10).astype(int)).tolist() == [2] * 10
     assert not np.array_equal(is_val, validation_choice(numbers, None, 0.2, 4))
+    assert not validation_choice(np.arange(3), None, 0.5, 0).any()  # one of each class
