@@ -319,6 +319,14 @@ def check_same_classes(root: Path, names: dict[str, list[str]]) -> None:
             f"train/ and val/ in {root} must have the same classes: only in train/ are "
             f"{sorted(train - val)[:SHOWN]}, and only in val/ {sorted(val - train)[:SHOWN]}"
         )
+    if names["train"] != names["val"]:  # only where files number their classes
+        ours, theirs = next(
+            pair for pair in zip(names["train"], names["val"], strict=True) if pair[0] != pair[1]
+        )
+        raise DataError(
+            f"train/ and val/ in {root} must number their classes alike: what train/ calls "
+            f"{ours!r}, val/ calls {theirs!r}"
+        )
 
 
 def _open_split(

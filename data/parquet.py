@@ -62,7 +62,7 @@ class ParquetSource(ImageSource):
                     of_file = np.full(footer.num_rows, -1)
                     if columns[1] is not None:
                         column = file.read(columns=[columns[1]], use_threads=False)[columns[1]]
-                        of_file = column.fill_null(-1).to_numpy()
+                        of_file = column.cast("int64").fill_null(-1).to_numpy()
                     raw.seek(-footer.serialized_size - 8, 2)  # 8 for its length and a mark
                     digest.update(raw.read())
             except InputError:

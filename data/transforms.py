@@ -128,9 +128,11 @@ class CropAndFlip:
         size, channels = len(indices), images.shape[1]
         by_column = self._weights(left, width, self.size[1], images.shape[3], flip)  # (B, W, w)
         by_row = self._weights(top, height, self.size[0], images.shape[2], 0 * flip)  # (B, H, h)
-        # uint8 to whole numbers after each axis, as the resize of single images does
+        # uint8 to whole numbers after each axis, and floats into the range after both, as the
+        # resize of single images does
         is_whole = images.dtype == torch.uint8
-        rows = _within_range(rows.flatten(1, 2) @ by_column.mT, is_whole)  # (B, h * C, W)
+        rows = rows.flatten(1, 2) @ by_column.mT  # (B, h * C, W)
+        rows = _within_range(rows, is_whole) if is_whole else rows
         rows = by_row @ rows.view(size, images.shape[2], -1)  # (B, H, C * W)
         pixels = _within_range(rows, is_whole).to(images.dtype)
         return pixels.view(size, self.size[0], channels, -1).permute(0, 2, 1, 3).contiguous()

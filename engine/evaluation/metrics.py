@@ -105,7 +105,7 @@ def regression_figures(predicted: Tensor, targets: Tensor) -> Figures:
     Args:
         predicted, targets: `(n, L)` in the data's unit.
     """
-    from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error, r2_score
+    from torchmetrics.functional.regression import mean_absolute_error, mean_squared_error
 
     columns: dict[str, list[float]] = {"mae": [], "rmse": [], "r2": []}
     centre = targets.double().mean(dim=0)  # far from 0 the sums of squares would lose digits
@@ -114,7 +114,9 @@ def regression_figures(predicted: Tensor, targets: Tensor) -> Figures:
         ours = ours + 0 * ours.sum()
         columns["mae"].append(mean_absolute_error(ours, own).item())
         columns["rmse"].append(mean_squared_error(ours, own, squared=False).item())
-        columns["r2"].append(r2_score(ours, own).item() if own.unique().numel() > 1 else math.nan)
+        # not the library's, which takes sums of squares below 1e-4, of any unit, for none
+        spread = own.square().sum() if own.unique().numel() > 1 else math.nan
+        columns["r2"].append((1 - (ours - own).square().sum() / spread).item())
     means = {name: sum(values) / len(values) for name, values in columns.items()}
     return Figures(means, columns)
 

@@ -96,6 +96,11 @@ def test_pixels_are_within_one_step_of_256_of_those_of_single_crops(
     assert found.dtype == torch.uint8
     assert (distance <= 1).double().mean() >= 0.999
     assert (distance == 0).double().mean() >= 0.93
+    deep = images.float() / 1.5
+    found = crop.batch(deep, order, drawn(crop, range(len(order)), *side))
+    for seed, index in enumerate(order):
+        torch.manual_seed(seed)
+        torch.testing.assert_close(found[seed], crop(deep[index]), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,24 @@ def no_images(path: Path) -> None:
     pa.parquet.write_table(pa.table({"label": [1], "file": ["a.png"]}), path)
 
 
+def test_splits_that_number_their_classes_in_another_order_are_refused(tmp_path, data):
+    files = sorted((data / "val").rglob("*.png"))[:3]
+    for split, names in (("train", "abc"), ("val", "acb")):
+        write(tmp_path / f"{split}.parquet", files, [0, 1, 2], names)
+    with pytest.raises(DataError, match="what train/ calls 'b', val/ calls 'c'"):
+        build_labelled_data("parquet", str(tmp_path), PixelFormat(1), False, None)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint64", "int16"])
+def test_labels_are_whole_numbers_of_any_width_and_may_be_missing(tmp_path, data, kind):
+    files = sorted((data / "val").rglob("*.png"))[:3]
+    images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    table = pa.table({"image": images, "label": pa.array([1, None, 0], kind)})
+    pa.parquet.write_table(table, tmp_path / "train.parquet")
+    found = open_parquet(tmp_path, PixelFormat(1), ("train",))
+    assert found.labels.tolist() == [1, -1, 0]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -103,11 +103,13 @@ def test_figures_of_labels_are_those_of_scikit_learn(kind):
     assert found.confusion is None
 
 
-@pytest.mark.parametrize(("offset", "outputs"), [(0.0, 1), (1e4, 1), (-3.0, 3)])
-def test_errors_of_numbers_are_those_of_scikit_learn(offset, outputs):
+@pytest.mark.parametrize(
+    ("offset", "outputs", "unit"), [(0.0, 1, 1.0), (1e4, 1, 1.0), (-3.0, 3, 1.0), (2.0, 2, 1e-5)]
+)
+def test_errors_of_numbers_are_those_of_scikit_learn(offset, outputs, unit):
     generator = np.random.default_rng(1)
-    targets = (offset + generator.normal(size=(200, outputs))).astype(np.float32)
-    predicted = targets.astype(np.float64) + generator.normal(size=(200, outputs)) / 2
+    targets = (unit * (offset + generator.normal(size=(200, outputs)))).astype(np.float32)
+    predicted = targets.astype(np.float64) + unit * generator.normal(size=(200, outputs)) / 2
     found = regression_figures(torch.from_numpy(predicted), torch.from_numpy(targets))
     truth = targets.astype(np.float64)
     assert found.scalars == {
