@@ -271,3 +271,11 @@ def test_augmentation_by_pillow_refuses_deep_images(folders, weights, tmp_path):
         main_finetune.main(pictures(folders["dicom"], tmp_path / "a", *more))
     with pytest.raises(InputError, match="an in_chans other than 1 and 3"):
         main_finetune.main(pictures(folders["tiff"], tmp_path / "b", *WIDE, *more))
+    files = sorted(folders["dicom"].rglob("*.dcm"))
+    lines = [
+        f"{file},{place % 2},{'val' if place < 9 else 'train'}" for place, file in enumerate(files)
+    ]
+    (tmp_path / "table.csv").write_text("\n".join(["file,kind,split", *lines]))
+    more += ["--labels", tmp_path / "table.csv", "--split_column", "split"]
+    with pytest.raises(InputError, match="auto_augment and color_jitter"):
+        main_finetune.main(pictures(folders["dicom"], tmp_path / "c", *more))

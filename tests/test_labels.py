@@ -20,6 +20,7 @@ import main_lincls
 from engine.evaluation.metrics import regression_figures
 from models.weights.own import read_header
 from models.weights.read import read_weights
+from tools import convert_checkpoint
 from util.errors import InputError
 
 DIGIT = dict(zip(CLASSES, (0, 1, 7), strict=True))
@@ -144,6 +145,19 @@ def test_a_regression_s_file_predicts_in_the_unit_of_the_data(tmp_path, data, ta
     targets = torch.tensor([[float(VALUE[path.parent.name])] for path in images])
     figures = regression_figures(outputs.double(), targets)
     assert figures.scalars["rmse"] == pytest.approx(results["rmse"], rel=1e-4)
+
+
+def test_a_regression_s_checkpoint_whose_unit_is_not_known_is_no_predictor(
+    tmp_path, data, table, tuned
+):
+    path = max(tuned["regression"][0].glob("checkpoint-*.pth"))
+    with pytest.raises(InputError, match="does not say the unit"):
+        main_finetune.main(
+            command(data, tmp_path, table, "regression", "--eval", "--finetune", path)
+        )
+    with pytest.raises(InputError, match="does not say the unit"):
+        convert_checkpoint.main([str(path), str(tmp_path / "a"), "--format", "safetensors"])
+    assert main_knn.main(pictures(data, tmp_path / "k", "--finetune", path, training=False))
 
 
 @pytest.mark.parametrize("objective", ["multilabel", "regression"])

@@ -397,6 +397,22 @@ def test_a_run_that_started_from_weights_goes_on_without_them(
     assert ("init is ignored" in caplog.text) == (init is not None)
 
 
+def test_a_run_whose_first_save_was_interrupted_starts_from_its_weights_again(
+    data, started_from, tmp_path
+):
+    path, folder, _ = started_from
+    run = tmp_path / "run"
+    main_pretrain.main(continuing(data, run, "--init", path, "--stop_epoch", 1))
+    saved = max(run.glob("checkpoint-*.pth"))
+    for other in (*run.glob("checkpoint-*"), run / "model.safetensors"):
+        if other.name != f"{saved.name}.sha256":
+            other.rename(
+                other.with_name(f"{other.name}.tmp") if other == saved else tmp_path / other.name
+            )
+    main_pretrain.main(continuing(data, run, "--init", path))
+    assert_same_run(folder, run)
+
+
 def test_weights_that_do_not_fit_or_lie_where_the_run_writes_are_refused(
     data, started_from, tmp_path, monkeypatch
 ):

@@ -50,8 +50,17 @@ def classifier(
     cfg: PredictConfig, model: VisionTransformer, info: WeightsInfo
 ) -> tuple[Callable[[Tensor], Answers], int]:
     """What makes logits of normalised images, and the bytes of those of an image."""
-    head_of(info)  # before any compute
-    return lambda images: {"logits": model(images)}, 4 * model.spec.num_classes
+    objective = head_of(info).objective  # before any compute
+
+    def classify(images: Tensor) -> Answers:
+        if objective != "regression":
+            return {"logits": model(images)}
+        features = model.forward_features(images).float()  # (B, D)
+        # half precision would round numbers far from 0, as years are
+        with torch.autocast(images.device.type, enabled=False):
+            return {"logits": model.head(features)}
+
+    return classify, 4 * model.spec.num_classes
 
 
 def head_of(info: WeightsInfo) -> Head:

@@ -125,18 +125,15 @@ def percent_by_class(
 
 def open_labelled_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig, run: Run) -> LabelledData:
     """Both splits of the data set that the settings name. Raises: InputError."""
+    needs_8_bits = isinstance(cfg, FinetuneConfig) and cfg.needs_8_bits
+    pixels = pixel_format(cfg, cfg.in_chans, needs_8_bits)
     if cfg.labels is not None:
-        pixels = pixel_format(cfg, cfg.in_chans)
         data = build_table_data(cfg, cfg.data_path, pixels, cfg.seed)
         check_num_classes(cfg.num_classes, data.class_names)
         return data
     with first_process_first(run.processes) if cfg.download else nullcontext():
         return build_labelled_data(
-            cfg.dataset,
-            cfg.data_path,
-            pixel_format(cfg, cfg.in_chans, isinstance(cfg, FinetuneConfig) and cfg.needs_8_bits),
-            cfg.download,
-            cfg.num_classes,
+            cfg.dataset, cfg.data_path, pixels, cfg.download, cfg.num_classes
         )
 
 

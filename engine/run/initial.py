@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from engine.run.checkpoint import checkpoint_steps
+from engine.run.checkpoint import checkpoint_seen, checkpoint_steps
 from models.build import build_model, mae_spec
 from models.mae import MaskedAutoencoder
 from models.weights.adapt import load_for_pretraining
@@ -32,7 +32,8 @@ def build_pretrained(
     Raises: InputError if the weights do not fit the settings.
     """
     path = folder / "config.yaml"
-    if checkpoint_steps(folder):
+    # not of a checksum alone, as a first save that was interrupted leaves it
+    if any(checkpoint_seen(folder, step) for step in checkpoint_steps(folder)):
         recorded = yaml.safe_load(path.read_text()) if path.exists() else {}
         if cfg.init is not None:
             logger.info("init is ignored: this run goes on from its checkpoint")

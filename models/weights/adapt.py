@@ -55,6 +55,8 @@ def load_into_classifier(
             "it was trained with global_pool avg: it holds fc_norm, which follows the mean, and no "
             "norm, which the settings' readout needs; set global_pool avg"
         )
+    if uses_head and info.head_problem and info.known("num_classes") == spec.num_classes:
+        problems.append(info.head_problem)
     _refuse_or_log(path, info, problems)
     dropped: tuple[str, ...] = ()  # beginnings of names
     if isinstance(info.spec, MAESpec):

@@ -167,7 +167,9 @@ def _from_torch(path: Path, opened: str | BinaryIO) -> RawWeights:
         found = outer["format_version"]
         if found != CHECKPOINT_VERSION:
             raise InputError(f"{path} has format {found}; this version reads {CHECKPOINT_VERSION}")
+        config = outer.get("config") or {}
         header = {name: outer.get(name) for name in OWN_HEADER}
-        return RawWeights(tensors, "checkpoint", header | unusual_pixels(outer.get("config") or {}))
+        header |= {"objective": config.get("objective"), **unusual_pixels(config)}
+        return RawWeights(tensors, "checkpoint", header)
     args = outer.get("args")
     return RawWeights(tensors, source, vars(args) if isinstance(args, argparse.Namespace) else {})

@@ -45,6 +45,17 @@ class WeightsInfo:
         """A field of `spec`; None if the file does not tell it or its model has no such field."""
         return None if name in self.unknown else getattr(self.spec, name, None)
 
+    @property
+    def head_problem(self) -> str:
+        """Why the head cannot be used, nothing if it can. That of a regression in training predicts
+        standardised numbers, and a checkpoint does not say of which mean and deviation."""
+        if self.objective != "regression" or not self.kind.startswith("this project's checkpoint"):
+            return ""
+        return (
+            "the checkpoint of a regression does not say the unit of its outputs: name the "
+            "model.safetensors or best.safetensors of its run"
+        )
+
     def __str__(self) -> str:
         values = [
             f"{name} {'unknown' if name in self.unknown else spelled(value)}"

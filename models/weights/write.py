@@ -43,6 +43,8 @@ def write_weights(
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {form!r}")
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} is already there: name another target, or remove it")
+    if info.head_problem:
+        raise InputError(f"{path} is not written: {info.head_problem}")
     # safetensors refuses tensors that share memory, as the parts of one file may
     separate = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     contents = FORMATS[form](separate, info)

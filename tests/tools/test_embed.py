@@ -321,6 +321,17 @@ def test_several_classes_and_numbers(tmp_path, data, trained):
     torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
 
 
+def test_numbers_far_from_0_are_not_rounded_in_half_precision(tmp_path, data, trained):
+    tensors = load_file(trained)
+    tensors["head.bias"] += 2027
+    header = {**read_header(trained), "class_names": [*"xyz"], "objective": "regression"}
+    (tmp_path / "w").write_bytes(own_bytes(tensors, header))
+    expected = logits_of(tmp_path / "w", data / "val")
+    rows, _ = predicted(tmp_path / "w", data / "val", tmp_path / "a.csv", "--precision", "bf16")
+    found = torch.tensor([[float(text) for text in row[1:]] for row in rows[1:]]).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
 def test_weights_without_a_meaning_are_refused(tmp_path, data, trained, weights):
     checkpoint = next(trained.parent.glob("checkpoint-*.pth"))
     short = headed(trained, tmp_path / "short", class_names=["a", "b"])
