@@ -190,7 +190,7 @@ def read_dicom(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
     elif pixels.dicom_window == "file" and pixels.pixel_range == "auto":
         if data.get("VOILUTFunction") == "SIGMOID" or data.get("VOILUTSequence"):
             numbers, window = _curved(numbers, data)
-        elif "WindowWidth" in data:
+        elif None not in (data.get("WindowCenter"), data.get("WindowWidth")):  # empty is none
             exactly = data.get("VOILUTFunction") == "LINEAR_EXACT"
             window = _window(*_first_window(data), exactly)
         elif data.BitsStored > 8:

@@ -227,13 +227,16 @@ def validation_choice(
 
 def strata(labels: np.ndarray) -> np.ndarray:
     """What of each image should be in every part of a split in proportion, `(n,)` int64 from 0: its
-    class, its combination of labels, or the tenth of the images in which its first number lies."""
+    class, its combination of labels (all that one image alone has being one), or the tenth of the
+    images in which its first number lies."""
     if labels.ndim == 1:
         return labels
     if labels.dtype == np.float32:
         ranks = np.argsort(np.argsort(labels[:, 0], kind="stable"), kind="stable")
         return ranks * min(NUM_BINS, len(labels)) // len(labels)
-    return np.unique(labels, axis=0, return_inverse=True)[1].reshape(len(labels))
+    _, kinds, sizes = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
+    merged = np.where(sizes == 1, (sizes == 1).argmax(), np.arange(len(sizes)))
+    return merged[kinds.reshape(len(labels))]
 
 
 def take_subset(source: LabelledSource, count: int | None, seed: int) -> LabelledSource:
@@ -244,7 +247,8 @@ def take_subset(source: LabelledSource, count: int | None, seed: int) -> Labelle
     if count is None:
         return source
     kinds = strata(source.labels)
-    classes = np.unique(kinds).size
+    # of combinations of labels and of numbers none must be there
+    classes = np.unique(kinds).size if source.labels.ndim == 1 else 1
     if not classes <= count <= len(source):
         raise InputError(
             f"subset {count} must lie between the {classes} classes and the {len(source)} training "

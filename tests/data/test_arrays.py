@@ -257,6 +257,8 @@ def test_dicom_equals_numpy():
     full = decode_image(content, PixelFormat(1, dicom_window="full"))[0].numpy()
     assert np.allclose(full, 255 * (units + 1024 + 32768) / 65535, atol=2e-5)
     assert "dicom_window" in refusal(content, in_chans=1)
+    empty = changed(MRI, WindowCenter=None, WindowWidth=None)
+    assert "dicom_window" in refusal(empty, in_chans=1)
 
 
 IN_COLOUR = [

@@ -236,6 +236,8 @@ def test_subsets_of_impossible_size_are_refused_with_the_numbers():
     for count in (1, 4, 201):
         with pytest.raises(InputError, match=f"subset {count} .* 5 classes .* 200 training"):
             take_subset(source, count, 0)
+    source.labels = np.resize(np.arange(64)[:, None] >> np.arange(6) & 1, (200, 6))
+    assert len(take_subset(source, 20, 0)) == 20  # of 64 combinations of labels
 
 
 def test_a_replaced_image_brings_its_own_label():

@@ -228,6 +228,8 @@ def test_without_groups_each_stratum_has_its_share():
     assert np.array_equal(strata(pairs) % 2, labels // 2)  # combinations of labels
     is_val = validation_choice(pairs, None, 0.2, 3)
     assert np.bincount(labels[is_val], minlength=4).tolist() == [40, 20, 2, 0]
+    rare = np.arange(128)[:, None] >> np.arange(7) & 1  # each combination once
+    assert validation_choice(rare, None, 0.25, 3).sum() == 32
     numbers = np.random.default_rng(0).permutation(100).astype(np.float32)[:, None]
     assert np.array_equal(strata(numbers), numbers[:, 0] // 10)  # tenths
     is_val = validation_choice(numbers, None, 0.2, 3)
