@@ -228,6 +228,15 @@ def test_a_classifier_of_another_objective_is_not_evaluated(tmp_path, data, tabl
         main_finetune.main(arguments)
 
 
+def test_the_head_of_another_objective_starts_fresh(tmp_path, data, table, tuned, caplog):
+    caplog.set_level("INFO")
+    start = ["--finetune", tuned["multilabel"][0] / "model.safetensors"]  # of two outputs
+    more = ["--label_columns", "value", "odd", "--epochs", 1, "--warmup_epochs", 0, "--lr", 1e-6]
+    results = main_finetune.main(command(data, tmp_path, table, "regression", *start, *more))
+    assert "head dropped: it is for objective multilabel" in caplog.text
+    assert abs(results["r2"]) < 0.01  # the mean of the targets
+
+
 def test_mixing_and_weights_of_several_labels_train(tmp_path, data, table, weights):
     more = ["--mixup", 0.8, "--cutmix", 1, "--class_weights", "balanced", "--finetune", weights]
     results = main_finetune.main(command(data, tmp_path, table, "multilabel", *more))

@@ -37,8 +37,8 @@ def build_finetuned(
     cfg: FinetuneConfig, objective: Objective
 ) -> tuple[VisionTransformer, str | None]:
     """The classifier that fine-tuning trains or evaluates: from scratch, or from its weights with a
-    fresh head if they have none for so many classes. Also the sha256 of the weights, None from
-    scratch.
+    fresh head if they have none for so many classes and this objective. Also the sha256 of the
+    weights, None from scratch.
 
     Raises: InputError if the weights do not fit the settings, or `eval` finds no head in them.
     """
@@ -62,12 +62,14 @@ def build_finetuned(
         raise InputError(
             f"eval: {cfg.finetune} has no head for {num_classes} classes, it lacks {sorted(fresh)}"
         )
-    if "head.weight" in fresh:
-        nn.init.trunc_normal_(
-            model.get_parameter("head.weight"),
-            std=FINETUNE_HEAD_STD,
-            generator=generator(cfg.seed, HEAD),
-        )
+    theirs = info.objective or "multiclass"
+    is_other = not cfg.eval and theirs != cfg.objective  # then its outputs have another scale
+    if "head.weight" in fresh or is_other:
+        weight, bias = map(model.get_parameter, HEAD_NAMES)
+        nn.init.trunc_normal_(weight, std=FINETUNE_HEAD_STD, generator=generator(cfg.seed, HEAD))
+        if "head.weight" not in fresh:
+            nn.init.zeros_(bias)
+            logger.info("head dropped: it is for objective %s", theirs)
     else:
         objective.standardise(*map(model.get_parameter, HEAD_NAMES))
     if cfg.freeze_blocks and not cfg.eval:
