@@ -41,6 +41,7 @@ from util.dist import Processes, all_gather, from_main, init_processes
 from util.errors import InputError, LocalInputError, where
 from util.files import printable, write_output
 from util.settings.base import DataConfig
+from util.settings.read import lasting_settings
 from util.settings.tools import ApplyConfig
 
 PART_BATCHES, PART_BYTES = 64, 2**28  # a part has at most so many
@@ -200,13 +201,11 @@ def with_weights(cfg: CfgT, info: WeightsInfo) -> CfgT:
 
 def identity_of(cfg: ApplyConfig, info: WeightsInfo, source: ImageSource) -> str:
     """The JSON that tells which result a part belongs to."""
-    schemas = type(cfg).model_json_schema()["properties"]
-    harmless = {name for name, schema in schemas.items() if schema["may_change"]}
     origin = {
         "weights": info.sha256,
         "images": source.fingerprint(),
         "num_images": len(source),
-        **cfg.model_dump(mode="json", exclude=harmless),
+        **lasting_settings(cfg),
     }
     return json.dumps(origin, sort_keys=True)
 
@@ -267,12 +266,11 @@ def compute_parts(
             bar.update(len(images))
             if images.stop in ends:
                 tensors = {n: torch.cat([of_batch[n] for of_batch in rows]) for n in rows[0]}
-                write_output(ends[images.stop], partial(_save_part, tensors, identity))
+                save = partial(
+                    safetensors.torch.save_file, tensors, metadata={"identity": identity}
+                )
+                write_output(ends[images.stop], save)
                 rows = []
-
-
-def _save_part(tensors: Answers, identity: str, path: Path) -> None:
-    safetensors.torch.save_file(tensors, path, {"identity": identity})
 
 
 def list_unreadable(source: ImageSource, kept: np.ndarray) -> list[tuple[str, str]]:

@@ -110,14 +110,15 @@ def write_graph(graph: Graph, inputs: Sequence[Tensor], target: Path, form: str)
     Returns: the largest difference of an output; None if the file could not be run, as onnxruntime
     is not installed. Raises: InputError, and no file is left, if it is above LARGEST_DIFFERENCE.
     """
+    shapes = ({0: torch.export.Dim("batch")},) * len(inputs)  # the first dimension stays open
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
         # torch.export.save asks for this ending
         path = folder / ("graph.pt2" if form == "export" else target.name)
         if form == "onnx":
-            _write_onnx(graph, inputs, path)
+            _write_onnx(graph, inputs, path, shapes)
         else:
-            program = torch.export.export(graph, tuple(inputs), dynamic_shapes=_shapes(inputs))
+            program = torch.export.export(graph, tuple(inputs), dynamic_shapes=shapes)
             torch.export.save(program, path)
         run = _onnx_runner(path) if form == "onnx" else torch.export.load(path).module()
         difference = None if run is None else _difference(graph, inputs, run)
@@ -139,13 +140,9 @@ def data_path(path: Path) -> Path:
     return path.with_name(path.name + ".data")
 
 
-def _shapes(inputs: Sequence[Tensor]) -> tuple[dict[int, torch.export.Dim], ...]:
-    """That the first dimension of each input is the batch."""
-    batch = torch.export.Dim("batch")
-    return tuple({0: batch} for _ in inputs)
-
-
-def _write_onnx(graph: Graph, inputs: Sequence[Tensor], path: Path) -> None:
+def _write_onnx(
+    graph: Graph, inputs: Sequence[Tensor], path: Path, shapes: tuple[object, ...]
+) -> None:
     is_autoencoder = len(inputs) == 2
     size = sum(tensor.nbytes for tensor in graph.state_dict().values())
     for name in ("onnxscript", "onnx_ir"):  # they tell of hundreds of steps
@@ -157,7 +154,7 @@ def _write_onnx(graph: Graph, inputs: Sequence[Tensor], path: Path) -> None:
             tuple(inputs),
             path,
             dynamo=True,
-            dynamic_shapes=_shapes(inputs),
+            dynamic_shapes=shapes,
             input_names=["images", "ids_shuffle"][: len(inputs)],
             output_names=["images_painted", "mask"] if is_autoencoder else ["output"],
             external_data=size > ONE_FILE,
