@@ -20,9 +20,9 @@ from PIL import Image
 from runs import digits, pictures
 from test_images import (
     CUT_KINDS,
-    FUZZED,
     KINDS,
     NOISE,
+    PHOTOGRAPHS,
     RAMP16,
     RGB,
     STORED_AS,
@@ -226,10 +226,10 @@ def test_whole_files_of_the_common_kinds_are_not_decoded(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
-@pytest.mark.parametrize("kind", FUZZED)
+@pytest.mark.parametrize("kind", PHOTOGRAPHS)
 def test_corrupted_files_are_bad_if_training_finds_them_bad(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
-    content = FUZZED[kind]()
+    content = PHOTOGRAPHS[kind]()
     fill(tmp_path, {f"{seed:03d}.jpg": corrupted(content, seed) for seed in range(150)})
     says = training_says(tmp_path)
     assert 5 < len(says) < 145
