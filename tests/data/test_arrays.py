@@ -144,6 +144,7 @@ def test_white_is_zero_where_the_file_says_so():
     assert np.allclose(decoded.numpy(), 255 - BANDS[:1] / 257, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", [kind for kind in SAME if "not named" not in kind])
 def test_a_file_that_was_cut_off_is_bad(kind):
     content = SAME[kind]()

@@ -602,6 +602,7 @@ def test_a_corrupted_file_gives_an_image_or_a_reason(kind, tries, monkeypatch):
     assert 0.02 * tries < num_images < 0.98 * tries  # not vacuous
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "kind", ["JPEG", "MPO", "PNG", "APNG", "WEBP", "TIFF 8-bit", "TIFF 16-bit"]
 )
