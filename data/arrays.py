@@ -222,7 +222,9 @@ def _curved(numbers: np.ndarray, data: "Dataset") -> tuple[np.ndarray, Interval]
 
 
 def num_frames(path: Path) -> int:
-    """Of a DICOM file, from its header; 1 for one that cannot be read."""
+    """Of a DICOM file, from its header; 1 for others, and for one that cannot be read."""
+    if path.suffix.lower() != ".dcm":
+        return 1
     try:
         header = _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"])
         return max(1, int(header.get("NumberOfFrames") or 1))

@@ -107,14 +107,14 @@ def test_a_large_onnx_graph_has_its_weights_beside_it(tmp_path, monkeypatch, fil
 
 
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch, files):
-    original = export._onnx_runner
+    original = export._difference
 
-    def off(path):
-        return lambda *inputs: [output + 2e-4 for output in original(path)(*inputs)]
+    def off(graph, inputs, run):
+        return original(graph, inputs, lambda *given: run(*given) + 2e-4)
 
-    monkeypatch.setattr(export, "_onnx_runner", off)
+    monkeypatch.setattr(export, "_difference", off)
     with pytest.raises(InputError, match=r"differs from PyTorch's by 0.0002.*more than 0.0001"):
-        convert(files["classifier"], tmp_path / "a.onnx", "--format", "onnx")
+        convert(files["classifier"], tmp_path / "a.pt2", "--format", "export")
     assert not list(tmp_path.iterdir())
 
 
