@@ -174,7 +174,9 @@ def load_model(cfg: ApplyConfig, uses_head: bool) -> tuple[VisionTransformer, We
             f"finetune {cfg.finetune} does not say what its outputs mean: name the "
             "model.safetensors or best.safetensors of its run"
         )
-    model = load_classifier(tensors, info, cfg.finetune, uses_head=uses_head, img_size=cfg.img_size)
+    model = load_classifier(
+        tensors, info, f"finetune {cfg.finetune}", uses_head=uses_head, img_size=cfg.img_size
+    )
     return model, info
 
 
