@@ -7,18 +7,15 @@ Each model is in eval mode. Beside its own attributes it has `mean` and `std`, `
 tensors on the CPU (None if the file does not tell them), and `img_size`, (H, W) in pixels.
 """
 
-from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from models.build import build_model
 from models.mae import MaskedAutoencoder
-from models.spec import ClassifierSpec, MAESpec, encoder_spec
 from models.vit import VisionTransformer
-from models.weights.adapt import load_into_classifier, load_into_mae
 from models.weights.info import WeightsInfo, complete, require_known
+from models.weights.load import load_autoencoder, load_classifier
 from models.weights.read import read_weights
 from util.errors import InputError
 
@@ -45,10 +42,7 @@ def encoder(
     Raises: InputError for weights that cannot be read or lack `num_heads`.
     """
     tensors, info = _read(weights, img_size, num_heads=num_heads)
-    spec = encoder_spec(info.spec) if isinstance(info.spec, MAESpec) else info.spec
-    pool = global_pool or spec.global_pool
-    model = build_model(replace(spec, num_classes=0, drop_path_rate=0.0, global_pool=pool))
-    load_into_classifier(model, tensors, info, weights, uses_head=False)
+    model = load_classifier(tensors, info, weights, uses_head=False, global_pool=global_pool)
     return _finished(model, info)
 
 
@@ -76,11 +70,7 @@ def autoencoder(
         decoder_num_heads=decoder_num_heads,
         norm_pix_loss=norm_pix_loss,
     )
-    if not isinstance(info.spec, MAESpec):
-        raise InputError(f"{weights} ({info.kind}) holds no decoder: load it as an encoder")
-    model = build_model(info.spec)
-    load_into_mae(model, tensors, info, weights)
-    return _finished(model, info)
+    return _finished(load_autoencoder(tensors, info, weights), info)
 
 
 def classifier(
@@ -93,12 +83,7 @@ def classifier(
     Raises: InputError for weights that cannot be read, have no head or lack `num_heads`.
     """
     tensors, info = _read(weights, img_size, num_heads=num_heads)
-    if not info.known("num_classes"):
-        raise InputError(f"{weights} ({info.kind}) holds no head: load it as an encoder")
-    assert isinstance(info.spec, ClassifierSpec)
-    model = build_model(replace(info.spec, drop_path_rate=0.0))
-    load_into_classifier(model, tensors, info, weights)
-    return _finished(model, info)
+    return _finished(load_classifier(tensors, info, weights, uses_head=True), info)
 
 
 def _read(
@@ -118,4 +103,4 @@ def _read(
 def _finished(model: ModelT, info: WeightsInfo) -> ModelT:
     for name, values in (("mean", info.mean), ("std", info.std)):
         setattr(model, name, None if values is None else torch.tensor(values).view(-1, 1, 1))
-    return model.eval()
+    return model

@@ -27,7 +27,7 @@ from data.transforms import PixelNormalizer, finetune_transform
 from engine.evaluation.best import read_best
 from engine.evaluation.classification import Evaluator, open_labelled_data, said_alone
 from engine.evaluation.from_weights import build_finetuned
-from engine.evaluation.metrics import is_better
+from engine.evaluation.metrics import merit
 from engine.evaluation.objective import HEAD_NAMES, build_objective
 from engine.loop import train
 from engine.mixing import BatchMixer
@@ -159,7 +159,7 @@ def evaluate_epoch(
         results["ema"] = scores.as_dict(evaluator.class_names)
         line += f"  moving average {scores.text(metric)}"
     best = from_main(lambda: read_best(run.output_dir, metric))
-    is_best = is_better(metric, scores.scalars[metric], best[0])
+    is_best = merit(metric, scores.scalars[metric]) > merit(metric, best[0])
     value, at_epoch = (scores.scalars[metric], epoch) if is_best else best
     line += f"  best {said_alone(metric, value)} after epoch {at_epoch}"
     # First the record: best.safetensors without one would be taken for somebody else's.

@@ -83,20 +83,14 @@ def read_npy(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
     """An array `(H, W)`, `(H, W, C)` or `(C, H, W)`.
 
     The axis of the channels is the one of `in_chans` entries, the last before the first; without
-    one it is the shorter of them. Nothing is copied, and nothing is unpickled.
+    one it is the shorter of them. Nothing is unpickled.
     """
-    file = BytesIO(encoded)
-    headers = np.lib.format
-    read = {(1, 0): headers.read_array_header_1_0, (2, 0): headers.read_array_header_2_0}[
-        headers.read_magic(file)
-    ]
-    shape, is_transposed, dtype = read(file)
-    if len(shape) not in (2, 3) or dtype.hasobject:
+    numbers = np.load(BytesIO(encoded), allow_pickle=False)
+    if numbers.ndim not in (2, 3):
         raise BadImageError(
-            f"holds an array of shape {shape} of {dtype}, expected (H, W), (H, W, C) or (C, H, W)"
+            f"holds an array of shape {numbers.shape}, expected (H, W), (H, W, C) or (C, H, W)"
         )
-    flat = np.frombuffer(encoded, dtype, prod(shape), file.tell())
-    numbers = _channels_first(flat.reshape(shape, order="F" if is_transposed else "C"), pixels)
+    numbers = _channels_first(numbers, pixels)
     channels, height, width = numbers.shape
     check_size(height, width, channels)
     return values_of(numbers, "NPY", is_colour=False)
@@ -228,7 +222,9 @@ def _curved(numbers: np.ndarray, data: "Dataset") -> tuple[np.ndarray, Interval]
 
 
 def num_frames(path: Path) -> int:
-    """Of a DICOM file, from its header; 1 for one that cannot be read."""
+    """Of a DICOM file, from its header; 1 for others, and for one that cannot be read."""
+    if path.suffix.lower() != ".dcm":
+        return 1
     try:
         header = _pydicom().dcmread(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"])
         return max(1, int(header.get("NumberOfFrames") or 1))

@@ -73,8 +73,8 @@ class TableImages(FolderSource):
     def __init__(self, table: LabelTable, rows: np.ndarray, root: Path, pixels: PixelFormat):
         names = table.names[rows].tolist()
         super().__init__(root, pixels, prefer_train=False, names=[*map(os.fsdecode, names)])
-        row = dict(zip(names, rows.tolist(), strict=True))
-        self.labels = table.labels[[row[name] for name in self.names.tolist()]]
+        # names are sorted; frames of one file have one label
+        self.labels = table.labels[rows[np.searchsorted(table.names[rows], self.names)]]
         self.digest = table.digest()
 
     def fingerprint(self) -> str:

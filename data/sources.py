@@ -97,12 +97,9 @@ class FolderSource(ImageSource):
         self.frames: np.ndarray | None = None
         if pixels.all_frames:
             with ThreadPoolExecutor(WALK_THREADS) as pool:
-                counts = [*pool.map(self._num_frames, names)]
+                counts = [*pool.map(lambda name: num_frames(self.root / name), names)]
             self.names = np.repeat(self.names, counts)
             self.frames = np.concatenate([*map(np.arange, counts)])
-
-    def _num_frames(self, name: str) -> int:
-        return num_frames(self.root / name) if name.lower().endswith(".dcm") else 1
 
     def __len__(self) -> int:
         return len(self.names)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.parquet import import_parquet
 from data.sources import WALK_THREADS
 from util.errors import DataError, InputError
 from util.settings.evaluation import TableConfig
@@ -114,8 +115,7 @@ def _read(
     text. Raises: InputError."""
     try:
         if path.lower().endswith(".parquet"):
-            from pyarrow import parquet  # here, as it is not always installed
-
+            parquet = import_parquet()
             chosen = choose(parquet.read_schema(path).names)
             table = parquet.read_table(path, columns=chosen)
             columns = {
@@ -141,10 +141,6 @@ def _read(
             }
     except InputError:
         raise
-    except ImportError as error:
-        raise InputError(
-            f"labels {path} needs pyarrow, which is not installed: pip install -e .[parquet]"
-        ) from error
     except (OSError, ValueError, csv.Error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"labels {path} cannot be read as a table: {reason}") from error

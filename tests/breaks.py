@@ -278,8 +278,8 @@ test_the_loss_is_weighted_by_image_and_not_by_batch
 35 evaluation: top-5 looks at four classes
 engine/evaluation/classification.py engine/test_evaluation.py
 test_four_images_by_hand
--best = logits.topk(min(5, num_classes), dim=-1).indices
-+best = logits.topk(min(4, num_classes), dim=-1).indices
+-first = min(5, num_classes)
++first = min(4, num_classes)
 
 36 evaluation: counts per class go by the class that was guessed
 engine/evaluation/classification.py engine/test_evaluation.py
@@ -385,7 +385,7 @@ test_each_micro_batch_is_mixed_by_its_own_draw_and_a_repeat_by_the_same
 engine/evaluation/best.py test_finetune.py
 test_a_later_epoch_that_is_worse_or_equal_never_replaces_the_best
 -return header[metric], header["epoch"]
-+return worst(metric), 0
++return math.nan, 0
 
 48 finetune: the moving average moves in a step that was skipped
 engine/optim.py test_finetune.py

@@ -21,8 +21,11 @@ from torch.utils.data import DataLoader
 
 import engine.loop
 import main_pretrain
+from data.images import PixelFormat
 from data.known_sets import read_mnist5k
 from data.loader import Sample, loader_maker
+from data.sources import FolderSource
+from data.transforms import PixelNormalizer
 from engine.run.checkpoint import load_newest_checkpoint
 from engine.run.records import read_log
 from util.dist import Processes
@@ -230,6 +233,13 @@ def make_pictures(
                     folder / f"{number:03d}.png"
                 )
     return root
+
+
+def normalised(folder: Path) -> torch.Tensor:
+    """The grey digits of a folder in order, as models take them, `(n, 1, 28, 28)`."""
+    source = FolderSource(folder, PixelFormat(1), prefer_train=False)
+    images = torch.stack([source.read(index) for index in range(len(source))])
+    return PixelNormalizer((0.1307,), (0.3081,), torch.device("cpu"))(images)
 
 
 def pictures(data: Path, output_dir: Path, *more: Any, training: bool = True) -> list[str]:

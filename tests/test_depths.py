@@ -103,28 +103,21 @@ def test_pixels_after_normalisation_equal_numpy_s(folders, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deep_images_pretrain_resume_pack_and_fine_tune(
-    folders, kind, tmp_path, monkeypatch, capsys
-):
+def test_deep_images_pretrain_resume_pack_and_fine_tune(folders, kind, tmp_path, monkeypatch):
     flags = KINDS[kind][2]
     command = pretraining(folders[kind], tmp_path / "run", *flags, "--monitor_epochs", 1)
     found = main_pretrain.main(command)
     assert found["epoch_losses"][1] < found["epoch_losses"][0]
     assert (tmp_path / "run" / "monitor.png").stat().st_size > 1000
 
-    def again(name: str, *more) -> list[str]:
-        return pretraining(folders[kind], tmp_path / name, *flags, "--monitor_epochs", 1, *more)
-
+    command = pretraining(folders[kind], tmp_path / "cut", *flags, "--monitor_epochs", 1)
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, 8)  # of 12 steps, 6 in an epoch
-        main_pretrain.main(again("cut"))
-    main_pretrain.main(again("cut"))
+        main_pretrain.main(command)
+    main_pretrain.main([*command, "--num_workers", "2"])
     assert_same_run(tmp_path / "run", tmp_path / "cut")
-    main_pretrain.main(again("workers", "--num_workers", 2))
-    assert_same_run(tmp_path / "run", tmp_path / "workers")
 
     packed = pack(folders[kind], tmp_path / "packed", "--side", 256)
-    assert "keep their bytes" in capsys.readouterr().out
     source = PackedSource(packed / "train", FORMATS[kind])
     kept = sorted(source.read_bytes(index) for index in range(len(source)))
     assert kept == sorted(path.read_bytes() for path in (folders[kind] / "train").rglob("*.*"))
@@ -134,17 +127,13 @@ def test_deep_images_pretrain_resume_pack_and_fine_tune(
     losses = list(map(float.fromhex, step_losses(tmp_path / "tuned").values()))
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     found = [
-        main_knn.main(
-            pictures(path, tmp_path / f"knn{place}", *flags, *weights, *more, training=False)
-        )
-        for place, (path, more) in enumerate([(folders[kind], ()), (packed, PACKED)])
+        main_knn.main(pictures(path, tmp_path / path.name, *flags, *weights, *more, training=False))
+        for path, more in ((folders[kind], ["--save_path", tmp_path / "kept"]), (packed, PACKED))
     ]
     assert found[0]["acc1"] == found[1]["acc1"] > 50  # 33 by chance
 
     # The weights record how files become pixels, so that the tools need no flags.
     images = ["--data_path", str(folders[kind]), "--split", "val", "--precision", "fp32"]
-    arguments = pictures(folders[kind], tmp_path / "kept", *flags, *weights, training=False)
-    main_knn.main([*arguments, "--save_path", str(tmp_path / "kept")])
     embed.main([*map(str, weights), *images, "--output_file", str(tmp_path / "f.npz")])
     expected = load_file(tmp_path / "kept" / "features.safetensors")["val"]
     assert np.abs(np.load(tmp_path / "f.npz")["avg"] - expected).max() < 1e-5

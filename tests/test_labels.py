@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_same_run, records_of, results_of
-from runs import CLASSES, pictures
+from runs import CLASSES, normalised, pictures
 from safetensors.torch import load_file
 
 import hubconf
@@ -132,16 +132,9 @@ def test_a_regression_s_file_predicts_in_the_unit_of_the_data(tmp_path, data, ta
     )
     for name in ("mae", "rmse", "r2", "loss"):
         assert found[name] == pytest.approx(results[name], rel=1e-4)
-    from data.images import PixelFormat, decode_image
-    from data.transforms import EvalTransform, PixelNormalizer
-
-    images = sorted((data / "val").rglob("*.png"))
-    pixels = [
-        EvalTransform(28, None)(decode_image(path.read_bytes(), PixelFormat(1))) for path in images
-    ]
-    normalize = PixelNormalizer((0.1307,), (0.3081,), torch.device("cpu"))
     with torch.no_grad():
-        outputs = model(normalize(torch.stack(pixels)))
+        outputs = model(normalised(data / "val"))
+    images = sorted((data / "val").rglob("*.png"))
     targets = torch.tensor([[float(VALUE[path.parent.name])] for path in images])
     figures = regression_figures(outputs.double(), targets)
     assert figures.scalars["rmse"] == pytest.approx(results["rmse"], rel=1e-4)

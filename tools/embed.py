@@ -55,9 +55,8 @@ def reader(
     if wrong := [layer for layer in cfg.layer if not -depth <= layer < depth]:
         raise InputError(f"layer {wrong[0]}: the model has {depth} blocks, from 0 to {depth - 1}")
     layers = sorted({layer % depth for layer in cfg.layer})
-    kinds = {"avg": ["avg"], "token": ["token"], "both": ["avg", "token"]}[cfg.pool]
-    if cfg.output == "patch":
-        kinds = ["patch"]
+    pool = "patch" if cfg.output == "patch" else cfg.pool
+    kinds = ["avg", "token"] if pool == "both" else [pool]
     if "token" in kinds and (not spec.class_token or spec.fc_norm):
         lack = "norm for it" if spec.class_token else "class token"
         raise InputError(f"pool {cfg.pool}: {cfg.finetune} has no {lack}, use --pool avg")
@@ -72,13 +71,11 @@ def reader(
                 continue
             tokens = model.norm(tokens)  # (B, T, D)
             patches = tokens[:, int(spec.class_token) :]  # (B, N, D)
+            mean = model.fc_norm(patches.mean(dim=1))  # (B, D)
+            features = {"patch": patches, "token": tokens[:, 0], "avg": mean}
             for kind in kinds:
-                feature = patches
-                if kind == "avg":
-                    feature = model.fc_norm(patches.mean(dim=1))  # (B, D)
-                elif kind == "token":
-                    feature = tokens[:, 0]  # (B, D)
                 name = f"{kind}_layer{number}" if len(layers) > 1 else kind
+                feature = features[kind]
                 found[name] = F.normalize(feature.float(), dim=-1) if cfg.normalize else feature
         return found
 
@@ -126,22 +123,18 @@ def write_parquet(parts: Parts, path: Path) -> None:
     parquet = import_parquet()
     import pyarrow
 
-    names, arrays, writer, start = parts.names(), list(parts.shapes()), None, 0
-    for of_arrays in zip(*map(parts.chunks, arrays), strict=True):
-        end = start + len(of_arrays[0])
-        columns = {
-            name: pyarrow.FixedSizeListArray.from_arrays(
-                pyarrow.array(rows.reshape(-1)), int(np.prod(rows.shape[1:]))
-            )
-            for name, rows in zip(arrays, of_arrays, strict=True)
-        }
-        table = pyarrow.table({NAMES: names[start:end], **columns})
-        table = table.replace_schema_metadata({"origin": parts.identity})
-        writer = writer or parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-        start = end
-    if writer is not None:
-        writer.close()
+    names, shapes, start = parts.names(), parts.shapes(), 0
+    lists = {n: pyarrow.list_(pyarrow.float32(), int(np.prod(s[1:]))) for n, s in shapes.items()}
+    schema = pyarrow.schema({NAMES: pyarrow.string(), **lists}, {"origin": parts.identity})
+    with parquet.ParquetWriter(path, schema) as writer:
+        for of_arrays in zip(*map(parts.chunks, shapes), strict=True):
+            end = start + len(of_arrays[0])
+            columns = [
+                pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), type=kind)
+                for rows, kind in zip(of_arrays, lists.values(), strict=True)
+            ]
+            writer.write_table(pyarrow.table([names[start:end], *columns], schema=schema))
+            start = end
 
 
 WRITERS = {".safetensors": write_safetensors, ".npz": write_npz, ".parquet": write_parquet}

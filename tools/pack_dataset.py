@@ -21,14 +21,7 @@ from data.labels import SPLITS, check_same_classes
 from data.packs.index import INDEX, earlier_class_names, open_index, write_index
 from data.packs.shards import index_shard
 from engine.run.records import write_log
-from tools.packing.packing import (
-    UNCHANGED,
-    Listing,
-    list_images,
-    make_shard,
-    note_on_depth,
-    shard_starts,
-)
+from tools.packing.packing import UNCHANGED, Listing, list_images, make_shard, shard_starts
 from util.dist import available_cores
 from util.errors import InputError, LineParser, run_cli
 from util.files import TEMPORARY, lock, path, write_text, writing
@@ -95,8 +88,6 @@ def pack(args: argparse.Namespace) -> dict[str, int]:
 def pack_split(listing: Listing, folder: Path, args: argparse.Namespace) -> int:
     """Packs one split, or the rest of it that an earlier process left; returns the number of
     images."""
-    if args.side and (note := note_on_depth(listing)):
-        print(note)
     sizes, are_kept = listing.images["size"], listing.may_stay()
     starts = shard_starts(sizes, are_kept, args.side, args.shard_mb).tolist()
     ranges = map(range, starts, [*starts[1:], len(listing.images)])

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.evaluation.apply import Answers, Parts, apply_model, printable
+from engine.evaluation.apply import Answers, Parts, apply_model
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo
 from util.errors import InputError, run_cli
+from util.files import printable
 from util.settings.evaluation import STAGE_CONFIGS
 from util.settings.read import load_config
 from util.settings.tools import PredictConfig

@@ -39,6 +39,13 @@ def path(text: str) -> Path:
     return Path(expand_path(text))
 
 
+def printable(text: str) -> str:
+    """A text on one line: control characters, line ends among them, and bytes of a file's name that
+    are no UTF-8 are escaped, as `\\xe9`."""
+    text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def write_temporary(path: Path, write: Callable[[Path], object]) -> Path:
     """Lets `write` fill a file with a temporary name beside `path` and flushes it; removes it where
     that fails."""

@@ -9,11 +9,10 @@ number of processes, so the result is as well.
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -34,16 +33,15 @@ from engine.evaluation.features import on_pixels
 from engine.parallel import spread_model
 from engine.run.batches import Batches
 from engine.run.folder import check_writable
-from models.build import build_model
-from models.spec import MAESpec, encoder_spec
 from models.vit import VisionTransformer
-from models.weights.adapt import load_into_classifier
-from models.weights.info import WeightsInfo, complete, require_known
+from models.weights.info import WeightsInfo, complete
+from models.weights.load import load_classifier
 from models.weights.read import read_weights
 from util.dist import Processes, all_gather, from_main, init_processes
 from util.errors import InputError, LocalInputError, where
-from util.files import write_output
+from util.files import printable, write_output
 from util.settings.base import DataConfig
+from util.settings.read import lasting_settings
 from util.settings.tools import ApplyConfig
 
 PART_BATCHES, PART_BYTES = 64, 2**28  # a part has at most so many
@@ -171,18 +169,14 @@ def load_model(cfg: ApplyConfig, uses_head: bool) -> tuple[VisionTransformer, We
     assert cfg.finetune is not None, "the config checks that there are weights"
     tensors, info = read_weights(cfg.finetune)
     info = complete(info, num_heads=cfg.num_heads)
-    require_known(info, ["num_heads"])
-    if uses_head and not info.known("num_classes"):
-        raise InputError(f"finetune {cfg.finetune} ({info.kind}) holds no head: fine-tune it first")
     if uses_head and info.kind.startswith("this project's checkpoint"):
         raise InputError(
             f"finetune {cfg.finetune} does not say what its outputs mean: name the "
             "model.safetensors or best.safetensors of its run"
         )
-    spec = encoder_spec(info.spec, "avg") if isinstance(info.spec, MAESpec) else info.spec
-    spec = replace(spec, img_size=cfg.img_size or spec.img_size, drop_path_rate=0.0)
-    model = build_model(spec if uses_head else replace(spec, num_classes=0))
-    load_into_classifier(model, tensors, info, cfg.finetune, uses_head)
+    model = load_classifier(
+        tensors, info, f"finetune {cfg.finetune}", uses_head=uses_head, img_size=cfg.img_size
+    )
     return model, info
 
 
@@ -209,13 +203,11 @@ def with_weights(cfg: CfgT, info: WeightsInfo) -> CfgT:
 
 def identity_of(cfg: ApplyConfig, info: WeightsInfo, source: ImageSource) -> str:
     """The JSON that tells which result a part belongs to."""
-    schemas = type(cfg).model_json_schema()["properties"]
-    harmless = {name for name, schema in schemas.items() if schema["may_change"]}
     origin = {
         "weights": info.sha256,
         "images": source.fingerprint(),
         "num_images": len(source),
-        **cfg.model_dump(mode="json", exclude=harmless),
+        **lasting_settings(cfg),
     }
     return json.dumps(origin, sort_keys=True)
 
@@ -276,12 +268,11 @@ def compute_parts(
             bar.update(len(images))
             if images.stop in ends:
                 tensors = {n: torch.cat([of_batch[n] for of_batch in rows]) for n in rows[0]}
-                write_output(ends[images.stop], partial(_save_part, tensors, identity))
+                save = partial(
+                    safetensors.torch.save_file, tensors, metadata={"identity": identity}
+                )
+                write_output(ends[images.stop], save)
                 rows = []
-
-
-def _save_part(tensors: Answers, identity: str, path: Path) -> None:
-    safetensors.torch.save_file(tensors, path, {"identity": identity})
 
 
 def list_unreadable(source: ImageSource, kept: np.ndarray) -> list[tuple[str, str]]:
@@ -298,9 +289,3 @@ def list_unreadable(source: ImageSource, kept: np.ndarray) -> list[tuple[str, st
         lines = [f"{len(found)} of {len(source)} images could not be read and are left out:"]
         sys.stderr.write("\n".join([*lines, *(f"  {name} {reason}" for name, reason in found), ""]))
     return found
-
-
-def printable(name: str) -> str:
-    """A name with bytes that are no UTF-8 and control characters escaped, as `\\xe9`."""
-    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)

@@ -1,9 +1,9 @@
 """The best evaluation of a run: its weights lie in `best.safetensors`, whose header says how good
 they are."""
 
+import math
 from pathlib import Path
 
-from engine.evaluation.metrics import worst
 from engine.run.checkpoint import best_path
 from models.weights.own import read_header
 from util.errors import InputError
@@ -11,14 +11,14 @@ from util.errors import InputError
 
 def read_best(folder: Path, metric: str = "acc1") -> tuple[float, int]:
     """The figure `metric` and the epoch of the best evaluation so far of the run in `folder`, and
-    before the first a figure that is worse than any, and 0.
+    before the first NaN and 0.
 
     Raises: InputError if the file is damaged, as the best weights would be lost without a word if
         others took their place.
     """
     path = best_path(folder)
     if not path.exists():
-        return worst(metric), 0
+        return math.nan, 0
     try:
         header = read_header(path)
         return header[metric], header["epoch"]

@@ -168,24 +168,21 @@ class Evaluator:
         losses = torch.zeros(  # sums over images
             num_heads, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
         )
-        # What the scores need of each image, a part for each batch, after one of no image: labels,
-        # predicted classes (H), whether they are among the first five (H), and outputs (H, C).
-        labels = [torch.from_numpy(self.source.labels[:0]).to(device)]
-        classes = [torch.empty(0, num_heads, dtype=torch.int64, device=device)]
-        among_five = [torch.empty(0, num_heads, dtype=torch.bool, device=device)]
+        # What the scores need of each image, a part for each batch, after one of no image: the five
+        # most probable classes (H, 5), and outputs (H, C).
+        first = min(5, num_classes)
+        classes = [torch.empty(0, num_heads, first, dtype=torch.int64, device=device)]
         outputs = [torch.empty(0, num_heads, num_classes, device=device)]
         for own, logits in answers(self.cfg, self.run, self.source, self.cfg.crop_pct, classify):
             logits = logits.float().view(num_heads, len(own), num_classes)  # (H, B, C)
-            labels.append(own)
             if keeps:
                 outputs.append(logits.transpose(0, 1))
             if is_multiclass:
-                best = logits.topk(min(5, num_classes), dim=-1).indices  # (H, B, 5)
+                best = logits.topk(first, dim=-1).indices  # (H, B, 5)
                 # logits that are not finite name no class: such an image counts as wrong
                 is_finite = logits.isfinite().all(dim=-1, keepdim=True)
                 best = torch.where(is_finite, best, num_classes)
-                classes.append(best[..., 0].T)
-                among_five.append((best == own[:, None]).any(dim=-1).T)
+                classes.append(best.transpose(0, 1))
             losses += torch.stack(
                 [
                     F.cross_entropy(of_head, own, reduction="sum")
@@ -198,30 +195,18 @@ class Evaluator:
         total = len(self.source)
         rows = [
             gather_rows(torch.cat(parts), total if are_kept else 0, everywhere=False)
-            for parts, are_kept in (
-                (labels, True),
-                (classes, is_multiclass),
-                (among_five, is_multiclass),
-                (outputs, keeps),
-            )
+            for parts, are_kept in ((classes, is_multiclass), (outputs, keeps))
         ]
         if not keeps:
             logger.info("no AUROC and average precision: more than %d logits", MOST_LOGITS)
         return from_main(lambda: [self.scores(head, loss, *rows) for head, loss in enumerate(sums)])
 
-    def scores(
-        self,
-        head: int,
-        loss: float,
-        labels: Tensor,
-        classes: Tensor,
-        among_five: Tensor,
-        outputs: Tensor,
-    ) -> Scores:
-        """The scores of one head on all images, from the sum of their losses, their labels, and of
-        each head the predicted classes `(n, H)`, whether the right one is among five `(n, H)`, and
-        the outputs `(n, H, C)`, of which there are none if they are too many."""
-        name, count = self.objective.name, len(labels)
+    def scores(self, head: int, loss: float, classes: Tensor, outputs: Tensor) -> Scores:
+        """The scores of one head on all images, from the sum of their losses and of each head the
+        most probable classes `(n, H, 5)` and the outputs `(n, H, C)`, of which there are none if
+        they are too many."""
+        name, count = self.objective.name, len(self.source)
+        labels = torch.from_numpy(self.source.labels)
         # 64 bits and sorting are fast on CUDA
         device = self.run.device if self.run.device.type == "cuda" else torch.device("cpu")
         own, of_head = labels.to(device), outputs[:, head].to(device)
@@ -230,7 +215,8 @@ class Evaluator:
         if name == "regression":
             predicted = self.objective.predictions(of_head)
             return Scores(count, loss / count, regression_figures(predicted, own))
-        chosen, num_classes = classes[:, head], len(self.objective.names)
+        best, num_classes = classes[:, head], len(self.objective.names)  # (n, 5)
+        chosen = best[:, 0]
         is_right = chosen == labels
         logits = of_head if len(of_head) == count else None
         return ClassScores(
@@ -238,7 +224,7 @@ class Evaluator:
             loss / count,
             multiclass_figures(chosen.to(device), logits, own, num_classes),
             correct1=int(is_right.sum()),
-            correct5=int(among_five[:, head].sum()),
+            correct5=int((best == labels[:, None]).sum()),
             class_correct=labels[is_right].bincount(minlength=num_classes).tolist(),
             class_total=labels.bincount(minlength=num_classes).tolist(),
         )

@@ -76,11 +76,10 @@ def build_finetuned(
         freeze_blocks(model, cfg.freeze_blocks)
     if cfg.lora_rank is not None and not cfg.eval:
         add_lora(model, cfg.lora_rank, generator(cfg.seed, LORA))
-    sizes = dict.fromkeys((True, False), 0)
-    for parameter in model.parameters():
-        sizes[parameter.requires_grad] += parameter.numel()
-    if sizes[False] and not cfg.eval:
-        logger.info("%d parameters are trained, %d are frozen", sizes[True], sizes[False])
+    frozen = sum(part.numel() for part in model.parameters() if not part.requires_grad)
+    if frozen and not cfg.eval:
+        total = sum(part.numel() for part in model.parameters())
+        logger.info("%d parameters are trained, %d are frozen", total - frozen, frozen)
     return model, info.sha256
 
 

@@ -33,14 +33,11 @@ class Figures(NamedTuple):
     confusion: list[list[int]] | None = None
 
 
-def is_better(metric: str, value: float, than: float) -> bool:
-    """Whether a figure is better than another one; NaN never is."""
-    return value < than if metric in ERRORS else value > than
-
-
-def worst(metric: str) -> float:
-    """Than which every figure is better."""
-    return math.inf if metric in ERRORS else -math.inf
+def merit(metric: str, value: float) -> float:
+    """A figure as a number of which more is better; NaN is worse than any."""
+    if math.isnan(value):
+        return -math.inf
+    return -value if metric in ERRORS else value
 
 
 def multiclass_figures(

@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.nn import functional as F
 
 from engine.evaluation.classification import Scores
-from engine.evaluation.metrics import ERRORS
+from engine.evaluation.metrics import merit
 from models.heads.probe import LinearProbes
 from util.settings.evaluation import LinclsConfig
 
@@ -45,14 +45,14 @@ def mean_of_finite(losses: Tensor) -> Tensor:
 def choose_probe(scores: list[Scores], metric: str = "acc1") -> int:
     """The probe that is best by `metric`, of equals the first; one that has diverged only where all
     have."""
-    sign = -1 if metric in ERRORS else 1
-
-    def merit(place: int) -> tuple[bool, float, int]:
-        value = sign * scores[place].scalars[metric]
-        is_finite = math.isfinite(scores[place].loss)
-        return is_finite, -math.inf if math.isnan(value) else value, -place
-
-    return max(range(len(scores)), key=merit)
+    return max(
+        range(len(scores)),
+        key=lambda place: (
+            math.isfinite(scores[place].loss),
+            merit(metric, scores[place].scalars[metric]),
+            -place,
+        ),
+    )
 
 
 def build_probe_optimizer(probes: LinearProbes, cfg: LinclsConfig) -> torch.optim.Optimizer:

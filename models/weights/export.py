@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -18,19 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.build import build_model
 from models.mae import MaskedAutoencoder
-from models.spec import ClassifierSpec, MAESpec, encoder_spec
+from models.spec import MAESpec
 from models.vit import VisionTransformer
-from models.weights.adapt import load_into_classifier, load_into_mae
-from models.weights.info import WeightsInfo, require_known
+from models.weights.info import WeightsInfo
+from models.weights.load import load_autoencoder, load_classifier
 from util.errors import InputError
 
 GRAPHS = ("onnx", "export")
 PARTS = ("encoder", "classifier", "autoencoder")
 LARGEST_DIFFERENCE = 1e-4  # of a graph's fp32 output to PyTorch's
 ONE_FILE = 3 * 2**29  # bytes of weights in one ONNX file; its format ends at 2 GiB
-Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Run = Callable[..., Tensor | Sequence[Tensor]]  # a written graph, as the model is called
 
 
 class Graph(nn.Module):
@@ -76,30 +74,19 @@ def model_part(
     part: str | None = None,
     global_pool: Literal["avg", "token"] | None = None,
 ) -> MaskedAutoencoder | VisionTransformer:
-    """The model of a file in eval mode, or a part of it; None is all that the file holds.
-    `global_pool` is an encoder's, and None is the classifier's, or the class token if there is one.
+    """A part of the model of a file; None is all that the file holds. `global_pool` is an encoder's
+    (see `load_classifier`).
 
     Raises: InputError for a part that is not there, or if the file does not tell the model's heads
     or target.
     """
-    spec, num_classes = info.spec, info.known("num_classes")
-    is_whole = isinstance(spec, MAESpec)
-    part = part or ("autoencoder" if is_whole else "classifier" if num_classes else "encoder")
-    if (part == "autoencoder" and not is_whole) or (part == "classifier" and not num_classes):
-        raise InputError(f"{path} ({info.kind}) holds no {part}")
+    if part is None:
+        others = "classifier" if info.known("num_classes") else "encoder"
+        part = "autoencoder" if isinstance(info.spec, MAESpec) else others
     if part == "autoencoder":
-        require_known(info)
-        assert isinstance(spec, MAESpec)
-        autoencoder = build_model(spec)
-        load_into_mae(autoencoder, tensors, info, path)
-        return autoencoder.eval()
-    require_known(info, ("num_heads",))
-    wanted = spec if isinstance(spec, ClassifierSpec) else encoder_spec(spec)
-    if part == "encoder":
-        wanted = replace(wanted, num_classes=0, global_pool=global_pool or wanted.global_pool)
-    model = build_model(replace(wanted, drop_path_rate=0.0))
-    load_into_classifier(model, tensors, info, path, uses_head=part == "classifier")
-    return model.eval()
+        return load_autoencoder(tensors, info, path)
+    uses_head = part == "classifier"
+    return load_classifier(tensors, info, path, uses_head=uses_head, global_pool=global_pool)
 
 
 def check_can_write(target: Path, form: str) -> None:
@@ -123,12 +110,17 @@ def write_graph(graph: Graph, inputs: Sequence[Tensor], target: Path, form: str)
     Returns: the largest difference of an output; None if the file could not be run, as onnxruntime
     is not installed. Raises: InputError, and no file is left, if it is above LARGEST_DIFFERENCE.
     """
+    shapes = ({0: torch.export.Dim("batch")},) * len(inputs)  # the first dimension stays open
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}."))
     try:
         # torch.export.save asks for this ending
         path = folder / ("graph.pt2" if form == "export" else target.name)
-        (_write_onnx if form == "onnx" else _write_export)(graph, inputs, path)
-        run = _onnx_runner(path) if form == "onnx" else _export_runner(path)
+        if form == "onnx":
+            _write_onnx(graph, inputs, path, shapes)
+        else:
+            program = torch.export.export(graph, tuple(inputs), dynamic_shapes=shapes)
+            torch.export.save(program, path)
+        run = _onnx_runner(path) if form == "onnx" else torch.export.load(path).module()
         difference = None if run is None else _difference(graph, inputs, run)
         if difference is not None and not difference <= LARGEST_DIFFERENCE:
             raise InputError(
@@ -148,18 +140,9 @@ def data_path(path: Path) -> Path:
     return path.with_name(path.name + ".data")
 
 
-def _shapes(inputs: Sequence[Tensor]) -> tuple[dict[int, torch.export.Dim], ...]:
-    """That the first dimension of each input is the batch."""
-    batch = torch.export.Dim("batch")
-    return tuple({0: batch} for _ in inputs)
-
-
-def _write_export(graph: Graph, inputs: Sequence[Tensor], path: Path) -> None:
-    program = torch.export.export(graph, tuple(inputs), dynamic_shapes=_shapes(inputs))
-    torch.export.save(program, path)
-
-
-def _write_onnx(graph: Graph, inputs: Sequence[Tensor], path: Path) -> None:
+def _write_onnx(
+    graph: Graph, inputs: Sequence[Tensor], path: Path, shapes: tuple[object, ...]
+) -> None:
     is_autoencoder = len(inputs) == 2
     size = sum(tensor.nbytes for tensor in graph.state_dict().values())
     for name in ("onnxscript", "onnx_ir"):  # they tell of hundreds of steps
@@ -171,22 +154,12 @@ def _write_onnx(graph: Graph, inputs: Sequence[Tensor], path: Path) -> None:
             tuple(inputs),
             path,
             dynamo=True,
-            dynamic_shapes=_shapes(inputs),
+            dynamic_shapes=shapes,
             input_names=["images", "ids_shuffle"][: len(inputs)],
             output_names=["images_painted", "mask"] if is_autoencoder else ["output"],
             external_data=size > ONE_FILE,
             verbose=False,
         )
-
-
-def _export_runner(path: Path) -> Run:
-    module = torch.export.load(path).module()
-
-    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        outputs = module(*inputs)
-        return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-    return run
 
 
 def _onnx_runner(path: Path) -> Run | None:
@@ -198,7 +171,7 @@ def _onnx_runner(path: Path) -> Run | None:
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 
-    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    def run(*inputs: Tensor) -> list[Tensor]:
         arrays = dict(zip(names, (tensor.numpy() for tensor in inputs), strict=True))
         return [torch.from_numpy(output) for output in session.run(None, arrays)]
 
@@ -210,8 +183,10 @@ def _difference(graph: Graph, inputs: Sequence[Tensor], run: Run) -> float:
     """The largest absolute difference on the whole batch and on its first image."""
     found = [0.0]
     for batch in (inputs, [tensor[:1] for tensor in inputs]):
-        expected = graph(*batch)
-        expected = (expected,) if isinstance(expected, Tensor) else expected
-        for ours, theirs in zip(expected, run(batch), strict=True):
+        expected, outputs = (
+            (output,) if isinstance(output, Tensor) else output
+            for output in (graph(*batch), run(*batch))
+        )
+        for ours, theirs in zip(expected, outputs, strict=True):
             found.append((ours - theirs).abs().max().item())
     return max(found)

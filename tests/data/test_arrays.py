@@ -111,21 +111,15 @@ def test_a_channel_of_one_value_is_black_in_its_own_range():
     assert decoded.eq(0).all()
 
 
-def test_8_bits_stay_whole_numbers():
-    numbers = (BANDS >> 8).astype(np.uint8)
+@pytest.mark.parametrize(
+    "numbers, pixels",
+    [(BYTES := (BANDS >> 8).astype(np.uint8), BYTES), (YES := BANDS > 30_000, YES * np.uint8(255))],
+    ids=["8 bits", "yes and no"],
+)
+def test_8_bits_stay_whole_numbers_and_yes_is_white(numbers, pixels):
     for content in (as_npy(numbers), by_tifffile(numbers, planarconfig="separate", **GREY)):
         decoded = decode_image(content, PixelFormat(5))
-        assert decoded.dtype == torch.uint8
-        assert np.array_equal(decoded.numpy(), numbers)
-
-
-def test_yes_and_no_are_white_and_black():
-    numbers = BANDS > 30_000
-    planes = by_tifffile(numbers[:2], planarconfig="separate", **GREY)
-    for content in (as_npy(numbers[:2]), planes):
-        decoded = decode_image(content, PixelFormat(2))
-        assert np.array_equal(decoded.numpy(), numbers[:2].astype(np.uint8) * 255)
-        assert decoded.dtype == torch.uint8
+        assert decoded.dtype == torch.uint8 and np.array_equal(decoded.numpy(), pixels)
 
 
 @pytest.mark.parametrize("orientation", STORED_AS)
@@ -144,6 +138,7 @@ def test_white_is_zero_where_the_file_says_so():
     assert np.allclose(decoded.numpy(), 255 - BANDS[:1] / 257, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", [kind for kind in SAME if "not named" not in kind])
 def test_a_file_that_was_cut_off_is_bad(kind):
     content = SAME[kind]()

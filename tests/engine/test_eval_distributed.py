@@ -24,6 +24,7 @@ from runs import (
 )
 from safetensors.torch import load_file
 from sklearn import metrics
+from test_metrics import mean_of, rankings
 
 import main_finetune
 import main_knn
@@ -178,9 +179,7 @@ def expected_figures(kind: str, labels: np.ndarray, outputs: np.ndarray) -> dict
     logits = torch.from_numpy(outputs).double()
     one_hot = np.eye(5, dtype=int)[labels] if kind == "multiclass" else labels
     scores = (logits.softmax(1) if kind == "multiclass" else logits.sigmoid()).numpy()
-    there = [place for place in range(5) if one_hot[:, place].any()]
-    auroc = metrics.roc_auc_score(one_hot[:, there], scores[:, there], average="macro")
-    ap = metrics.average_precision_score(one_hot[:, there], scores[:, there], average="macro")
+    auroc, ap = map(mean_of, rankings(one_hot, scores))
     if kind == "multilabel":
         f1 = metrics.f1_score(labels, outputs > 0, average="macro")
         return {"map": ap, "auroc": auroc, "f1": f1}

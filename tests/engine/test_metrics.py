@@ -8,11 +8,10 @@ import torch
 from sklearn import metrics
 
 from engine.evaluation.metrics import (
-    is_better,
+    merit,
     multiclass_figures,
     multilabel_figures,
     regression_figures,
-    worst,
 )
 
 C = 5
@@ -25,6 +24,16 @@ def exactly(expected: float) -> object:
 def mean_of(values: list[float]) -> float:
     defined = [value for value in values if not math.isnan(value)]
     return sum(defined) / len(defined) if defined else math.nan
+
+
+def rankings(truths: np.ndarray, scores: np.ndarray) -> tuple[list[float], list[float]]:
+    """AUROC and average precision of each class, both `(n, C)`; NaN for one that is not defined."""
+    auroc, ap = [], []
+    for truth, of_class in zip(truths.astype(bool).T, scores.T, strict=True):
+        is_there, is_mixed = truth.any(), truth.any() and not truth.all()
+        auroc.append(metrics.roc_auc_score(truth, of_class) if is_mixed else math.nan)
+        ap.append(metrics.average_precision_score(truth, of_class) if is_there else math.nan)
+    return auroc, ap
 
 
 def drawn(kind: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -54,12 +63,7 @@ def test_figures_of_classes_are_those_of_scikit_learn(kind):
     predicted = logits.argmax(axis=1)
     found = multiclass_figures(*map(torch.from_numpy, (predicted, logits, labels)), C)
     probabilities = torch.from_numpy(logits).double().softmax(dim=1).numpy()
-    auroc, ap = [], []
-    for place in range(C):
-        truth, scores = labels == place, probabilities[:, place]
-        is_there, is_mixed = truth.any(), truth.any() and not truth.all()
-        auroc.append(metrics.roc_auc_score(truth, scores) if is_mixed else math.nan)
-        ap.append(metrics.average_precision_score(truth, scores) if is_there else math.nan)
+    auroc, ap = rankings(np.eye(C)[labels], probabilities)
     expected = {
         "balanced_acc": metrics.balanced_accuracy_score(labels, predicted),
         "f1": metrics.f1_score(labels, predicted, average="macro"),
@@ -88,16 +92,10 @@ def test_figures_of_labels_are_those_of_scikit_learn(kind):
         labels[:, 4], logits[:, 4] = 0, -9  # a label of no image and no prediction
     found = multilabel_figures(torch.from_numpy(logits), torch.from_numpy(labels))
     scores = torch.from_numpy(logits).double().sigmoid().numpy()
-    for name, function, needs_both in (
-        ("auroc", metrics.roc_auc_score, True),
-        ("ap", metrics.average_precision_score, False),
-    ):
-        expected = []
-        for truth, of_label in zip(labels.T, scores.T, strict=True):
-            is_defined = truth.any() and not (needs_both and truth.all())
-            expected.append(function(truth, of_label) if is_defined else math.nan)
+    for name, expected in zip(("auroc", "ap"), rankings(labels, scores), strict=True):
         assert found.per_class[name] == list(map(exactly, expected))
-        assert found.scalars["map" if name == "ap" else name] == exactly(mean_of(expected))
+        title = "map" if name == "ap" else name
+        assert found.scalars[title] == exactly(mean_of(expected))
     options = {"average": "macro", "zero_division": np.nan}
     assert found.scalars["f1"] == exactly(metrics.f1_score(labels, logits > 0, **options))
     assert found.confusion is None
@@ -137,6 +135,4 @@ def test_what_is_not_defined_is_no_number_and_never_the_best():
     assert sum(map(sum, found.confusion)) == 299
     assert torch.get_default_dtype() == torch.float32
     for metric, good, bad in (("acc1", 2.0, 1.0), ("rmse", 1.0, 2.0)):
-        assert is_better(metric, good, bad) and not is_better(metric, bad, good)
-        assert is_better(metric, bad, worst(metric)) and not is_better(metric, good, good)
-        assert not is_better(metric, math.nan, bad)
+        assert merit(metric, good) > merit(metric, bad) > merit(metric, math.nan)

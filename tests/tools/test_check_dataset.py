@@ -20,9 +20,9 @@ from PIL import Image
 from runs import digits, pictures
 from test_images import (
     CUT_KINDS,
-    FUZZED,
     KINDS,
     NOISE,
+    PHOTOGRAPHS,
     RAMP16,
     RGB,
     STORED_AS,
@@ -43,8 +43,8 @@ from engine.run.folder import open_run
 from tools import check_dataset
 from tools.check_dataset import verdicts_of
 from tools.checking import checks
-from tools.checking.report import printable
 from util.errors import DataError, LocalDataError, LocalInputError, run_cli
+from util.files import printable
 from util.settings.evaluation import STAGE_CONFIGS
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import load_config
@@ -226,10 +226,10 @@ def test_whole_files_of_the_common_kinds_are_not_decoded(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::RuntimeWarning:PIL")
-@pytest.mark.parametrize("kind", FUZZED)
+@pytest.mark.parametrize("kind", PHOTOGRAPHS)
 def test_corrupted_files_are_bad_if_training_finds_them_bad(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
-    content = FUZZED[kind]()
+    content = PHOTOGRAPHS[kind]()
     fill(tmp_path, {f"{seed:03d}.jpg": corrupted(content, seed) for seed in range(150)})
     says = training_says(tmp_path)
     assert 5 < len(says) < 145
@@ -517,7 +517,7 @@ def test_the_report_has_a_column_for_each_split_and_files_hold_the_rest(shop, mo
     bad = {entry["path"]: entry["reason"] for entry in map(json.loads, lines)}
     assert len(bad) == 8 and bad[str(shop / odd)] == "the file is empty"
     assert json.loads((shop.parent / "facts.json").read_text(encoding="utf-8")) == facts
-    assert printable(odd) == "train/cat/\\udce9\\n.jpg" and printable("\u00e9 x") == "\u00e9 x"
+    assert printable(odd) == "train/cat/\\xe9\\n.jpg" and printable("\u00e9 x") == "\u00e9 x"
 
 
 @pytest.mark.parametrize(

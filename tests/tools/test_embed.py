@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from packs import PACKED
-from runs import CLASSES, Cut, pictures, run
+from runs import CLASSES, Cut, normalised, pictures, run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_parquet import tables as tables  # a fixture
@@ -21,9 +21,6 @@ from test_parquet import tables as tables  # a fixture
 import hubconf
 import main_finetune
 import main_knn
-from data.images import PixelFormat
-from data.sources import FolderSource
-from data.transforms import PixelNormalizer
 from engine.evaluation import apply
 from models.weights.own import own_bytes, read_header
 from tools import embed, predict
@@ -133,10 +130,8 @@ def test_layers_pools_and_patches_equal_those_by_hooks(tmp_path, data, weights):
     tokens: list[torch.Tensor] = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, __, out: tokens.append(out))
-    source = FolderSource(data / "val", PixelFormat(1))
-    normalize = PixelNormalizer((0.1307,), (0.3081,), torch.device("cpu"))
     with torch.no_grad():
-        model(normalize(torch.stack([source.read(index) for index in range(60)])))
+        model(normalised(data / "val"))
         for number, of_layer in enumerate(map(model.norm, tokens)):
             name = f"layer{number}"
             for found, expected in (
@@ -272,11 +267,8 @@ def headed(weights: Path, path: Path, **more: object) -> Path:
 
 
 def logits_of(weights: Path, folder: Path) -> torch.Tensor:
-    source = FolderSource(folder, PixelFormat(1), prefer_train=False)
-    normalize = PixelNormalizer((0.1307,), (0.3081,), torch.device("cpu"))
     with torch.no_grad():
-        images = torch.stack([source.read(index) for index in range(len(source))])
-        return hubconf.classifier(str(weights))(normalize(images)).double()
+        return hubconf.classifier(str(weights))(normalised(folder)).double()
 
 
 def test_classes_are_named_and_probabilities_are_those_of_the_model(tmp_path, data, trained):

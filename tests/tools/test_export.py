@@ -107,12 +107,12 @@ def test_a_large_onnx_graph_has_its_weights_beside_it(tmp_path, monkeypatch, fil
 
 
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch, files):
-    original = export._export_runner
+    original = export._difference
 
-    def off(path):
-        return lambda inputs: [output + 2e-4 for output in original(path)(inputs)]
+    def off(graph, inputs, run):
+        return original(graph, inputs, lambda *given: run(*given) + 2e-4)
 
-    monkeypatch.setattr(export, "_export_runner", off)
+    monkeypatch.setattr(export, "_difference", off)
     with pytest.raises(InputError, match=r"differs from PyTorch's by 0.0002.*more than 0.0001"):
         convert(files["classifier"], tmp_path / "a.pt2", "--format", "export")
     assert not list(tmp_path.iterdir())
@@ -125,8 +125,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, monkeypatch, f
     refused = [
         ((files["encoder"], target, "--format", "onnx"), r"onnxscript.* pip install -e \.\[onnx\]"),
         ((files["encoder"], tmp_path / "there", *form), "already there"),
-        ((files["encoder"], target, *form, "--part", "classifier"), "holds no classifier"),
-        ((files["classifier"], target, *form, "--part", "autoencoder"), "holds no autoencoder"),
+        ((files["encoder"], target, *form, "--part", "classifier"), "holds no head"),
+        ((files["classifier"], target, *form, "--part", "autoencoder"), "holds no decoder"),
         ((files["timm"], target, *form), "num_heads"),
         (
             (files["timm"], target, *form, "--num_heads", 2, "--with_preprocessing"),

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from util.files import printable
+
 Facts = dict[str, Any]  # a JSON object
 STAGES = {
     "pretrain": "pretraining",
@@ -139,8 +141,3 @@ def _some(head: str, lines: list[str], more: str) -> Iterator[str]:
         yield from ("", head, *(f"  {printable(line)}" for line in lines[:SHOWN]))
     if len(lines) > SHOWN:
         yield f"  ... and {len(lines) - SHOWN:,} more: {more}"
-
-
-def printable(text: str) -> str:
-    """A text on one line: a file's name may hold line ends, or bytes that are no text."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -132,21 +132,6 @@ def pack_image(encoded: bytes, side: int) -> tuple[bytes, str]:
     return packed.getvalue(), IMAGE_KINDS["JPEG"][0]
 
 
-def note_on_depth(listing: Listing) -> str:
-    """What has to be said about a first image that no `side` reduces, else nothing."""
-    path = listing.path(0)
-    try:
-        found = read_values(path.read_bytes(), PHOTOGRAPH)
-    except (OSError, BadImageError):  # which is listed where it is packed
-        return ""
-    if found.numbers.dtype == np.uint8 and found.is_colour:
-        return ""
-    return (
-        f"{path} holds {len(found.numbers)} x {found.kind}: such files keep their bytes, as only "
-        "RGB and grey of 8 bits are reduced to --side"
-    )
-
-
 def make_shard(
     listing: Listing, side: int, task: tuple[Path, range]
 ) -> tuple[ShardIndex, list[BadSample], bool]:

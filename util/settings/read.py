@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,8 +115,14 @@ def changed_settings(old: Values, config: Settings, skip: set[str]) -> list[str]
     `name: old -> new`. A setting that the checkpoint lacks, as it is older, had its default."""
     schemas = config.model_json_schema()["properties"]
     old = {name: schema["default"] for name, schema in schemas.items()} | old
+    return differences(old, lasting_settings(config, skip))
+
+
+def lasting_settings(config: Settings, skip: Collection[str] = ()) -> Values:
+    """The settings, less `skip`, that alter a result, as JSON has them."""
+    schemas = config.model_json_schema()["properties"]
     harmless = {name for name, schema in schemas.items() if schema["may_change"]}
-    return differences(old, config.model_dump(mode="json", exclude=harmless | skip))
+    return config.model_dump(mode="json", exclude={*harmless, *skip})
 
 
 def _parser(config_class: type[Settings], schemas: dict[str, dict[str, Any]]) -> LineParser:
