@@ -6,6 +6,8 @@ Each reader takes a file's bytes and returns its `Values`; what it raises is mad
 """
 
 import logging
+import warnings
+from functools import cache
 from io import BytesIO
 from math import prod
 from operator import add
@@ -173,7 +175,10 @@ def read_dicom(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
     if "PixelData" not in data:
         raise BadImageError(f"is DICOM without pixels: {data.get('Modality', 'of no modality')}")
     check_size(data.Rows, data.Columns, data.SamplesPerPixel)
-    numbers = pixel_array(data, index=frame)
+    try:
+        numbers = pixel_array(data, index=frame)
+    except RuntimeError as error:  # the reason, as a package that is missing, is not its first line
+        raise BadImageError(f"cannot be decoded: {' '.join(str(error).split())}") from error
     photometric = data.PhotometricInterpretation
     if photometric == "PALETTE COLOR":
         numbers = apply_color_lut(numbers, data)
@@ -236,10 +241,17 @@ def num_frames(path: Path) -> int:
         return 1
 
 
+@cache
 def _pydicom() -> ModuleType:
-    """Raises: FormatError if it is not installed."""
+    """The library, made silent: what it warns of is no fault of an image, and the reasons why one
+    cannot be read are in its exceptions.
+
+    Raises: FormatError if it is not installed.
+    """
     try:
         import pydicom  # an extra
     except ImportError as error:
         raise FormatError("is DICOM, which needs pydicom: pip install -e .[dicom]") from error
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"pydicom\.")
     return pydicom

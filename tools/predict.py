@@ -50,8 +50,17 @@ def classifier(
     cfg: PredictConfig, model: VisionTransformer, info: WeightsInfo
 ) -> tuple[Callable[[Tensor], Answers], int]:
     """What makes logits of normalised images, and the bytes of those of an image."""
-    head_of(info)  # before any compute
-    return lambda images: {"logits": model(images)}, 4 * model.spec.num_classes
+    is_regression = head_of(info).objective == "regression"  # before any compute
+
+    def answer(images: Tensor) -> Answers:
+        if not is_regression:
+            return {"logits": model(images)}
+        features = model.forward_features(images)
+        # bf16 has three digits: numbers in the data's unit, as 2008.5, would lose what differs
+        with torch.autocast(features.device.type, enabled=False):
+            return {"logits": model.head(features.float())}
+
+    return answer, 4 * model.spec.num_classes
 
 
 def head_of(info: WeightsInfo) -> Head:

@@ -321,6 +321,20 @@ def test_several_classes_and_numbers(tmp_path, data, trained):
     torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
 
 
+def test_numbers_in_the_unit_of_the_data_keep_their_digits_in_bf16(tmp_path, data, trained):
+    with safe_open(trained, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["head.bias"] = tensors["head.bias"] + 2000  # years
+    header = {**read_header(trained), "class_names": ["x", "y", "z"], "objective": "regression"}
+    weights = tmp_path / "w"
+    weights.write_bytes(own_bytes(tensors, header))
+    expected = logits_of(weights, data / "val")
+    rows, _ = predicted(weights, data / "val", tmp_path / "a.csv", "--precision", "bf16")
+    found = torch.tensor([[float(text) for text in row[1:]] for row in rows[1:]]).double()
+    # between two numbers in bf16 lie 8 years
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
 def test_weights_without_a_meaning_are_refused(tmp_path, data, trained, weights):
     checkpoint = next(trained.parent.glob("checkpoint-*.pth"))
     short = headed(trained, tmp_path / "short", class_names=["a", "b"])
