@@ -241,17 +241,18 @@ def num_frames(path: Path) -> int:
         return 1
 
 
-@cache
 def _pydicom() -> ModuleType:
-    """The library, made silent: what it warns of is no fault of an image, and the reasons why one
-    cannot be read are in its exceptions.
-
-    Raises: FormatError if it is not installed.
-    """
+    """Raises: FormatError if it is not installed."""
     try:
         import pydicom  # an extra
     except ImportError as error:
         raise FormatError("is DICOM, which needs pydicom: pip install -e .[dicom]") from error
+    _silence_pydicom()
+    return pydicom
+
+
+@cache
+def _silence_pydicom() -> None:
+    """What it warns of is no fault of an image, and its reasons are in its exceptions."""
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"pydicom\.")
-    return pydicom
