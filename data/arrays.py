@@ -6,6 +6,8 @@ Each reader takes a file's bytes and returns its `Values`; what it raises is mad
 """
 
 import logging
+import warnings
+from functools import cache
 from io import BytesIO
 from math import prod
 from operator import add
@@ -167,7 +169,10 @@ def read_dicom(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
     if "PixelData" not in data:
         raise BadImageError(f"is DICOM without pixels: {data.get('Modality', 'of no modality')}")
     check_size(data.Rows, data.Columns, data.SamplesPerPixel)
-    numbers = pixel_array(data, index=frame)
+    try:
+        numbers = pixel_array(data, index=frame)
+    except RuntimeError as error:  # the reason, as a package that is missing, is not its first line
+        raise BadImageError(f"cannot be decoded: {' '.join(str(error).split())}") from error
     photometric = data.PhotometricInterpretation
     if photometric == "PALETTE COLOR":
         numbers = apply_color_lut(numbers, data)
@@ -238,4 +243,12 @@ def _pydicom() -> ModuleType:
         import pydicom  # an extra
     except ImportError as error:
         raise FormatError("is DICOM, which needs pydicom: pip install -e .[dicom]") from error
+    _silence_pydicom()
     return pydicom
+
+
+@cache
+def _silence_pydicom() -> None:
+    """What it warns of is no fault of an image, and its reasons are in its exceptions."""
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"pydicom\.")

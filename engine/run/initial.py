@@ -63,6 +63,7 @@ def compare_pixels(cfg: PixelConfig, info: WeightsInfo) -> None:
     """Warns of weights that were trained on pixels that were made in another way."""
     for name, theirs in {"mean": info.mean, "std": info.std, **info.pixels}.items():
         if theirs not in (None, ours := getattr(cfg, name)):
+            said = [f"({', '.join(map(str, of))})" for of in (theirs, ours)]
             logger.warning(
-                "the weights were trained with %s %s and the settings say %s", name, theirs, ours
+                "the weights were trained with %s %s and the settings say %s", name, *said
             )

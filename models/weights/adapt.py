@@ -68,7 +68,7 @@ def load_into_classifier(
     num_classes = info.known("num_classes") or 0
     log_head = logger.info if uses_head else logger.debug
     if not num_classes:
-        log_head("no head in the file: it starts fresh for %d classes", spec.num_classes)
+        log_head("no head in the file: it starts fresh for %d outputs", spec.num_classes)
     elif num_classes != spec.num_classes:
         dropped += ("head.",)
         log_head("head of %d classes dropped: the data has %d", num_classes, spec.num_classes)

@@ -1,6 +1,7 @@
 """Files of any depth and number of channels: TIFF, `.npy` and DICOM hold the values that NumPy's
 own arithmetic gives."""
 
+import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,7 @@ import pydicom
 import pytest
 import tifffile
 import torch
+from conftest import ROOT
 from PIL import Image
 from pydicom.data import get_testdata_file
 from test_images import STORED_AS, as_npy, as_ome, by_tifffile, encoded, refusal
@@ -275,6 +277,27 @@ def test_dicom_in_colour(name):
     decoded = decode_image(content, PixelFormat(3)).numpy()
     unit = 255 / np.iinfo(expected.dtype).max
     assert np.allclose(decoded, expected.transpose(2, 0, 1) * unit, rtol=1e-6)
+
+
+def test_pydicom_writes_nothing_and_its_reasons_are_those_of_bad_images():
+    script = """
+import logging, pathlib
+from pydicom.data import get_testdata_file
+from data.images import BadImageError, PixelFormat, decode_image
+logging.basicConfig(level=logging.INFO)  # as a run does, to stderr
+for name in ("CT_small.dcm", "JPGExtended.dcm", "SC_rgb_jls_lossy_line.dcm"):
+    try:
+        decode_image(pathlib.Path(get_testdata_file(name)).read_bytes(), PixelFormat(1))
+    except BadImageError as error:
+        print(error)
+"""
+    done = subprocess.run(  # a process of its own: pytest takes warnings and logs
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.stderr == ""
+    for reason in ("without a window", "12-bit", "pylibjpeg"):
+        assert reason in done.stdout
+    assert done.stdout.count("\n") == 3
 
 
 def test_all_frames_of_dicom_are_images(tmp_path):
