@@ -56,11 +56,11 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch of training, or a batch of an evaluation.
 
-    images `(B, C, H, W)`: uint8, or float32 in [0, 255] if one of them is. targets int64: in
-    pretraining the patches in shuffled order `(B, N)`, those that are kept first; in classification
-    the labels `(B,)`. keys and bad as in Sample. failed: whether there are no images, because all
-    files were bad or one had no readable replacement (an evaluation looks for none); then the
-    caller has to stop.
+    images `(B, C, H, W)`: uint8, or float32 in [0, 255] if one of them is. targets: in pretraining
+    the patches in shuffled order `(B, N)` int64, those that are kept first; in classification the
+    labels, `(B,)` int64 or `(B, L)` as `LabelledSource` has them. keys and bad as in Sample.
+    failed: whether there are no images, because all files were bad or one had no readable
+    replacement (an evaluation looks for none); then the caller has to stop.
     """
 
     images: Tensor
