@@ -64,7 +64,7 @@ def test_a_regression_is_standardised_in_training_and_in_the_unit_of_the_data_in
     written = objective.head_in_unit(*head.parameters())
     assert tuple(written) == HEAD_NAMES
     in_unit = torch.nn.functional.linear(features, *written.values())
-    torch.testing.assert_close(in_unit.double(), objective.predictions(head(features)))
+    torch.testing.assert_close(in_unit, objective.predictions(head(features)).float())
     read = [tensor.detach().clone() for tensor in written.values()]
     objective.standardise(*read)
     torch.testing.assert_close(read, list(head.parameters()), check_stride=False)
