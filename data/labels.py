@@ -133,7 +133,7 @@ def build_labelled_data(
     )
     check_num_classes(num_classes, class_names)
     train, val = (
-        _with_labels(root / split, source, class_names)
+        _with_labels(dataset, root / split, source, class_names)
         for split, source in zip(SPLITS, (train, val), strict=True)
     )
     return LabelledData(train, val, class_names)
@@ -359,17 +359,21 @@ def _open_split(
     return check_format(ClassFolder(folder, class_names, pixels)), class_names
 
 
-def _with_labels(split: Path, source: LabelledSource, class_names: list[str]) -> LabelledSource:
+def _with_labels(
+    dataset: str, split: Path, source: LabelledSource, class_names: list[str]
+) -> LabelledSource:
     """The images with a label. Raises: DataError if a class has no image, or a label no class."""
     labelled = np.flatnonzero(source.labels >= 0)
     labels = set(np.unique(source.labels[labelled]).tolist())
     empty = [name for label, name in enumerate(class_names) if label not in labels]
     unknown = [label for label in labels if label >= len(class_names)]
     if empty or unknown or not class_names:
+        images = f"{split} must hold images in class folders, or packed from class folders,"
+        if dataset == "parquet":  # its splits are names of files
+            images = f"split {split.name} of {split.parent} must hold images"
         raise DataError(
-            f"{split} must hold images in class folders, or packed from class folders, of each of "
-            f"the {len(class_names)} classes and of no other; classes without an image: "
-            f"{empty[:SHOWN]}, labels without a class: {unknown[:SHOWN]}"
+            f"{images} of each of the {len(class_names)} classes and of no other; classes without "
+            f"an image: {empty[:SHOWN]}, labels without a class: {unknown[:SHOWN]}"
         )
     if len(labelled) == len(source):
         return source

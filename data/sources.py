@@ -87,9 +87,10 @@ class FolderSource(ImageSource):
             )
         names = image_names(self.root) if names is None else names
         if not names:
-            raise DataError(
-                f"no images under {self.root}: none of its files ends in {' '.join(IMAGE_ENDINGS)}"
-            )
+            endings = " ".join(IMAGE_ENDINGS)
+            if any(self.root.rglob("*.parquet")):
+                endings += "; .parquet files are read by --dataset parquet"
+            raise DataError(f"no images under {self.root}: none of its files ends in {endings}")
         # One flat array: reference counts would copy a list of a million strings into every loader
         # process.
         self.names = np.array([os.fsencode(name) for name in names])

@@ -113,6 +113,12 @@ def main(argv: Sequence[str] | None = None) -> WeightsInfo:
                 f"{args.source}: --with_preprocessing needs mean and std of "
                 f"{model.spec.in_chans} channels, got {stats}: give --mean and --std"
             )
+        interval = info.pixels.get("pixel_range", ("auto",))
+        if args.with_preprocessing and interval != ("auto",):
+            sys.stdout.write(
+                f"trained with pixel_range {' '.join(map(str, interval))}: bring the values of "
+                "files from it to 0 to 255 before the graph, which does not know it\n"
+            )
         graph = Graph(model, **stats) if args.with_preprocessing else Graph(model)
         inputs = example(graph.eval(), args.images, **stats)
         difference = write_graph(graph, inputs, target, args.format)

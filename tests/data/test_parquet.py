@@ -219,6 +219,17 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, tables, change, na
     assert str(tmp_path / "own") in str(error.value)
 
 
+def test_an_empty_class_and_a_forgotten_setting_are_said_in_the_words_of_parquet(tmp_path, data):
+    files = sorted((data / "train").rglob("*.png"))[:4]
+    write(tmp_path / "train.parquet", files, [0, 0, 1, 1])
+    write(tmp_path / "val.parquet", files, [0, 1, 2, 2])
+    with pytest.raises(DataError, match=f"split train of {tmp_path} must hold images of each") as e:
+        build_labelled_data("parquet", str(tmp_path), PixelFormat(1), False, None)
+    assert "folder" not in str(e.value) and CLASSES[2] in str(e.value)
+    with pytest.raises(DataError, match="--dataset parquet"):
+        build_pretrain_source("folder", str(tmp_path), PixelFormat(1), False)
+
+
 def test_damaged_rows_are_bad_images(tmp_path, tables):
     source = changed(tables, tmp_path / "own", spoil)
     with pytest.raises(BadImageError):

@@ -4,6 +4,7 @@ any number of images, and a graph that does not is not written."""
 import onnxruntime
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hubconf
@@ -11,7 +12,7 @@ from data.images import PixelFormat
 from data.sources import FolderSource
 from models.vit import VisionTransformer
 from models.weights import export
-from models.weights.own import own_bytes
+from models.weights.own import own_bytes, read_header
 from tools import convert_checkpoint
 from util.errors import InputError
 
@@ -148,3 +149,17 @@ def test_without_onnxruntime_a_graph_is_written_and_the_missing_comparison_said(
     convert(files["timm"], tmp_path / "a.onnx", "--format", "onnx", "--num_heads", 2)
     assert "not compared with PyTorch: onnxruntime is not installed" in capsys.readouterr().out
     assert (tmp_path / "a.onnx").exists()
+
+
+def test_a_range_that_the_graph_does_not_know_is_said(tmp_path, capsys, files):
+    with safe_open(files["classifier"], framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    deep = tmp_path / "deep"
+    header = read_header(files["classifier"])
+    deep.write_bytes(own_bytes(tensors, {**header, "pixel_range": ["-1", "3000"]}))
+    for source, words in ((deep, ["-1 3000"]), (files["classifier"], [])):
+        convert(
+            source, tmp_path / f"{source.name}.pt2", "--format", "export", "--with_preprocessing"
+        )
+        said = [line for line in capsys.readouterr().out.splitlines() if "pixel_range" in line]
+        assert len(said) == len(words) and all(word in said[0] for word in words)
