@@ -14,9 +14,9 @@ from pathlib import Path
 
 MAX_LINE = 100  # characters
 BUDGET = {
-    "product statements": 6100,
-    "test statements": 9200,
-    "statements that main_pretrain imports": 3650,
+    "product statements": 7950,
+    "test statements": 11000,
+    "statements that main_pretrain imports": 5000,
     "statements that engine.optim imports": 60,
     "`cfg: Any` in product code": 0,
     "`Any` in product code": 60,

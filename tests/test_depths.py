@@ -3,6 +3,7 @@ TIFF of five 16-bit channels, floating-point `.npy` and DICOM, all made of real 
 
 import csv
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +104,10 @@ def test_pixels_after_normalisation_equal_numpy_s(folders, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deep_images_pretrain_resume_pack_and_fine_tune(folders, kind, tmp_path, monkeypatch):
+def test_deep_images_pretrain_resume_pack_and_fine_tune(
+    folders, kind, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
     flags = KINDS[kind][2]
     command = pretraining(folders[kind], tmp_path / "run", *flags, "--monitor_epochs", 1)
     found = main_pretrain.main(command)
@@ -135,6 +139,8 @@ def test_deep_images_pretrain_resume_pack_and_fine_tune(folders, kind, tmp_path,
     # The weights record how files become pixels, so that the tools need no flags.
     images = ["--data_path", str(folders[kind]), "--split", "val", "--precision", "fp32"]
     embed.main([*map(str, weights), *images, "--output_file", str(tmp_path / "f.npz")])
+    said = "pixel_range follows the weights: -0.4 0.5" in caplog.text
+    assert said == (kind == "npy")
     expected = load_file(tmp_path / "kept" / "features.safetensors")["val"]
     assert np.abs(np.load(tmp_path / "f.npz")["avg"] - expected).max() < 1e-5
     tuned = ["--finetune", str(tmp_path / "tuned" / "model.safetensors"), *images]

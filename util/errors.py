@@ -7,6 +7,7 @@ import io
 import os
 import select
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ Result = TypeVar("Result")
 
 # How the system says that a path is not for this user, or not for any
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+SILENT_S = 3.0  # seconds that a process which says nothing waits for the one that does
 
 
 class InputError(ValueError):
@@ -87,6 +89,10 @@ def run_cli(main: Callable[[], Result]) -> Result:
             or os.environ.get("LOCAL_RANK", "0") == "0"
         ):
             _say(f"error: {'; '.join([str(error), *getattr(error, '__notes__', [])])}")
+        else:
+            # A launcher ends all processes when the first one ends, and the one that speaks may
+            # have started later.
+            time.sleep(SILENT_S)
         sys.exit(2)
     except KeyboardInterrupt:
         _say("interrupted")

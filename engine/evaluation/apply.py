@@ -184,14 +184,15 @@ def with_weights(cfg: CfgT, info: WeightsInfo) -> CfgT:
     """The settings, with what the weights record where nothing is stated. Raises: InputError if
     mean or std do not fit the weights' channels."""
     recorded = {"mean": info.mean, "std": info.std, "img_size": info.spec.img_size, **info.pixels}
-    cfg = cfg.model_copy(
-        update={
-            name: value
-            for name, value in recorded.items()
-            if value is not None
-            and (name not in cfg.model_fields_set or getattr(cfg, name) is None)
-        }
-    )
+    follow = {
+        name: value
+        for name, value in recorded.items()
+        if value is not None and (name not in cfg.model_fields_set or getattr(cfg, name) is None)
+    }
+    for name in sorted(info.pixels.keys() & follow.keys()):
+        if follow[name] != getattr(cfg, name):
+            logger.info("%s follows the weights: %s", name, " ".join(map(str, info.pixels[name])))
+    cfg = cfg.model_copy(update=follow)
     if info.mean is None and "mean" not in cfg.model_fields_set:
         logger.warning(
             "the weights do not say mean and std: %s and %s are taken", cfg.mean, cfg.std

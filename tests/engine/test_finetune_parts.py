@@ -233,7 +233,7 @@ def test_other_pixel_statistics_are_worth_a_warning(tmp_path, caplog, build):
     for std in (0.25, 0.3):
         build(path, mean=(0.5, 0.4, 0.3), std=(std, 0.2, 0.2))
     (warned,) = [record.args for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warned == ("std", (0.25, 0.2, 0.2), (0.3, 0.2, 0.2))
+    assert warned == ("std", "(0.25, 0.2, 0.2)", "(0.3, 0.2, 0.2)")
 
 
 @pytest.mark.parametrize("global_pool", ["avg", "token"])

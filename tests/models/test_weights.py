@@ -475,7 +475,7 @@ def test_pretraining_into_each_readout(tmp_path, caplog, readout):
     own = model.state_dict()
     assert fresh == (HEAD | FC_NORM if has_norm else HEAD)
     same({n: own[n] for n in own.keys() - fresh}, {n: tensors[n] for n in own.keys() - fresh})
-    assert_named(caplog.text, "the path: this project's", "decoder dropped", "7 classes")
+    assert_named(caplog.text, "the path: this project's", "decoder dropped", "7 outputs")
     assert ("norm dropped" in caplog.text) == has_norm and "resized" not in caplog.text
     assert not has_norm or torch.equal(model.fc_norm.weight, torch.ones(48))
 
