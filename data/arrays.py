@@ -6,10 +6,11 @@ Each reader takes a file's bytes and returns its `Values`; what it raises is mad
 """
 
 import logging
+import math
+import struct
 import warnings
 from functools import cache
 from io import BytesIO
-from math import prod
 from operator import add
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 MAX_PIXELS = 89_478_485  # of one channel, as Pillow's limit
-MAX_VALUES = 2**29  # of all channels: 2 GiB as float32
+MAX_VALUES = 2**28  # of all channels: 1 GiB as float32
 # How the first row and column of a file's pixels lie, by the orientation of EXIF and TIFF: whether
 # rows are columns, then the axes of (C, H, W) that run backwards.
 UPRIGHT: dict[int, tuple[bool, tuple[int, ...]]] = {
@@ -38,6 +39,11 @@ UPRIGHT: dict[int, tuple[bool, tuple[int, ...]]] = {
 NPY_MAGIC, DICOM_MAGIC = b"\x93NUMPY", b"DICM"  # the second after 128 bytes
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION = 274  # a tag of TIFF
+# Tags that say how large a picture is and in how many parts, with their defaults: width, height,
+# channels, rows of a strip, whether channels lie apart, width and height of a tile.
+TIFF_SIZES = {256: 0, 257: 0, 277: 1, 278: 2**32 - 1, 284: 1, 322: 0, 323: 0}
+TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # types of a tag, and how they are unpacked
+PLANAR = 2
 ARRAY_PHOTOMETRICS = TIFF_INVERTED, TIFF_GREY, TIFF_COLOUR = (0, 1, 2)  # what its pixels mean
 TIFF_ALPHA = (1, 2)  # what further channels are
 
@@ -110,19 +116,51 @@ def _channels_first(numbers: np.ndarray, pixels: PixelFormat) -> np.ndarray:
     return numbers.transpose(2, 0, 1) if is_last else numbers
 
 
+def check_tiff(encoded: bytes) -> None:
+    """Looks at a TIFF's header before tifffile does, which makes lists of as many strips or tiles
+    as that declares.
+
+    Raises: BadImageError for more pixels or parts than one image, or this file, may have.
+    """
+    order = "<" if encoded.startswith(b"II") else ">"
+    is_big = 43 in encoded[2:4]
+    # the place of the first directory, the number of its entries, and one of them
+    where, number, entry = ("8xQ", "Q", "HHQ8s") if is_big else ("4xI", "H", "HHI4s")
+    (start,) = struct.unpack_from(order + where, encoded)
+    (count,) = struct.unpack_from(order + number, encoded, start)
+    start += struct.calcsize(order + number)
+    size = struct.calcsize(order + entry)
+    found = dict(TIFF_SIZES)
+    entries = encoded[start : start + count * size]
+    for tag, kind, values, content in struct.iter_unpack(order + entry, entries):
+        if tag in TIFF_SIZES:
+            if values != 1 or kind not in TIFF_INTEGERS:
+                raise BadImageError(f"cannot be decoded: its tag {tag} is no number")
+            (found[tag],) = struct.unpack_from(order + TIFF_INTEGERS[kind], content)
+    width, height, channels, rows, planar, tile_width, tile_height = found.values()
+    check_size(height, width, channels)
+    parts = math.ceil(height / max(tile_height or rows, 1)) * math.ceil(
+        width / (tile_width or width or 1)
+    )
+    if parts * (channels if planar == PLANAR else 1) > len(encoded):
+        raise BadImageError(f"declares {parts} parts, and the file has {len(encoded)} bytes")
+
+
 def read_tiff(encoded: bytes, pixels: PixelFormat, frame: int) -> Values:
     """The first picture. What OME, ImageJ or tifffile describe as one array gives all its planes
     as channels, and of time and depth the first."""
     import tifffile  # here, as few runs need it
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its reasons are in the exceptions
+    check_tiff(encoded)
     with tifffile.TiffFile(BytesIO(encoded)) as file:
         page: Any = file.pages.first
         is_array = file.is_ome or file.is_imagej or file.is_shaped
         picture: Any = file.series[0] if is_array else page
         lengths = dict(zip(picture.axes, picture.shape, strict=True))
         planes = [name for name in picture.axes if name in "CSQI"]
-        check_size(lengths["Y"], lengths["X"], prod(picture.shape) // (lengths["Y"] * lengths["X"]))
+        num_channels = math.prod(picture.shape) // (lengths["Y"] * lengths["X"])
+        check_size(lengths["Y"], lengths["X"], num_channels)
         for part in filter(None, picture.pages if is_array else [page]):  # None is left out
             ends = map(add, part.dataoffsets, part.databytecounts)
             if max(ends) > len(encoded):  # tifffile would fill what was cut off

@@ -139,7 +139,10 @@ def _scaled(numbers: np.ndarray, found: Values, pixels: PixelFormat) -> np.ndarr
         return 255 - numbers if found.is_inverted else numbers
     low, high = ends
     factor = WHITE / np.where(high == low, np.inf, high - low)  # a channel of one value is black
-    scaled = np.clip((numbers.astype(wide) - low) * factor, 0, WHITE).astype(np.float32)
+    scaled: np.ndarray = numbers.astype(wide)  # and then in place, as images may be large
+    np.subtract(scaled, low, out=scaled)
+    np.multiply(scaled, factor, out=scaled)
+    scaled = np.clip(scaled, 0, WHITE, out=scaled).astype(np.float32, copy=False)
     return WHITE - scaled if found.is_inverted else scaled
 
 

@@ -1,6 +1,7 @@
 """Files of any depth and number of channels: TIFF, `.npy` and DICOM hold the values that NumPy's
 own arithmetic gives."""
 
+import struct
 import subprocess
 import sys
 from io import BytesIO
@@ -336,3 +337,32 @@ def test_an_absent_library_is_named_with_its_extra(library, content, extra, monk
         codecs = tifffile.tifffile.CompressionCodec(encode=False)
         monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", codecs)
     assert f"pip install -e .[{extra}]" in refusal(content, in_chans=5)
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({257: (1, 2**31)}, "declares too many pixels: 8 x 2147483648"),
+        ({256: (2**28, 8)}, "its tag 256 is no number"),
+        ({256: (1, 1), 257: (1, 30_000_000), 278: (1, 1)}, "declares 30000000 parts, and the file"),
+        ({277: (1, 60_000), 257: (1, 70_000)}, "declares too many pixels: 8 x 70000 x 60000"),
+    ],
+)
+@pytest.mark.parametrize("is_big", [False, True])
+def test_a_tiff_s_declarations_are_checked_before_memory_is_taken(is_big, values, reason):
+    """tifffile makes a list of all parts when it opens a file: 20 GB of memory were seen."""
+    file = BytesIO()
+    zeros = np.zeros((6, 8, 5), np.uint16)
+    layout = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(file, zeros, bigtiff=is_big, **layout)
+    content = bytearray(file.getvalue())
+    assert decode_image(bytes(content), PixelFormat(5)).shape == (5, 6, 8)
+    with tifffile.TiffFile(BytesIO(bytes(content))) as opened:
+        offsets = {tag: opened.pages.first.tags[tag].offset for tag in values}
+    for tag, (count, value) in values.items():
+        kind = 16 if is_big else 4  # whole numbers of 8 or 4 bytes
+        struct.pack_into(
+            "<HHQQ" if is_big else "<HHII", content, offsets[tag], tag, kind, count, value
+        )
+    with pytest.raises(BadImageError, match=reason):
+        decode_image(bytes(content), PixelFormat(5))
