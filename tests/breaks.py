@@ -652,7 +652,7 @@ test_all_8_orientations_come_out_upright
 78 images: 16-bit grey loses its lower 8 bits
 data/pixels.py data/test_images.py
 test_16_bit_grey_keeps_its_depth
--.astype(np.float32)
+-.astype(np.float32, copy=False)
 +.round().astype(np.float32)
 
 79 images: the inks of a CMYK image are taken for red, green and blue
