@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
     `epoch_losses`. `cfg` are settings that have been read already."""
     cfg = cfg or read_pretrain(argv)
     with open_run(cfg) as run:
-        cfg, initial, sha256 = from_main(partial(build_pretrained, cfg, run.output_dir))
+        # not the settings themselves: paths and loader processes may differ between machines
+        follow, initial, sha256 = from_main(partial(build_pretrained, cfg, run.output_dir))
+        cfg = cfg.model_copy(update=follow)
         with first_process_first(run.processes) if cfg.download else nullcontext():
             source = build_pretrain_source(
                 cfg.dataset, cfg.data_path, pixel_format(cfg, cfg.in_chans), cfg.download

@@ -786,8 +786,8 @@ test_another_number_of_channels_is_adapted_as_timm_does
 144 weights: a run that goes on follows the pixels of the settings, not those it began with
 engine/run/initial.py test_pretrain.py
 test_a_run_that_started_from_weights_goes_on_without_them
--return cfg.model_copy(update={"init": recorded["init"], **follow}), None, None
-+return cfg.model_copy(update={"init": recorded["init"]}), None, None
+-return {"init": recorded["init"], **pixels}, None, None
++return {"init": recorded["init"]}, None, None
 
 145 weights: the weights that fine-tuning leaves lack the low-rank sums
 models/lora.py test_finetune.py

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 def build_pretrained(
     cfg: PretrainConfig, folder: Path
-) -> tuple[PretrainConfig, MaskedAutoencoder | None, str | None]:
-    """What pretraining starts from: its settings, whose `mean` and `std` follow the weights unless
-    they were stated, the autoencoder of `init`, and the sha256 of those weights.
+) -> tuple[dict[str, object], MaskedAutoencoder | None, str | None]:
+    """What pretraining starts from: changes of its settings, as `mean` and `std` follow the weights
+    unless they were stated, the autoencoder of `init`, and the sha256 of those weights.
 
     A run that goes on in `folder` ignores `init`: its settings take over `init`, `mean` and `std`
     from its config.yaml, and there is no model.
@@ -38,16 +38,16 @@ def build_pretrained(
         if cfg.init is not None:
             logger.info("init is ignored: this run goes on from its checkpoint")
         if recorded.get("init") is None:
-            return cfg.model_copy(update={"init": None}), None, None
-        follow = {n: tuple(recorded[n]) for n in ("mean", "std") if n not in cfg.model_fields_set}
-        return cfg.model_copy(update={"init": recorded["init"], **follow}), None, None
+            return {"init": None}, None, None
+        pixels = {n: tuple(recorded[n]) for n in ("mean", "std") if n not in cfg.model_fields_set}
+        return {"init": recorded["init"], **pixels}, None, None
     if cfg.init is None:
-        return cfg, None, None
+        return {}, None, None
     tensors, info = read_weights(cfg.init)
     torch.manual_seed(cfg.seed)  # of what the file has not
     model = build_model(mae_spec(cfg))
     load_for_pretraining(model, tensors, info, cfg.init)
-    follow = {}
+    follow: dict[str, object] = {}
     for name, theirs in (("mean", info.mean), ("std", info.std)):
         if name not in cfg.model_fields_set and theirs and len(theirs) == cfg.in_chans:
             follow[name] = theirs
@@ -56,7 +56,7 @@ def build_pretrained(
     compare_pixels(cfg, info)
     if problems := where(*cfg.channel_rows(cfg.in_chans)):
         raise InputError(f"{'; '.join(problems)}, and {cfg.init} has no others")
-    return cfg, model, info.sha256
+    return follow, model, info.sha256
 
 
 def compare_pixels(cfg: PixelConfig, info: WeightsInfo) -> None:

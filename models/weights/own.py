@@ -45,7 +45,11 @@ def unusual_pixels(config: Mapping[str, Any]) -> dict[str, object]:
 def read_header(path: Path) -> dict[str, Any]:
     """The header of one of this project's safetensors files. A damaged file may raise an error of
     any class."""
-    with safetensors.safe_open(path, framework="pt") as file:
+    # by its descriptor, as the library takes no path that is no UTF-8
+    with (
+        path.open("rb") as opened,
+        safetensors.safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file,
+    ):
         return decoded(file.metadata())
 
 
