@@ -1,10 +1,10 @@
 r"""End-to-end fine-tuning of a pretrained encoder, or training from scratch (paper, section 4 and
-table 9).
+table 9), for one of three tasks: classification, segmentation or detection.
 
     sh run_finetune.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data \
         --finetune /path/to/weights
 
-Without --finetune it trains from scratch; with --eval it only evaluates the classifier that
+Without --finetune it trains from scratch; with --eval it only evaluates the model that
 --finetune names. The same command resumes where it stopped. A run leaves results.json,
 best.safetensors and model.safetensors.
 """
@@ -20,17 +20,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from data.labels import take_subset
-from data.loader import Batch, LabelledDataset
-from data.on_device import place_on_device
-from data.transforms import PixelNormalizer, finetune_transform
+from data.loader import Batch
 from engine.evaluation.best import read_best
-from engine.evaluation.classification import Evaluator, open_labelled_data, said_alone
-from engine.evaluation.from_weights import build_finetuned
+from engine.evaluation.classification import said_alone
 from engine.evaluation.metrics import merit
-from engine.evaluation.objective import HEAD_NAMES, build_objective
 from engine.loop import train
-from engine.mixing import BatchMixer
 from engine.optim import build_adamw, param_groups
 from engine.parallel import spread_model, unsharded_model
 from engine.run.batches import train_batches
@@ -40,6 +34,7 @@ from engine.run.job import Job, begin
 from engine.run.records import read_results
 from engine.run.saving import Saver
 from engine.start import read_finetune
+from engine.tasks.task import Task, open_task
 from util.dist import from_main
 from util.errors import run_cli
 from util.rng import BATCH, derive_seed, seed_libraries
@@ -53,20 +48,15 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
     (eval.json for --eval). `cfg` are settings that have been read already."""
     cfg = cfg or read_finetune(argv)
     with open_run(cfg) as run:
-        data = open_labelled_data(cfg, run)
-        source, val = place_on_device(
-            cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
-        )
-        objective = build_objective(cfg, data.class_names, source.labels, run.device)
-        model, sha256 = from_main(lambda: build_finetuned(cfg, objective))
-        evaluator = Evaluator(cfg, run, val, objective)
+        task = open_task(cfg, run)
+        model, sha256 = from_main(task.build)
         origin = {"checkpoint": cfg.finetune, "sha256": sha256, "dataset": cfg.dataset}
         if cfg.eval:
-            (scores,) = evaluator(spread_model(model, run.device).eval())
-            shown = ("acc1",) if cfg.objective == "multiclass" else ()
+            scores = task.evaluate(spread_model(model, run.device).eval())
+            shown = ("acc1",) if "acc1" in scores.scalars else ()
             logger.info("%s: %d images, %s", cfg.finetune, scores.num_samples, scores.text(*shown))
             return run.finish(
-                {"protocol": "evaluation", **origin, **scores.as_dict(evaluator.class_names)},
+                {"protocol": "evaluation", **origin, **scores.as_dict(task.class_names)},
                 run.output_dir / "eval.json",
             )
 
@@ -78,7 +68,7 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         job = begin(
             run,
             cfg,
-            source,
+            task.train,
             model.spec,
             lambda: model,
             build_optimizer,
@@ -91,39 +81,31 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
             # a damaged file is found before training
             from_main(lambda: read_best(run.output_dir, best_metric(cfg)))
 
-        augmented = LabelledDataset(source, finetune_transform(cfg), cfg.seed)
-        batches = train_batches(cfg, run, job.plan, augmented, job.state.step)
-        normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
-        mixer = BatchMixer(cfg, objective, run.device)
+        batches = train_batches(cfg, run, job.plan, task.samples(), job.state.step)
 
         def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             # Mixing, erasing and drop path are pure functions of the seed and the batch's place.
             first = batch.keys[0]
             seed_libraries(derive_seed(cfg.seed, BATCH, first.epoch, first.position))
-            images, targets = mixer(
-                normalize(batch.images), batch.targets.to(run.device, non_blocking=True)
-            )
-            return mixer.loss(model(images), targets), {}
+            return task.loss(model, batch), {}
 
         with Saver(job) as saver:
             for epoch in train(job, batches, loss_fn, saver):
                 if epoch % cfg.eval_epochs == 0 and job.state.step < job.plan.stop_step:
-                    evaluate_epoch(job, epoch, evaluator, best_metric(cfg))
-        results, best = evaluate_epoch(job, job.epochs_done, evaluator, best_metric(cfg))
+                    evaluate_epoch(job, epoch, task, best_metric(cfg))
+        results, best = evaluate_epoch(job, job.epochs_done, task, best_metric(cfg))
         trained = unsharded_model(
             job.state.model, torch.device("cpu" if run.processes.is_main else "meta")
         )
         if run.processes.is_main:
-            head = objective.head_in_unit(*map(trained.get_parameter, HEAD_NAMES))
-            save_weights(
-                weights_path(run.output_dir), trained, job.identity, head, **objective.header()
-            )
+            tensors, header = task.weights(trained)
+            save_weights(weights_path(run.output_dir), trained, job.identity, tensors, **header)
         return run.finish(
             {
                 "protocol": "fine-tuning" if cfg.finetune else "from scratch",
                 **origin,
                 **results,
-                "num_train": len(source),
+                "num_train": len(task.train),
                 f"best_{best_metric(cfg)}": best[0] if best[1] else None,
                 "best_epoch": best[1],
             }
@@ -132,11 +114,11 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
 
 def best_metric(cfg: FinetuneConfig) -> str:
     """The figure that decides which weights are the best."""
-    return cfg.best_metric or MAIN_METRIC[cfg.objective]
+    return cfg.best_metric or MAIN_METRIC[cfg.purpose]
 
 
 def evaluate_epoch(
-    job: Job, epoch: int, evaluator: Evaluator, metric: str
+    job: Job, epoch: int, task: Task, metric: str
 ) -> tuple[dict[str, object], tuple[float, int]]:
     """Evaluates the model after `epoch` epochs and, if there is one, its moving average, whose
     `metric` then decides which weights are the best; of equals the first stay.
@@ -144,19 +126,19 @@ def evaluate_epoch(
     Records the figures and keeps the best weights. Returns: the scores for results.json, and
     metric and epoch of the best evaluation so far.
     """
-    run, state, objective = job.run, job.state, evaluator.objective
+    run, state = job.run, job.state
     model = unsharded_model(state.model, run.device)
-    (scores,) = evaluator(model.eval())
+    scores = task.evaluate(model.eval())
     model.train()
     values = {"epoch": float(epoch), "val_loss": scores.loss, **scores.scalars}
-    shown = ("acc1", "acc5") if objective.name == "multiclass" else tuple(scores.scalars)
+    shown = ("acc1", "acc5") if "acc1" in scores.scalars else tuple(scores.scalars)
     line = f"epoch {epoch} {scores.text(*shown, *{metric}.difference(shown))}"
-    results = scores.as_dict(evaluator.class_names)
+    results = scores.as_dict(task.class_names)
     if state.ema is not None:
         model = state.ema.module
-        (scores,) = evaluator(model)
+        scores = task.evaluate(model)
         values[f"ema_{metric}"] = scores.scalars[metric]
-        results["ema"] = scores.as_dict(evaluator.class_names)
+        results["ema"] = scores.as_dict(task.class_names)
         line += f"  moving average {scores.text(metric)}"
     best = from_main(lambda: read_best(run.output_dir, metric))
     is_best = merit(metric, scores.scalars[metric]) > merit(metric, best[0])
@@ -165,9 +147,9 @@ def evaluate_epoch(
     # First the record: best.safetensors without one would be taken for somebody else's.
     run.records.write("val", state.step, values, line)
     if is_best and run.processes.is_main:
-        header = {**objective.header(), metric: value, "epoch": epoch}
-        head = objective.head_in_unit(*map(model.get_parameter, HEAD_NAMES))
-        save_weights(best_path(run.output_dir), model, job.identity, head, **header)
+        tensors, header = task.weights(model)
+        header |= {metric: value, "epoch": epoch}
+        save_weights(best_path(run.output_dir), model, job.identity, tensors, **header)
     return results, (value, at_epoch)
 
 

@@ -13,7 +13,7 @@ Shapes: `B` batch, `C` channels, `H` height, `W` width, `N` patches.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,15 +40,22 @@ class BadSample(NamedTuple):
     reason: str
 
 
+# What belongs to an image. Segmentation: "mask" (H, W) int64, the class of each pixel or IGNORED.
+# Detection of n objects: "boxes" (n, 4) float32, left, top, right and bottom in pixels; "labels"
+# (n,) int64; and, if they are asked for, "masks" (n, H, W) uint8, 0 or 1.
+Annotation = dict[str, Tensor]
+
+
 class Sample(NamedTuple):
     """One augmented image `(C, H, W)`, what it is trained on, its key, and the bad files that
     it stands for.
 
-    target: the order of the patches `(N,)` in pretraining, the label `()` in classification.
+    target: the order of the patches `(N,)` in pretraining, the label `()` in classification, else
+        the image's annotation.
     """
 
     image: Tensor
-    target: Tensor
+    target: Tensor | Annotation
     key: SampleKey
     bad: list[BadSample]
 
@@ -58,13 +65,14 @@ class Batch(NamedTuple):
 
     images `(B, C, H, W)`: uint8, or float32 in [0, 255] if one of them is. targets: in pretraining
     the patches in shuffled order `(B, N)` int64, those that are kept first; in classification the
-    labels, `(B,)` int64 or `(B, L)` as `LabelledSource` has them. keys and bad as in Sample.
+    labels, `(B,)` int64 or `(B, L)` as `LabelledSource` has them; else the images' annotations, a
+    list. keys and bad as in Sample.
     failed: whether there are no images, because all files were bad or one had no readable
     replacement (an evaluation looks for none); then the caller has to stop.
     """
 
     images: Tensor
-    targets: Tensor
+    targets: Any
     keys: list[SampleKey]
     bad: list[BadSample]
     failed: bool
@@ -114,7 +122,11 @@ class SampleDataset(Dataset[Sample]):
             images = self.transform(pixels[to_device(torch.tensor(indices), pixels.device)])
         return Batch(images, targets, keys, [entry for of_one in bad for entry in of_one], failed)
 
-    def shown(self, key: SampleKey) -> tuple[Tensor, int, list[BadSample]]:
+    def read(self, index: int) -> Any:
+        """What a sample shows of the image at this index. Raises: BadImageError."""
+        return self.source.read(index)
+
+    def shown(self, key: SampleKey) -> tuple[Any, int, list[BadSample]]:
         """As `read_or_replace`; the samples of one image share its replacement, too."""
         first = key.position - key.position % self.aug_repeats
         return read_or_replace(self, key._replace(position=first))
@@ -166,8 +178,9 @@ class EvalDataset(LabelledDataset):
 
 
 @lru_cache(maxsize=1)  # an image that several samples show one after the other is decoded once
-def read_or_replace(dataset: SampleDataset, key: SampleKey) -> tuple[Tensor, int, list[BadSample]]:
-    """The image or its first readable replacement, its index, and the bad files tried before it.
+def read_or_replace(dataset: SampleDataset, key: SampleKey) -> tuple[Any, int, list[BadSample]]:
+    """What `dataset` reads of the image or of its first readable replacement, the index of that,
+    and the bad files tried before it.
 
     After too many bad files it is a placeholder, and `collate` marks the batch as failed.
     """
@@ -175,7 +188,7 @@ def read_or_replace(dataset: SampleDataset, key: SampleKey) -> tuple[Tensor, int
     source, index = dataset.source, key.image
     for attempt in range(1 + dataset.max_replacements):
         try:
-            return source.read(index), index, bad
+            return dataset.read(index), index, bad
         except BadImageError as error:
             bad.append(BadSample(source.name(index), str(error)))
         coordinates = (dataset.seed, REPLACEMENT, key.epoch, key.position, attempt)
@@ -210,7 +223,9 @@ def collate(samples: list[Sample] | Batch, max_replacements: int = MAX_REPLACEME
             rows = [image.float() for image in rows]
         pixels = default_collate(rows)
         images = pixels.permute(0, 3, 1, 2)  # (B, C, H, W)
-    targets = default_collate([sample.target for sample in samples])  # (B, N) or (B,)
+    targets: Any = [sample.target for sample in samples]
+    if isinstance(targets[0], Tensor):
+        targets = default_collate(targets)  # (B, N) or (B,)
     return ready_to_send(
         Batch(images, targets, keys, [entry for of_one in bad for entry in of_one], failed)
     )

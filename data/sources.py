@@ -156,6 +156,10 @@ def build_pretrain_source(
         from data.parquet import open_parquet  # here, as it imports this file
 
         return check_format(open_parquet(data_path, pixels, ("train",)))
+    if dataset == "digits_scenes":
+        from data.scenes import Scenes  # likewise
+
+        return check_format(Scenes("train", pixels))
     if dataset not in ("folder", "packed"):
         known = read_known_set(dataset, data_path, True, download)
         return check_format(ArraySource(dataset, *known, pixels))

@@ -173,13 +173,26 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
     for batch in batches:
         with torch.cuda.stream(copies):
             images = batch.images.to(device, non_blocking=True)
-            targets = batch.targets.to(device, non_blocking=True)
+            targets = _to_device(batch.targets, device)
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copies)
-        for tensor in (images, targets):
+        for tensor in (images, *_tensors_of(targets)):
             # The memory belongs to the copying stream, which must not reuse it before this step.
             tensor.record_stream(computing)
         yield batch._replace(images=images, targets=targets)
+
+
+def _to_device(targets: Any, device: torch.device) -> Any:
+    """A batch's targets, a tensor or a list of annotations, on a device."""
+    if isinstance(targets, Tensor):
+        return targets.to(device, non_blocking=True)
+    return [{n: t.to(device, non_blocking=True) for n, t in of_one.items()} for of_one in targets]
+
+
+def _tensors_of(targets: Any) -> list[Tensor]:
+    if isinstance(targets, Tensor):
+        return [targets]
+    return [tensor for of_one in targets for tensor in of_one.values()]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from models.spec import ClassifierSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec
+from models.spec import ClassifierSpec, DenseSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec
 from util.errors import where
 from util.settings.base import ModelConfig
 from util.settings.evaluation import ClassifierConfig, FinetuneConfig
 from util.settings.pretrain import AutoencoderConfig
 
 if TYPE_CHECKING:
+    from models.dense import DenseTransformer
     from models.mae import MaskedAutoencoder
     from models.vit import VisionTransformer
 
@@ -44,15 +45,27 @@ def classifier_spec(cfg: ClassifierConfig, **decided: object) -> ClassifierSpec:
     return _spec(ClassifierSpec, cfg, decided)
 
 
+def dense_spec(cfg: FinetuneConfig, **decided: object) -> DenseSpec:
+    """The model for segmentation or detection that settings ask for; `decided` are the fields that
+    data and weights decide: `num_classes`, `class_token`."""
+    return _spec(DenseSpec, cfg, decided)
+
+
 @overload
 def build_model(spec: MAESpec) -> "MaskedAutoencoder": ...
 @overload
 def build_model(spec: ClassifierSpec) -> "VisionTransformer": ...
-def build_model(spec: ModelSpec) -> "MaskedAutoencoder | VisionTransformer":
+@overload
+def build_model(spec: DenseSpec) -> "DenseTransformer": ...
+def build_model(spec: ModelSpec) -> "MaskedAutoencoder | VisionTransformer | DenseTransformer":
     """The freshly initialised model of a specification.
 
     Raises: InputError for a model that cannot be.
     """
+    if isinstance(spec, DenseSpec):
+        from models.dense import DenseTransformer
+
+        return DenseTransformer(**vars(spec))
     from models.mae import MaskedAutoencoder
     from models.vit import VisionTransformer
 
@@ -87,7 +100,9 @@ def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:
     """What is wrong with the classifier that settings ask for, one line each."""
     # Data and weights decide the rest, and a class token where the settings are silent.
     decided = {"num_classes": 1, "class_token": cfg.class_token is not False}
-    spec = classifier_spec(cfg, **decided)
+    spec: EncoderSpec = classifier_spec(cfg, **decided)
+    if isinstance(cfg, FinetuneConfig) and cfg.task != "classify":
+        spec = dense_spec(cfg, **decided)
     freeze, rank = (
         (cfg.freeze_blocks, cfg.lora_rank or 0) if isinstance(cfg, FinetuneConfig) else (0, 0)
     )

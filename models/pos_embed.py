@@ -1,11 +1,12 @@
 """Fixed 2-D sine-cosine position table (MAE, section 3 "Simple implementation"; layout of the
-published weights).
+published weights), and tables for grids of another size.
 
 Shapes: `N` patches, row-major over a grid of `H` rows and `W` columns; `D` width.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], class_token: bool) -> Tensor:
@@ -28,3 +29,18 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], class_token: bo
     if class_token:
         table = torch.cat([torch.zeros(1, embed_dim, dtype=torch.float64), table])  # (1 + N, D)
     return table.float().unsqueeze(0)  # (1, N + class_token, D)
+
+
+def resize_pos_embed(
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], class_token: bool
+) -> Tensor:
+    """Position table `(1, N + class_token, D)` for another grid, float32: bicubic; the class
+    token's row stays as it is."""
+    table = pos_embed.float()
+    class_row, patches = table[:, :class_token], table[:, class_token:]
+    planes = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, H, W)
+    planes = F.interpolate(
+        planes, size=new_grid, mode="bicubic", align_corners=False, antialias=False
+    )
+    rows = planes.flatten(2).transpose(1, 2)  # (1, N, D)
+    return torch.cat([class_row, rows], dim=1)  # (1, N + class_token, D)

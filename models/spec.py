@@ -208,7 +208,60 @@ class ClassifierSpec(EncoderSpec):
         )
 
 
-ModelSpec = MAESpec | ClassifierSpec
+@dataclass(frozen=True, kw_only=True)
+class DenseSpec(EncoderSpec):
+    """A Vision Transformer that says something about each place of an image.
+
+    task: "segment", the class of each pixel, or "detect", boxes and perhaps masks of objects.
+    num_classes: of the masks, the background being one if it has a value there; of detection those
+        of the objects alone.
+    dense_head: of "segment", "linear" or "fpn".
+    instance_masks: of "detect", whether objects have masks (Mask R-CNN) or boxes alone.
+    window_size: side in patches of the windows within which blocks attend; None attends to the
+        whole image.
+    global_blocks: number of blocks that attend to the whole image in spite of it.
+    drop_path_rate: as of a classifier.
+    """
+
+    task: Literal["segment", "detect"]
+    num_classes: int
+    dense_head: Literal["linear", "fpn"] = "fpn"
+    instance_masks: bool = True
+    window_size: int | None = None
+    global_blocks: int = 4
+    drop_path_rate: float = 0.0
+
+    def problems(self) -> list[str]:
+        """What is wrong with this model, one line each."""
+        height, width = pair(self.patch_size)
+        needs_pyramid = self.task == "detect" or self.dense_head == "fpn"
+        return super().problems() + where(
+            (self.num_classes < 1, f"num_classes must be 1 or more, got {self.num_classes}"),
+            (
+                self.task not in ("segment", "detect"),
+                f"task must be segment or detect, got {self.task!r}",
+            ),
+            (
+                self.dense_head not in ("linear", "fpn"),
+                f"dense_head must be linear or fpn, got {self.dense_head!r}",
+            ),
+            (
+                self.window_size is not None and self.window_size < 1,
+                f"window_size must be 1 or more, got {self.window_size}",
+            ),
+            (
+                self.window_size is not None and self.global_blocks > self.depth,
+                f"global_blocks {self.global_blocks} is more than the encoder's depth {self.depth}",
+            ),
+            (
+                needs_pyramid and (height != width or height % 4),
+                f"patch_size {self.patch_size} must be square and a multiple of 4: the pyramid's "
+                "finest map has a step of a quarter patch",
+            ),
+        )
+
+
+ModelSpec = MAESpec | ClassifierSpec | DenseSpec
 
 
 def encoder_spec(
@@ -227,7 +280,9 @@ def encoder_spec(
 
 def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:
     """The record that `as_dict` turned into plain values. Raises: TypeError for other fields."""
-    return MAESpec(**values) if "decoder_embed_dim" in values else ClassifierSpec(**values)
+    if "decoder_embed_dim" in values:
+        return MAESpec(**values)
+    return DenseSpec(**values) if "task" in values else ClassifierSpec(**values)
 
 
 def _width_rows(part: str, embed_dim: int, num_heads: int) -> list[tuple[object, str]]:

@@ -12,11 +12,44 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import LAYER_NORM_EPS, Encoder, init_weights, patchify
-from models.pos_embed import sincos_pos_embed
-from models.spec import ClassifierSpec
+from models.pos_embed import resize_pos_embed, sincos_pos_embed
+from models.spec import ClassifierSpec, EncoderSpec
 
 
-class VisionTransformer(Encoder):
+class PatchEncoder(Encoder):
+    """An encoder of all patches of an image, with its positions.
+
+    Images may have any size that the patches divide: positions are resized to their grid.
+    """
+
+    def __init__(self, spec: EncoderSpec, drop_path_rate: float):
+        super().__init__(spec, drop_path_rate)
+        positions = sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
+        self.pos_embed = nn.Parameter(positions)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
+        return x + self._positions(self.grid_of(images))  # (B, T, D)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """The positions for a grid of patches, `(1, T, D)`."""
+        if grid == self.grid_size:
+            return self.pos_embed
+        return resize_pos_embed(self.pos_embed, self.grid_size, grid, self.cls_token is not None)
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of `(B, C, H, W)`."""
+        return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
+
+    def _as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens `(B, T, D)` without the class token as a map `(B, D, rows, columns)`."""
+        patches = x if self.cls_token is None else x[:, 1:]  # (B, N, D)
+        return patches.mT.unflatten(2, grid)  # (B, D, rows, columns)
+
+
+class VisionTransformer(PatchEncoder):
     """ViT classifier with the readouts that go with masked-autoencoder pretraining.
 
     Args:
@@ -40,7 +73,6 @@ class VisionTransformer(Encoder):
         self.spec = spec
         self.global_pool = spec.global_pool
         width = spec.embed_dim
-        self.pos_embed = nn.Parameter(sincos_pos_embed(width, spec.grid_size, spec.class_token))
         norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.norm: nn.Module = nn.Identity() if spec.fc_norm else norm
         self.fc_norm: nn.Module = norm if spec.fc_norm else nn.Identity()
@@ -48,12 +80,6 @@ class VisionTransformer(Encoder):
             nn.Linear(width, spec.num_classes) if spec.num_classes else nn.Identity()
         )
         init_weights(self, draw_normal)
-
-    def _embed(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
-        return x + self.pos_embed  # (B, T, D)
 
     def _pool(self, x: Tensor) -> Tensor:
         x = self.norm(x)
@@ -68,6 +94,15 @@ class VisionTransformer(Encoder):
         The attention weights of each block, `(B, heads, T, T)`, are added to `maps`.
         """
         return self._pool(self.run_blocks(self.blocks, self._embed(images), maps=maps))
+
+    def forward_map(self, images: Tensor) -> Tensor:
+        """The normalised feature of each patch, `(B, C, H, W)` -> `(B, D, rows, columns)`, for
+        images of any size that the patches divide.
+
+        A classifier that reads the mean through `fc_norm` has no other norm: each patch passes it.
+        """
+        x = self.run_blocks(self.blocks, self._embed(images))
+        return self._as_map(self.fc_norm(self.norm(x)), self.grid_of(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits: `(B, C, H, W)` float, already normalised -> `(B, num_classes)`."""

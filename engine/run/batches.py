@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from data.handover import check_handover
 from data.labels import LabelledSource
-from data.loader import LabelledDataset, PretrainDataset, build_eval_loader, loader_maker
+from data.loader import SampleDataset, build_eval_loader, loader_maker
 from data.sampler import StepSampler
 from data.sources import value_bytes
 from data.transforms import EvalTransform
@@ -79,7 +79,7 @@ class Batches:
 
 
 def train_batches(
-    cfg: TrainConfig, run: Run, plan: Plan, dataset: PretrainDataset | LabelledDataset, step: int
+    cfg: TrainConfig, run: Run, plan: Plan, dataset: SampleDataset, step: int
 ) -> Batches:
     """This process's micro-batches from optimiser step `step` to the plan's end,
     `plan.accum_iter` per step."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.mae import DECODER_NAMES, MaskedAutoencoder
-from models.pos_embed import sincos_pos_embed
+from models.pos_embed import resize_pos_embed, sincos_pos_embed
 from models.spec import MAESpec, ModelSpec, pair
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, spelled
@@ -200,21 +200,6 @@ def _positions_for(
         fixed = sincos_pos_embed(width, new_grid, False)
         return torch.cat([table[:, :class_token].float(), fixed], dim=1)
     return resize_pos_embed(table, old_grid, new_grid, class_token)
-
-
-def resize_pos_embed(
-    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], class_token: bool
-) -> Tensor:
-    """Position table `(1, N + class_token, D)` for another grid, float32: bicubic; the class
-    token's row stays as it is."""
-    table = pos_embed.float()
-    class_row, patches = table[:, :class_token], table[:, class_token:]
-    planes = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, H, W)
-    planes = F.interpolate(
-        planes, size=new_grid, mode="bicubic", align_corners=False, antialias=False
-    )
-    rows = planes.flatten(2).transpose(1, 2)  # (1, N, D)
-    return torch.cat([class_row, rows], dim=1)  # (1, N + class_token, D)
 
 
 def _differences(info: WeightsInfo, spec: ModelSpec, ignored: Collection[str]) -> list[str]:

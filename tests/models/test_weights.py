@@ -25,7 +25,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 import hubconf
 from models.mae import MaskedAutoencoder
-from models.pos_embed import sincos_pos_embed
+from models.pos_embed import resize_pos_embed, sincos_pos_embed
 from models.vit import VisionTransformer
 from models.weights import files as weights_files
 from models.weights.adapt import (
@@ -33,7 +33,6 @@ from models.weights.adapt import (
     load_for_pretraining,
     load_into_classifier,
     load_into_mae,
-    resize_pos_embed,
 )
 from models.weights.files import CHECKPOINT_VERSION, weights_digest
 from models.weights.info import complete

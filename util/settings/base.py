@@ -273,7 +273,9 @@ class ShowConfig(Settings):
 class DatasetConfig(Settings):
     """Data set"""
 
-    dataset: Literal["folder", "packed", "parquet", "mnist5k", "cifar10", "cifar100"] = setting(
+    dataset: Literal[
+        "folder", "packed", "parquet", "mnist5k", "digits_scenes", "cifar10", "cifar100"
+    ] = setting(
         "folder",
         "Kind of data set: a folder of images, packed shards of them, parquet files as the library "
         "datasets writes them, or a known set.",
@@ -311,7 +313,7 @@ class DataConfig(DatasetConfig, PixelConfig):
     def problems(self) -> list[str]:
         return super().problems() + where(
             (
-                self.dataset != "mnist5k" and self.data_path is None,
+                self.dataset not in ("mnist5k", "digits_scenes") and self.data_path is None,
                 f"data_path is needed for dataset {self.dataset}: give --data_path FOLDER",
             ),
             (

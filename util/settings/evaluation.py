@@ -14,7 +14,6 @@ from util.settings.base import (
     CompileConfig,
     Count,
     CountOrZero,
-    DataConfig,
     ModelConfig,
     OpenShare,
     ParallelConfig,
@@ -32,15 +31,24 @@ from util.settings.base import (
     TrainRunConfig,
     setting,
 )
+from util.settings.dense import DenseDataConfig, DenseModelConfig
 from util.settings.pretrain import PretrainConfig
 
 RANDOM_WEIGHTS = "random"  # the value of `finetune` for an untrained model
 # What best.safetensors follows if nothing else is asked for, and by what probes are chosen.
-MAIN_METRIC = {"multiclass": "acc1", "multilabel": "map", "regression": "rmse"}
-METRICS = {  # of each objective, as engine/evaluation/metrics.py defines them
+MAIN_METRIC = {
+    "multiclass": "acc1",
+    "multilabel": "map",
+    "regression": "rmse",
+    "segment": "miou",
+    "detect": "box_ap",
+}
+METRICS = {  # of each objective, as engine/evaluation/metrics.py defines them, or of each task
     "multiclass": ("acc1", "acc5", "balanced_acc", "f1", "kappa", "kappa_quadratic", "auroc", "ap"),
     "multilabel": ("map", "auroc", "f1"),
     "regression": ("mae", "rmse", "r2"),
+    "segment": ("miou", "pixel_acc", "mean_acc"),
+    "detect": ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"),
 }
 
 
@@ -127,9 +135,10 @@ class TableConfig(Settings):
         )
 
 
-class LabelledDataConfig(TableConfig, EvalCropConfig, DataConfig):
+class LabelledDataConfig(TableConfig, EvalCropConfig, DenseDataConfig):
     """Labelled data"""
 
+    task: str = setting("classify", "What is predicted of an image.")
     subset: Count | None = setting(
         None,
         "Number of training images to use, chosen by seed with each class in proportion; null is "
@@ -141,12 +150,21 @@ class LabelledDataConfig(TableConfig, EvalCropConfig, DataConfig):
         may_change=True,
     )
 
+    @property
+    def purpose(self) -> str:
+        """What decides how the outputs are judged: the objective of a classifier, or the task."""
+        return self.objective if self.task == "classify" else self.task
+
     def problems(self) -> list[str]:
         return super().problems() + where(
             (
                 self.labels is not None and self.dataset != "folder",
                 f"labels name files, so they go with dataset folder, not {self.dataset}",
-            )
+            ),
+            (
+                self.labels is not None and self.task != "classify",
+                f"labels are classes of images: leave them out for task {self.task}",
+            ),
         )
 
 
@@ -171,6 +189,7 @@ class LossConfig(LabelledDataConfig):
 
 class FinetuneConfig(
     AdamWConfig,
+    DenseModelConfig,
     ClassifierConfig,
     AugmentConfig,
     LossConfig,
@@ -181,6 +200,11 @@ class FinetuneConfig(
 ):
     """Fine-tuning"""
 
+    task: Literal["classify", "segment", "detect"] = setting(
+        "classify",
+        "What is predicted: the class of an image (classify), the class of each pixel (segment), "
+        "or boxes and masks of objects (detect).",
+    )
     finetune: PathText | None = setting(
         None,
         "Weights to start from, of any kind that models/README.md lists; null trains from scratch.",
@@ -228,7 +252,9 @@ class FinetuneConfig(
         None,
         "Figure by which best.safetensors is chosen: for multiclass "
         f"{', '.join(METRICS['multiclass'])}, for multilabel {', '.join(METRICS['multilabel'])}, "
-        f"for regression {', '.join(METRICS['regression'])}; null is acc1, map and rmse.",
+        f"for regression {', '.join(METRICS['regression'])}, for task segment "
+        f"{', '.join(METRICS['segment'])}, for detect {', '.join(METRICS['detect'])}; null is "
+        f"{', '.join(MAIN_METRIC.values())}.",
     )
     freeze_blocks: CountOrZero = setting(
         0,
@@ -270,9 +296,9 @@ class FinetuneConfig(
                 "objective regression has no shares of classes: leave mixup and cutmix out",
             ),
             (
-                self.best_metric not in (None, *METRICS[self.objective]),
-                f"best_metric must be one of {', '.join(METRICS[self.objective])} for objective "
-                f"{self.objective}, got {self.best_metric!r}",
+                self.best_metric not in (None, *METRICS[self.purpose]),
+                f"best_metric must be one of {', '.join(METRICS[self.purpose])} for "
+                f"{self.purpose}, got {self.best_metric!r}",
             ),
             (
                 self.auto_augment is not None
@@ -292,6 +318,20 @@ class FinetuneConfig(
                 self.data_on_device and self.needs_8_bits,
                 "data_on_device crops and flips only: leave auto_augment and color_jitter out, or "
                 "data_on_device",
+            ),
+            (
+                self.task != "classify" and self.compile,
+                f"compile is for task classify: leave it out for task {self.task}",
+            ),
+            (
+                self.task != "classify"
+                and (self.needs_8_bits or self.re_prob or self.mixup or self.cutmix),
+                f"task {self.task} crops, scales and flips only: leave auto_augment, color_jitter, "
+                "re_prob, mixup and cutmix out",
+            ),
+            (
+                self.task != "classify" and self.lora_rank is not None,
+                f"lora_rank is for task classify: leave it out for task {self.task}",
             ),
             (
                 self.finetune == RANDOM_WEIGHTS,
@@ -328,6 +368,10 @@ class LinclsConfig(
 ):
     """Linear classification"""
 
+    task: Literal["classify", "segment"] = setting(
+        "classify",
+        "What is classified: images (classify), or each patch, upsampled to the pixels (segment).",
+    )
     finetune: PathText | None = setting(
         None,
         "Weights to evaluate, of any kind that models/README.md lists, or the word random for an "
@@ -376,6 +420,14 @@ class LinclsConfig(
 class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
     """k-NN"""
 
+    task: Literal["classify", "segment"] = setting(
+        "classify",
+        "What is classified: images (classify), or each patch, upsampled to the pixels (segment).",
+    )
+    memory_patches: Count = setting(
+        100_000,
+        "Number of training patches, chosen by seed, that task segment looks for neighbours among.",
+    )
     finetune: PathText | None = setting(
         None,
         "Weights to evaluate, of any kind that models/README.md lists, a folder of checkpoints, or "
@@ -404,6 +456,10 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
             else []
         )
         return of_images + where(
+            (
+                self.task == "segment" and (self.save_path or self.load_path),
+                "save_path and load_path keep features of images: leave them out for task segment",
+            ),
             (
                 self.objective != "multiclass",
                 f"objective {self.objective} is for fine-tuning and linear classification: "

@@ -1,0 +1,162 @@
+"""Scenes of real digits, for segmentation and detection without a download (`dataset:
+digits_scenes`).
+
+Each scene shows several of the 5,000 MNIST digits that a package carries (`data/known_sets.py`), in
+several sizes, that cover one another in part, before a background of strokes from other digits. The
+scenes are pure functions of their index; those for training show training digits only.
+
+Shapes: `n` digits of a scene, `H` and `W` height and width, both SIDE.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.arrays import values_of
+from data.images import PixelFormat
+from data.known_sets import read_mnist5k
+from data.loader import Annotation
+from data.pixels import to_pixels
+from data.sources import ImageSource
+from data.transforms import resize
+from util.rng import derive_seed
+
+SIDE = 64  # pixels of a scene
+NUM_SCENES = {"train": 4000, "val": 500}
+DIGITS = (2, 5)  # fewest and most in a scene
+DIGIT_SIDES = (18, 36)  # pixels of a digit's square
+STROKES = (6, 14)  # fewest and most pieces of other digits in the background
+STROKE_SIDES = (6, 13)  # pixels of a piece
+VISIBLE = 0.6  # smallest share of a digit's pixels that no later one covers
+ON_STROKE = 100  # a pixel from which on it belongs to its digit
+VERSION = 1  # of the scenes: other scenes are other data
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene: `image` (H, W) uint8, and for each digit its class `labels` (n,) int64 and its
+    visible pixels `masks` (n, H, W) bool."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray
+
+
+@lru_cache(maxsize=1)  # image and annotation are read one after the other
+def compose(is_train: bool, index: int) -> Scene:
+    """The scene of this index."""
+    images, classes = read_mnist5k(is_train)
+    random = np.random.default_rng(derive_seed(VERSION, is_train, index))
+    canvas = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    for _ in range(random.integers(*STROKES, endpoint=True)):
+        height, width = random.integers(*STROKE_SIDES, endpoint=True, size=2)
+        top, left = random.integers(4, 24 - height), random.integers(4, 24 - width)
+        piece = images[random.integers(len(images)), 0, top : top + height, left : left + width]
+        row, column = random.integers(SIDE - height), random.integers(SIDE - width)
+        place = canvas[row : row + height, column : column + width]
+        np.maximum(place, piece * random.uniform(0.4, 1.0), out=place, casting="unsafe")
+    image, owner = canvas, np.full((SIDE, SIDE), -1)  # which digit a pixel belongs to
+    labels: list[int] = []
+    sizes: list[int] = []
+    wanted = random.integers(*DIGITS, endpoint=True)
+    for _ in range(4 * wanted):  # tries: one may cover too much of an earlier digit
+        if len(labels) == wanted:
+            break
+        chosen, side = (
+            random.integers(len(images)),
+            int(random.integers(*DIGIT_SIDES, endpoint=True)),
+        )
+        row, column = random.integers(0, SIDE - side, size=2, endpoint=True)
+        digit = resize(torch.from_numpy(images[chosen]), (side, side), "bilinear")[0].numpy()
+        digit = (digit * random.uniform(0.7, 1.0)).astype(np.uint8)
+        part = np.s_[row : row + side, column : column + side]
+        after = owner.copy()
+        after[part][digit >= ON_STROKE] = len(labels)
+        visible = np.bincount(after[after >= 0], minlength=len(labels) + 1)
+        if visible[-1] and (visible[:-1] >= VISIBLE * np.array(sizes)).all():
+            # a digit covers what is behind its stroke, and its soft edge is the brighter of both
+            image[part] = np.where(digit >= ON_STROKE, digit, np.maximum(image[part], digit))
+            owner = after
+            labels.append(int(classes[chosen]))
+            sizes.append(int(visible[-1]))
+    masks = owner == np.arange(len(labels))[:, None, None]
+    return Scene(image, np.array(labels), masks)
+
+
+class Scenes(ImageSource):
+    """The scenes of one split, without annotations."""
+
+    def __init__(self, split: str, pixels: PixelFormat):
+        self.split = split
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return NUM_SCENES[self.split]
+
+    def scene(self, index: int) -> Scene:
+        """The scene of this index."""
+        return compose(self.split == "train", index)
+
+    def read(self, index: int) -> Tensor:
+        found = values_of(self.scene(index).image[None], self.split, is_colour=True)
+        return to_pixels(found, self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"digits_scenes {self.split}[{index}]"
+
+    def fingerprint(self) -> str:
+        return f"digits_scenes {VERSION} {self.split}"
+
+
+class SceneMasks(Scenes):
+    """Scenes with the class of each pixel: 0 is the background, 1 to 10 are the digits 0 to 9."""
+
+    class_names = ["background", *map(str, range(10))]
+
+    def annotation(self, index: int, height: int, width: int) -> Annotation:
+        scene = self.scene(index)
+        mask = ((scene.labels + 1)[:, None, None] * scene.masks).sum(axis=0)
+        return {"mask": torch.from_numpy(mask)}
+
+
+class SceneObjects(Scenes):
+    """Scenes with the boxes and masks of their digits, by what is visible of them."""
+
+    class_names = [*map(str, range(10))]
+
+    def annotation(self, index: int, height: int, width: int) -> Annotation:
+        from torchvision.ops import masks_to_boxes  # here, as importing it takes long
+
+        scene = self.scene(index)
+        masks = torch.from_numpy(scene.masks)
+        # ends of boxes lie behind their last pixel
+        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+        labels = torch.from_numpy(scene.labels)
+        return {"boxes": boxes.float(), "labels": labels, "masks": masks.to(torch.uint8)}
+
+    def ground_truth(self) -> dict[str, list[dict[str, object]]]:
+        """All objects as COCO's JSON has them."""
+        from pycocotools.mask import encode
+
+        truth: dict[str, list[dict[str, object]]] = {"images": [], "annotations": []}
+        for index in range(len(self)):
+            truth["images"].append({"id": index, "height": SIDE, "width": SIDE})
+            found = self.annotation(index, SIDE, SIDE)
+            for box, label, mask in zip(*found.values(), strict=True):
+                left, top, right, bottom = box.tolist()
+                truth["annotations"].append(
+                    {
+                        "id": len(truth["annotations"]) + 1,  # 0 would be taken for no match
+                        "image_id": index,
+                        "category_id": int(label),
+                        "bbox": [left, top, right - left, bottom - top],
+                        "area": int(mask.sum()),
+                        "iscrowd": 0,
+                        "segmentation": encode(np.asfortranarray(mask.numpy())),
+                    }
+                )
+        names = enumerate(self.class_names)
+        return {**truth, "categories": [{"id": label, "name": name} for label, name in names]}

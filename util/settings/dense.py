@@ -1,0 +1,110 @@
+"""The settings of segmentation and detection, beside those of classification (see
+`util/settings/evaluation.py`)."""
+
+from typing import Literal
+
+from util.errors import where
+from util.settings.base import Count, CountOrZero, DataConfig, PathText, Positive, Settings, setting
+
+# Smallest and largest scale of a random crop where nothing is stated: of segmentation the usual
+# one, of detection large-scale jitter (arXiv 2012.07177).
+SCALES = {"segment": (0.5, 2.0), "detect": (0.1, 2.0)}
+
+
+class DenseDataConfig(DataConfig):
+    """Segmentation and detection data"""
+
+    class_file: PathText | None = setting(
+        None,
+        "File of the class names, one per line, in the order of the masks' values; null numbers "
+        "the classes, of which num_classes says how many there are.",
+    )
+    ignore_index: CountOrZero = setting(
+        255, "Value of mask pixels that belong to no class and do not count."
+    )
+    zero_is_ignored: bool = setting(
+        False,
+        "Whether mask pixels of 0 do not count and 1 is the first class, as in ADE20K's files.",
+    )
+    train_json: PathText | None = setting(
+        None,
+        "COCO file of the training images' objects; null looks for "
+        "annotations/instances_train*.json in data_path.",
+        may_change=True,  # the resume compares its content instead
+    )
+    val_json: PathText | None = setting(
+        None,
+        "COCO file of the validation images' objects; null looks for "
+        "annotations/instances_val*.json in data_path.",
+        may_change=True,
+    )
+    scale_min: Positive | None = setting(
+        None,
+        "Smallest random scale of a training image, 1 being that of the evaluation, before img_size"
+        " is cut from it; null is 0.5 for segment and 0.1 for detect.",
+    )
+    scale_max: Positive | None = setting(
+        None, "Largest random scale of a training image; null is 2."
+    )
+    eval_mode: Literal["whole", "slide"] = setting(
+        "whole",
+        "How an image is segmented whose shorter side is resized to img_size: at once (whole), or "
+        "by windows of img_size that overlap by a third, whose logits are averaged (slide).",
+    )
+
+    def scales(self, task: str) -> tuple[float, float]:
+        """The smallest and largest random scale of a task."""
+        low, high = SCALES[task]
+        return self.scale_min or low, self.scale_max or high
+
+    def task_rows(self, task: str) -> list[tuple[object, str]]:
+        """For `where`: whether the data does not go with the task."""
+        is_classify = task == "classify"
+        low, high = (1.0, 1.0) if is_classify else self.scales(task)
+        return [
+            (
+                not is_classify and self.dataset not in ("folder", "digits_scenes"),
+                f"dataset {self.dataset} has no masks or boxes: task {task} takes folder and "
+                "digits_scenes",
+            ),
+            (
+                is_classify and self.dataset == "digits_scenes",
+                "dataset digits_scenes has masks and boxes, and no class of an image: it goes with "
+                "task segment and detect, and with pretraining",
+            ),
+            (
+                not is_classify and self.data_on_device,
+                f"data_on_device is for task classify: leave it out for task {task}",
+            ),
+            (low > high, f"scale_min {low:g} is above scale_max {high:g}"),
+            (
+                self.zero_is_ignored and self.ignore_index == 0,
+                "zero_is_ignored makes 1 the first class: it needs an ignore_index above 0",
+            ),
+        ]
+
+    def problems(self) -> list[str]:
+        return super().problems() + where(*self.task_rows(getattr(self, "task", "classify")))
+
+
+class DenseModelConfig(Settings):
+    """Segmentation and detection model"""
+
+    dense_head: Literal["linear", "fpn"] = setting(
+        "fpn",
+        "Head of task segment: a linear layer on each patch (linear), or a pyramid of four scales "
+        "made of the last features and summed from the top down (fpn).",
+    )
+    instance_masks: bool = setting(
+        True, "Whether task detect also predicts a mask of each object (Mask R-CNN)."
+    )
+    window_size: Count | None = setting(
+        None,
+        "Side of the windows, in patches, within which blocks of segment and detect attend; null "
+        "attends to the whole image in all blocks.",
+    )
+    global_blocks: CountOrZero = setting(
+        4,
+        "Number of blocks, evenly spaced with the last one among them, that attend to the whole "
+        "image in spite of window_size.",
+    )
