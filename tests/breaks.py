@@ -372,8 +372,8 @@ test_scale_and_decay_of_every_parameter_by_hand
 45 finetune: the mean that fc_norm normalises includes the class token
 models/vit.py models/test_models.py
 test_logits_and_features_equal_timm_in_float64_for_each_readout
--patches = x if self.cls_token is None else x[:, 1:]
-+patches = x
+-return self.fc_norm(patches.mean(dim=1))
++return self.fc_norm(x.mean(dim=1))
 
 46 finetune: every batch of an epoch draws the same mixing, erasing and stochastic depth
 main_finetune.py test_finetune.py
@@ -412,7 +412,7 @@ test_what_cannot_be_read_is_refused_with_the_path_and_the_reason
 +_refuse(unexpected, [], wrong)
 
 51 weights: resized positions lose the class token's row
-models/weights/adapt.py models/test_weights.py
+models/pos_embed.py models/test_weights.py
 test_positions_on_a_2_by_3_grid_become_4_by_6
 -return torch.cat([class_row, rows], dim=1)
 +return torch.cat([torch.zeros_like(class_row), rows], dim=1)

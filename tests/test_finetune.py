@@ -30,6 +30,7 @@ import engine.loop
 import main_finetune
 import main_knn
 import main_lincls
+from engine.mixing import BatchMixer
 from engine.run.checkpoint import load_newest_checkpoint
 from engine.tasks import classification
 from models.vit import VisionTransformer
@@ -298,14 +299,14 @@ def test_each_micro_batch_is_mixed_by_its_own_draw_and_a_repeat_by_the_same(
     tmp_path, data, monkeypatch
 ):
     drawn = []
-    original = main_finetune.BatchMixer.__call__
+    original = BatchMixer.__call__
 
     def watched(self, images, labels):
         images, targets = original(self, images, labels)
         drawn.append((torch.get_rng_state().sum().item(), targets[0].tolist()))
         return images, targets
 
-    monkeypatch.setattr(main_finetune.BatchMixer, "__call__", watched)
+    monkeypatch.setattr(BatchMixer, "__call__", watched)
     more = shlex.split("--mixup 0.8 --cutmix 1 --re_prob 0.5 --epochs 2 --warmup_epochs 0 -b 6")
     for name in "ab":
         finetune(data, tmp_path / name, *more, "--accum_iter", 2)
