@@ -30,6 +30,7 @@ DIGITS = (2, 5)  # fewest and most in a scene
 DIGIT_SIDES = (18, 36)  # pixels of a digit's square
 STROKES = (6, 14)  # fewest and most pieces of other digits in the background
 STROKE_SIDES = (6, 13)  # pixels of a piece
+PIXELS = 20  # fewest of a digit's stroke
 VISIBLE = 0.6  # smallest share of a digit's pixels that no later one covers
 ON_STROKE = 100  # a pixel from which on it belongs to its digit
 VERSION = 1  # of the scenes: other scenes are other data
@@ -65,10 +66,8 @@ def compose(is_train: bool, index: int) -> Scene:
     for _ in range(4 * wanted):  # tries: one may cover too much of an earlier digit
         if len(labels) == wanted:
             break
-        chosen, side = (
-            random.integers(len(images)),
-            int(random.integers(*DIGIT_SIDES, endpoint=True)),
-        )
+        chosen = random.integers(len(images))
+        side = int(random.integers(*DIGIT_SIDES, endpoint=True))
         row, column = random.integers(0, SIDE - side, size=2, endpoint=True)
         digit = resize(torch.from_numpy(images[chosen]), (side, side), "bilinear")[0].numpy()
         digit = (digit * random.uniform(0.7, 1.0)).astype(np.uint8)
@@ -76,7 +75,7 @@ def compose(is_train: bool, index: int) -> Scene:
         after = owner.copy()
         after[part][digit >= ON_STROKE] = len(labels)
         visible = np.bincount(after[after >= 0], minlength=len(labels) + 1)
-        if visible[-1] and (visible[:-1] >= VISIBLE * np.array(sizes)).all():
+        if visible[-1] >= PIXELS and (visible[:-1] >= VISIBLE * np.array(sizes)).all():
             # a digit covers what is behind its stroke, and its soft edge is the brighter of both
             image[part] = np.where(digit >= ON_STROKE, digit, np.maximum(image[part], digit))
             owner = after
@@ -155,7 +154,7 @@ class SceneObjects(Scenes):
                         "bbox": [left, top, right - left, bottom - top],
                         "area": int(mask.sum()),
                         "iscrowd": 0,
-                        "segmentation": encode(np.asfortranarray(mask.numpy())),
+                        "segmentation": encode(np.asfortranarray(mask)),
                     }
                 )
         names = enumerate(self.class_names)
