@@ -5,6 +5,7 @@ PY = .venv/bin/python
 # Each worker is one torch thread, so that results do not depend on the machine's core count.
 PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 TEST_WORKERS ?= 2
+SCENES_TIME = half an hour on 2 CPU cores
 QUICKSTART_TIME = 3 to 5 minutes on 2 CPU cores, after the installation
 TEST_TIME = 3 to 5 minutes on 2 CPU cores, after the installation
 
@@ -12,11 +13,12 @@ VERSIONS_TIME = 10 to 30 minutes on 2 CPU cores, and 14 GB of disk
 # For a Python that is not on the PATH: make test-versions PYTHON313=/path/to/python3.13
 PYTHON313 ?= python3.13
 
-.PHONY: help quickstart quickstart-time test test-time test-long test-all test-versions lint clean
+.PHONY: help quickstart quickstart-time scenes test test-time test-long test-all test-versions lint clean
 
 help:
 	@echo "make quickstart  Install, pretrain on 4,000 digits that come with a package, evaluate, draw."
 	@echo "                 Takes $(QUICKSTART_TIME)."
+	@echo "make scenes      Segment and detect digits in scenes made of them. Takes $(SCENES_TIME)."
 	@echo "make test        Install, then run the tests that a newcomer needs."
 	@echo "                 Takes $(TEST_TIME)."
 	@echo "make test-long   Run the long tests: real kills, several processes, real training."
@@ -78,6 +80,23 @@ quickstart: quickstart-time .venv/.run
 	  '  rollout/rollouts.png      where the fine-tuned classifier looks' \
 	  'Next, pretrain on your own images, in any folder structure and without labels:' \
 	  '  sh run_pretrain.sh --config cfgs/pretrain/Vit-S_100E_GAP.yaml --data_path FOLDER'
+
+# Segmentation and detection of scenes that are composed from the same digits, each evaluation also
+# with the same model untrained (for fine-tuning: trained from scratch).
+SCENES ?= output/scenes
+SCENE_WEIGHTS = --finetune $(SCENES)/pretrain/model.safetensors
+
+scenes: .venv/.run
+	$(PY) main_pretrain.py --config cfgs/scenes/pretrain.yaml --output_dir $(SCENES)/pretrain
+	for stage in knn lincls; do \
+	  run="$(PY) main_$$stage.py --config cfgs/scenes/$$stage.yaml --output_dir $(SCENES)/$$stage"; \
+	  $$run $(SCENE_WEIGHTS) && $${run}_untrained --finetune random || exit 1; \
+	done
+	for task in segment detect; do \
+	  run="$(PY) main_finetune.py --config cfgs/scenes/$$task.yaml --output_dir $(SCENES)/$$task"; \
+	  $$run $(SCENE_WEIGHTS) && $${run}_untrained --layer_decay 1 || exit 1; \
+	done
+	$(PY) tools/results_table.py $(SCENES)
 
 test: test-time .venv/.dev
 	$(PYTEST) -m "not long and not gpu"

@@ -18,6 +18,7 @@ from models.build import (
     build_model,
     classifier_config_problems,
     classifier_spec,
+    dense_spec,
     mae_config_problems,
     mae_spec,
 )
@@ -44,9 +45,18 @@ ALSO_READ_BY = {"pretrain": ["run_mae_vis"], "finetune": ["knn", "vit_explain"]}
 
 
 def stage_of(file: str) -> str:
-    """cfgs/<stage>/..., and cfgs/quickstart/<stage>.yaml."""
-    folder = Path(file).parts[1]
-    return Path(file).stem if folder == "quickstart" else folder
+    """cfgs/<stage>/..., and cfgs/<quickstart or scenes>/<stage or task>.yaml."""
+    folder, stem = Path(file).parts[1], Path(file).stem
+    if folder not in ("quickstart", "scenes"):
+        return folder
+    return "finetune" if stem in ("segment", "detect") else stem
+
+
+def readers_of(file: str) -> list[str]:
+    """The scripts that read a recipe; others than its own stage read what classifies."""
+    stage, text = stage_of(file), (ROOT / file).read_text(encoding="utf-8")
+    is_dense = re.search("^task: (segment|detect)", text, re.MULTILINE)
+    return [stage, *([] if is_dense else ALSO_READ_BY.get(stage, []))]
 
 
 def load(file: str, reader: str = "") -> Settings:
@@ -64,7 +74,7 @@ def resolved() -> dict[str, dict[str, dict[str, object]]]:
         for reader, (config_class, _, _) in READERS.items()
     }
     for file in FILES:
-        for reader in (stage_of(file), *ALSO_READ_BY.get(stage_of(file), [])):
+        for reader in readers_of(file):
             values, defaults = load(file, reader).model_dump(mode="json"), found[reader]["defaults"]
             found[reader][file] = {n: v for n, v in values.items() if v != defaults[n]}
     return found
@@ -76,6 +86,10 @@ def build(cfg: Settings) -> list[torch.nn.Module]:
     with torch.device("meta"):
         if isinstance(cfg, PretrainConfig):
             return [build_model(mae_spec(cfg))]
+        if isinstance(cfg, FinetuneConfig) and cfg.task != "classify":
+            return [
+                build_model(dense_spec(cfg, class_token=t, num_classes=10)) for t in (True, False)
+            ]
         open_token = {True, cfg.global_pool == "token"}
         more = {"num_classes": 10, "fc_norm": None if isinstance(cfg, FinetuneConfig) else False}
         return [
