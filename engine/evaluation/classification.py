@@ -39,6 +39,7 @@ from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 # Of all images, heads and classes: more than those of ImageNet's validation set for one head. They
 # take 256 MiB of the main process, and 1 GiB while they are ranked. Beyond, no images are ranked.
 MOST_LOGITS = 2**26
+PERCENT = ("acc1", "acc5", "miou", "pixel_acc", "mean_acc")  # figures from 0 to 100
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 class Scores:
     """What one model was worth on the images of a split.
 
-    loss: mean over the images, without weights of classes.
+    loss: mean over the images, or over the pixels that count, without weights of classes.
     figures: of the objective, see `engine/evaluation/metrics.py`.
     """
 
@@ -71,6 +72,8 @@ class Scores:
             for name, values in self.figures.per_class.items():
                 of_classes = dict(zip(class_names, values, strict=True))
                 results[f"per_class_{name}"] = without_nan(of_classes)
+            if self.figures.confusion is not None:
+                results["confusion"] = self.figures.confusion
         return without_nan(results)
 
 
@@ -100,19 +103,18 @@ class ClassScores(Scores):
             results["per_class"] = percent_by_class(
                 class_names, self.class_correct, self.class_total
             )
-            results["confusion"] = self.figures.confusion
         return results
 
 
 def said(name: str, value: float) -> str:
-    """A figure for a line of the log: accuracies in percent, others as they are."""
+    """A figure for a line of the log: those of PERCENT in percent, others as they are."""
     title = {"acc1": "top-1", "acc5": "top-5"}.get(name, name)
     return f"{title} {said_alone(name, value)}"
 
 
 def said_alone(name: str, value: float) -> str:
     """The same without its name."""
-    return f"{value:.2f} %" if name in ("acc1", "acc5") else f"{value:.4f}"
+    return f"{value:.2f} %" if name in PERCENT else f"{value:.4f}"
 
 
 def percent_by_class(

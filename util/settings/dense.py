@@ -77,6 +77,10 @@ class DenseDataConfig(DataConfig):
                 f"data_on_device is for task classify: leave it out for task {task}",
             ),
             (
+                not is_classify and getattr(self, "compile", False),
+                f"compile is for task classify: leave it out for task {task}",
+            ),
+            (
                 not is_classify and self.dicom_frames == "all",
                 f"dicom_frames all is for task classify: leave it out for task {task}",
             ),
