@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         origin = {"checkpoint": cfg.finetune, "sha256": sha256, "dataset": cfg.dataset}
         if cfg.eval:
             scores = task.evaluate(spread_model(model, run.device).eval())
-            shown = ("acc1",) if "acc1" in scores.scalars else ()
+            shown = ("acc1",) if "acc1" in scores.scalars else scores.shown
             logger.info("%s: %d images, %s", cfg.finetune, scores.num_samples, scores.text(*shown))
             return run.finish(
                 {"protocol": "evaluation", **origin, **scores.as_dict(task.class_names)},
@@ -130,9 +130,8 @@ def evaluate_epoch(
     model = unsharded_model(state.model, run.device)
     scores = task.evaluate(model.eval())
     model.train()
-    values = {"epoch": float(epoch), "val_loss": scores.loss, **scores.scalars}
-    shown = ("acc1", "acc5") if "acc1" in scores.scalars else tuple(scores.scalars)
-    line = f"epoch {epoch} {scores.text(*shown, *{metric}.difference(shown))}"
+    values = {"epoch": float(epoch), **scores.logged}
+    line = f"epoch {epoch} {scores.text(*scores.shown, *{metric}.difference(scores.shown))}"
     results = scores.as_dict(task.class_names)
     if state.ema is not None:
         model = state.ema.module
