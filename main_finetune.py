@@ -27,6 +27,7 @@ from engine.evaluation.metrics import merit
 from engine.loop import train
 from engine.optim import build_adamw, param_groups
 from engine.parallel import spread_model, unsharded_model
+from engine.pictures.predictions import write_predictions
 from engine.run.batches import train_batches
 from engine.run.checkpoint import best_path, save_weights, weights_path
 from engine.run.folder import open_run
@@ -124,12 +125,11 @@ def evaluate_epoch(
     `metric` then decides which weights are the best; of equals the first stay.
 
     Records the figures and keeps the best weights. Returns: the scores for results.json, and
-    metric and epoch of the best evaluation so far.
+    metric and epoch of the best evaluation so far. Draws what the model says, too.
     """
     run, state = job.run, job.state
-    model = unsharded_model(state.model, run.device)
+    trained = model = unsharded_model(state.model, run.device)
     scores = task.evaluate(model.eval())
-    model.train()
     values = {"epoch": float(epoch), **scores.logged}
     line = f"epoch {epoch} {scores.text(*scores.shown, *{metric}.difference(scores.shown))}"
     results = scores.as_dict(task.class_names)
@@ -143,6 +143,9 @@ def evaluate_epoch(
     is_best = merit(metric, scores.scalars[metric]) > merit(metric, best[0])
     value, at_epoch = (scores.scalars[metric], epoch) if is_best else best
     line += f"  best {said_alone(metric, value)} after epoch {at_epoch}"
+    if run.processes.is_main:
+        write_predictions(run.records, task, model, scores, state.step)
+    trained.train()
     # First the record: best.safetensors without one would be taken for somebody else's.
     run.records.write("val", state.step, values, line)
     if is_best and run.processes.is_main:
