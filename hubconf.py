@@ -4,7 +4,8 @@
     features = model.forward_features((images - model.mean) / model.std)  # images in [0, 1]
 
 Each model is in eval mode. Beside its own attributes it has `mean` and `std`, `(C, 1, 1)` float32
-tensors on the CPU (None if the file does not tell them), and `img_size`, (H, W) in pixels.
+tensors on the CPU, and `class_names` (each None if the file does not tell it), and `img_size`,
+(H, W) in pixels.
 """
 
 from typing import Literal, TypeVar
@@ -12,10 +13,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.dense import DenseTransformer
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, complete, require_known
-from models.weights.load import load_autoencoder, load_classifier
+from models.weights.load import load_autoencoder, load_classifier, load_dense
 from models.weights.read import read_weights
 from util.errors import InputError
 
@@ -86,6 +88,16 @@ def classifier(
     return _finished(load_classifier(tensors, info, weights, uses_head=True), info)
 
 
+def dense(weights: str) -> DenseTransformer:
+    """A model that this project trained for segmentation, images `(B, C, H, W)` -> logits
+    `(B, num_classes, H, W)`, or for detection, see `DenseTransformer.forward`.
+
+    Raises: InputError for weights that cannot be read or have no such head.
+    """
+    tensors, info = _read(weights, None)
+    return _finished(load_dense(tensors, info, weights), info)
+
+
 def _read(
     weights: str, img_size: tuple[int, int] | None, **given: object
 ) -> tuple[dict[str, Tensor], WeightsInfo]:
@@ -101,6 +113,7 @@ def _read(
 
 
 def _finished(model: ModelT, info: WeightsInfo) -> ModelT:
+    model.class_names = info.class_names  # type: ignore[assignment]
     for name, values in (("mean", info.mean), ("std", info.std)):
         setattr(model, name, None if values is None else torch.tensor(values).view(-1, 1, 1))
     return model

@@ -231,6 +231,12 @@ class DenseSpec(EncoderSpec):
     global_blocks: int = 4
     drop_path_rate: float = 0.0
 
+    @property
+    def head_fields(self) -> dict[str, object]:
+        """What two models must have in common to have the same head."""
+        of_task = "dense_head" if self.task == "segment" else "instance_masks"
+        return {n: getattr(self, n) for n in ("task", "num_classes", of_task)}
+
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
         height, width = pair(self.patch_size)
@@ -257,6 +263,11 @@ class DenseSpec(EncoderSpec):
                 needs_pyramid and (height != width or height % 4),
                 f"patch_size {self.patch_size} must be square and a multiple of 4: the pyramid's "
                 "finest map has a step of a quarter patch",
+            ),
+            (
+                self.task == "detect" and height & (height - 1),
+                f"patch_size {height} must be a power of 2 for task detect, as torchvision's RoI "
+                "pooling needs it",
             ),
         )
 

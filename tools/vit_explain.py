@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     grid = folder / f"rollouts{suffix}.png"
     check_replaceable(grid, *(path for paths in files.values() for path in paths))
     info = None if cfg.finetune == RANDOM_WEIGHTS else read_weights(cfg.finetune)[1]
-    num_classes = 0 if info is None else info.known("num_classes") or 0
+    num_classes = info.known("num_classes") if info and info.task == "classify" else 0
     pairs = []
     with init_processes(cfg.device) as processes:
         model = build_frozen(cfg, cfg.finetune, num_classes or 1)[0].to(processes.device)

@@ -1,7 +1,10 @@
-"""Models from weights, as a stage's settings ask for them: the classifiers that are fine-tuned and
-evaluated, and the autoencoders of pictures. Pretraining's are in `engine/run/initial.py`."""
+"""Models from weights, as a stage's settings ask for them: the classifiers and the models for
+segmentation and detection that are fine-tuned and evaluated, and the autoencoders of pictures.
+Pretraining's are in `engine/run/initial.py`."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +12,13 @@ from torch import Tensor, nn
 from engine.evaluation.objective import HEAD_NAMES, Objective
 from engine.run.initial import compare_pixels
 from models.blocks import init_weights
-from models.build import build_model, classifier_spec, mae_spec
+from models.build import build_model, classifier_spec, dense_spec, mae_spec
+from models.dense import DenseTransformer
 from models.lora import add_lora, freeze_blocks
 from models.mae import MaskedAutoencoder
+from models.spec import DenseSpec
 from models.vit import VisionTransformer
-from models.weights.adapt import load_into_classifier, load_into_mae
+from models.weights.adapt import load_into_classifier, load_into_dense, load_into_mae
 from models.weights.info import WeightsInfo, spelled
 from models.weights.read import read_weights
 from util.errors import InputError
@@ -50,12 +55,7 @@ def build_finetuned(
         fc_norm = bool(info.known("fc_norm"))
         _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
-        if info.class_names not in (None, tuple(objective.names)):
-            logger.warning(
-                "the classifier's classes have other names than the data's: %s and %s",
-                info.class_names,
-                objective.names,
-            )
+        _compare_names(info, objective.names)
     model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
     if cfg.eval and fresh:
@@ -76,10 +76,50 @@ def build_finetuned(
         freeze_blocks(model, cfg.freeze_blocks)
     if cfg.lora_rank is not None and not cfg.eval:
         add_lora(model, cfg.lora_rank, generator(cfg.seed, LORA))
-    frozen = sum(part.numel() for part in model.parameters() if not part.requires_grad)
-    if frozen and not cfg.eval:
-        total = sum(part.numel() for part in model.parameters())
-        logger.info("%d parameters are trained, %d are frozen", total - frozen, frozen)
+    _log_frozen(model)
+    return model, info.sha256
+
+
+def build_dense(cfg: FinetuneConfig, class_names: list[str]) -> tuple[DenseTransformer, str | None]:
+    """The model for segmentation or detection that fine-tuning trains or evaluates: from scratch,
+    or from its weights, whose head is taken where it is for the same. Also the sha256 of the
+    weights, None from scratch.
+
+    Raises: InputError if the weights do not fit the settings, or with `eval` are not those of such
+    a model.
+    """
+    torch.manual_seed(cfg.seed)
+    num_classes = len(class_names)
+    if cfg.finetune is None:
+        class_token = bool(cfg.class_token)
+        spec = dense_spec(cfg, num_classes=num_classes, class_token=class_token)
+        return build_model(spec), None
+    tensors, info = _read(cfg, cfg.finetune)
+    _check_same("class_token", cfg.class_token, info.spec.class_token, cfg.finetune)
+    spec = dense_spec(cfg, num_classes=num_classes, class_token=info.spec.class_token)
+    if cfg.eval:
+        theirs = info.spec
+        if not isinstance(theirs, DenseSpec) or (theirs.task, theirs.num_classes) != (
+            cfg.task,
+            num_classes,
+        ):
+            raise InputError(
+                f"eval: {cfg.finetune} ({info.kind}) is no model of task {cfg.task} for "
+                f"{num_classes} classes"
+            )
+        _compare_names(info, class_names)
+        spec = replace(
+            spec,
+            dense_head=theirs.dense_head,
+            instance_masks=theirs.instance_masks,
+            window_size=theirs.window_size,
+            global_blocks=theirs.global_blocks,
+        )
+    model = build_model(spec)
+    load_into_dense(model, tensors, info, cfg.finetune)
+    if cfg.freeze_blocks and not cfg.eval:
+        freeze_blocks(model, cfg.freeze_blocks)
+        _log_frozen(model)
     return model, info.sha256
 
 
@@ -147,6 +187,24 @@ def _class_token(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | N
             f"global_pool token reads the class token and {weights} has none: use --global_pool avg"
         )
     return has_token
+
+
+def _compare_names(info: WeightsInfo, names: Sequence[str]) -> None:
+    """Warns of a head whose classes have other names than the data's."""
+    if info.class_names not in (None, tuple(names)):
+        logger.warning(
+            "the classifier's classes have other names than the data's: %s and %s",
+            info.class_names,
+            names,
+        )
+
+
+def _log_frozen(model: nn.Module) -> None:
+    """Says how many parameters are trained if some are not."""
+    frozen = sum(part.numel() for part in model.parameters() if not part.requires_grad)
+    if frozen:
+        total = sum(part.numel() for part in model.parameters())
+        logger.info("%d parameters are trained, %d are frozen", total - frozen, frozen)
 
 
 def _check_same(name: str, ours: object, theirs: object, weights: str) -> None:

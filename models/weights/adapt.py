@@ -7,15 +7,17 @@ Shapes: `N` patches, `D` width, `C` channels, `P` patch side.
 import logging
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.dense import DenseTransformer
 from models.mae import DECODER_NAMES, MaskedAutoencoder
 from models.pos_embed import resize_pos_embed, sincos_pos_embed
-from models.spec import MAESpec, ModelSpec, pair
+from models.spec import DenseSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec, pair
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, spelled
 from util.errors import InputError
@@ -43,11 +45,13 @@ def load_into_classifier(
     `uses_head` False is for features alone: what becomes of the head is only logged for debugging.
 
     Dropped: the decoder; `norm` where the model has `fc_norm`; a head for another number of
-    classes. Positions of another grid are resized. All of it is logged.
+    classes, or for segmentation or detection. Positions of another grid are resized. All of it is
+    logged.
 
     Raises: InputError naming both sides of everything that does not fit; the model is untouched
     then.
     """
+    tensors, info = as_encoder(tensors, info)
     spec, own = model.spec, model.state_dict()
     problems = _differences(info, spec, ADAPTED)
     if info.known("fc_norm") and not spec.fc_norm:
@@ -73,14 +77,50 @@ def load_into_classifier(
         dropped += ("head.",)
         log_head("head of %d classes dropped: the data has %d", num_classes, spec.num_classes)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(dropped)}
-    old, new = info.spec.grid_size, spec.grid_size
-    if old != new:
-        tensors["pos_embed"] = resize_pos_embed(tensors["pos_embed"], old, new, spec.class_token)
-        logger.info("positions resized from %s to %s patches", spelled(old), spelled(new))
+    tensors["pos_embed"] = _resized(tensors["pos_embed"], info.spec, spec)
     fresh = frozenset(own.keys() - tensors.keys())
     assert all(name.startswith(("fc_norm.", "head.")) for name in fresh), fresh
     model.load_state_dict({name: own[name] for name in fresh} | tensors, strict=True)
     return fresh
+
+
+def load_into_dense(
+    model: DenseTransformer, tensors: dict[str, Tensor], info: WeightsInfo, path: str | Path
+) -> frozenset[str]:
+    """Loads canonical tensors; returns the names that stayed fresh (of `norm` and `head`, no
+    others).
+
+    Dropped: the decoder, `fc_norm`, and a head for something else. Positions of another grid are
+    resized. All of it is logged.
+
+    Raises: InputError naming both sides of everything that does not fit; the model is untouched
+    then.
+    """
+    spec, own = model.spec, model.state_dict()
+    encoder = replace(info, spec=encoder_spec(info.spec))
+    _refuse_or_log(path, info, _differences(encoder, encoder_spec(spec), ADAPTED))
+    has_head = isinstance(info.spec, DenseSpec) and info.spec.head_fields == spec.head_fields
+    taken = {
+        n: t for n, t in tensors.items() if n in own and (has_head or not n.startswith("head."))
+    }
+    taken["pos_embed"] = _resized(taken["pos_embed"], info.spec, spec)
+    fresh = frozenset(own.keys() - taken.keys())
+    assert all(name.startswith(("norm.", "head.")) for name in fresh), fresh
+    logger.info("fresh: %s", ", ".join(_parts(fresh)) or "nothing")
+    logger.info("dropped: %s", ", ".join(_parts(tensors.keys() - taken.keys())) or "nothing")
+    model.load_state_dict({name: own[name] for name in fresh} | taken, strict=True)
+    return fresh
+
+
+def as_encoder(
+    tensors: dict[str, Tensor], info: WeightsInfo
+) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """A model for segmentation or detection without its head; all else as it is."""
+    if not isinstance(info.spec, DenseSpec):
+        return tensors, info
+    logger.info("head dropped: it is for task %s", info.spec.task)
+    encoder = {name: t for name, t in tensors.items() if not name.startswith("head.")}
+    return encoder, replace(info, spec=encoder_spec(info.spec))
 
 
 def load_into_mae(
@@ -114,6 +154,7 @@ def load_for_pretraining(
     Raises: InputError naming both sides of an encoder that does not fit; the model is untouched
     then.
     """
+    tensors, info = as_encoder(tensors, info)
     spec, theirs, own = model.spec, info.spec, model.state_dict()
     differences = _differences(info, spec, STARTED_FROM)
     of_decoder = [line for line in differences if line.startswith("decoder")]
@@ -141,8 +182,8 @@ def load_for_pretraining(
         first = taken[name] if old_token else own[name]
         table = torch.cat([first[:, :new_token], patches], dim=1)  # (1, N + new_token, D)
         taken[name] = _positions_for(table, theirs.grid_size, spec.grid_size, new_token, name)
-    fresh = sorted(own.keys() - taken.keys())
-    lost = sorted(tensors.keys() - taken.keys())
+    fresh = own.keys() - taken.keys()
+    lost = tensors.keys() - taken.keys()
     logger.info("taken from %s: %d of the model's %d tensors", path, len(taken), len(own))
     logger.info("fresh: %s", ", ".join(_parts(fresh)) or "nothing")
     logger.info("dropped: %s", ", ".join(_parts(lost)) or "nothing")
@@ -178,6 +219,16 @@ def adapt_projection(weight: Tensor, in_chans: int, patch_size: tuple[int, int])
             "patch projection resized from %s to %s pixels", spelled(old_size), spelled(patch_size)
         )
     return weight
+
+
+def _resized(table: Tensor, theirs: EncoderSpec, spec: EncoderSpec) -> Tensor:
+    """A position table `(1, N + class_token, D)` for the grid of another model, and a log line if
+    that differs."""
+    old, new = theirs.grid_size, spec.grid_size
+    if old == new:
+        return table
+    logger.info("positions resized from %s to %s patches", spelled(old), spelled(new))
+    return resize_pos_embed(table, old, new, spec.class_token)
 
 
 def _positions_for(
@@ -217,9 +268,10 @@ def _differences(info: WeightsInfo, spec: ModelSpec, ignored: Collection[str]) -
     ]
 
 
-def _parts(names: list[str]) -> list[str]:
-    """Names of tensors without their endings and the numbers of blocks, each once."""
-    return sorted({re.sub(r"\.(weight|bias)$|\.\d+\..*", "", name) for name in names})
+def _parts(names: Collection[str]) -> list[str]:
+    """Names of tensors without their endings, the numbers of blocks, and the parts of a head, each
+    once."""
+    return sorted({re.sub(r"\.(weight|bias)$|\.\d+\..*|(?<=^head)\..*", "", n) for n in names})
 
 
 def _compare_targets(info: WeightsInfo, spec: MAESpec) -> None:

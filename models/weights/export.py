@@ -81,7 +81,11 @@ def model_part(
     or target.
     """
     if part is None:
-        others = "classifier" if info.known("num_classes") else "encoder"
+        if info.task in ("segment", "detect"):
+            raise InputError(
+                f"{path} ({info.kind}): a graph holds no head for it: give --part encoder"
+            )
+        others = "classifier" if info.task else "encoder"
         part = "autoencoder" if isinstance(info.spec, MAESpec) else others
     if part == "autoencoder":
         return load_autoencoder(tensors, info, path)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from models.spec import ModelSpec, spec_from_dict
+from models.spec import DenseSpec, ModelSpec, spec_from_dict
 from util.errors import InputError
 
 # What the model needs; the readout of a foreign classifier follows from its norm and class token.
@@ -22,13 +22,15 @@ class WeightsInfo:
     """A description of a file of weights.
 
     kind: whose format it is and what it holds, as "MAE (autoencoder)".
-    spec: the model. Without a decoder it is a classifier, with `num_classes` 0 if there is no head.
+    spec: the model. Without a decoder or a head for segmentation or detection it is a classifier,
+        with `num_classes` 0 if there is no head.
     sha256: of the file's bytes; of several files, of their bytes one after the other.
     unknown: fields of `spec` that the file does not tell; the values there are stand-ins.
     mean, std: of the pixels in training, per channel; None is unknown.
     pixels: how files became pixels in training, by setting; empty is unknown.
-    objective, class_names: what a classifier of this project is for (multiclass, multilabel or
-        regression), and the names of its outputs; None is unknown.
+    objective: what a classifier of this project is for, multiclass, multilabel or regression; None
+        is unknown.
+    class_names: of the outputs of a model of this project; None is unknown.
     """
 
     kind: str
@@ -40,6 +42,13 @@ class WeightsInfo:
     pixels: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     objective: str | None = None
     class_names: tuple[str, ...] | None = None
+
+    @property
+    def task(self) -> str | None:
+        """What the head is for: classify, segment or detect; None without a head."""
+        if isinstance(self.spec, DenseSpec):
+            return self.spec.task
+        return "classify" if self.known("num_classes") else None
 
     def known(self, name: str) -> Any:
         """A field of `spec`; None if the file does not tell it or its model has no such field."""

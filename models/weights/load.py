@@ -11,10 +11,11 @@ from typing import Literal
 from torch import Tensor
 
 from models.build import build_model
+from models.dense import DenseTransformer
 from models.mae import MaskedAutoencoder
-from models.spec import MAESpec, encoder_spec
+from models.spec import ClassifierSpec, DenseSpec, MAESpec, encoder_spec
 from models.vit import VisionTransformer
-from models.weights.adapt import load_into_classifier, load_into_mae
+from models.weights.adapt import load_into_classifier, load_into_dense, load_into_mae
 from models.weights.info import WeightsInfo, require_known
 from util.errors import InputError
 
@@ -38,14 +39,26 @@ def load_classifier(
     Raises: InputError if the file does not tell `num_heads`, or has no head although one is needed.
     """
     require_known(info, ("num_heads",))
-    if uses_head and not info.known("num_classes"):
-        raise InputError(f"{path} ({info.kind}) holds no head: fine-tune it, or take its encoder")
-    spec = encoder_spec(info.spec) if isinstance(info.spec, MAESpec) else info.spec
+    if uses_head and info.task != "classify":
+        raise InputError(
+            f"{path} ({info.kind}) holds no head of a classifier: fine-tune it, or take its encoder"
+        )
+    spec = info.spec if isinstance(info.spec, ClassifierSpec) else encoder_spec(info.spec)
     spec = replace(spec, drop_path_rate=0.0, img_size=img_size or spec.img_size)
     if not uses_head:
         spec = replace(spec, num_classes=0, global_pool=global_pool or spec.global_pool)
     model = build_model(spec)
     load_into_classifier(model, tensors, info, path, uses_head)
+    return model.eval()
+
+
+def load_dense(tensors: dict[str, Tensor], info: WeightsInfo, path: str | Path) -> DenseTransformer:
+    """The model for segmentation or detection, with its head. Raises: InputError if the file holds
+    none."""
+    if not isinstance(info.spec, DenseSpec):
+        raise InputError(f"{path} ({info.kind}) is no model for segmentation or detection")
+    model = build_model(replace(info.spec, drop_path_rate=0.0))
+    load_into_dense(model, tensors, info, path)
     return model.eval()
 
 

@@ -2,7 +2,8 @@
 and Hugging Face's.
 
 Whatever the file, its tensors come out under the names of the published MAE weights, checked one by
-one, with the specification of their model.
+one, with the specification of their model; a head for segmentation or detection, which only this
+project's files have, is under `head.`.
 
 Shapes: `N` patches, `D` width, `P` patch side, `C` channels.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.build import VIT_SIZES, build_model
-from models.spec import ClassifierSpec, MAESpec, ModelSpec, pair, spec_from_dict
+from models.spec import ClassifierSpec, DenseSpec, MAESpec, ModelSpec, pair, spec_from_dict
 from models.weights.files import RawWeights, read_files, weights_files
 from models.weights.huggingface import from_huggingface, is_huggingface, read_config
 from models.weights.info import WeightsInfo, spelled
@@ -208,6 +209,8 @@ def _mlp_ratio(hidden_dim: int, embed_dim: int) -> float:
 def _contents(spec: ModelSpec) -> str:
     if isinstance(spec, MAESpec):
         return "autoencoder"
+    if isinstance(spec, DenseSpec):
+        return f"model of task {spec.task}"
     return "classifier" if spec.num_classes else "encoder"
 
 

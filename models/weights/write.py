@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from models.mae import DECODER_NAMES
-from models.spec import ClassifierSpec, MAESpec, ModelSpec, encoder_spec
+from models.spec import ClassifierSpec, DenseSpec, MAESpec, ModelSpec, encoder_spec
+from models.weights.adapt import as_encoder
 from models.weights.huggingface import huggingface_config, to_huggingface
 from models.weights.info import WeightsInfo, require_known, spelled
 from models.weights.own import own_bytes, unusual_pixels
@@ -67,6 +68,7 @@ def _mae(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
 
 def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     """timm's `VisionTransformer`: the encoder, and the head if there is one."""
+    tensors, info = as_encoder(tensors, info)
     kept = {name: t for name, t in tensors.items() if not name.startswith(DECODER_NAMES)}
     if dropped := len(tensors) - len(kept):
         logger.info("timm has no decoder: %d tensors dropped (decoder_*, mask_token)", dropped)
@@ -84,7 +86,7 @@ def _huggingface(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     """A folder for `ViTMAEForPreTraining.from_pretrained`."""
     spec, problems = info.spec, _unpublished(info.spec)
     if not isinstance(spec, MAESpec):
-        problems += ["it needs a decoder"] + ["it has no head"] * bool(spec.num_classes)
+        problems += ["it needs a decoder"] + ["it has no head"] * (info.task == "classify")
     _require("Hugging Face's ViTMAE", info, problems)
     require_known(info)
     assert isinstance(spec, MAESpec)
@@ -99,8 +101,8 @@ def _safetensors(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     header: dict[str, object] = {"model_args": info.spec.checked().as_dict()}
     pixels = {name: list(value) for name, value in info.pixels.items()}
     header |= {"mean": info.mean, "std": info.std, **unusual_pixels(pixels)}
-    if info.objective is not None:
-        header |= {"objective": info.objective, "class_names": info.class_names}
+    outputs = {"objective": info.objective, "class_names": info.class_names}
+    header |= {name: value for name, value in outputs.items() if value is not None}
     return own_bytes(tensors, header)
 
 
@@ -114,6 +116,8 @@ FORMATS: dict[str, Callable[[dict[str, Tensor], WeightsInfo], Contents]] = {
 
 def _unpublished(spec: ModelSpec) -> list[str]:
     """What the published MAE models do not have, one line each."""
+    if isinstance(spec, DenseSpec):
+        return [f"it has no head for task {spec.task}"]
     needs = {
         "it needs a class token in the encoder": spec.class_token,
         "it needs the class token in the decoder": getattr(spec, "decoder_class_token", True),
