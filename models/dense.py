@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.blocks import LAYER_NORM_EPS, init_weights
-from models.heads.segmentation import LinearHead, to_pixels
+from models.heads.detection import DetectionHead
+from models.heads.segmentation import FpnHead, LinearHead, to_pixels
 from models.spec import DenseSpec
 from models.vit import PatchEncoder, draw_normal
 
@@ -30,14 +31,30 @@ class DenseTransformer(PatchEncoder):
         self.spec = spec
         self.norm = nn.LayerNorm(spec.embed_dim, eps=LAYER_NORM_EPS)
         init_weights(self, draw_normal)
-        self.head = LinearHead(spec.embed_dim, spec.num_classes)
+        self.head: nn.Module
+        if spec.task == "detect":
+            self.head = DetectionHead(
+                spec.embed_dim, spec.num_classes, self.patch_size[0], spec.instance_masks
+            )
+        else:
+            head = FpnHead if spec.dense_head == "fpn" else LinearHead
+            self.head = head(spec.embed_dim, spec.num_classes)
 
     def forward_map(self, images: Tensor) -> Tensor:
         """The normalised feature of each patch, `(B, C, H, W)` -> `(B, D, h, w)`."""
         x = self.run_blocks(self.blocks, self._embed(images))
         return self._as_map(self.norm(x), self.grid_of(images))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of each pixel: `(B, C, H, W)` float, already normalised -> `(B, classes, H, W)`
-        float32."""
-        return to_pixels(self.head(self.forward_map(images)), images.shape[-2:])
+    def forward(self, images: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """What the task asks for, of images `(B, C, H, W)`, float and already normalised.
+
+        segment: logits of each pixel, `(B, classes, H, W)` float32. detect with `targets`, which
+        are annotations with boxes in pixels of the images: the losses by torchvision's names,
+        scalars whose sum is the loss. detect without: of each image up to 100 objects, the surest
+        first, as "boxes" `(n, 4)` (left, top, right, bottom in pixels), "scores" `(n,)`, "labels"
+        `(n,)` and with `instance_masks` "masks" `(n, 28, 28)`, probabilities within the box.
+        """
+        features = self.forward_map(images)
+        if self.spec.task == "detect":
+            return self.head(features, images, targets)
+        return to_pixels(self.head(features), images.shape[-2:])
