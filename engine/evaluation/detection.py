@@ -14,18 +14,27 @@ Shapes: `n` detections of an image, `h` and `w` sides of a predicted mask, `H` a
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.loader import Annotation
+from data.annotated import DetectionSource, EvalSample
+from data.joint import detect_eval, fitted_size
+from data.loader import Annotation, BadSample
 from engine.evaluation.classification import Scores
+from engine.evaluation.features import end_together, on_pixels
 from engine.evaluation.metrics import Figures
-from util.settings.evaluation import METRICS
+from engine.run.batches import annotated_eval_batches
+from engine.run.folder import Run
+from engine.run.interrupts import received
+from models.dense import DenseTransformer
+from util.dist import all_gather, from_main
+from util.settings.evaluation import METRICS, FinetuneConfig
 
 MAX_DETECTIONS = 100  # of an image, the most probable ones
 KINDS = {"box": "bbox", "mask": "segm"}  # of figures, and pycocotools' words for them
@@ -57,6 +66,68 @@ class DetectionScores(Scores):
         results = super().as_dict(class_names)
         del results["loss"]
         return results
+
+
+@dataclass(frozen=True)
+class DetectionEvaluator:
+    """Scores models on one source of images with objects."""
+
+    cfg: FinetuneConfig
+    run: Run
+    source: DetectionSource
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes whose figures are reported one by one, None without `per_class`."""
+        return self.source.class_names if self.cfg.per_class else None
+
+    def transform(self, image: Tensor) -> Tensor:
+        """An image `(C, h, w)` as the model takes it, padded to a square."""
+        return detect_eval(image, self.cfg.img_size, self.cfg.mean)
+
+    def __call__(self, model: nn.Module) -> DetectionScores:
+        """The scores of a model in eval mode on the whole source. All processes must call, and all
+        get them. They are the same on any number of processes.
+
+        Raises: DataError on all processes if an image or its objects cannot be read.
+        """
+        bad: list[BadSample] = []
+        entries: list[CocoEntry] = []
+        batches = annotated_eval_batches(
+            self.cfg, self.run, self.source, self.transform, with_targets=False
+        )
+        for batch in batches:
+            bad += [entry for sample in batch for entry in sample.bad]
+            if bad or received():
+                break
+            for sample, found in zip(batch, self.detect(model, batch), strict=True):
+                entries += coco_entries(sample.number, found, sample.size)
+        end_together(bad)
+        gathered = [entry for of_process in all_gather(entries) for entry in of_process]
+        gathered.sort(key=lambda entry: entry["image_id"])  # those of an image keep their order
+        kinds = ("box", "mask") if self.has_masks(model) else ("box",)
+        figures = from_main(lambda: average_precision(self.source.ground_truth(), gathered, kinds))
+        return DetectionScores(len(self.source), math.nan, figures)
+
+    @torch.no_grad()
+    def detect(self, model: nn.Module, samples: list[EvalSample]) -> list[Annotation]:
+        """What a model finds in some images, in their own pixels, see `within`."""
+        call = on_pixels(model, self.cfg, self.cfg.precision, self.run.device)
+        images = [sample.image for sample in samples]
+        if len({image.dtype for image in images}) > 1:  # files of 8 bits and deeper ones
+            images = [image.float() for image in images]
+        answers: list[Annotation] = call(torch.stack(images))
+        if not self.has_masks(model):
+            answers = [{n: v for n, v in found.items() if n != "masks"} for found in answers]
+        return [
+            within(found, fitted_size(*sample.size, self.cfg.img_size), sample.size)
+            for sample, found in zip(samples, answers, strict=True)
+        ]
+
+    def has_masks(self, model: nn.Module) -> bool:
+        """Whether masks are judged: both the model and the data may have none."""
+        assert isinstance(model, DenseTransformer)
+        return self.cfg.instance_masks and model.spec.instance_masks
 
 
 def within(found: Annotation, shown: tuple[int, int], size: tuple[int, int]) -> Annotation:
