@@ -18,7 +18,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.images import PixelFormat
 from data.known_sets import read_known_set
@@ -26,6 +25,7 @@ from data.packs.source import PackedSource
 from data.parquet import open_parquet
 from data.sources import (
     ArraySource,
+    Chosen,
     FolderSource,
     ImageSource,
     check_folder,
@@ -81,30 +81,12 @@ class TableImages(FolderSource):
         return f"{self.digest} {super().fingerprint()}"
 
 
-class Subset(LabelledSource):
+class Subset(Chosen, LabelledSource):
     """Some images of a labelled source, in the order of `indices`."""
 
     def __init__(self, source: LabelledSource, indices: np.ndarray):
-        self.source = source
-        self.indices = indices
+        super().__init__(source, indices)
         self.labels = source.labels[indices]
-        self.block_size = source.block_size  # neighbours stay neighbours
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Tensor:
-        return self.source.read(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()  # the choice follows from settings that a resume compares
-
-    def read_ahead(self) -> None:
-        if 2 * len(self) > len(self.source):  # for a smaller part it would read too much
-            self.source.read_ahead()
 
 
 def build_labelled_data(

@@ -123,9 +123,14 @@ class SceneMasks(Scenes):
 
 
 class SceneObjects(Scenes):
-    """Scenes with the boxes and masks of their digits, by what is visible of them."""
+    """Scenes with the boxes of their digits, by what is visible of them, and the masks if they are
+    asked for."""
 
     class_names = [*map(str, range(10))]
+
+    def __init__(self, split: str, pixels: PixelFormat, with_masks: bool = True):
+        super().__init__(split, pixels)
+        self.with_masks = with_masks
 
     def annotation(self, index: int, height: int, width: int) -> Annotation:
         from torchvision.ops import masks_to_boxes  # here, as importing it takes long
@@ -135,7 +140,8 @@ class SceneObjects(Scenes):
         # ends of boxes lie behind their last pixel
         boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
         labels = torch.from_numpy(scene.labels)
-        return {"boxes": boxes.float(), "labels": labels, "masks": masks.to(torch.uint8)}
+        found = {"boxes": boxes.float(), "labels": labels}
+        return {**found, "masks": masks.to(torch.uint8)} if self.with_masks else found
 
     def ground_truth(self) -> dict[str, list[dict[str, object]]]:
         """All objects as COCO's JSON has them."""
@@ -145,7 +151,8 @@ class SceneObjects(Scenes):
         for index in range(len(self)):
             truth["images"].append({"id": index, "height": SIDE, "width": SIDE})
             found = self.annotation(index, SIDE, SIDE)
-            for box, label, mask in zip(*found.values(), strict=True):
+            masks = self.scene(index).masks
+            for box, label, mask in zip(found["boxes"], found["labels"], masks, strict=True):
                 left, top, right, bottom = box.tolist()
                 truth["annotations"].append(
                     {
@@ -155,7 +162,7 @@ class SceneObjects(Scenes):
                         "bbox": [left, top, right - left, bottom - top],
                         "area": int(mask.sum()),
                         "iscrowd": 0,
-                        "segmentation": encode(np.asfortranarray(mask.numpy())),
+                        "segmentation": encode(np.asfortranarray(mask.astype(np.uint8))),
                     }
                 )
         names = enumerate(self.class_names)

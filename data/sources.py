@@ -147,6 +147,33 @@ class ArraySource(ImageSource):
         return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
 
 
+class Chosen(ImageSource):
+    """Some images of a source, in the order of `indices`."""
+
+    source: ImageSource
+
+    def __init__(self, source: ImageSource, indices: np.ndarray):
+        self.source = source
+        self.indices = indices
+        self.block_size = source.block_size  # neighbours stay neighbours
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()  # the choice follows from settings that a resume compares
+
+    def read_ahead(self) -> None:
+        if 2 * len(self) > len(self.source):  # for a smaller part it would read too much
+            self.source.read_ahead()
+
+
 def build_pretrain_source(
     dataset: str, data_path: str | None, pixels: PixelFormat, download: bool
 ) -> ImageSource:

@@ -42,7 +42,7 @@ class CropAndFlip:
     def __init__(
         self, img_size: int | tuple[int, int], crop_min: float, interpolation: str, hflip: float
     ):
-        self.size = _pair(img_size)
+        self.size = pair(img_size)
         self.crop_min = crop_min
         self.interpolation = interpolation
         # as float32, which is what torch draws and compares
@@ -214,7 +214,7 @@ def finetune_transform(cfg: FinetuneConfig) -> Callable[[Tensor], Tensor]:
     from torchvision.transforms import v2
 
     augment = create_transform(
-        (cfg.in_chans, *_pair(cfg.img_size)),
+        (cfg.in_chans, *pair(cfg.img_size)),
         is_training=True,
         use_prefetcher=True,  # ends in a uint8 tensor
         scale=(cfg.crop_min, 1.0),
@@ -242,7 +242,7 @@ class EvalTransform:
     """
 
     def __init__(self, img_size: int | tuple[int, int], crop_pct: float | None):
-        self.size = _pair(img_size)
+        self.size = pair(img_size)
         usual_pct = 1.0 if max(self.size) <= 32 else 224 / 256
         self.cover = tuple(math.floor(side / (crop_pct or usual_pct)) for side in self.size)
 
@@ -310,5 +310,6 @@ class PixelNormalizer:
         return ((images - self.shift) / self.scale / 255).clamp(0, 1)
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of an int or a pair."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
