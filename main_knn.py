@@ -1,5 +1,5 @@
 """k-NN classification on frozen features (arXiv 1805.01978, section 3.4): cosine similarity,
-weighted votes.
+weighted votes; or segmentation by the neighbours of patches.
 
     sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data \\
         --finetune /path/to/weights
@@ -22,6 +22,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from data.annotated import AnnotatedData, open_annotated_data
 from data.labels import LabelledData, take_subset
 from data.on_device import place_on_device
 from engine.evaluation.classification import open_labelled_data, percent_by_class
@@ -29,9 +30,12 @@ from engine.evaluation.features import Features, compute_features
 from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.knn import rank_labels
+from engine.evaluation.patch_knn import build_memory, by_neighbours
+from engine.evaluation.segmentation import SegmentationEvaluator
 from engine.parallel import compile_features, spread_model
 from engine.run.folder import Run, open_run
 from engine.start import read_knn
+from models.vit import VisionTransformer
 from models.weights.files import weights_digest
 from models.weights.read import read_weights
 from util.dist import from_main, gather_rows
@@ -72,11 +76,7 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
             ]
             digests = [partial(digest_of, path) for path in checkpoints]
             from_main(lambda: check_folders(cfg, digests, folders))
-        data = open_labelled_data(cfg, run)
-        train, val = place_on_device(
-            cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
-        )
-        data = replace(data, train=train, val=val)
+        data = open_annotated_data(cfg) if cfg.task == "segment" else open_images(cfg, run)
         for checkpoint in checkpoints[1:]:  # finds a broken file before the others are evaluated
             from_main(partial(read_weights, checkpoint))
         table = [
@@ -90,15 +90,27 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
         return run.finish({**table[-1], "checkpoints": table})
 
 
+def open_images(cfg: KnnConfig, run: Run) -> LabelledData:
+    """Both splits of the images to classify. Raises: InputError."""
+    data = open_labelled_data(cfg, run)
+    train, val = place_on_device(
+        cfg, run.processes, take_subset(data.train, cfg.subset, cfg.seed), data.val
+    )
+    return replace(data, train=train, val=val)
+
+
 def evaluate_checkpoint(
-    cfg: KnnConfig, run: Run, checkpoint: str, data: LabelledData, folder: Path | None
+    cfg: KnnConfig,
+    run: Run,
+    checkpoint: str,
+    data: LabelledData | AnnotatedData,
+    folder: Path | None,
 ) -> Results:
     """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
     None."""
     model, sha256 = from_main(lambda: build_frozen(cfg, checkpoint, len(data.class_names)))
     spread_model(model, run.device)
     compile_features(model, cfg)
-    features = compute_features(cfg, run, model, data, cfg.crop_pct)
     origin = Origin(
         checkpoint=checkpoint,
         sha256=sha256,
@@ -107,12 +119,46 @@ def evaluate_checkpoint(
         img_size=cfg.img_size,
         class_names=data.class_names,
     )
+    if isinstance(data, AnnotatedData):
+        return segment(cfg, run, model, data, origin)
+    features = compute_features(cfg, run, model, data, cfg.crop_pct)
     if folder is not None:
         rows = gather_rows(features.train, len(data.train), everywhere=False)  # all on rank 0
         if run.processes.is_main:
             complete = features._replace(train=rows)
             logger.info("wrote %s", save_features(folder, complete, origin))
     return classify(cfg, run, features, origin)
+
+
+def segment(
+    cfg: KnnConfig, run: Run, model: VisionTransformer, data: AnnotatedData, origin: Origin
+) -> Results:
+    """Results of a search among patches of the training images."""
+    memory = build_memory(cfg, run, model, data.train)
+    predict = by_neighbours(model, memory, cfg.ks, cfg.temperature)
+    evaluator = SegmentationEvaluator(cfg, run, data.val)
+    scores = dict(zip(cfg.ks, evaluator(predict, len(cfg.ks)), strict=True))
+    found = scores[cfg.ks[0]].as_dict(evaluator.class_names)
+    del found["loss"]  # there is none of shares
+    results: Results = {
+        "protocol": f"k-NN of patches, cosine, temperature {cfg.temperature:g}",
+        **described(origin, "class_names", "readout"),
+        "num_train": len(data.train),
+        "num_patches": len(memory.features),
+        "k": cfg.ks[0],
+        **found,
+        "miou_by_k": {str(k): of_k.scalars["miou"] for k, of_k in scores.items()},
+    }
+    logger.info(
+        "%s: %d patches of %d training images, %d validation images  %s",
+        origin.checkpoint,
+        len(memory.features),
+        len(data.train),
+        len(data.val),
+        accuracies(results),
+    )
+    warn_of_few(cfg, len(memory.features), "training patches")
+    return results
 
 
 def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> Results:
@@ -123,7 +169,7 @@ def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> Re
     acc1 = {str(k): 100 * int((of_k == 0).sum()) / len(labels) for k, of_k in ranks.items()}
     results: Results = {
         "protocol": f"k-NN, cosine, temperature {cfg.temperature:g}",
-        **{name: value for name, value in origin._asdict().items() if name != "class_names"},
+        **described(origin, "class_names"),
         "num_train": num_train,
         "num_samples": len(labels),
         "k": cfg.ks[0],
@@ -145,16 +191,29 @@ def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> Re
         len(labels),
         accuracies(results),
     )
-    if max(cfg.ks) > num_train:
-        logger.warning(
-            "k %d is more than the %d training images: it takes all of them", max(cfg.ks), num_train
-        )
+    warn_of_few(cfg, num_train, "training images")
     return results
 
 
+def described(origin: Origin, *without: str) -> Results:
+    """Where results come from, by name."""
+    return {name: value for name, value in origin._asdict().items() if name not in without}
+
+
+def warn_of_few(cfg: KnnConfig, number: int, of_what: str) -> None:
+    """Warns of a k that is more than there are to find."""
+    if max(cfg.ks) > number:
+        logger.warning(
+            "k %d is more than the %d %s: it takes all of them", max(cfg.ks), number, of_what
+        )
+
+
 def accuracies(results: Results) -> str:
-    """The top-1 accuracy for each k, in words."""
-    return "  ".join(f"{k}-NN {acc1:.2f} %" for k, acc1 in results["acc1_by_k"].items())
+    """The top-1 accuracy or mean IoU for each k, in words."""
+    name = "miou" if "miou" in results else "acc1"
+    title = "mIoU " if "miou" in results else ""
+    by_k = results[f"{name}_by_k"].items()
+    return "  ".join(f"{k}-NN {title}{value:.2f} %" for k, value in by_k)
 
 
 def list_weights(finetune: str) -> list[str]:

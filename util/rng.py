@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 # Separate random streams, so that adding one never shifts another.
-ORDER, CROP, MASK, REPLACEMENT, SUBSET, BATCH, HEAD, MONITOR, PACK, LORA = range(10)
+ORDER, CROP, MASK, REPLACEMENT, SUBSET, BATCH, HEAD, MONITOR, PACK, LORA, PATCHES = range(11)
 WORD = 2**32 - 1  # the largest number of 32 bits
 Words = int | np.ndarray  # 32 bits of one number, or of each of several
 

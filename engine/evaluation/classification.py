@@ -39,7 +39,8 @@ from util.settings.evaluation import METRICS, FinetuneConfig, KnnConfig, LinclsC
 # Of all images, heads and classes: more than those of ImageNet's validation set for one head. They
 # take 256 MiB of the main process, and 1 GiB while they are ranked. Beyond, no images are ranked.
 MOST_LOGITS = 2**26
-PERCENTAGES = ("acc1", "acc5", *METRICS["detect"])
+# figures from 0 to 100
+PERCENT = ("acc1", "acc5", *METRICS["segment"], *METRICS["detect"])
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 class Scores:
     """What one model was worth on the images of a split.
 
-    loss: mean over the images, without weights of classes.
+    loss: mean over the images, or over the pixels that count, without weights of classes.
     figures: of the objective, see `engine/evaluation/metrics.py`.
     """
 
@@ -82,6 +83,8 @@ class Scores:
             for name, values in self.figures.per_class.items():
                 of_classes = dict(zip(class_names, values, strict=True))
                 results[f"per_class_{name}"] = without_nan(of_classes)
+            if self.figures.confusion is not None:
+                results["confusion"] = self.figures.confusion
         return without_nan(results)
 
 
@@ -115,19 +118,18 @@ class ClassScores(Scores):
             results["per_class"] = percent_by_class(
                 class_names, self.class_correct, self.class_total
             )
-            results["confusion"] = self.figures.confusion
         return results
 
 
 def said(name: str, value: float) -> str:
-    """A figure for a line of the log, in percent or as it is."""
+    """A figure for a line of the log: those of PERCENT in percent, others as they are."""
     title = {"acc1": "top-1", "acc5": "top-5"}.get(name, name)
     return f"{title} {said_alone(name, value)}"
 
 
 def said_alone(name: str, value: float) -> str:
     """The same without its name."""
-    return f"{value:.2f} %" if name in PERCENTAGES else f"{value:.4f}"
+    return f"{value:.2f} %" if name in PERCENT else f"{value:.4f}"
 
 
 def percent_by_class(

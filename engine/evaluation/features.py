@@ -83,6 +83,14 @@ def answers(
         if cfg.compile and rows < cfg.batch_size:  # another shape would be compiled anew
             images = F.pad(images, (0,) * 7 + (cfg.batch_size - rows,))  # keeps the strides
         yield batch.targets.to(run.device), call(images)[..., :rows, :]
+    end_together(bad)
+
+
+def end_together(bad: list[BadSample]) -> None:
+    """Ends an evaluation, in which this process met these bad files. All processes must call.
+
+    Raises: DataError on all processes if one met a bad file, Stopped if one got a signal.
+    """
     ends = all_gather((bad, received()))
     for samples, _ in ends:
         for path, reason in samples:
@@ -115,10 +123,16 @@ def compute_features(
             strict=False,  # an empty share has one empty part and no batch
         ):
             part.copy_(answer)  # (B, D)
-        if not all(all_gather(bool(features.sum().isfinite()))):
-            raise InputError(
-                "the features are not finite: the weights are broken, or precision fp32 is needed"
-            )
+        check_finite(features)
         rows.append(features)
     train_labels, val_labels = map(torch.from_numpy, (data.train.labels, data.val.labels))
     return Features(rows[0], train_labels, gather_rows(rows[1], len(data.val)), val_labels)
+
+
+def check_finite(features: Tensor) -> None:
+    """Raises: InputError on all processes, which must all call, if a feature of one of them is not
+    finite."""
+    if not all(all_gather(bool(features.sum().isfinite()))):
+        raise InputError(
+            "the features are not finite: the weights are broken, or precision fp32 is needed"
+        )

@@ -80,6 +80,12 @@ def nearest_keys(rows: Tensor, places: Tensor, queries: Tensor, k: int) -> Tenso
     return nearest
 
 
+def neighbours(keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The places of training rows, int64, and the weights of their votes, float64, from keys
+    `(Q, K)`; both `(Q, K)`."""
+    return INDEX_MASK - (keys & INDEX_MASK), ((keys >> 32).double() / GRID / temperature).exp()
+
+
 def growing_votes(
     keys: Tensor, train_labels: Tensor, temperature: float, num_classes: int
 ) -> Iterator[Tensor]:
@@ -88,8 +94,8 @@ def growing_votes(
 
     Vote after vote in the order of the neighbours, so that their sums do not depend on threads.
     """
-    labels = train_labels[INDEX_MASK - (keys & INDEX_MASK)]  # (Q, K)
-    weights = ((keys >> 32).double() / GRID / temperature).exp()
+    places, weights = neighbours(keys, temperature)  # (Q, K)
+    labels = train_labels[places]
     votes = torch.zeros(len(keys), num_classes, dtype=torch.float64)
     for place in range(keys.shape[1]):
         yield votes.scatter_add_(1, labels[:, place, None], weights[:, place, None])

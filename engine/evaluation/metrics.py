@@ -1,10 +1,12 @@
-"""What predictions are worth: the figures of each objective, as scikit-learn defines them.
+"""What predictions are worth: the figures of each objective, as scikit-learn defines them, and of
+segmentation.
 
 They lie between 0 and 1 (kappa and R² may be negative), but for errors, which are in the data's
-unit. All images count at once, in 64 bits. A figure that is not defined is NaN: AUROC of a class
-that no image or every image has, and average precision of one that no image has. Means over classes
-are over those that are defined. Logits that are not finite rank no image, so all of these are NaN
-then, and such an image is predicted to be of no class.
+unit, and those of segmentation, which are in percent. All images count at once, in 64 bits. A
+figure that is not defined is NaN: AUROC of a class that no image or every image has, and average
+precision of one that no image has. Means over classes are over those that are defined. Logits that
+are not finite rank no image, so all of these are NaN then, and such an image is predicted to be of
+no class.
 
 torchmetrics computes what ranks images, and the errors. Its accuracies, F1 and kappas have 32 bits,
 so here they come from counts, which are exact.
@@ -25,8 +27,8 @@ ERRORS = ("mae", "rmse")
 
 class Figures(NamedTuple):
     """scalars: by name, over all classes, NaN for one that is not defined. per_class: by name, of
-    each class or label. confusion: images `(C, C)` by their class, then by the predicted one; only
-    of multiclass."""
+    each class or label. confusion: images, or pixels, `(C, C)` by their class, then by the
+    predicted one; of multiclass and segmentation."""
 
     scalars: dict[str, float]
     per_class: dict[str, list[float]]
@@ -116,6 +118,27 @@ def regression_figures(predicted: Tensor, targets: Tensor) -> Figures:
         columns["r2"].append((1 - (ours - own).square().sum() / spread).item())
     means = {name: sum(values) / len(values) for name, values in columns.items()}
     return Figures(means, columns)
+
+
+def segmentation_figures(counts: Tensor) -> Figures:
+    """Figures of the classes of pixels in percent: the mean over the classes that masks or
+    predictions have of intersection over union (IoU); the share of pixels that are right; and the
+    mean over the classes that masks have of that share.
+
+    Args:
+        counts: pixels `(C, C + 1)` int64 by their class, then by the predicted one, of which the
+            last is no class.
+    """
+    confusion = counts[:, :-1]  # (C, C)
+    right, of_class = confusion.diag().double(), counts.sum(dim=1).double()
+    iou = 100 * right / (of_class + confusion.sum(dim=0) - right)
+    accuracy = 100 * right / of_class
+    scalars = {
+        "miou": _mean(iou),
+        "pixel_acc": (100 * right.sum() / of_class.sum()).item(),
+        "mean_acc": _mean(accuracy),
+    }
+    return Figures(scalars, {"iou": iou.tolist(), "acc": accuracy.tolist()}, confusion.tolist())
 
 
 def _rankings(

@@ -80,6 +80,10 @@ class DenseDataConfig(DataConfig):
                 not is_classify and self.dicom_frames == "all",
                 f"dicom_frames all is for task classify: leave it out for task {task}",
             ),
+            (
+                not is_classify and getattr(self, "compile", False),
+                f"compile is for task classify: leave it out for task {task}",
+            ),
             (low > high, f"scale_min {low:g} is above scale_max {high:g}"),
             (
                 self.zero_is_ignored and self.ignore_index == 0,

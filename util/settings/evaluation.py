@@ -183,7 +183,12 @@ class LossConfig(LabelledDataConfig):
             (
                 self.objective == "regression" and self.class_weights is not None,
                 "class_weights balanced needs classes: leave it out for objective regression",
-            )
+            ),
+            (
+                self.task != "classify" and self.class_weights is not None,
+                "class_weights balanced counts the classes of images: leave it out for task "
+                f"{self.task}",
+            ),
         )
 
 
@@ -318,10 +323,6 @@ class FinetuneConfig(
                 self.data_on_device and self.needs_8_bits,
                 "data_on_device crops and flips only: leave auto_augment and color_jitter out, or "
                 "data_on_device",
-            ),
-            (
-                self.task != "classify" and self.compile,
-                f"compile is for task classify: leave it out for task {self.task}",
             ),
             (
                 self.task != "classify"

@@ -1,0 +1,56 @@
+"""Fine-tuning for the class of each pixel."""
+
+import torch
+from data.joint import joint_transform
+from torch import Tensor, nn
+
+from data.annotated import AnnotatedDataset, open_annotated_data
+from data.loader import Batch
+from data.transforms import PixelNormalizer
+from engine.evaluation.classification import Scores
+from engine.evaluation.from_weights import build_dense
+from engine.evaluation.segmentation import SegmentationEvaluator, pixel_loss
+from engine.run.folder import Run
+from models.dense import DenseTransformer
+from util.settings.evaluation import FinetuneConfig
+
+
+class Segmentation:
+    """See `Task`."""
+
+    def __init__(self, cfg: FinetuneConfig, run: Run):
+        data = open_annotated_data(cfg)
+        self.cfg, self.device, self.train = cfg, run.device, data.train
+        self.evaluator = SegmentationEvaluator(cfg, run, data.val)
+        self.class_names = self.evaluator.class_names
+        self.normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
+
+    def build(self) -> tuple[DenseTransformer, str | None]:
+        return build_dense(self.cfg, self.train.class_names)
+
+    def samples(self) -> AnnotatedDataset:
+        return AnnotatedDataset(self.train, joint_transform(self.cfg), self.cfg.seed)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(self.normalize(batch.images))  # (B, C, H, W)
+        return pixel_loss(logits, masks_of(batch, self.device), self.cfg.label_smoothing)
+
+    def evaluate(self, model: nn.Module) -> Scores:
+        assert isinstance(model, DenseTransformer)
+        # logits of patches, as those of pixels would take more memory
+        (scores,) = self.evaluator(lambda images: model.head(model.forward_map(images)))
+        return scores
+
+    def weights(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
+        return {}, segmentation_header(self.train.class_names)
+
+
+def masks_of(batch: Batch, device: torch.device) -> Tensor:
+    """The masks of a batch, `(B, H, W)` int64."""
+    masks = torch.stack([of_image["mask"] for of_image in batch.targets])
+    return masks.to(device, non_blocking=True)
+
+
+def segmentation_header(class_names: list[str]) -> dict[str, object]:
+    """What a file of weights says about its outputs."""
+    return {"task": "segment", "class_names": class_names}
