@@ -78,12 +78,63 @@ def attend(q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor] | None = None) ->
     return rearrange(out, "b h t d -> b t (h d)")  # (B, T, D)
 
 
+def attend_in_windows(
+    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window_size: int
+) -> Tensor:
+    """Attention within windows of `window_size` patches on a side, which begin at the top left.
+
+    Windows at the bottom and the right have what is left of the grid: nothing is padded. A class
+    token, before the patches, has a copy in each window; the copies' outputs are averaged.
+
+    Three of `(B, heads, T, d)` -> `(B, T, D)`.
+
+    Source: window attention of ViTDet (arXiv 2203.16527, section 3), which pads.
+    """
+    batch, first = len(q), q.shape[2] - grid[0] * grid[1]  # 1 with a class token, else 0
+    maps = [t[:, :, first:].unflatten(2, grid) for t in (q, k, v)]  # (B, heads, h, w, d)
+    tokens, strips = [], []
+    for rows in _equal_windows(grid[0], window_size):
+        strip = []
+        for columns in _equal_windows(grid[1], window_size):
+            parts = [x[:, :, rows, columns] for x in maps]
+            sides = [min(window_size, side) for side in parts[0].shape[2:4]]
+            windows = [
+                rearrange(x, "b n (i r) (j c) d -> (b i j) n (r c) d", r=sides[0], c=sides[1])
+                for x in parts
+            ]
+            count = len(windows[0]) // batch
+            copies = [t[:, :, :first].repeat_interleave(count, dim=0) for t in (q, k, v)]
+            out = attend(*(torch.cat(both, dim=2) for both in zip(copies, windows, strict=True)))
+            tokens.append(out[:, :first].unflatten(0, (batch, count)))  # (B, windows, 0 or 1, D)
+            across = parts[0].shape[3] // sides[1]
+            strip.append(
+                rearrange(
+                    out[:, first:],
+                    "(b i j) (r c) d -> b (i r) (j c) d",
+                    b=batch,
+                    j=across,
+                    r=sides[0],
+                )
+            )
+        strips.append(torch.cat(strip, dim=2))  # (B, rows, w, D)
+    patches = torch.cat(strips, dim=1).flatten(1, 2)  # (B, N, D)
+    return torch.cat([torch.cat(tokens, dim=1).mean(dim=1), patches], dim=1)  # (B, T, D)
+
+
+def _equal_windows(side: int, window_size: int) -> list[slice]:
+    """A side of the grid as a part that whole windows fill, and what is left, if anything is."""
+    whole = side - side % window_size
+    return [part for part in (slice(0, whole), slice(whole, side)) if part.start < part.stop]
+
+
 class Attention(nn.Module):
-    """Multi-head attention of the tokens to one another, or with `cross` to a memory."""
+    """Multi-head attention of the tokens to one another, or with `cross` to a memory. With the
+    attribute `window_size` set it is within windows of the grid of patches."""
 
     def __init__(self, dim: int, num_heads: int, cross: bool = False):
         super().__init__()
         self.num_heads = num_heads
+        self.window_size: int | None = None
         if cross:
             self.q = nn.Linear(dim, dim)
             self.kv = nn.Linear(dim, 2 * dim)
@@ -92,9 +143,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, maps: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """`(B, T, D)`, with `cross` also the memory `(B, S, D)` -> `(B, T, D)`."""
+        """`(B, T, D)`, with `cross` also the memory `(B, S, D)` -> `(B, T, D)`. With windows it
+        needs the `grid`, rows and columns of patches, and has no maps."""
         # each of q, k, v: (B, heads, T or S, D / heads)
         if memory is None:
             q, k, v = rearrange(
@@ -105,6 +161,9 @@ class Attention(nn.Module):
             k, v = rearrange(
                 self.kv(memory), "b s (two h d) -> two b h s d", two=2, h=self.num_heads
             )
+        if self.window_size is not None:
+            assert grid is not None and maps is None
+            return self.proj(attend_in_windows(q, k, v, grid, self.window_size))  # (B, T, D)
         return self.proj(attend(q, k, v, maps))  # (B, T, D)
 
 
@@ -152,11 +211,15 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(
-        self, x: Tensor, memory: Tensor | None = None, maps: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """`(B, T, D)`, with `cross` also the memory `(B, S, D)` -> `(B, T, D)`; `maps` as
-        `attend`."""
-        x = x + self.drop_path(self.attn(self.norm1(x), memory, maps))
+        """`(B, T, D)`, with `cross` also the memory `(B, S, D)` -> `(B, T, D)`; `maps` and `grid`
+        as `Attention`."""
+        x = x + self.drop_path(self.attn(self.norm1(x), memory, maps, grid))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -187,16 +250,18 @@ class Encoder(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         maps: list[Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Tokens `(B, T, D)` through blocks one after the other, by `checkpointing` unless the
-        attention weights are asked for; `memory` and `maps` as `Block` takes them."""
+        attention weights are asked for; `memory`, `maps` and `grid` as `Block` takes them."""
         for block in blocks:
             if self.checkpointing and maps is None:
                 # a block that drops paths must drop the same ones when it is computed again
                 draws = block.training and not isinstance(block.drop_path, nn.Identity)
-                x = checkpoint(block, x, memory, use_reentrant=False, preserve_rng_state=draws)
+                given = (x, memory, None, grid)
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=draws)
             else:
-                x = block(x, memory, maps)
+                x = block(x, memory, maps, grid)
         return x
 
 

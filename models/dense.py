@@ -31,19 +31,22 @@ class DenseTransformer(PatchEncoder):
         self.spec = spec
         self.norm = nn.LayerNorm(spec.embed_dim, eps=LAYER_NORM_EPS)
         init_weights(self, draw_normal)
+        places = global_places(spec.depth, spec.global_blocks)
+        for index, block in enumerate(self.blocks):
+            if index not in places:
+                block.attn.window_size = spec.window_size  # type: ignore[union-attr]
         self.head: nn.Module
         if spec.task == "detect":
-            self.head = DetectionHead(
-                spec.embed_dim, spec.num_classes, self.patch_size[0], spec.instance_masks
-            )
+            self.head = DetectionHead(spec)
         else:
             head = FpnHead if spec.dense_head == "fpn" else LinearHead
             self.head = head(spec.embed_dim, spec.num_classes)
 
     def forward_map(self, images: Tensor) -> Tensor:
         """The normalised feature of each patch, `(B, C, H, W)` -> `(B, D, h, w)`."""
-        x = self.run_blocks(self.blocks, self._embed(images))
-        return self._as_map(self.norm(x), self.grid_of(images))
+        grid = self.grid_of(images)
+        x = self.run_blocks(self.blocks, self._embed(images), grid=grid)
+        return self._as_map(self.norm(x), grid)
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]] | None = None) -> Any:
         """What the task asks for, of images `(B, C, H, W)`, float and already normalised.
@@ -58,3 +61,8 @@ class DenseTransformer(PatchEncoder):
         if self.spec.task == "detect":
             return self.head(features, images, targets)
         return to_pixels(self.head(features), images.shape[-2:])
+
+
+def global_places(depth: int, count: int) -> set[int]:
+    """The indices of `count` blocks of `depth`, evenly spaced with the last one among them."""
+    return {depth * (i + 1) // count - 1 for i in range(count)}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.heads.pyramid import Pyramid
+from models.spec import DenseSpec, pair
 
 ANCHOR_STEPS = 8  # side of an anchor in steps of its map, as 32 pixels at a step of 4
 RATIOS = (0.5, 1.0, 2.0)  # of an anchor's height to its width
@@ -26,21 +27,20 @@ class DetectionHead(nn.Module):
 
     torchvision counts the background as class 0; outside this class labels count from 0.
 
-    Args:
-        patch_size: of the encoder, in pixels, a power of 2.
-        masks: whether objects have masks.
+    The second stage is trained on up to 512 boxes of an image, torchvision's number, but on no more
+    than the image has patches: in small images more would only repeat each other.
     """
 
-    def __init__(self, embed_dim: int, num_classes: int, patch_size: int, masks: bool):
+    def __init__(self, spec: DenseSpec):
         super().__init__()
         from torchvision.models.detection import FasterRCNN, MaskRCNN
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
         from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-        self.pyramid = Pyramid(embed_dim)
-        width, classes = self.pyramid.width, num_classes + 1
-        steps = [patch_size // 4 * 2**level for level in range(len(LEVELS))]
+        self.pyramid = Pyramid(spec.embed_dim)
+        width, classes = self.pyramid.width, spec.num_classes + 1
+        steps = [pair(spec.patch_size)[0] // 4 * 2**level for level in range(len(LEVELS))]
         with torch.device("cpu"):  # not on the meta device: they are no part of the state
             anchors = AnchorGenerator(
                 tuple((ANCHOR_STEPS * step,) for step in steps), (RATIOS,) * len(steps)
@@ -49,15 +49,16 @@ class DetectionHead(nn.Module):
         backbone.out_channels = width  # type: ignore[assignment]
         parts: dict[str, Any] = {
             "rpn_anchor_generator": anchors,
+            "box_batch_size_per_image": min(512, spec.num_patches),
             "box_head": TwoMLPHead(width * 7 * 7, 4 * width),
             "box_predictor": FastRCNNPredictor(4 * width, classes),
         }
-        if masks:
+        if spec.instance_masks:
             parts |= {
                 "mask_head": MaskRCNNHeads(width, (width,) * 4, dilation=1),
                 "mask_predictor": MaskRCNNPredictor(width, width, classes),
             }
-        detector = (MaskRCNN if masks else FasterRCNN)(backbone, **parts)
+        detector = (MaskRCNN if spec.instance_masks else FasterRCNN)(backbone, **parts)
         self.rpn, self.roi_heads = detector.rpn, detector.roi_heads
 
     def forward(
