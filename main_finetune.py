@@ -27,6 +27,7 @@ from engine.evaluation.metrics import merit
 from engine.loop import train
 from engine.optim import build_adamw, param_groups
 from engine.parallel import spread_model, unsharded_model
+from engine.pictures.predictions import write_predictions
 from engine.run.batches import train_batches
 from engine.run.checkpoint import best_path, save_weights, weights_path
 from engine.run.folder import open_run
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         origin = {"checkpoint": cfg.finetune, "sha256": sha256, "dataset": cfg.dataset}
         if cfg.eval:
             scores = task.evaluate(spread_model(model, run.device).eval())
-            shown = ("acc1",) if "acc1" in scores.scalars else ()
+            shown = ("acc1",) if "acc1" in scores.scalars else scores.shown
             logger.info("%s: %d images, %s", cfg.finetune, scores.num_samples, scores.text(*shown))
             return run.finish(
                 {"protocol": "evaluation", **origin, **scores.as_dict(task.class_names)},
@@ -124,15 +125,13 @@ def evaluate_epoch(
     `metric` then decides which weights are the best; of equals the first stay.
 
     Records the figures and keeps the best weights. Returns: the scores for results.json, and
-    metric and epoch of the best evaluation so far.
+    metric and epoch of the best evaluation so far. Draws what the model says, too.
     """
     run, state = job.run, job.state
-    model = unsharded_model(state.model, run.device)
+    trained = model = unsharded_model(state.model, run.device)
     scores = task.evaluate(model.eval())
-    model.train()
-    values = {"epoch": float(epoch), "val_loss": scores.loss, **scores.scalars}
-    shown = ("acc1", "acc5") if "acc1" in scores.scalars else tuple(scores.scalars)
-    line = f"epoch {epoch} {scores.text(*shown, *{metric}.difference(shown))}"
+    values = {"epoch": float(epoch), **scores.logged}
+    line = f"epoch {epoch} {scores.text(*scores.shown, *{metric}.difference(scores.shown))}"
     results = scores.as_dict(task.class_names)
     if state.ema is not None:
         model = state.ema.module
@@ -144,6 +143,9 @@ def evaluate_epoch(
     is_best = merit(metric, scores.scalars[metric]) > merit(metric, best[0])
     value, at_epoch = (scores.scalars[metric], epoch) if is_best else best
     line += f"  best {said_alone(metric, value)} after epoch {at_epoch}"
+    if run.processes.is_main:
+        write_predictions(run.records, task, model, scores, state.step)
+    trained.train()
     # First the record: best.safetensors without one would be taken for somebody else's.
     run.records.write("val", state.step, values, line)
     if is_best and run.processes.is_main:

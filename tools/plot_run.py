@@ -21,7 +21,13 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from engine.pictures.drawing import MARK, MONITOR_PICTURE, check_replaceable
+from engine.pictures.drawing import (
+    MARK,
+    MONITOR_PICTURE,
+    PER_CLASS_PICTURE,
+    PREDICTIONS_PICTURE,
+    check_replaceable,
+)
 from engine.run.records import read_log, read_results
 from models.weights.files import weights_digest
 from util.errors import InputError, LineParser, run_cli
@@ -41,6 +47,8 @@ COMPARED = {"loss": LOSS, "top-1 %": ACCURACIES}
 OF_ONE_RUN = COMPARED | {
     "mean average precision": {"map": "", "val_map": "", "held_out_map": "held out"},
     "RMSE": {"rmse": "", "val_rmse": "", "held_out_rmse": "held out"},
+    "mean IoU, %": {"miou": "", "val_miou": "", "ema_miou": "moving average"},
+    "average precision, %": {"box_ap": "boxes", "mask_ap": "masks", "ema_box_ap": "moving average"},
     "PSNR of reconstructions, dB": {"psnr": ""},
     "learning rate": {"lr": ""},
     "gradient norm": {"grad_norm": ""},
@@ -59,6 +67,18 @@ FIGURES = {  # key in log.jsonl -> words at the head of the page
     "val_map": "mean average precision",
     "rmse": "RMSE",
     "val_rmse": "RMSE",
+    "miou": "mean IoU, %",
+    "val_miou": "mean IoU, %",
+    "box_ap": "box AP, %",
+    "mask_ap": "mask AP, %",
+}
+PICTURES = {  # file in a run's folder -> title and description
+    MONITOR_PICTURE: (
+        "Reconstructions and attention rollout",
+        "original, masked, prediction, prediction with the visible patches, attention",
+    ),
+    PREDICTIONS_PICTURE: ("Predictions", "image, truth, prediction"),
+    PER_CLASS_PICTURE: ("Figures of each class", "a bar for each class"),
 }
 COLUMNS = 2  # of panels
 
@@ -167,7 +187,6 @@ def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
 
 def report(run: RunLog) -> str:
     """The page about a run: HTML that loads nothing from elsewhere."""
-    picture = run.folder / MONITOR_PICTURE
     settings = run.folder / "config.yaml"
     bad = run.folder / "bad_samples.jsonl"
     values = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None
@@ -188,7 +207,11 @@ def report(run: RunLog) -> str:
             words: run.series(key)[-1][1] for key, words in FIGURES.items() if run.series(key)
         },
         curves=as_url(draw([run], OF_ONE_RUN)),
-        pictures=as_url(picture.read_bytes()) if picture.exists() else None,
+        pictures=[
+            (f"picture-{Path(name).stem}", *words, as_url((run.folder / name).read_bytes()))
+            for name, words in PICTURES.items()
+            if (run.folder / name).exists()
+        ],
         monitor=[record for record in run.records if record.get("kind") == "monitor"],
         evaluations=evaluations_of(run.folder),
         settings=values,

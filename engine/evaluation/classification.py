@@ -34,12 +34,13 @@ from engine.evaluation.objective import Objective
 from engine.run.folder import Run
 from engine.run.records import without_nan
 from util.dist import all_gather, first_process_first, from_main, gather_rows
-from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
+from util.settings.evaluation import METRICS, FinetuneConfig, KnnConfig, LinclsConfig
 
 # Of all images, heads and classes: more than those of ImageNet's validation set for one head. They
 # take 256 MiB of the main process, and 1 GiB while they are ranked. Beyond, no images are ranked.
 MOST_LOGITS = 2**26
-PERCENT = ("acc1", "acc5", "miou", "pixel_acc", "mean_acc")  # figures from 0 to 100
+# figures from 0 to 100
+PERCENT = ("acc1", "acc5", *METRICS["segment"], *METRICS["detect"])
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +60,16 @@ class Scores:
     def scalars(self) -> dict[str, float]:
         """All figures over all classes by name, NaN for one that is not defined."""
         return self.figures.scalars
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The figures that a line about an epoch shows."""
+        return tuple(self.scalars)
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """For log.jsonl and its curves: the loss and all figures."""
+        return {"val_loss": self.loss, **self.scalars}
 
     def text(self, *names: str) -> str:
         """These figures for a line of the log, by default all."""
@@ -95,6 +106,10 @@ class ClassScores(Scores):
         """Also the top-1 and top-5 accuracies in percent."""
         percents = [100 * right / self.num_samples for right in (self.correct1, self.correct5)]
         return {"acc1": percents[0], "acc5": percents[1], **self.figures.scalars}
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        return ("acc1", "acc5")
 
     def as_dict(self, class_names: list[str] | None = None) -> dict[str, object]:
         results = super().as_dict(class_names)

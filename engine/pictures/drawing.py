@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARK = "masked-autoencoder picture tools"  # PNG text "Software", HTML generator, tail of an array
-MONITOR_PICTURE = "monitor.png"  # in the folder of a run
+# in the folder of a run
+MONITOR_PICTURE = "monitor.png"
+PREDICTIONS_PICTURE, PER_CLASS_PICTURE = "predictions.png", "per_class.png"
 
 DPI = 100  # of matplotlib's figures
 COLORS = "turbo"  # of heat maps, in matplotlib's words

@@ -38,6 +38,8 @@ PROGRESS_FILES = (
     "bad_samples.jsonl",
     "bad_steps.jsonl",
     "monitor.png",
+    "predictions.png",
+    "per_class.png",
 )
 OWN_NAME = re.compile(
     r"checkpoint-\d{8,}\.pth(\.sha256)?|eval\.json|"

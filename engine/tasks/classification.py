@@ -46,6 +46,9 @@ class Classification:
         (scores,) = self.evaluator(model)
         return scores
 
+    def examples(self, model: nn.Module) -> None:
+        return None
+
     def weights(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
         head = self.objective.head_in_unit(*map(model.get_parameter, HEAD_NAMES))
         return head, self.objective.header()

@@ -4,7 +4,7 @@
 made.
 """
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -13,6 +13,9 @@ from data.sources import ImageSource
 from engine.evaluation.classification import Scores
 from engine.run.folder import Run
 from util.settings.evaluation import FinetuneConfig
+
+if TYPE_CHECKING:
+    from engine.pictures.predictions import Examples
 
 
 class Task(Protocol):
@@ -39,6 +42,10 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> Scores:
         """The figures on the validation images of a model in eval mode. All processes must call,
         and all get them. Raises: DataError if an image or what belongs to it cannot be read."""
+
+    def examples(self, model: nn.Module) -> "Examples | None":
+        """Some validation images with the truth and what a model in eval mode says of them, for
+        `engine/pictures/predictions.py`; None has no picture. For the main process."""
 
     def weights(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
         """For a file of the model's weights: tensors that take the place of the model's own, and
