@@ -818,6 +818,7 @@ engine/evaluation/objective.py engine/test_objective.py
 test_a_regression_is_standardised_in_training_and_in_the_unit_of_the_data_in_a_file
 -bias * std + mean
 +bias * std
+
 170 windows: the class token is that of the last window alone
 models/blocks.py models/test_dense.py
 test_window_attention_is_a_loop_over_windows_of_real_patches
@@ -857,8 +858,8 @@ test_half_precision_keeps_boxes_and_logits_in_float32
 176 weights: an evaluation attends in the windows of the settings, not of the file
 engine/evaluation/from_weights.py models/test_dense.py
 test_fine_tuning_takes_the_encoder_and_a_head_that_fits
--window_size=theirs.window_size,
-+window_size=spec.window_size,
+-spec = replace(theirs, **stated)
++spec = replace(spec, **stated)
 """
 
 

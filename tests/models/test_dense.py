@@ -28,8 +28,9 @@ from models.weights.write import write_weights
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig, KnnConfig
 
-SEGMENT = ENCODER | {"task": "segment", "num_classes": 5}
-DETECT = ENCODER | {"task": "detect", "num_classes": 3}
+SMALL = {"head_dim": 32, "region_samples": 64}
+SEGMENT = ENCODER | SMALL | {"task": "segment", "num_classes": 5}
+DETECT = ENCODER | SMALL | {"task": "detect", "num_classes": 3}
 # Settings of such an encoder, which leave the class token to the weights.
 GEOMETRY = {n: v for n, v in ENCODER.items() if n != "class_token"} | {"size": "debug"}
 KINDS = {
@@ -155,7 +156,7 @@ def test_images_of_any_size_have_resized_positions():
 
 
 def test_the_pyramid_by_plain_lines():
-    pyramid = randomized(Pyramid(8)).double()
+    pyramid = randomized(Pyramid(8, 12)).double()
     x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
 
     def norm(layer, y):
@@ -183,7 +184,7 @@ def test_the_pyramid_by_plain_lines():
     ]
     found = pyramid(x)
     assert [tuple(y.shape) for y in found] == [
-        (2, 8, *s) for s in ((12, 20), (6, 10), (3, 5), (2, 3))
+        (2, 12, *s) for s in ((12, 20), (6, 10), (3, 5), (2, 3))
     ]
     for y, (one, one_norm, three, three_norm), level in zip(
         maps, pyramid.outputs, found, strict=True
