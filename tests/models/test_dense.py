@@ -222,7 +222,7 @@ def test_a_gradient_reaches_every_parameter(fields, boxes):
 def test_a_detector_finds_the_box_the_label_and_the_mask_that_it_is_trained_on():
     """Labels count from 0 outside; 0 and the last are what a shift in one place would lose."""
     torch.manual_seed(0)
-    fields = DETECT | {"img_size": 64, "embed_dim": 64, "num_heads": 4}
+    fields = DETECT | {"img_size": 64, "embed_dim": 64, "num_heads": 4, "head_dim": 64}
     model = DenseTransformer(**fields)
     targets = [objects((10, 12, 34, 40), label=0, side=64), objects((30, 4, 56, 28), side=64)]
     pixels = torch.zeros(2, 3, 64, 64)
