@@ -232,11 +232,13 @@ def test_every_evaluation_fits_a_pretraining_recipe(file, pretrained):
     builds the same encoder from a fine-tuning recipe."""
     cfg = load(file)
     encoders = [images_and_encoder(cfg, model) for model in build(cfg)]
-    fits = [encoder in pretrained for encoder in encoders]
+    # segmentation and detection see other images in another size
+    first = 0 if getattr(cfg, "task", "classify") == "classify" else 2
+    fits = [encoder[first:] in {of_one[first:] for of_one in pretrained} for encoder in encoders]
     assert any(fits) and (all(fits) or cfg.class_token is None)
     if stage_of(file) == "finetune":
         knn = load(file, "knn")
-        assert [images_and_encoder(knn, model) for model in build(knn)] == encoders
+        assert {images_and_encoder(knn, model) for model in build(knn)} >= {*encoders}
 
 
 @pytest.mark.parametrize(
