@@ -1,7 +1,8 @@
 """AdamW, parameter groups, the optimiser step and the moving average of the weights.
 
-Decay: weights of Linear layers and of the patch projection; nothing on biases, norms, class token,
-mask token and positions. A group carries its `lr_scale`; `set_lr` applies the schedule to it.
+Decay: weights of Linear layers, of the patch projection and of a head's convolutions; nothing on
+biases, norms, class token, mask token and positions. A group carries its `lr_scale`; `set_lr`
+applies the schedule to it.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.amp import GradScaler
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
+DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)  # whose weights decay
 StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
 
@@ -27,9 +29,7 @@ def param_groups(
 
     Source: layer-wise lr decay of arXiv 2003.10555, as in MAE, appendix A.1.
     """
-    decaying = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    decaying = {id(part.weight) for part in model.modules() if isinstance(part, DECAYING)}
     depth = len(model.blocks)  # type: ignore[arg-type]
     names: dict[tuple[float, float], list[str]] = {}  # by lr_scale and weight_decay
     for name, parameter in model.named_parameters():

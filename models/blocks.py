@@ -104,7 +104,8 @@ def attend_in_windows(
             ]
             count = len(windows[0]) // batch
             copies = [t[:, :, :first].repeat_interleave(count, dim=0) for t in (q, k, v)]
-            out = attend(*(torch.cat(both, dim=2) for both in zip(copies, windows, strict=True)))
+            seen = [torch.cat(both, dim=2) for both in zip(copies, windows, strict=True)]
+            out = attend(seen[0], seen[1], seen[2])  # (B * windows, tokens of one, D)
             tokens.append(out[:, :first].unflatten(0, (batch, count)))  # (B, windows, 0 or 1, D)
             across = parts[0].shape[3] // sides[1]
             strip.append(
