@@ -20,7 +20,7 @@ from data.labels import check_num_classes
 from data.loader import Annotation, BadSample, Sample, SampleDataset
 from data.sampler import SampleKey
 from data.sources import Chosen, ImageSource, check_format
-from util.errors import InputError
+from util.errors import DataError, InputError
 from util.rng import SUBSET, derive_seed, generator, seeded
 from util.settings.evaluation import FinetuneConfig, KnnConfig, LinclsConfig
 
@@ -79,7 +79,10 @@ class AnnotatedSubset(Chosen):
 
 def open_annotated_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig) -> AnnotatedData:
     """Both splits of the data set that the settings name, for their task; of the training images
-    `cfg.subset`. Raises: InputError if they are not there or wrong."""
+    `cfg.subset`.
+
+    Raises: InputError if they are not there or wrong, or the first image of validation is bad.
+    """
     from data.scenes import SceneMasks, SceneObjects  # here, as few runs need them
 
     pixels = pixel_format(cfg, cfg.in_chans)
@@ -100,7 +103,11 @@ def open_annotated_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig) -> Annot
 
         train, val = open_coco(cfg, pixels, with_masks)
     check_num_classes(cfg.num_classes, train.class_names)
-    return AnnotatedData(take_images(check_format(train), cfg.subset, cfg.seed), check_format(val))
+    try:  # what is wrong with the masks or objects of one is often so with all
+        val.annotation(0, *val.read(0).shape[-2:])
+    except BadImageError as error:
+        raise DataError(f"{val.name(0)} {error}") from error
+    return AnnotatedData(take_images(check_format(train), cfg.subset, cfg.seed), val)
 
 
 def take_images(source: AnnotatedSource, count: int | None, seed: int) -> AnnotatedSource:

@@ -200,8 +200,8 @@ def run_lengths(segmentation: bytes, height: int, width: int) -> dict[str, Any]:
         counts = _decompressed(counts) if isinstance(counts, str) else counts
         if found["size"] != size or sum(counts) != height * width or min(counts) < 0:
             raise BadImageError(
-                f"has an object with broken run lengths: {sum(counts)} pixels in the size "
-                f"{found['size']}, and the image is {size}"
+                "has an object with broken run lengths: they must make "
+                f"{height} x {width} pixels, and say {found['size']} and make {max(sum(counts), 0)}"
             )
         return dict(coco_mask.frPyObjects({"size": size, "counts": counts}, height, width))
     polygons = found or []

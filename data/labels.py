@@ -325,6 +325,8 @@ def _open_split(
         if parquet.label_column is None:
             raise DataError(f"{parquet.files[0]} has no column of labels (whole numbers)")
         return check_format(parquet), parquet.class_names
+    if dataset == "digits_scenes":
+        raise DataError("dataset digits_scenes has masks and boxes, and no class of an image")
     if dataset not in ("folder", "packed"):
         content = read_known_set(dataset, data_path, split == "train", download)
         return check_format(ArraySource(f"{dataset} {split}", *content, pixels)), None

@@ -87,18 +87,20 @@ def compose(is_train: bool, index: int) -> Scene:
 
 
 class Scenes(ImageSource):
-    """The scenes of one split, without annotations."""
+    """The scenes of one split, or of both after one another (all), without annotations."""
 
     def __init__(self, split: str, pixels: PixelFormat):
         self.split = split
         self.pixels = pixels
 
     def __len__(self) -> int:
-        return NUM_SCENES[self.split]
+        return NUM_SCENES.get(self.split) or sum(NUM_SCENES.values())
 
     def scene(self, index: int) -> Scene:
         """The scene of this index."""
-        return compose(self.split == "train", index)
+        if self.split != "all":
+            return compose(self.split == "train", index)
+        return compose(index < NUM_SCENES["train"], index % NUM_SCENES["train"])
 
     def read(self, index: int) -> Tensor:
         found = values_of(self.scene(index).image[None], self.split, is_colour=True)

@@ -18,6 +18,7 @@ from data.loader import Sample
 from data.packs.source import PackedSource
 from data.parquet import open_parquet
 from data.sampler import SampleKey
+from data.scenes import Scenes
 from data.sources import ArraySource, FolderSource, ImageSource, check_folder
 from util.errors import DataError
 from util.settings.tools import ApplyConfig
@@ -40,6 +41,8 @@ def read_list(path: Path) -> list[str]:
 def open_images(cfg: ApplyConfig, pixels: PixelFormat) -> ImageSource:
     """The images that the settings name. Raises: InputError if they are not there."""
     path, has_split = Path(cfg.data_path or ""), cfg.split != "all"
+    if cfg.dataset == "digits_scenes":
+        return Scenes(cfg.split, pixels)
     if cfg.dataset not in ("folder", "packed", "parquet"):
         parts = [
             read_known_set(cfg.dataset, cfg.data_path, split == "train", download=False)

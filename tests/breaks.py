@@ -859,6 +859,60 @@ engine/evaluation/from_weights.py models/test_dense.py
 test_fine_tuning_takes_the_encoder_and_a_head_that_fits
 -window_size=theirs.window_size,
 +window_size=spec.window_size,
+
+160 masks and boxes: a flipped image keeps its boxes
+data/joint.py data/test_joint.py
+test_pixels_mask_and_boxes_share_one_geometry
+-        if self.is_flipped:
++        if False:
+
+161 masks and boxes: boxes are scaled by the other axis
+data/joint.py data/test_joint.py
+test_pixels_mask_and_boxes_share_one_geometry
+-torch.tensor([columns, rows, columns, rows])
++torch.tensor([rows, columns, rows, columns])
+
+162 masks and boxes: a mask takes the pixel at the corner, half a pixel beside the image
+data/joint.py data/test_joint.py
+test_a_mask_takes_the_pixel_at_the_centre
+-((torch.arange(new) + 0.5) * (old / new))
++(torch.arange(new) * (old / new))
+
+163 masks and boxes: of many objects always the first are taken
+data/joint.py data/test_joint.py
+test_memory_of_ten_thousand_objects_is_bounded
+-kept = kept[torch.randperm(len(kept))[:MAX_OBJECTS].sort().values]
++kept = kept[:MAX_OBJECTS]
+
+164 masks: the colour of a palette counts, not its index
+data/segmentation.py data/test_segmentation_data.py
+test_values_of_every_kind_of_png
+-        values = np.asarray(image)
++        values = np.asarray(image.convert("L"))
+
+165 masks: with zero_is_ignored the classes do not move down by one
+data/segmentation.py data/test_segmentation_data.py
+test_meaning_of_the_values
+-        table[first : first + self.num_classes] = range(self.num_classes)
++        table[first : self.num_classes] = range(first, self.num_classes)
+
+166 boxes: categories are numbered in the order of the file, not of their ids
+data/coco.py data/test_coco.py
+test_objects_are_those_of_pycocotools
+-self.categories = sorted((one["id"], one["name"]) for one in found["categories"])
++self.categories = [(one["id"], one["name"]) for one in found["categories"]]
+
+167 boxes: crowds are trained on
+data/coco.py data/test_coco.py
+test_objects_are_those_of_pycocotools
+-.all(axis=1) & ~coco.is_crowd
++.all(axis=1)
+
+168 boxes: run lengths are not checked against the size of their image
+data/coco.py data/test_coco.py
+test_broken_segmentations
+-sum(counts) != height * width or min(counts) < 0
++min(counts) < 0
 """
 
 

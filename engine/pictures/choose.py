@@ -14,6 +14,7 @@ from data.images import BadImageError, PixelFormat, decode_image
 from data.labels import build_labelled_data
 from data.packs.source import open_pack
 from data.parquet import open_parquet
+from data.scenes import Scenes
 from data.sources import FolderSource, ImageSource, check_folder
 from util.errors import InputError
 
@@ -65,6 +66,8 @@ def validation_source(dataset: str, data_path: str | None, pixels: PixelFormat) 
     """
     if dataset == "parquet":
         return open_parquet(data_path, pixels, ("val", "test", "train"))
+    if dataset == "digits_scenes":
+        return Scenes("val", pixels)
     if dataset not in ("folder", "packed"):
         return build_labelled_data(dataset, data_path, pixels, False, None).val
     root = check_folder(data_path)

@@ -179,6 +179,12 @@ def test_a_bad_mask_is_named_and_replaced(root, kind):
     assert sample.image.shape == (3, 32, 32) and sample.target["mask"].shape == (32, 32)
 
 
+def test_a_bad_mask_of_the_first_evaluated_image_is_refused(root):
+    write(root / "masks/val/c.x.png", BAD_MASKS["value"][0]())
+    with pytest.raises(DataError, match=r"c\.x\.png: it holds the value 38"):
+        opened(root)
+
+
 def test_a_turned_image_and_its_mask(root):
     """Six rows and four columns in the file, four and six after EXIF's turn."""
     write(root / "images/train/a.x.jpg", picture(4, 6, orientation=6))

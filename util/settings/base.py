@@ -26,6 +26,7 @@ from util.files import expand_path
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Value = TypeVar("Value")
+BUNDLED = ("mnist5k", "digits_scenes")  # data sets that come with the installed packages
 LARGEST = 2**53  # of whole numbers: up to here they are exact as floats, too
 # Not plain `str`, as pydantic refuses the file names of Linux that are no UTF-8.
 Text = Annotated[InstanceOf[str], MinLen(1)]
@@ -278,7 +279,8 @@ class DatasetConfig(Settings):
     ] = setting(
         "folder",
         "Kind of data set: a folder of images, packed shards of them, parquet files as the library "
-        "datasets writes them, or a known set.",
+        "datasets writes them, or a known set; digits_scenes are several digits in an image, with "
+        "masks and boxes.",
     )
     data_path: PathText | None = setting(
         None,
@@ -313,7 +315,7 @@ class DataConfig(DatasetConfig, PixelConfig):
     def problems(self) -> list[str]:
         return super().problems() + where(
             (
-                self.dataset not in ("mnist5k", "digits_scenes") and self.data_path is None,
+                self.dataset not in BUNDLED and self.data_path is None,
                 f"data_path is needed for dataset {self.dataset}: give --data_path FOLDER",
             ),
             (

@@ -7,6 +7,7 @@ from annotated_types import Ge, Le
 
 from util.errors import where
 from util.settings.base import (
+    BUNDLED,
     LARGEST,
     Count,
     CountOrZero,
@@ -61,7 +62,7 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
             *self.show_rows(self.in_chans),
             (self.model_path is None, "model_path is needed: give --model_path PATH"),
             (
-                not (self.img_path or self.data_path or self.dataset == "mnist5k"),
+                not (self.img_path or self.data_path or self.dataset in BUNDLED),
                 "img_path is needed: give --img_path PATH",
             ),
             (
@@ -135,7 +136,7 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
             *self.show_rows(self.in_chans),
             (self.finetune is None, "finetune is needed: give --finetune PATH"),
             (
-                not (self.image_path or self.data_path or self.dataset == "mnist5k"),
+                not (self.image_path or self.data_path or self.dataset in BUNDLED),
                 "image_path is needed: give --image_path PATH",
             ),
         )
@@ -189,7 +190,7 @@ class ApplyConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
         return where(
             (self.finetune is None, "finetune is needed: give --finetune PATH"),
             (
-                self.data_path is None and self.dataset != "mnist5k",
+                self.data_path is None and self.dataset not in BUNDLED,
                 "data_path is needed: give --data_path PATH",
             ),
             (self.output_file is None, "output_file is needed: give --output_file PATH"),
