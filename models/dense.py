@@ -38,9 +38,10 @@ class DenseTransformer(PatchEncoder):
         self.head: nn.Module
         if spec.task == "detect":
             self.head = DetectionHead(spec)
+        elif spec.dense_head == "fpn":
+            self.head = FpnHead(spec.embed_dim, spec.num_classes, spec.head_dim)
         else:
-            head = FpnHead if spec.dense_head == "fpn" else LinearHead
-            self.head = head(spec.embed_dim, spec.num_classes)
+            self.head = LinearHead(spec.embed_dim, spec.num_classes)
 
     def forward_map(self, images: Tensor) -> Tensor:
         """The normalised feature of each patch, `(B, C, H, W)` -> `(B, D, h, w)`."""

@@ -220,6 +220,9 @@ class DenseSpec(EncoderSpec):
     window_size: side in patches of the windows within which blocks attend; None attends to the
         whole image.
     global_blocks: number of blocks that attend to the whole image in spite of it.
+    head_dim: channels of the pyramid and of the heads on it.
+    region_samples: of "detect", boxes of an image that its second stage is trained on; half as many
+        anchors train the first.
     drop_path_rate: as of a classifier.
     """
 
@@ -229,13 +232,18 @@ class DenseSpec(EncoderSpec):
     instance_masks: bool = True
     window_size: int | None = None
     global_blocks: int = 4
+    head_dim: int = 256
+    region_samples: int = 512
     drop_path_rate: float = 0.0
 
     @property
     def head_fields(self) -> dict[str, object]:
         """What two models must have in common to have the same head."""
-        of_task = "dense_head" if self.task == "segment" else "instance_masks"
-        return {n: getattr(self, n) for n in ("task", "num_classes", of_task)}
+        names = ["task", "num_classes"]
+        if self.task == "detect" or self.dense_head == "fpn":
+            names.append("head_dim")
+        names.append("dense_head" if self.task == "segment" else "instance_masks")
+        return {name: getattr(self, name) for name in names}
 
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""

@@ -818,6 +818,7 @@ engine/evaluation/objective.py engine/test_objective.py
 test_a_regression_is_standardised_in_training_and_in_the_unit_of_the_data_in_a_file
 -bias * std + mean
 +bias * std
+
 170 windows: the class token is that of the last window alone
 models/blocks.py models/test_dense.py
 test_window_attention_is_a_loop_over_windows_of_real_patches
@@ -913,6 +914,9 @@ data/coco.py data/test_coco.py
 test_broken_segmentations
 -sum(counts) != height * width or min(counts) < 0
 +min(counts) < 0
+
+-spec = replace(theirs, **stated)
++spec = replace(spec, **stated)
 """
 
 

@@ -33,6 +33,8 @@ FIELDS = {
     "num_classes": 3,
     "window_size": 3,
     "global_blocks": 1,
+    "head_dim": 32,
+    "region_samples": 64,
 }
 
 

@@ -4,7 +4,7 @@ Pretraining's are in `engine/run/initial.py`."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from models.build import build_model, classifier_spec, dense_spec, mae_spec
 from models.dense import DenseTransformer
 from models.lora import add_lora, freeze_blocks
 from models.mae import MaskedAutoencoder
-from models.spec import DenseSpec
+from models.spec import DenseSpec, EncoderSpec
 from models.vit import VisionTransformer
 from models.weights.adapt import load_into_classifier, load_into_dense, load_into_mae
 from models.weights.info import WeightsInfo, spelled
@@ -108,13 +108,9 @@ def build_dense(cfg: FinetuneConfig, class_names: list[str]) -> tuple[DenseTrans
                 f"{num_classes} classes"
             )
         _compare_names(info, class_names)
-        spec = replace(
-            spec,
-            dense_head=theirs.dense_head,
-            instance_masks=theirs.instance_masks,
-            window_size=theirs.window_size,
-            global_blocks=theirs.global_blocks,
-        )
+        # What the settings say of the encoder has to agree, and the rest is the file's.
+        stated = {f.name: getattr(spec, f.name) for f in fields(EncoderSpec)}
+        spec = replace(theirs, **stated)
     model = build_model(spec)
     load_into_dense(model, tensors, info, cfg.finetune)
     if cfg.freeze_blocks and not cfg.eval:

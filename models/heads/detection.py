@@ -26,9 +26,6 @@ class DetectionHead(nn.Module):
     """Boxes, scores, labels and perhaps masks of objects, from `(B, D, h, w)`.
 
     torchvision counts the background as class 0; outside this class labels count from 0.
-
-    The second stage is trained on up to 512 boxes of an image, torchvision's number, but on no more
-    than the image has patches: in small images more would only repeat each other.
     """
 
     def __init__(self, spec: DenseSpec):
@@ -38,8 +35,8 @@ class DetectionHead(nn.Module):
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
         from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-        self.pyramid = Pyramid(spec.embed_dim)
-        width, classes = self.pyramid.width, spec.num_classes + 1
+        width, classes = spec.head_dim, spec.num_classes + 1
+        self.pyramid = Pyramid(spec.embed_dim, width)
         steps = [pair(spec.patch_size)[0] // 4 * 2**level for level in range(len(LEVELS))]
         with torch.device("cpu"):  # not on the meta device: they are no part of the state
             anchors = AnchorGenerator(
@@ -49,7 +46,8 @@ class DetectionHead(nn.Module):
         backbone.out_channels = width  # type: ignore[assignment]
         parts: dict[str, Any] = {
             "rpn_anchor_generator": anchors,
-            "box_batch_size_per_image": min(512, spec.num_patches),
+            "rpn_batch_size_per_image": max(spec.region_samples // 2, 1),
+            "box_batch_size_per_image": spec.region_samples,
             "box_head": TwoMLPHead(width * 7 * 7, 4 * width),
             "box_predictor": FastRCNNPredictor(4 * width, classes),
         }

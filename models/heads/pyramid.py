@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from models.blocks import LAYER_NORM_EPS
 
-MAX_WIDTH = 256  # of the pyramid, the paper's; an encoder that is narrower has its own width
-
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each place of a map."""
@@ -32,9 +30,8 @@ class Pyramid(nn.Module):
     covers it.
     """
 
-    def __init__(self, embed_dim: int):
+    def __init__(self, embed_dim: int, width: int):
         super().__init__()
-        self.width = width = min(MAX_WIDTH, embed_dim)
         half, quarter = embed_dim // 2, embed_dim // 4
         self.finest = nn.Sequential(
             _doubled(embed_dim, half), ChannelNorm(half), nn.GELU(), _doubled(half, quarter)

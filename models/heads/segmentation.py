@@ -25,10 +25,9 @@ class FpnHead(nn.Module):
     """A pyramid whose maps are summed from the top down (arXiv 1612.03144, without its lateral
     layers), a convolution and a linear layer: `(B, D, h, w)` -> `(B, C, 4h, 4w)`."""
 
-    def __init__(self, embed_dim: int, num_classes: int):
+    def __init__(self, embed_dim: int, num_classes: int, width: int):
         super().__init__()
-        self.pyramid = Pyramid(embed_dim)
-        width = self.pyramid.width
+        self.pyramid = Pyramid(embed_dim, width)
         self.mix = nn.Sequential(
             nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
             ChannelNorm(width),

@@ -28,8 +28,9 @@ from models.weights.write import write_weights
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig, KnnConfig
 
-SEGMENT = ENCODER | {"task": "segment", "num_classes": 5}
-DETECT = ENCODER | {"task": "detect", "num_classes": 3}
+SMALL = {"head_dim": 32, "region_samples": 64}
+SEGMENT = ENCODER | SMALL | {"task": "segment", "num_classes": 5}
+DETECT = ENCODER | SMALL | {"task": "detect", "num_classes": 3}
 # Settings of such an encoder, which leave the class token to the weights.
 GEOMETRY = {n: v for n, v in ENCODER.items() if n != "class_token"} | {"size": "debug"}
 KINDS = {
@@ -155,7 +156,7 @@ def test_images_of_any_size_have_resized_positions():
 
 
 def test_the_pyramid_by_plain_lines():
-    pyramid = randomized(Pyramid(8)).double()
+    pyramid = randomized(Pyramid(8, 12)).double()
     x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
 
     def norm(layer, y):
@@ -183,7 +184,7 @@ def test_the_pyramid_by_plain_lines():
     ]
     found = pyramid(x)
     assert [tuple(y.shape) for y in found] == [
-        (2, 8, *s) for s in ((12, 20), (6, 10), (3, 5), (2, 3))
+        (2, 12, *s) for s in ((12, 20), (6, 10), (3, 5), (2, 3))
     ]
     for y, (one, one_norm, three, three_norm), level in zip(
         maps, pyramid.outputs, found, strict=True
@@ -221,7 +222,7 @@ def test_a_gradient_reaches_every_parameter(fields, boxes):
 def test_a_detector_finds_the_box_the_label_and_the_mask_that_it_is_trained_on():
     """Labels count from 0 outside; 0 and the last are what a shift in one place would lose."""
     torch.manual_seed(0)
-    fields = DETECT | {"img_size": 64, "embed_dim": 64, "num_heads": 4}
+    fields = DETECT | {"img_size": 64, "embed_dim": 64, "num_heads": 4, "head_dim": 64}
     model = DenseTransformer(**fields)
     targets = [objects((10, 12, 34, 40), label=0, side=64), objects((30, 4, 56, 28), side=64)]
     pixels = torch.zeros(2, 3, 64, 64)

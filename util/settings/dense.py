@@ -106,6 +106,12 @@ class DenseModelConfig(Settings):
     instance_masks: bool = setting(
         True, "Whether task detect also predicts a mask of each object (Mask R-CNN)."
     )
+    head_dim: Count = setting(256, "Number of channels of the pyramid and of the heads on it.")
+    region_samples: Count = setting(
+        512,
+        "Number of boxes of an image that the second stage of task detect is trained on; half as "
+        "many anchors train the first.",
+    )
     window_size: Count | None = setting(
         None,
         "Side of the windows, in patches, within which blocks of segment and detect attend; null "
