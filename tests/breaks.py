@@ -858,8 +858,8 @@ test_half_precision_keeps_boxes_and_logits_in_float32
 176 weights: an evaluation attends in the windows of the settings, not of the file
 engine/evaluation/from_weights.py models/test_dense.py
 test_fine_tuning_takes_the_encoder_and_a_head_that_fits
--window_size=theirs.window_size,
-+window_size=spec.window_size,
+-spec = replace(theirs, **stated)
++spec = replace(spec, **stated)
 
 160 masks and boxes: a flipped image keeps its boxes
 data/joint.py data/test_joint.py
@@ -914,9 +914,6 @@ data/coco.py data/test_coco.py
 test_broken_segmentations
 -sum(counts) != height * width or min(counts) < 0
 +min(counts) < 0
-
--spec = replace(theirs, **stated)
-+spec = replace(spec, **stated)
 """
 
 

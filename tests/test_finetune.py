@@ -31,7 +31,7 @@ import main_finetune
 import main_knn
 import main_lincls
 from engine.run.checkpoint import load_newest_checkpoint
-from engine.tasks import classification
+from engine.tasks import classification, linear
 from models.vit import VisionTransformer
 from models.weights.own import read_header
 from util.errors import InputError
@@ -261,7 +261,7 @@ def test_a_subset_is_the_same_choice_for_the_same_seed_in_every_stage(
         chosen.append(original(source, count, seed))
         return chosen[-1]
 
-    for stage in (classification, main_lincls, main_knn):
+    for stage in (classification, linear, main_knn):
         monkeypatch.setattr(stage, "take_subset", watched)
     more = ["--finetune", weights, "--subset", 25]
     results = finetune(data, tmp_path / "f", *more, "--stop_epoch", 1)

@@ -25,6 +25,7 @@ import engine.evaluation.classification
 import main_finetune
 import main_lincls
 from engine.run.checkpoint import load_newest_checkpoint
+from engine.tasks import linear
 from models.vit import VisionTransformer
 from util.errors import InputError
 
@@ -182,7 +183,7 @@ def test_the_held_out_tenth_is_stratified_fixed_by_the_seed_and_never_trained_on
     tmp_path, data, weights, monkeypatch
 ):
     splits = []
-    original = main_lincls.split_training_set
+    original = linear.split_training_set
 
     def watched(source, cfg):
         parts = original(source, cfg)
@@ -191,7 +192,7 @@ def test_the_held_out_tenth_is_stratified_fixed_by_the_seed_and_never_trained_on
         assert np.bincount(parts[0].labels).tolist() == [36, 36, 36]
         return parts
 
-    monkeypatch.setattr(main_lincls, "split_training_set", watched)
+    monkeypatch.setattr(linear, "split_training_set", watched)
     for place, seed in enumerate((0, 0, 1)):
         more = ["--lr", *RATES, "--stop_epoch", 1, "--seed", seed]
         lincls(data, tmp_path / str(place), "--finetune", weights, *more)
