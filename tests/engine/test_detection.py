@@ -443,7 +443,20 @@ def test_a_model_that_finds_nothing_has_figures_of_0(tmp_path, coco, monkeypatch
 
 # --- a model that has learnt
 
-LEARNING = ["--batch_size", 2, "--embed_dim", 64, "--depth", 2, "--num_heads", 4]
+LEARNING = [
+    "--batch_size",
+    2,
+    "--region_samples",
+    64,
+    "--embed_dim",
+    64,
+    "--depth",
+    2,
+    "--num_heads",
+    4,
+    "--head_dim",
+    64,
+]
 
 
 @pytest.fixture(scope="module")
