@@ -860,6 +860,8 @@ engine/evaluation/from_weights.py models/test_dense.py
 test_fine_tuning_takes_the_encoder_and_a_head_that_fits
 -window_size=theirs.window_size,
 +window_size=spec.window_size,
+-spec = replace(theirs, **stated)
++spec = replace(spec, **stated)
 
 160 masks and boxes: a flipped image keeps its boxes
 data/joint.py data/test_joint.py

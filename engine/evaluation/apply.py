@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -33,16 +33,18 @@ from engine.evaluation.features import on_pixels
 from engine.parallel import spread_model
 from engine.run.batches import Batches
 from engine.run.folder import check_writable
+from models.dense import DenseTransformer
+from models.spec import DenseSpec
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, complete
-from models.weights.load import load_classifier
+from models.weights.load import load_classifier, load_dense
 from models.weights.read import read_weights
 from util.dist import Processes, all_gather, from_main, init_processes
 from util.errors import InputError, LocalInputError, where
 from util.files import printable, write_output
 from util.settings.base import DataConfig
 from util.settings.read import lasting_settings
-from util.settings.tools import ApplyConfig
+from util.settings.tools import ApplyConfig, PredictConfig
 
 PART_BATCHES, PART_BYTES = 64, 2**28  # a part has at most so many
 TIMEOUT = 30.0  # minutes between two batches
@@ -123,8 +125,16 @@ def apply_model(
         cfg = with_weights(cfg, info)
         in_chans = info.spec.in_chans
         source = check_format(open_images(cfg, pixel_format(cfg, in_chans)))
-        answer, row_bytes = prepare(cfg, spread_model(model, processes.device).eval(), info)
+        model = spread_model(model, processes.device).eval()
         identity = identity_of(cfg, info, source)
+        if isinstance(model, DenseTransformer):
+            from engine.evaluation.apply_dense import predict_places  # the rest does not need it
+
+            assert isinstance(cfg, PredictConfig), "features come from encoders"
+            names = info.class_names or map(str, range(model.spec.num_classes))
+            kept = predict_places(cfg, model, [*names], source, identity, TIMEOUT, processes)
+            return summary(cfg, output, source, kept) if processes.is_main else {"exit_code": 0}
+        answer, row_bytes = prepare(cfg, model, info)
         batches = min(PART_BATCHES, max(1, PART_BYTES // (row_bytes * cfg.batch_size)))
         size = batches * cfg.batch_size
         parts = [
@@ -149,22 +159,32 @@ def apply_model(
             path.unlink()
         with suppress(OSError):  # somebody else's files may be in it
             folder.rmdir()
-    unreadable = list_unreadable(source, result.kept)
-    if not len(result.kept):
+    return summary(cfg, output, source, result.kept)
+
+
+def summary(
+    cfg: ApplyConfig, output: Path, source: ImageSource, kept: np.ndarray
+) -> dict[str, object]:
+    """What `apply_model` returns, if the result has the images `kept`, which it also prints.
+    Raises: InputError if there are none."""
+    unreadable = list_unreadable(source, kept)
+    if not len(kept):
         raise InputError(f"none of the {len(source)} images could be read: nothing was written")
-    logger.info("wrote %s: %d images", output, len(result.kept))
+    logger.info("wrote %s: %d images", output, len(kept))
     return {
-        "num_images": len(result.kept),
+        "num_images": len(kept),
         "unreadable": unreadable,
         "exit_code": int(cfg.strict and bool(unreadable)),
     }
 
 
-def load_model(cfg: ApplyConfig, uses_head: bool) -> tuple[VisionTransformer, WeightsInfo]:
+def load_model(
+    cfg: ApplyConfig, uses_head: bool
+) -> tuple[VisionTransformer | DenseTransformer, WeightsInfo]:
     """The model of a file of weights, as that describes it, for the images' size of the settings.
 
     Raises: InputError for weights that cannot be read, lack `num_heads`, or have no head although
-    one is needed.
+    one is needed; for an images' size that cannot be.
     """
     assert cfg.finetune is not None, "the config checks that there are weights"
     tensors, info = read_weights(cfg.finetune)
@@ -174,6 +194,9 @@ def load_model(cfg: ApplyConfig, uses_head: bool) -> tuple[VisionTransformer, We
             f"finetune {cfg.finetune} does not say what its outputs mean: name the "
             "model.safetensors or best.safetensors of its run"
         )
+    if uses_head and isinstance(info.spec, DenseSpec):
+        replace(info.spec, img_size=cfg.img_size or info.spec.img_size).checked()
+        return load_dense(tensors, info, f"finetune {cfg.finetune}"), info
     model = load_classifier(
         tensors, info, f"finetune {cfg.finetune}", uses_head=uses_head, img_size=cfg.img_size
     )

@@ -12,7 +12,7 @@ Shapes: `n` detections of an image, `h` and `w` sides of a predicted mask, `H` a
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -33,6 +33,7 @@ from engine.run.batches import annotated_eval_batches
 from engine.run.folder import Run
 from engine.run.interrupts import received
 from models.dense import DenseTransformer
+from models.spec import Size
 from util.dist import all_gather, from_main
 from util.settings.evaluation import METRICS, FinetuneConfig
 
@@ -109,25 +110,38 @@ class DetectionEvaluator:
         figures = from_main(lambda: average_precision(self.source.ground_truth(), gathered, kinds))
         return DetectionScores(len(self.source), math.nan, figures)
 
-    @torch.no_grad()
     def detect(self, model: nn.Module, samples: list[EvalSample]) -> list[Annotation]:
         """What a model finds in some images, in their own pixels, see `within`."""
         call = on_pixels(model, self.cfg, self.cfg.precision, self.run.device)
-        images = [sample.image for sample in samples]
-        if len({image.dtype for image in images}) > 1:  # files of 8 bits and deeper ones
-            images = [image.float() for image in images]
-        answers: list[Annotation] = call(torch.stack(images))
+        answers = detect(call, samples, self.cfg.img_size)
         if not self.has_masks(model):
             answers = [{n: v for n, v in found.items() if n != "masks"} for found in answers]
-        return [
-            within(found, fitted_size(*sample.size, self.cfg.img_size), sample.size)
-            for sample, found in zip(samples, answers, strict=True)
-        ]
+        return answers
 
     def has_masks(self, model: nn.Module) -> bool:
         """Whether masks are judged: both the model and the data may have none."""
         assert isinstance(model, DenseTransformer)
         return self.cfg.instance_masks and model.spec.instance_masks
+
+
+@torch.no_grad()
+def detect(
+    call: Callable[[Tensor], list[Annotation]], samples: list[EvalSample], img_size: Size
+) -> list[Annotation]:
+    """What a model finds in some images, in their own pixels, see `within`.
+
+    Args:
+        call: as `on_pixels` returns it.
+        samples: of `detect_eval` for this `img_size`.
+    """
+    images = [sample.image for sample in samples]
+    if len({image.dtype for image in images}) > 1:  # files of 8 bits and deeper ones
+        images = [image.float() for image in images]
+    answers = call(torch.stack(images))
+    return [
+        within(found, fitted_size(*sample.size, img_size), sample.size)
+        for sample, found in zip(samples, answers, strict=True)
+    ]
 
 
 def within(found: Annotation, shown: tuple[int, int], size: tuple[int, int]) -> Annotation:

@@ -15,11 +15,11 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from data.joint import segment_eval
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.annotated import IGNORED, AnnotatedSource, EvalSample
+from data.joint import segment_eval
 from data.loader import BadSample
 from engine.evaluation.classification import Scores
 from engine.evaluation.features import end_together, on_pixels
@@ -28,6 +28,7 @@ from engine.run.batches import annotated_eval_batches
 from engine.run.folder import Run
 from engine.run.interrupts import received
 from models.build import classifier_spec
+from models.dense import DenseTransformer
 from models.heads.segmentation import to_pixels
 from models.spec import pair
 from util.dist import all_gather
@@ -147,6 +148,32 @@ def segmented(
             for place, sample in enumerate(samples):
                 yield sample, [of._replace(logits=of.logits[:, place]) for of in windows]
     end_together(bad)
+
+
+def place_logits(model: DenseTransformer) -> Predict:
+    """Of a model for segmentation, the logits at the steps of its head: those of all pixels would
+    take more memory."""
+    return lambda images: model.head(model.forward_map(images))
+
+
+@torch.no_grad()
+def segment_image(
+    call: Predict, image: Tensor, size: tuple[int, int], window: tuple[int, int] | None
+) -> Tensor:
+    """The most probable class of each pixel of an image in its own size, `(H, W)` int64 on the CPU.
+
+    Args:
+        call: as `on_pixels` returns it.
+        image: `(C, h, w)` as `segment_eval` shows it.
+        size: height and width of the image itself.
+        window: as `logits_of_windows` takes it.
+    """
+    windows = logits_of_windows(call, image[None], window)
+    of_image = [found._replace(logits=found.logits[:, 0]) for found in windows]
+    mask = torch.empty(size, dtype=torch.int64)
+    for rows, logits in bands(averaged(of_image, 0, image.shape[-2:]), size):
+        mask[rows] = logits.argmax(dim=0).cpu()
+    return mask
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def over(image: Tensor, found: Annotation, class_names: list[str]) -> np.ndarray
         for label in mask.unique().tolist():
             if label >= 0:
                 blend(picture, (mask == label).numpy(), label)
-    kept = range(0)
+    kept: list[int] = []
     if "boxes" in found:
         scores = found.get("scores", torch.ones(len(found["boxes"])))
         kept = (scores >= SHOWN_FROM).nonzero().flatten().tolist()

@@ -1,11 +1,12 @@
 """Fine-tuning for the boxes of objects and, with `instance_masks`, their masks."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from data.annotated import AnnotatedDataset, EvalImages, open_annotated_data
+from data.annotated import AnnotatedDataset, DetectionSource, EvalImages, open_annotated_data
 from data.joint import joint_transform
 from data.loader import Batch
 from data.transforms import PixelNormalizer
@@ -31,7 +32,7 @@ class Detection:
             )
         data = open_annotated_data(cfg)
         self.cfg, self.train = cfg, data.train
-        self.evaluator = DetectionEvaluator(cfg, run, data.val)
+        self.evaluator = DetectionEvaluator(cfg, run, cast(DetectionSource, data.val))
         self.class_names = self.evaluator.class_names
         self.normalize = PixelNormalizer(cfg.mean, cfg.std, run.device)
 

@@ -1,17 +1,28 @@
 """Fine-tuning for the class of each pixel."""
 
+from pathlib import Path
+
 import torch
-from data.joint import joint_transform
 from torch import Tensor, nn
 
 from data.annotated import AnnotatedDataset, open_annotated_data
+from data.joint import joint_transform, segment_eval
 from data.loader import Batch
 from data.transforms import PixelNormalizer
 from engine.evaluation.classification import Scores
+from engine.evaluation.features import on_pixels
 from engine.evaluation.from_weights import build_dense
-from engine.evaluation.segmentation import SegmentationEvaluator, pixel_loss
+from engine.evaluation.segmentation import (
+    SegmentationEvaluator,
+    pixel_loss,
+    place_logits,
+    segment_image,
+)
+from engine.pictures.choose import spread
+from engine.pictures.predictions import NUM_EXAMPLES, Example, Examples
 from engine.run.folder import Run
 from models.dense import DenseTransformer
+from models.spec import pair
 from util.settings.evaluation import FinetuneConfig
 
 
@@ -37,9 +48,23 @@ class Segmentation:
 
     def evaluate(self, model: nn.Module) -> Scores:
         assert isinstance(model, DenseTransformer)
-        # logits of patches, as those of pixels would take more memory
-        (scores,) = self.evaluator(lambda images: model.head(model.forward_map(images)))
+        (scores,) = self.evaluator(place_logits(model))
         return scores
+
+    def examples(self, model: nn.Module) -> Examples:
+        assert isinstance(model, DenseTransformer)
+        cfg, source = self.cfg, self.evaluator.source
+        call = on_pixels(place_logits(model), cfg, cfg.precision, self.device)
+        window = pair(cfg.img_size) if cfg.eval_mode == "slide" else None
+        rows = []
+        for index in spread(len(source), NUM_EXAMPLES):
+            image = source.read(index)
+            height, width = image.shape[-2:]
+            shown = segment_eval(image, cfg.img_size, model.spec.patch_size)
+            found = {"mask": segment_image(call, shown, (height, width), window)}
+            name, truth = Path(source.name(index)).name, source.annotation(index, height, width)
+            rows.append(Example(name, image, truth, found))
+        return Examples(source.class_names, rows)
 
     def weights(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
         return {}, segmentation_header(self.train.class_names)

@@ -5,12 +5,21 @@ import contextlib
 import copy
 import io
 import math
+import resource
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compare import assert_same_run
+from dense_runs import coco_scenes, on_scenes
+from PIL import Image
 from pycocotools import mask as run_lengths
+from runs import launch, log_lines, results_of
 
+import main_finetune
+from engine.evaluation import detection
 from engine.evaluation.detection import (
     MAX_DETECTIONS,
     average_precision,
@@ -18,6 +27,10 @@ from engine.evaluation.detection import (
     paste,
     within,
 )
+from engine.run.folder import PROGRESS_FILES
+from engine.run.records import read_log
+from models.weights.own import read_header
+from util.errors import DataError, InputError
 
 SIDE = 120  # pixels of the images of hand-made cases
 AREAS = {"": (0, 1e10), "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large": (96**2, 1e10)}
@@ -307,3 +320,190 @@ def test_detections_are_scaled_back_and_those_in_the_padding_dropped():
     }
     kept = within(many, (64, 64), (64, 64))
     assert kept["labels"].tolist() == list(range(299, 199, -1))
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def test_an_image_of_ten_thousand_objects_takes_little_memory():
+    """Dense masks would be 10 GB."""
+    side, boxes = 1000, [[10.0 * x, 10.0 * y, 8.0, 8.0] for x in range(100) for y in range(100)]
+    runs = []
+    for left, top, width, height in boxes:
+        before, zeros = int(left) * side + int(top), side - int(height)
+        counts = [before, *[int(height), zeros] * (int(width) - 1), int(height)]
+        counts.append(side * side - sum(counts))
+        runs.append(run_lengths.frPyObjects({"size": (side, side), "counts": counts}, side, side))
+    truth = {
+        "images": [{"id": 0, "height": side, "width": side}],
+        "categories": [{"id": n, "name": str(n)} for n in range(20)],
+        "annotations": [
+            {
+                "id": n + 1,
+                "image_id": 0,
+                "category_id": n % 20,
+                "bbox": box,
+                "area": 64,
+                "iscrowd": 0,
+                "segmentation": runs[n],
+            }
+            for n, box in enumerate(boxes)
+        ],
+    }
+    before = peak_bytes()
+    found = {
+        "boxes": torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes[:20]]).double(),
+        "scores": torch.linspace(1, 0.5, 20),
+        "labels": torch.arange(20),
+        "masks": torch.ones(20, 28, 28),
+    }
+    figures = average_precision(truth, coco_entries(0, found, (side, side)), ("box", "mask"))
+    # 1 of the 500 objects of each class: precision 1 at the recall 0
+    for kind in ("box", "mask"):
+        assert figures.scalars[f"{kind}_ap"] == pytest.approx(100 / 101, abs=1e-9)
+    assert peak_bytes() - before < 200e6
+
+
+# --- runs
+
+EVERYTHING = ["--ema_decay", 0.5, "--drop_path_rate", 0.3, "--depth", 2]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    """Eight training and three validation images."""
+    return coco_scenes(tmp_path_factory.mktemp("coco"), range(8), range(3))
+
+
+def on_coco(root: Path, output_dir: Path, *more) -> list[str]:
+    return on_scenes("detect", output_dir, "--dataset", "folder", "--data_path", root, *more)
+
+
+def test_a_run_resumes_bit_for_bit_and_draws_what_it_predicts(tmp_path, coco):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    results = main_finetune.main(on_coco(coco, whole, *EVERYTHING, "--per_class"))
+    arguments = on_coco(coco, resumed, *EVERYTHING, "--per_class")
+    main_finetune.main([*arguments, "--stop_epoch", "1"])
+    main_finetune.main([*arguments, "--num_workers", "1", "--checkpointing"])
+    assert_same_run(whole, resumed)
+    assert len(log_lines(whole)) == 4 + 2 + 2  # steps, epochs, evaluations
+    assert "loss" not in results and results["ema"].keys() >= {"box_ap", "mask_ap_small"}
+    assert list(results["per_class_mask_ap"]) == [str(number) for number in range(10)]
+    header = read_header(whole / "best.safetensors")
+    assert header["task"] == header["model_args"]["task"] == "detect"
+    assert header["class_names"] == [str(number) for number in range(10)]
+    for name in ("predictions.png", "per_class.png"):
+        assert Image.open(whole / name).size[0] > 300
+    assert set(PROGRESS_FILES) >= {"predictions.png", "per_class.png"}
+    evaluated = main_finetune.main(
+        on_coco(coco, tmp_path / "eval", "--eval", "--finetune", whole / "model.safetensors")
+        + ["--depth", "2"]
+    )
+    assert all(evaluated[name] == results[name] for name in ("box_ap", "mask_ap50"))
+
+
+def test_boxes_alone(tmp_path, coco):
+    more = ["--instance_masks", "false", "--epochs", 1]
+    results = main_finetune.main(on_coco(coco, tmp_path / "run", *more))
+    assert "box_ap" in results and not any(name.startswith("mask") for name in results)
+    with pytest.raises(InputError, match="best_metric mask_ap") as caught:
+        main_finetune.main(on_coco(coco, tmp_path / "no", *more, "--best_metric", "mask_ap"))
+    assert caught.value.settings == ("best_metric", "instance_masks")
+
+
+def test_bad_images_are_replaced_in_training_and_an_error_in_evaluation(tmp_path):
+    root = coco_scenes(tmp_path / "coco", range(8), range(3))
+    (root / "train" / "003.png").write_bytes(b"no image")
+    main_finetune.main(on_coco(root, tmp_path / "run", "--epochs", 1))
+    (bad,) = read_log(tmp_path / "run" / "bad_samples.jsonl")
+    assert bad["path"].endswith("train/003.png")
+    (root / "val" / "001.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"val/001\.png"):
+        main_finetune.main(on_coco(root, tmp_path / "other", "--epochs", 1))
+
+
+def test_a_model_that_finds_nothing_has_figures_of_0(tmp_path, coco, monkeypatch):
+    """As one has that is not finite."""
+
+    def nothing(call, samples, img_size):
+        empty = {
+            "boxes": torch.zeros(0, 4),
+            "scores": torch.zeros(0),
+            "masks": torch.zeros(0, 9, 9),
+        }
+        return [{**empty, "labels": torch.zeros(0, dtype=torch.int64)} for _ in samples]
+
+    monkeypatch.setattr(detection, "detect", nothing)
+    results = main_finetune.main(on_coco(coco, tmp_path, "--epochs", 1))
+    assert results["box_ap"] == results["mask_ap50"] == 0 and results["best_epoch"] == 1
+
+
+# --- a model that has learnt
+
+LEARNING = [
+    "--batch_size",
+    2,
+    "--region_samples",
+    64,
+    "--embed_dim",
+    64,
+    "--depth",
+    2,
+    "--num_heads",
+    4,
+    "--head_dim",
+    64,
+]
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> tuple[Path, Path]:
+    """A folder of five validation images, the first of which is all of the training, and weights
+    that were trained on it."""
+    folder = tmp_path_factory.mktemp("learnt")
+    root = coco_scenes(folder / "coco", [0, 0], range(5))
+    schedule = ["--epochs", 300, "--warmup_epochs", 10, "--lr", 0.256, "--eval_epochs", 300]
+    still = ["--hflip", 0, "--scale_min", 1, "--scale_max", 1, "--drop_path_rate", 0]
+    quiet = ["--save_epochs", 0, "--log_interval", 300]
+    main_finetune.main(on_coco(root, folder / "run", *LEARNING, *schedule, *still, *quiet))
+    return root, folder / "run" / "model.safetensors"
+
+
+@pytest.mark.long
+def test_one_scene_is_learnt_by_heart(tmp_path, learnt):
+    """Boxes and masks of the image that it was trained on; of others it knows nothing."""
+    root = coco_scenes(tmp_path / "coco", [0], [0])
+    more = [*LEARNING, "--eval", "--finetune", learnt[1]]
+    results = main_finetune.main(on_coco(root, tmp_path / "eval", *more))
+    assert results["box_ap"] > 90 and results["mask_ap50"] > 50
+    others = main_finetune.main(on_coco(learnt[0], tmp_path / "others", *more))
+    assert 5 < others["box_ap"] < 60
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 3])
+def test_figures_are_the_same_on_several_processes(tmp_path, learnt, processes):
+    root, weights = learnt
+    more = [*LEARNING, "--eval", "--finetune", weights, "--per_class"]
+    alone = main_finetune.main(on_coco(root, tmp_path / "one", *more))
+    printed = launch(on_coco(root, tmp_path / "many", *more), processes, "run_finetune.sh")
+    assert printed.returncode == 0, printed.stderr
+    assert results_of(tmp_path / "many", "eval.json") == alone and alone["box_ap"] > 5
+
+
+@pytest.mark.long
+def test_two_processes_resume_bit_for_bit_and_agree_with_one(tmp_path, coco):
+    more = ["--batch_size", 2, "--drop_path_rate", 0]
+    for folder, extra in (("whole", []), ("part", ["--stop_epoch", "1"]), ("part", [])):
+        done = launch(on_coco(coco, tmp_path / folder, *more) + extra, 2, "run_finetune.sh")
+        assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    main_finetune.main(on_coco(coco, tmp_path / "one", "--drop_path_rate", 0))
+    ours, theirs = (
+        [line["loss"] for line in log_lines(tmp_path / n) if "loss" in line]
+        for n in ("one", "whole")
+    )
+    assert ours[0] == pytest.approx(theirs[0], rel=0.2)  # each process draws its regions

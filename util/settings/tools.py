@@ -235,6 +235,10 @@ class PredictConfig(ApplyConfig):
     )
     threshold: Probability = setting(
         0.5,
-        "Probability from which on a class is predicted, if an image may have several.",
+        "Probability from which on a class is predicted, if an image may have several, or an "
+        "object is written, of weights for detection.",
         may_change=True,
+    )
+    eval_mode: Literal["whole", "slide"] = setting(
+        "whole", "How weights for segmentation see an image: see fine-tuning's eval_mode."
     )
