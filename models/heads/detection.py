@@ -41,6 +41,11 @@ class DetectionHead(nn.Module):
         backbone.out_channels = width  # type: ignore[assignment]
         parts: dict[str, Any] = {
             "rpn_anchor_generator": anchors(self.patch_size),
+            # torchvision's numbers, which go with 512 samples, in proportion
+            "rpn_pre_nms_top_n_train": 4 * spec.region_samples,
+            "rpn_post_nms_top_n_train": 4 * spec.region_samples,
+            "rpn_pre_nms_top_n_test": 2 * spec.region_samples,
+            "rpn_post_nms_top_n_test": 2 * spec.region_samples,
             "rpn_batch_size_per_image": max(spec.region_samples // 2, 1),
             "box_batch_size_per_image": spec.region_samples,
             "box_head": TwoMLPHead(width * 7 * 7, 4 * width),
