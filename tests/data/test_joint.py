@@ -137,6 +137,14 @@ def test_scales_are_those_of_the_evaluations():
     assert (shown[:, :19] == 200).all() and (shown[:, 19:] == 64).all()
     deep = detect_eval((image + 200).float(), 32, MEAN)
     assert deep.dtype == torch.float32 and (deep[:, 19:] == 63.75).all()
+    five = 65.5 * torch.ones(5, 60, 100)  # of 16 bits: floats, which are not rounded
+    for task in ("segment", "detect"):
+        change = transform(task=task, scales=(0.4, 0.4), mean=(0.1,) * 5)
+        shown, found = change(five, {"mask": torch.zeros(60, 100, dtype=torch.int64)})
+        is_inside = found["mask"] == 0
+        assert shown.dtype == torch.float32 and 0 < is_inside.float().mean() < 1
+        assert torch.allclose(shown[:, is_inside], torch.tensor(65.5))
+        assert (shown[:, ~is_inside] == torch.tensor(0.1) * 255).all()
 
 
 def test_objects_without_area_or_pixels_go():
