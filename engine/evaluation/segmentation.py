@@ -15,11 +15,11 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from data.joint import segment_eval
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.annotated import IGNORED, AnnotatedSource, EvalSample
+from data.joint import segment_eval
 from data.loader import BadSample
 from engine.evaluation.classification import Scores
 from engine.evaluation.features import end_together, on_pixels

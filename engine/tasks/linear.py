@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from data.joint import joint_transform
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.annotated import AnnotatedDataset, AnnotatedSubset, open_annotated_data
+from data.joint import joint_transform
 from data.labels import LabelledSource, Subset, strata, stratified_choice, take_subset
 from data.loader import Batch, LabelledDataset, SampleDataset
 from data.on_device import place_on_device

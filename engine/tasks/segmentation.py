@@ -1,10 +1,10 @@
 """Fine-tuning for the class of each pixel."""
 
 import torch
-from data.joint import joint_transform
 from torch import Tensor, nn
 
 from data.annotated import AnnotatedDataset, open_annotated_data
+from data.joint import joint_transform
 from data.loader import Batch
 from data.transforms import PixelNormalizer
 from engine.evaluation.classification import Scores
