@@ -58,6 +58,12 @@ def load(file: str, reader: str = "") -> Settings:
     return load_config(config_class, reader, argv, checks=checks, siblings=STAGE_CONFIGS)
 
 
+def also_read_by(file: str) -> list[str]:
+    """Other scripts that read a recipe; there is no k-NN of detection."""
+    readers = ALSO_READ_BY.get(stage_of(file), [])
+    return [reader for reader in readers if "/detect/" not in file or reader != "knn"]
+
+
 def resolved() -> dict[str, dict[str, dict[str, object]]]:
     """By reader: all defaults, and what each recipe changes in them."""
     found = {
@@ -65,7 +71,7 @@ def resolved() -> dict[str, dict[str, dict[str, object]]]:
         for reader, (config_class, _, _) in READERS.items()
     }
     for file in FILES:
-        for reader in (stage_of(file), *ALSO_READ_BY.get(stage_of(file), [])):
+        for reader in (stage_of(file), *also_read_by(file)):
             values, defaults = load(file, reader).model_dump(mode="json"), found[reader]["defaults"]
             found[reader][file] = {n: v for n, v in values.items() if v != defaults[n]}
     return found
@@ -229,7 +235,7 @@ def test_every_evaluation_fits_a_pretraining_recipe(file, pretrained):
     first = 0 if getattr(cfg, "task", "classify") == "classify" else 2
     fits = [encoder[first:] in {of_one[first:] for of_one in pretrained} for encoder in encoders]
     assert any(fits) and (all(fits) or cfg.class_token is None)
-    if stage_of(file) == "finetune":
+    if "knn" in also_read_by(file):
         knn = load(file, "knn")
         assert {images_and_encoder(knn, model) for model in build(knn)} >= {*encoders}
 
