@@ -13,6 +13,7 @@ Shapes: `n` images, `m` objects, `H` and `W` height and width of an image.
 import hashlib
 import json
 import logging
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -54,7 +55,7 @@ class Object(TypedDict):
     bbox: tuple[float, float, float, float]
     area: NotRequired[float | None]
     iscrowd: NotRequired[int | None]
-    segmentation: NotRequired[Any]  # is read with its image
+    segmentation: NotRequired[bytes]  # JSON, which is read with its image
 
 
 class Category(TypedDict):
@@ -82,6 +83,14 @@ class Runs(TypedDict):
 SEGMENTATION: TypeAdapter[Any] = TypeAdapter(Runs | list[list[float]] | None)
 
 
+def _with_json(record: dict[str, Any]) -> dict[str, Any]:
+    """An object of JSON, its segmentation as JSON again: the numbers of all would be gigabytes."""
+    if "segmentation" in record:
+        text = json.dumps(record["segmentation"] or None, separators=(",", ":"))
+        record["segmentation"] = text.encode()
+    return record
+
+
 class CocoFile:
     """The content of one file.
 
@@ -100,7 +109,9 @@ class CocoFile:
         self.path = path
         try:
             content = path.read_bytes()
-            found = TypeAdapter(Content).validate_json(content)
+            found = TypeAdapter(Content).validate_python(
+                json.loads(content, object_hook=_with_json)
+            )
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         except ValidationError as error:
@@ -108,12 +119,14 @@ class CocoFile:
             place = ".".join(map(str, first["loc"])) or "it"
             raise DataError(
                 f"{path} is no file of COCO's format: {place}: {first['msg']}, got "
-                f"{str(first['input'])[:80]!r}"
+                f"{reprlib.repr(first['input'])}"
             ) from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{path} is no JSON file: {error}") from error
         self.digest = hashlib.sha256(content).hexdigest()
         images, objects = found["images"], found["annotations"]
         self.categories = sorted((one["id"], one["name"]) for one in found["categories"])
-        self.file_names = [image["file_name"] for image in images]
+        self.file_names = np.array([image["file_name"] for image in images])
         self.heights = np.array([image["height"] for image in images])
         self.widths = np.array([image["width"] for image in images])
         if (self.heights.astype(float) * self.widths > MAX_PIXELS).any():
@@ -131,10 +144,7 @@ class CocoFile:
             [of_box if area is None else area for area, of_box in zip(areas, of_boxes, strict=True)]
         )
         self.is_crowd = np.array([bool(one.get("iscrowd")) for one in objects])
-        texts = [
-            json.dumps(one.get("segmentation") or None, separators=(",", ":")).encode()
-            for one in objects
-        ]
+        texts = [one.get("segmentation", b"null") for one in objects]
         self.ends = np.cumsum([0, *map(len, texts)])
         self.segmentations = b"".join(texts)
 
@@ -152,7 +162,7 @@ class CocoFile:
         places = {number: place for place, number in enumerate(ids)}
         if len(places) < len(ids):
             twice = [number for place, number in enumerate(ids) if places[number] != place]
-            raise DataError(f"{self.path}: two of {kind} have one id: {twice[:SHOWN]}")
+            raise DataError(f"{self.path}: more than one {kind} has an id of {twice[:SHOWN]}")
         key = f"{kind}_id"
         named = [one[key] for one in objects]  # type: ignore[literal-required]
         if unknown := [number for number in named if number not in places]:
@@ -245,7 +255,7 @@ class CocoImages(FolderSource):
     """
 
     def __init__(self, root: Path, coco: CocoFile, pixels: PixelFormat, with_masks: bool):
-        super().__init__(root, pixels, prefer_train=False, names=coco.file_names)
+        super().__init__(root, pixels, prefer_train=False, names=coco.file_names.tolist())
         self.coco = coco
         self.with_masks = with_masks
         self.class_names = [name for _, name in coco.categories]
@@ -380,12 +390,12 @@ def find_images(root: Path, coco: CocoFile, split: str) -> Path:
     """The folder in which the file's images lie. Raises: DataError if one of them is missing."""
     suffix = coco.path.stem.removeprefix("instances_")
     folders = [root / suffix, root / "images" / suffix, root / split, root / "images" / split, root]
-    first = coco.file_names[0]
-    folder = next((f for f in folders if (f / first).is_file()), None)
+    names: list[str] = coco.file_names.tolist()
+    folder = next((f for f in folders if (f / names[0]).is_file()), None)
     if folder is None:
         tried = ", ".join(str(f) for f in dict.fromkeys(folders))
-        raise DataError(f"{coco.path} names {first}, which is in none of {tried}")
-    if missing := sorted({*coco.file_names} - {*image_names(folder)}):
+        raise DataError(f"{coco.path} names {names[0]}, which is in none of {tried}")
+    if missing := sorted({*names} - {*image_names(folder)}):
         raise DataError(
             f"{coco.path} names {len(missing)} images that are not in {folder}: {missing[:SHOWN]}"
         )

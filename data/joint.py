@@ -106,11 +106,14 @@ class TrainTransform:
         target = {"boxes": boxes[kept], "labels": found["labels"][kept]}
         if "masks" in found:
             masks = torch.empty(len(kept), *size, dtype=torch.uint8)
-            for row, number in enumerate(kept.tolist()):  # one by one: none of the rest is dense
-                masks[row] = crop.mask(found["masks"][number], size, 0)
-            is_seen = masks.flatten(1).any(dim=1).bool()
-            target = {**target, "masks": masks}
-            target = {name: values[is_seen] for name, values in target.items()}
+            seen: list[int] = []
+            for row, number in enumerate(kept.tolist()):  # one by one: no other is dense
+                mask = crop.mask(found["masks"][number], size, 0)
+                if mask.any():
+                    masks[len(seen)] = mask
+                    seen.append(row)
+            target = {name: values[seen] for name, values in target.items()}
+            target["masks"] = masks[: len(seen)]
         return sample, target
 
     def draw(self, height: int, width: int) -> Crop:

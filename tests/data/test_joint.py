@@ -28,13 +28,17 @@ from data.joint import (
     joint_transform,
     segment_eval,
 )
+from data.labels import build_labelled_data
 from data.loader import loader_maker
 from data.sampler import SampleKey
 from data.scenes import SceneMasks, SceneObjects
+from data.unlabelled import open_images
+from engine.pictures.choose import validation_source
 from util.dist import Processes
-from util.errors import InputError
+from util.errors import DataError, InputError
 from util.rng import generator, seeded
 from util.settings.evaluation import FinetuneConfig
+from util.settings.tools import EmbedConfig
 
 GREY = PixelFormat(1)
 MEAN = (0.25,)
@@ -137,6 +141,14 @@ def test_scales_are_those_of_the_evaluations():
     assert (shown[:, :19] == 200).all() and (shown[:, 19:] == 64).all()
     deep = detect_eval((image + 200).float(), 32, MEAN)
     assert deep.dtype == torch.float32 and (deep[:, 19:] == 63.75).all()
+    five = 65.5 * torch.ones(5, 60, 100)  # of 16 bits: floats, which are not rounded
+    for task in ("segment", "detect"):
+        change = transform(task=task, scales=(0.4, 0.4), mean=(0.1,) * 5)
+        shown, found = change(five, {"mask": torch.zeros(60, 100, dtype=torch.int64)})
+        is_inside = found["mask"] == 0
+        assert shown.dtype == torch.float32 and 0 < is_inside.float().mean() < 1
+        assert torch.allclose(shown[:, is_inside], torch.tensor(65.5))
+        assert (shown[:, ~is_inside] == torch.tensor(0.1) * 255).all()
 
 
 def test_objects_without_area_or_pixels_go():
@@ -277,3 +289,16 @@ def test_scenes_by_their_settings():
         opened(task="detect", num_classes=11)
     cfg = FinetuneConfig(dataset="digits_scenes", task="detect", img_size=64)
     assert joint_transform(cfg).scales == (0.1, 2.0)
+
+
+def test_scenes_are_known_to_the_tools_and_have_no_classes():
+    weights = {"finetune": "w", "output_file": "o.npz", "dataset": "digits_scenes"}
+    both = open_images(EmbedConfig(**weights), GREY)
+    assert len(both) == 4500 and EmbedConfig(**weights).problems() == []
+    for split, first in (("train", 0), ("val", 4000)):
+        source = open_images(EmbedConfig(**weights, split=split), GREY)
+        assert torch.equal(both.read(first + 7), source.read(7))
+    shown = validation_source("digits_scenes", None, GREY)
+    assert torch.equal(shown.read(7), both.read(4007))
+    with pytest.raises(DataError, match="digits_scenes"):
+        build_labelled_data("digits_scenes", None, GREY, False, None)
