@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from engine.optim import build_adamw, optimizer_step, param_groups, set_lr  # noqa: E402
 from engine.parallel import full_tensor, place_model, unsharded_model, wrap_model  # noqa: E402
 from models.dense import DenseTransformer  # noqa: E402
-from util.dist import init_processes  # noqa: E402
+from util.dist import from_main, init_processes  # noqa: E402
 from util.settings.evaluation import FinetuneConfig  # noqa: E402
 
 FIELDS = {
@@ -67,7 +67,7 @@ def main(task: str, parallel: str, out: str) -> None:
     found = []
     with init_processes("cpu") as processes:
         torch.manual_seed(0)
-        model = DenseTransformer(**FIELDS, task=task)
+        model = from_main(lambda: DenseTransformer(**FIELDS, task=task))
         place_model(model, model.state_dict(), cfg, processes)
         optimizer = build_adamw(param_groups(model, 0.1, 0.8), 0.9, 0.999)
         set_lr(optimizer, 1e-3)
@@ -80,9 +80,10 @@ def main(task: str, parallel: str, out: str) -> None:
             norm, _ = optimizer_step(optimizer, scaler, 0.5)
             torch.distributed.all_reduce(loss.detach())
             found.append((loss.item(), norm.item(), gradients))
-        state = unsharded_model(model, torch.device("cpu")).state_dict()
+        whole = unsharded_model(model, torch.device("cpu"))
+        whole.eval()(torch.randn(1, 3, 32, 40))  # by all processes, as an evaluation does
         if processes.is_main:
-            torch.save({"steps": found, "state": state}, out)
+            torch.save({"steps": found, "state": whole.state_dict()}, out)
 
 
 if __name__ == "__main__":

@@ -31,21 +31,16 @@ class DetectionHead(nn.Module):
     def __init__(self, spec: DenseSpec):
         super().__init__()
         from torchvision.models.detection import FasterRCNN, MaskRCNN
-        from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
         from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
         width, classes = spec.head_dim, spec.num_classes + 1
         self.pyramid = Pyramid(spec.embed_dim, width)
-        steps = [pair(spec.patch_size)[0] // 4 * 2**level for level in range(len(LEVELS))]
-        with torch.device("cpu"):  # not on the meta device: they are no part of the state
-            anchors = AnchorGenerator(
-                tuple((ANCHOR_STEPS * step,) for step in steps), (RATIOS,) * len(steps)
-            )
+        self.patch_size = pair(spec.patch_size)[0]
         backbone = nn.Identity()  # what the constructor asks for; never called
         backbone.out_channels = width  # type: ignore[assignment]
         parts: dict[str, Any] = {
-            "rpn_anchor_generator": anchors,
+            "rpn_anchor_generator": anchors(self.patch_size),
             "rpn_batch_size_per_image": max(spec.region_samples // 2, 1),
             "box_batch_size_per_image": spec.region_samples,
             "box_head": TwoMLPHead(width * 7 * 7, 4 * width),
@@ -68,6 +63,8 @@ class DetectionHead(nn.Module):
 
         maps = self.pyramid(features)
         maps.append(F.max_pool2d(maps[-1], kernel_size=1, stride=2))  # (B, E, h/4, w/4)
+        if self.rpn.anchor_generator.cell_anchors[0].is_meta:  # they are no part of the state
+            self.rpn.anchor_generator = anchors(self.patch_size)
         shown = ImageList(images, [(images.shape[-2], images.shape[-1])] * len(images))
         # Coordinates need more than half precision.
         with torch.autocast(images.device.type, enabled=False):
@@ -77,6 +74,15 @@ class DetectionHead(nn.Module):
             proposals, losses = self.rpn(shown, levels, targets)
             found, more = self.roi_heads(levels, proposals, shown.image_sizes, targets)
         return {**losses, **more} if targets is not None else [_from_nought(each) for each in found]
+
+
+def anchors(patch_size: int) -> nn.Module:
+    """torchvision's anchors on five maps whose steps begin at a quarter patch and double."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    steps = [patch_size // 4 * 2**level for level in range(len(LEVELS))]
+    sizes = tuple((ANCHOR_STEPS * step,) for step in steps)
+    return AnchorGenerator(sizes, (RATIOS,) * len(steps))
 
 
 def _from_one(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

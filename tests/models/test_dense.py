@@ -243,6 +243,16 @@ def test_a_detector_finds_the_box_the_label_and_the_mask_that_it_is_trained_on()
         assert of_image["masks"][0, 8:20, 8:20].mean() > 0.8  # probabilities
 
 
+@ALL_KINDS
+def test_a_model_that_is_built_without_values_is_the_same_with_them(fields):
+    """On processes that wait for the main one, and for evaluations of a sharded model."""
+    model = dense(fields)
+    with torch.device("meta"):
+        empty = build_model(model.spec)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict(), strict=True)
+    assert_same(empty.eval()(images(40, 24)), model(images(40, 24)))
+
+
 @pytest.mark.parametrize("task", ["segment", "detect"])
 def test_half_precision_keeps_boxes_and_logits_in_float32(task):
     model = dense({"segment": KINDS["fpn"], "detect": KINDS["masks"]}[task])
