@@ -311,8 +311,8 @@ test_a_file_that_cannot_be_decoded_stops_the_evaluation
 37 knn: votes grow with similarity times temperature
 engine/evaluation/knn.py engine/test_knn.py
 test_the_temperature_decides_between_one_near_and_three_far
--weights = ((keys >> 32).double() / GRID / temperature).exp()
-+weights = ((keys >> 32).double() / GRID * temperature).exp()
+-((keys >> 32).double() / GRID / temperature).exp()
++((keys >> 32).double() / GRID * temperature).exp()
 
 38 knn: the length of a training feature counts
 engine/evaluation/knn.py engine/test_knn.py
@@ -956,6 +956,48 @@ data/coco.py data/test_coco.py
 test_broken_segmentations
 -sum(counts) != height * width or min(counts) < 0
 +min(counts) < 0
+
+180 segmentation: the union counts the intersection twice
+engine/evaluation/metrics.py engine/test_segmentation.py
+test_figures_by_hand
+-iou = 100 * right / (of_class + confusion.sum(dim=0) - right)
++iou = 100 * right / (of_class + confusion.sum(dim=0))
+
+181 segmentation: a pixel whose logits are not finite is of some class
+engine/evaluation/segmentation.py engine/test_segmentation.py
+test_figures_are_those_of_loops_over_the_pixels
+-predicted = torch.where(is_finite, logits.argmax(dim=0), num_classes)  # (H, W)
++predicted = torch.where(is_finite, logits.argmax(dim=0), 0)
+
+182 segmentation: the logits of windows that overlap are added up
+engine/evaluation/segmentation.py engine/test_segmentation.py
+test_sliding_windows_are_those_of_a_loop
+-    return total / count
++    return total
+
+183 segmentation: pixels that do not count make the loss smaller
+engine/evaluation/segmentation.py engine/test_segmentation.py
+test_the_loss_is_that_of_the_pixels_that_count
+-    return total / (masks != IGNORED).sum().clamp(min=1)
++    return total / masks.numel()
+
+184 segmentation: an evaluation leaves out images whose mask cannot be read
+engine/evaluation/segmentation.py engine/test_segmentation.py
+test_a_bad_mask_is_replaced_in_training_and_an_error_in_an_evaluation
+-    end_together(bad)
++    end_together([])
+
+185 k-NN on patches: all neighbours of a patch count alike
+engine/evaluation/patch_knn.py engine/test_segmentation.py
+test_neighbours_are_those_of_a_search_one_by_one
+-        total += weights[:, place, None] * shares[nearest[:, place]]
++        total += shares[nearest[:, place]]
+
+186 linear layers on patches: each rate keeps its logits of all pixels for the gradient
+engine/tasks/linear.py engine/test_segmentation.py
+test_the_loss_of_each_rate_and_its_memory
+-        keep_none = partial(checkpoint, loss, use_reentrant=False)
++        keep_none = loss
 """
 
 

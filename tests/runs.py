@@ -24,6 +24,7 @@ import main_pretrain
 from data.images import PixelFormat
 from data.known_sets import read_mnist5k
 from data.loader import Sample, loader_maker
+from data.scenes import compose
 from data.sources import FolderSource
 from data.transforms import PixelNormalizer
 from engine.run.checkpoint import load_newest_checkpoint
@@ -206,6 +207,7 @@ TRAINING = shlex.split("""
 --tensorboard false
 """)
 CLASSES = ("nought", "one", "seven")
+PLAIN = (("train", "images/train", "masks/train"), ("val", "images/val", "masks/val"))
 PICTURE_STEPS = 10  # per epoch: 120 // 12
 
 
@@ -232,6 +234,27 @@ def make_pictures(
                 Image.fromarray(_digits_by_class()[digit][number]).save(
                     folder / f"{number:03d}.png"
                 )
+    return root
+
+
+def make_scenes(
+    root: Path, train: int = 24, val: int = 9, folders: tuple[tuple[str, str, str], ...] = PLAIN
+) -> Path:
+    """Writes scenes of digits as images and masks, of which the first two rows do not count; every
+    third scene is lower than the others. Returns `root`.
+
+    Args:
+        folders: of each split its name, and those of its images and of its masks.
+    """
+    for split, *names in folders:
+        for index in range(train if split == "train" else val):
+            scene = compose(split == "train", index)
+            mask = ((scene.labels + 1)[:, None, None] * scene.masks).sum(axis=0).astype(np.uint8)
+            mask[:2] = 255
+            rows = slice(0, 48 if index % 3 == 0 else 64)
+            for name, values in zip(names, (scene.image, mask), strict=True):
+                (root / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values[rows]).save(root / name / f"{index:02d}.png")
     return root
 
 

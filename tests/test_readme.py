@@ -15,7 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
-from runs import make_pictures, results_of, run
+from runs import make_pictures, make_scenes, results_of, run
 from test_datasets import cifar_rows, publish, server  # noqa: F401  (a fixture)
 
 from tools import benchmark, pack_dataset
@@ -114,6 +114,11 @@ def clone(images, tmp_path, monkeypatch) -> Path:
     for name in ("train/data", "data", "imagenet", "images", "cifar10"):
         (tmp_path / "path" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "path" / name).symlink_to(images)
+    training, validation = (
+        (split, f"images/{folder}", f"annotations/{folder}")
+        for split, folder in (("train", "training"), ("val", "validation"))
+    )
+    make_scenes(tmp_path / "path" / "ade20k", 9, 6, (training, validation))
     shutil.copyfile(images / "val" / "one" / "005.png", tmp_path / "path" / "image")
     rows = ["file,effusion,nodule,split"]
     for number, image in enumerate(sorted(images.rglob("*.png"))):
@@ -162,13 +167,19 @@ def trained(stage: str, recipe: str | None, images: Path, clone: Path) -> Path:
     data = ["--data_path", str(images), "--dataset", "folder", "--download", "false"]
     more = ["--output_dir", str(clone / "trained"), *(DECODER if stage == "pretrain" else [])]
     main = importlib.import_module(f"main_{stage}").main
-    main([*config, *data, *SMALL, *ONE_STEP, *more])
+    main([*config, *data, *SMALL, *ONE_STEP, *more, *smaller_images(config)])
     return clone / "trained"
 
 
 def small(words: list[str]) -> list[str]:
     """The flags that make a command small."""
-    return next(flags for pattern, flags in SMALLER.items() if re.search(pattern, words[1]))
+    flags = next(flags for pattern, flags in SMALLER.items() if re.search(pattern, words[1]))
+    return [*flags, *smaller_images(words)]
+
+
+def smaller_images(words: list[str]) -> list[str]:
+    """Of recipes whose images are large."""
+    return ["--img_size", "64"] if any("/segment/" in word for word in words) else []
 
 
 def run_here(words: list[str]) -> object:

@@ -13,7 +13,7 @@ from compare import assert_same_run, kept_for_gradient
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from runs import ROOT, launch, pictures, results_of, run, step_losses
+from runs import ROOT, launch, make_scenes, pictures, results_of, run, step_losses
 
 import engine.evaluation.segmentation as segmentation
 import main_finetune
@@ -307,18 +307,7 @@ def scenes(scenery: Path, output: Path, *more: object) -> list[str]:
 @pytest.fixture(scope="module")
 def scenery(tmp_path_factory) -> Path:
     """Every third scene is lower than the others; 24 for training and 9 for validation."""
-    root = tmp_path_factory.mktemp("scenes")
-    for split, count in (("train", 24), ("val", 9)):
-        for name in ("images", "masks"):
-            (root / name / split).mkdir(parents=True)
-        for index in range(count):
-            scene = compose(split == "train", index)
-            mask = ((scene.labels + 1)[:, None, None] * scene.masks).sum(axis=0).astype(np.uint8)
-            mask[:2] = 255  # does not count
-            rows = slice(0, 48 if index % 3 == 0 else 64)
-            for name, values in (("images", scene.image), ("masks", mask)):
-                Image.fromarray(values[rows]).save(root / name / split / f"{index:02d}.png")
-    return root
+    return make_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 def mask_folder(scenery: Path, split: str) -> MaskFolder:
@@ -361,7 +350,11 @@ def test_fine_tuning_leaves_a_model_that_evaluates_the_same(tmp_path, scenery, t
 
 
 @pytest.mark.parametrize(
-    "more", [["--ema_decay", 0.5, "--checkpointing", "true"], ["--freeze_blocks", 1]]
+    "more",
+    [
+        ["--ema_decay", 0.5, "--checkpointing", "true"],
+        ["--freeze_blocks", 1, "--dense_head", "fpn"],
+    ],
 )
 def test_a_resumed_fine_tuning_is_the_uninterrupted_one(tmp_path, scenery, tuned, more):
     arguments = [*FINETUNING, "--finetune", tuned[0] / "model.safetensors", *more]

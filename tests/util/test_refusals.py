@@ -170,6 +170,13 @@ MATRIX = [
     ("finetune", "--task pose", "task"),
     ("lincls", "--task detect", "task"),
     ("knn", "--task segment --dataset digits_scenes --save_path x", "save_path"),
+    ("knn", "--task segment --dataset digits_scenes --compile true", "compile"),
+    ("lincls", "--task segment --dataset digits_scenes --compile true", "compile"),
+    (
+        "finetune",
+        "--task segment --dataset digits_scenes --class_weights balanced",
+        "class_weights",
+    ),
     ("lincls", "--finetune null", "finetune"),
     ("lincls", "--lr 0.1 1 --min_lr 0.01", "min_lr"),
     ("lincls", "--lr 0.1 0.1", "lr"),
