@@ -17,7 +17,8 @@ from data.images import PixelFormat
 # 64 patches, narrow heads; fp32 so that numbers do not depend on the processor's bf16
 SCENES = shlex.split("""
 --dataset digits_scenes --img_size 64 --in_chans 1 --mean 0.13 --std 0.3 --size debug --patch_size 8
---embed_dim 16 --depth 1 --head_dim 16 --region_samples 16 --precision fp32 --device cpu --num_workers 0
+--embed_dim 16 --depth 1 --head_dim 16 --region_samples 16 --precision fp32 --device cpu
+--num_workers 0
 """)
 TRAINING = shlex.split("""
 --batch_size 4 --epochs 2 --warmup_epochs 0.5 --lr 0.03 --log_interval 1 --tensorboard false

@@ -236,7 +236,7 @@ def test_every_evaluation_fits_a_pretraining_recipe(file, pretrained):
     first = 0 if getattr(cfg, "task", "classify") == "classify" else 2
     fits = [encoder[first:] in {of_one[first:] for of_one in pretrained} for encoder in encoders]
     assert any(fits) and (all(fits) or cfg.class_token is None)
-    if stage_of(file) == "finetune":
+    if "knn" in readers_of(file):
         knn = load(file, "knn")
         assert {images_and_encoder(knn, model) for model in build(knn)} >= {*encoders}
 

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
+from dense_runs import coco_scenes
 from runs import make_pictures, make_scenes, results_of, run
 from test_datasets import cifar_rows, publish, server  # noqa: F401  (a fixture)
 
@@ -119,6 +120,7 @@ def clone(images, tmp_path, monkeypatch) -> Path:
         for split, folder in (("train", "training"), ("val", "validation"))
     )
     make_scenes(tmp_path / "path" / "ade20k", 9, 6, (training, validation))
+    coco_scenes(tmp_path / "path" / "coco", range(9), range(6))
     shutil.copyfile(images / "val" / "one" / "005.png", tmp_path / "path" / "image")
     rows = ["file,effusion,nodule,split"]
     for number, image in enumerate(sorted(images.rglob("*.png"))):
@@ -174,12 +176,15 @@ def trained(stage: str, recipe: str | None, images: Path, clone: Path) -> Path:
 def small(words: list[str]) -> list[str]:
     """The flags that make a command small."""
     flags = next(flags for pattern, flags in SMALLER.items() if re.search(pattern, words[1]))
-    return [*flags, *smaller_images(words)]
+    heads = shlex.split("--head_dim 16 --region_samples 16 --global_blocks 1")
+    is_detector = any("/detect/" in word for word in words)
+    return [*flags, *smaller_images(words), *(heads if is_detector else [])]
 
 
 def smaller_images(words: list[str]) -> list[str]:
     """Of recipes whose images are large."""
-    return ["--img_size", "64"] if any("/segment/" in word for word in words) else []
+    is_large = any(re.search("/(segment|detect)/", word) for word in words)
+    return ["--img_size", "64"] if is_large else []
 
 
 def run_here(words: list[str]) -> object:

@@ -1,4 +1,5 @@
-"""What a classifier says about any images, as a CSV file.
+"""What a fine-tuned model says about any images: of a classifier as a CSV file, of a model for
+segmentation as a folder of index PNGs, of one for detection as a JSON file of COCO's results.
 
     python tools/predict.py --finetune output/finetune/ViT-S_50E_GAP/best.safetensors \\
         --data_path /path/to/images --output_file output/predictions.csv
@@ -6,7 +7,8 @@
 A row has an image's name, the prediction, and the probability of each class, or with `--topk 3` the
 three most probable classes. Where the weights say that an image may have several classes, the
 prediction is all from `--threshold` on, and where they predict numbers, these are the columns.
-`--data_path` takes what tools/embed.py does; the same command goes on where a killed one stopped.
+Masks and objects are in the images' own sizes; see tools/README.md. `--data_path` takes what
+tools/embed.py does; the same command goes on where a killed one stopped.
 """
 
 import csv

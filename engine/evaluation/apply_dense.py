@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data.annotated import EvalSample
 from data.handover import ready_to_send
-from data.images import BadImageError
+from data.images import IMAGE_ENDINGS, BadImageError
 from data.joint import detect_eval, segment_eval
 from data.loader import BadSample, loader_maker
 from data.sources import ImageSource
@@ -95,7 +95,12 @@ def predict_places(
     is_segment = model.spec.task == "segment"
     names = relative_names(cfg, source)
     if is_segment:
-        names = [name.with_suffix(".png") for name in names]
+        names = [
+            name.with_suffix(".png")
+            if name.suffix.lower() in IMAGE_ENDINGS
+            else name.with_name(f"{name.name}.png")  # as of an image within a file
+            for name in names
+        ]
         check_pngs(names)
     with writing(folder):
         (folder / MASKS).mkdir(parents=True, exist_ok=True)

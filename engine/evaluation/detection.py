@@ -104,8 +104,8 @@ class DetectionEvaluator:
             for sample, found in zip(batch, self.detect(model, batch), strict=True):
                 entries += coco_entries(sample.number, found, sample.size)
         end_together(bad)
+        # those of an image are of one process and keep their order, which alone matters
         gathered = [entry for of_process in all_gather(entries) for entry in of_process]
-        gathered.sort(key=lambda entry: entry["image_id"])  # those of an image keep their order
         kinds = ("box", "mask") if self.has_masks(model) else ("box",)
         figures = from_main(lambda: average_precision(self.source.ground_truth(), gathered, kinds))
         return DetectionScores(len(self.source), math.nan, figures)

@@ -17,6 +17,7 @@ from dense_runs import coco_scenes, on_scenes
 from PIL import Image
 from pycocotools import mask as run_lengths
 from runs import launch, log_lines, results_of
+from safetensors.torch import load_file
 
 import main_finetune
 from engine.evaluation import detection
@@ -403,6 +404,12 @@ def test_a_run_resumes_bit_for_bit_and_draws_what_it_predicts(tmp_path, coco):
         + ["--depth", "2"]
     )
     assert all(evaluated[name] == results[name] for name in ("box_ap", "mask_ap50"))
+    more = ["--finetune", whole / "model.safetensors", "--freeze_blocks", 1, "--depth", 2]
+    main_finetune.main(on_coco(coco, tmp_path / "frozen", *more, "--epochs", 1))
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "frozen"))
+    same = {name for name, values in before.items() if torch.equal(values, after[name])}
+    kept = {name for name in before if name.startswith(("blocks.0.", "patch_embed.", "pos_embed"))}
+    assert kept <= same and not any(name.startswith("blocks.1.mlp") for name in same)
 
 
 def test_boxes_alone(tmp_path, coco):

@@ -19,6 +19,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 import main_knn
+from engine.pictures.drawing import write_png
 from tools import plot_run
 from util.errors import InputError
 
@@ -120,6 +121,16 @@ def test_a_run_that_has_not_ended_has_a_page(tmp_path):
     assert "stopped, of 3 epochs" in note_of(page_of(folder))
     observed = {"step": 0, "epoch": 0.0, "psnr": 11.0, "monitor_s": 0.5, "kind": "monitor"}
     assert "11.00" in page_of(log(tmp_path / "new", observed))
+
+
+def test_the_page_shows_predictions(tmp_path):
+    scores = ONE | {"kind": "val", "box_ap": 12.5, "mask_ap": 10.25}
+    folder = log(tmp_path / "run", ONE, scores)
+    for name in ("predictions.png", "per_class.png"):
+        write_png(folder / name, np.zeros((2, 2, 3), np.uint8))
+    page = page_of(folder)
+    assert re.findall(r'<img id="picture-(.*?)"', page) == ["predictions", "per_class"]
+    assert "12.5" in page and "10.25" in page
 
 
 def test_strange_results_beside_a_run_are_skipped_with_a_line(finished, tmp_path, capsys):

@@ -11,6 +11,7 @@ from dense_runs import coco_scenes, few_scenes, on_scenes
 from PIL import Image
 from pycocotools import mask as run_lengths
 from runs import Cut, driven, files_of, run
+from test_parquet import tables as tables  # a fixture
 
 import main_finetune
 from data.images import PixelFormat
@@ -168,6 +169,12 @@ def test_two_images_of_one_name_are_refused(tmp_path, images, weights):
     shutil.copy(images / "a/0.jpg.png", tmp_path / "images/a/0.jpg.bmp")
     with pytest.raises(InputError, match="2 images would be written to a/0.jpg.png"):
         predicted(weights["segment"], tmp_path / "images", tmp_path / "out")
+
+
+def test_images_of_parquet_files_have_a_png_each(tmp_path, weights, tables):
+    more = ["--dataset", "parquet", "--split", "val"]
+    found = predicted(weights["segment"], tables, tmp_path / "out", *more)
+    assert len([*(tmp_path / "out").rglob("*.png")]) == found["num_images"] == 60
 
 
 @pytest.mark.long
