@@ -879,7 +879,7 @@ test_pasting_equals_a_plain_loop
 -x = 2 * (columns + 0.5 - left)
 +x = 2 * (columns - left)
 
-193 detection: boxes are scaled back as if the padding belonged to the image
+193 detection: boxes are scaled back by the rounding of the other side
 engine/evaluation/detection.py engine/test_detection.py
 test_detections_are_scaled_back_and_those_in_the_padding_dropped
 -[width / columns, height / rows] * 2
