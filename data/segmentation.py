@@ -161,6 +161,12 @@ def open_mask_folder(
     root = check_folder(cfg.data_path)
     class_names = read_class_names(cfg.class_file, num_classes)
     values = MaskValues(len(class_names), cfg.ignore_index, cfg.zero_is_ignored)
+    if 0 < cfg.ignore_index < cfg.zero_is_ignored + values.num_classes:
+        raise InputError(
+            f"ignore_index {cfg.ignore_index} would leave a class out, but {values}: give one that "
+            "is none of them",
+            settings=("ignore_index",),
+        )
 
     def opened(images: Path, masks: Path, listed: Path | None = None) -> MaskFolder:
         names = image_names(images) if listed is None else _listed_names(listed, images)

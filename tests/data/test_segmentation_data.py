@@ -133,8 +133,12 @@ def test_meaning_of_the_values(root):
     """As ADE20K's: 0 does not count, and 1 is the first class; and 16 bits beside 255."""
     found = opened(root, num_classes=2, zero_is_ignored=True).train.annotation(0, 2, 3)["mask"]
     assert found.tolist() == [[IGNORED, 0, 1], [IGNORED, 1, IGNORED]]
-    other = opened(root, num_classes=256, ignore_index=2).train.annotation(0, 2, 3)["mask"]
-    assert other.tolist() == [[0, 1, IGNORED], [255, IGNORED, 0]]
+    other = opened(root, num_classes=256, ignore_index=0).train.annotation(0, 2, 3)["mask"]
+    assert other.tolist() == [[IGNORED, 1, 2], [255, 2, IGNORED]]
+    for many, is_ignored in ((256, False), (255, True)):  # 255 would be a class
+        with pytest.raises(InputError) as raised:
+            opened(root, num_classes=many, zero_is_ignored=is_ignored)
+        assert raised.value.settings == ("ignore_index",)
     write(root / "masks/train/a.x.png", png(VALUES.astype(np.uint16) * 256))
     deep = opened(root, num_classes=60000, ignore_index=65280).train.annotation(0, 2, 3)["mask"]
     assert deep.tolist() == [[0, 256, 512], [IGNORED, 512, 0]]
