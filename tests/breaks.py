@@ -117,15 +117,15 @@ test_logits_and_features_equal_timm_in_float64_for_each_readout
 14 blocks: the attention branch is normalised after the sum
 models/blocks.py models/test_models.py
 test_logits_and_features_equal_timm_in_float64_for_each_readout
--x = x + self.drop_path(self.attn(self.norm1(x), memory, maps))
-+x = self.norm1(x + self.drop_path(self.attn(x, memory, maps)))
+-x = x + self.drop_path(self.attn(self.norm1(x), memory, maps, grid))
++x = self.norm1(x + self.drop_path(self.attn(x, memory, maps, grid)))
 
 15 blocks: a cross-attention block normalises the encoder's output once more
 models/blocks.py models/test_decoders.py
 test_the_cross_decoder_equals_torch_attention_patch_by_patch
--x = x + self.drop_path(self.attn(self.norm1(x), memory, maps))
+-x = x + self.drop_path(self.attn(self.norm1(x), memory, maps, grid))
 +normed = None if memory is None else self.norm1(memory)
-+        x = x + self.drop_path(self.attn(self.norm1(x), normed, maps))
++        x = x + self.drop_path(self.attn(self.norm1(x), normed, maps, grid))
 
 16 sampler: every epoch has the same order
 data/sampler.py data/test_sampler.py
@@ -504,8 +504,8 @@ test_schedule_by_hand
 62 optimiser: weights of LayerNorm decay
 engine/optim.py engine/test_engine.py
 test_only_matrices_decay
--isinstance(module, nn.Linear | nn.Conv2d)
-+isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm)
+-DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
++DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm)
 
 63 optimiser: clip_grad clips nothing
 engine/optim.py engine/test_engine.py
