@@ -6,7 +6,7 @@ nearest in the memory, with weights exp(similarity / temperature), and the pixel
 patches. One search serves every k, in the order of `knn.py`. Every process holds the whole memory,
 whose size does not depend on the number of images.
 
-Source: the idea, arXiv 2306.01667 (section 2), which takes its weights from a softmax as well.
+Source: the idea, arXiv 2306.01667.
 
 Shapes: `B` batch, `C` classes, `D` width, `R` patches in the memory, `Q` queries, `K` neighbours,
 `H` and `W` height and width of an image as the model takes it, `h` and `w` in patches.
@@ -44,7 +44,7 @@ def build_memory(
     cfg: KnnConfig, run: Run, model: VisionTransformer, source: AnnotatedSource
 ) -> Memory:
     """`cfg.memory_patches` patches of `source`, of each image as many, within one, chosen among
-    those with pixels that count; all of an image's patches if it has fewer. On the CPU.
+    those with pixels that count; all of an image's patches if it has fewer. On the run's device.
 
     The choice is a pure function of the seed and the images. All processes must call, and all get
     the same.
@@ -82,7 +82,7 @@ def build_memory(
     is_there = ~shares.isnan().any(dim=1)
     if not is_there.any():
         raise InputError("no pixel of the training masks counts: there are no neighbours")
-    return Memory(features[is_there], shares[is_there])
+    return Memory(features[is_there].to(run.device), shares[is_there].to(run.device))
 
 
 def patches_of_images(num_images: int, num_patches: int, seed: int) -> np.ndarray:
