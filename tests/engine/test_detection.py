@@ -303,17 +303,18 @@ def test_pasting_equals_a_plain_loop(box):
 
 
 def test_detections_are_scaled_back_and_those_in_the_padding_dropped():
-    """An image of 100 x 50 pixels that was shown at 64 x 32 in a square of 64."""
+    """An image of 100 x 51 pixels that was shown at 64 x 33 in a square of 64."""
     boxes = torch.tensor([[0.0, 0, 16, 32], [8, 8, 40, 80], [33, 0, 60, 60], [1, 1, 2, 2]])
     scores = torch.tensor([0.5, 0.9, 0.8, 0.5])
     found = within(
-        {"boxes": boxes, "scores": scores, "labels": torch.arange(4)}, (64, 32), (100, 50)
+        {"boxes": boxes, "scores": scores, "labels": torch.arange(4)}, (64, 33), (100, 51)
     )
     assert found["labels"].tolist() == [1, 0, 3]
-    expected = [[12.5, 12.5, 62.5, 125], [0, 0, 25, 50], [1.5625, 1.5625, 3.125, 3.125]]
+    x, y = 51 / 33, 100 / 64
+    expected = [[8 * x, 12.5, 40 * x, 125], [0, 0, 16 * x, 50], [x, y, 2 * x, 2 * y]]
     assert found["boxes"].tolist() == expected
-    entries = coco_entries(7, found, (100, 50))
-    assert entries[0]["bbox"] == [12.5, 12.5, 37.5, 87.5] and entries[0]["image_id"] == 7
+    entries = coco_entries(7, found, (100, 51))
+    assert entries[0]["bbox"] == [8 * x, 12.5, 51 - 8 * x, 87.5] and entries[0]["image_id"] == 7
     many = {
         "boxes": boxes[:1].expand(300, 4),
         "scores": torch.linspace(0, 1, 300),
