@@ -52,19 +52,18 @@ def stage_of(file: str) -> str:
     return "finetune" if stem in ("segment", "detect") else stem
 
 
-def readers_of(file: str) -> list[str]:
-    """The scripts that read a recipe; others than its own stage read what classifies."""
-    stage, text = stage_of(file), (ROOT / file).read_text(encoding="utf-8")
-    is_dense = re.search("^task: (segment|detect)", text, re.MULTILINE)
-    return [stage, *([] if is_dense else ALSO_READ_BY.get(stage, []))]
-
-
 def load(file: str, reader: str = "") -> Settings:
     """A recipe's settings in its own stage, or in another script that reads it."""
     reader = reader or stage_of(file)
     config_class, checks, more = READERS[reader]
     argv = ["--config", str(ROOT / file), "--data_path", "x", *more]
     return load_config(config_class, reader, argv, checks=checks, siblings=STAGE_CONFIGS)
+
+
+def readers_of(file: str) -> list[str]:
+    """The scripts that read a recipe; others than its own stage read what classifies."""
+    is_dense = getattr(load(file), "task", "classify") != "classify"
+    return [stage_of(file), *([] if is_dense else ALSO_READ_BY.get(stage_of(file), []))]
 
 
 def resolved() -> dict[str, dict[str, dict[str, object]]]:
