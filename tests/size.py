@@ -14,12 +14,12 @@ from pathlib import Path
 
 MAX_LINE = 100  # characters
 BUDGET = {
-    "product statements": 7950,
-    "test statements": 11000,
-    "statements that main_pretrain imports": 5000,
+    "product statements": 9900,
+    "test statements": 13000,
+    "statements that main_pretrain imports": 5450,
     "statements that engine.optim imports": 60,
     "`cfg: Any` in product code": 0,
-    "`Any` in product code": 60,
+    "`Any` in product code": 70,
     f"lines past {MAX_LINE} characters": 0,
     "`fmt: skip`": 0,
 }

@@ -29,7 +29,7 @@ from data.loader import Annotation, BadSample
 from engine.evaluation.classification import Scores
 from engine.evaluation.features import end_together, on_pixels
 from engine.evaluation.metrics import Figures
-from engine.run.batches import annotated_eval_batches
+from engine.run.annotated_batches import annotated_eval_batches
 from engine.run.folder import Run
 from engine.run.interrupts import received
 from models.dense import DenseTransformer

@@ -24,7 +24,7 @@ from data.loader import BadSample
 from engine.evaluation.classification import Scores
 from engine.evaluation.features import end_together, on_pixels
 from engine.evaluation.metrics import segmentation_figures
-from engine.run.batches import annotated_eval_batches
+from engine.run.annotated_batches import annotated_eval_batches
 from engine.run.folder import Run
 from engine.run.interrupts import received
 from models.build import classifier_spec

@@ -1,12 +1,11 @@
 """The batches of a run: training batches from any step on, and every image of a source once."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.handover import check_handover
@@ -24,7 +23,7 @@ from util.settings.evaluation import KnnConfig
 from util.watchdog import alive, watched
 
 if TYPE_CHECKING:
-    from data.annotated import AnnotatedSource
+    pass
 
 
 class Batches:
@@ -115,27 +114,6 @@ def eval_batches(
     loader = build_eval_loader(
         source,
         EvalTransform(cfg.img_size, crop_pct),
-        cfg.batch_size,
-        run.processes.rank,
-        run.processes.world_size,
-        loader_maker(cfg, run.processes),
-    )
-    return Batches(loader, cfg.timeout)
-
-
-def annotated_eval_batches(
-    cfg: TrainConfig | KnnConfig,
-    run: Run,
-    source: "AnnotatedSource",
-    transform: Callable[[Tensor], Tensor],
-    with_targets: bool,
-) -> Batches:
-    """This process's share of `source` as lists of `EvalSample`, through one of the transforms for
-    evaluation of `data/joint.py`; `with_targets` as `EvalImages` takes it."""
-    from data.annotated import EvalImages, build_annotated_eval_loader  # few stages need them
-
-    loader = build_annotated_eval_loader(
-        EvalImages(source, transform, with_targets),
         cfg.batch_size,
         run.processes.rank,
         run.processes.world_size,
