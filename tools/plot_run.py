@@ -32,6 +32,7 @@ from engine.run.records import read_log, read_results
 from models.weights.files import weights_digest
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
+from util.settings.evaluation import MAIN_METRIC
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 ACCURACIES = {  # key in log.jsonl -> legend
@@ -221,7 +222,7 @@ def report(run: RunLog) -> str:
 
 def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
     """Rows about the evaluations of a run's final weights, in folders beside it or beside its own
-    folder: folder, protocol, top-1 in percent, numbers of images."""
+    folder: folder, protocol, main figures, numbers of images."""
     weights = folder / "model.safetensors"
     digest = weights_digest(weights) if weights.exists() else "none"
     found: list[tuple[str, ...]] = []
@@ -229,11 +230,16 @@ def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
     for path in sorted({path.resolve() for path in near}):
         try:
             results = read_results(path)
-            if results["sha256"] == digest:
+            figures = [
+                f"{results[name]:.2f} ({FIGURES[name]})"
+                for name in (*MAIN_METRIC.values(), "mask_ap")
+                if name in results
+            ]
+            if results["sha256"] == digest and figures:
                 row = (
                     os.path.relpath(path.parent, folder.parent),
                     results["protocol"],
-                    f"{results['acc1']:.2f}",
+                    ", ".join(figures),
                     f"{results['num_train']:,} / {results['num_samples']:,}",
                 )
                 found.append(row)

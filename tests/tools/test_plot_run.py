@@ -88,7 +88,7 @@ def test_a_browser_shows_the_page_from_disk(finished, window):
     assert [row.text.split()[0] for row in rows[1:]] == ["0", "1", "2"]
     (row,) = window.find_elements(By.CSS_SELECTOR, "#evaluations tr")[1:]  # of these weights
     accuracy = results_of(finished / "knn")["acc1"]
-    assert row.text.startswith("knn ") and f"{accuracy:.2f} 120 / 60" in row.text
+    assert row.text.startswith("knn ") and f"{accuracy:.2f} (top-1 %) 120 / 60" in row.text
     assert "mask_ratio: 0.75" in window.find_element(By.ID, "settings").text
     assert window.get_log("browser") == []
     text = page.read_text()
