@@ -27,12 +27,12 @@ from util.rng import derive_seed
 
 SIDE = 64  # pixels of a scene
 NUM_SCENES = {"train": 4000, "val": 500}
-DIGITS = (2, 4)  # fewest and most in a scene
-DIGIT_SIDES = (22, 40)  # pixels of a digit's square
-STROKES = (6, 14)  # fewest and most pieces of other digits in the background
+DIGITS = (1, 4)  # fewest and most in a scene
+DIGIT_SIDES = (24, 40)  # pixels of a digit's square
+STROKES = (3, 8)  # fewest and most pieces of other digits in the background
 STROKE_SIDES = (6, 13)  # pixels of a piece
 PIXELS = 40  # fewest of a digit's stroke
-VISIBLE = 0.6  # smallest share of a digit's pixels that no later one covers
+VISIBLE = 0.8  # smallest share of a digit's pixels that no later one covers
 ON_STROKE = 100  # a pixel from which on it belongs to its digit
 VERSION = 1  # of the scenes: other scenes are other data
 

@@ -127,6 +127,7 @@ def clone(images, tmp_path, monkeypatch) -> Path:
         labels = f"{number % 2},{number // 2 % 2},{image.parent.parent.name}"
         rows.append(f"{image.relative_to(images)},{labels}")
     (tmp_path / "path" / "labels.csv").write_text("\n".join(rows))
+    monkeypatch.setattr("data.scenes.NUM_SCENES", {"train": 40, "val": 6})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
