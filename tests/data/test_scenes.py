@@ -7,7 +7,7 @@ from pycocotools.mask import decode
 
 from data.images import PixelFormat
 from data.known_sets import read_mnist5k
-from data.scenes import NUM_SCENES, SIDE, SceneMasks, SceneObjects, compose
+from data.scenes import NUM_SCENES, SIDE, SceneMasks, SceneObjects, bold_digits, compose
 
 GREY = PixelFormat(1)
 SCENES = [(is_train, index) for is_train in (True, False) for index in range(40)]
@@ -33,10 +33,17 @@ def test_the_strokes_of_one_to_four_digits_are_where_the_masks_say():
 
 def test_scenes_show_digits_of_their_own_split_only(monkeypatch):
     asked = []
-    monkeypatch.setattr("data.scenes.read_mnist5k", lambda t: asked.append(t) or read_mnist5k(t))
+    monkeypatch.setattr("data.scenes.bold_digits", lambda t: asked.append(t) or bold_digits(t))
     for is_train in (True, False):
         compose.__wrapped__(is_train, 7)
     assert asked == [True, False]
+    for is_train in (True, False):
+        digits, classes = bold_digits(is_train)
+        images, labels = read_mnist5k(is_train)
+        assert np.array_equal(classes, labels)
+        padded = np.pad(images[:, 0], ((0, 0), (1, 1), (1, 1)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded[:50], (3, 3), axis=(1, 2))
+        assert np.array_equal(digits[:50], windows.max(axis=(3, 4)))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
