@@ -16,7 +16,6 @@ from engine.pictures.choose import spread
 from engine.pictures.predictions import NUM_EXAMPLES, SHOWN_FROM, Example, Examples
 from engine.run.folder import Run
 from models.dense import DenseTransformer
-from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
 
 
@@ -24,12 +23,6 @@ class Detection:
     """See `Task`."""
 
     def __init__(self, cfg: FinetuneConfig, run: Run):
-        if not cfg.instance_masks and (cfg.best_metric or "").startswith("mask_"):
-            raise InputError(
-                f"best_metric {cfg.best_metric} needs instance_masks true: without them it is one "
-                "of box_ap, box_ap50 and box_ap75",
-                settings=("best_metric", "instance_masks"),
-            )
         data = open_annotated_data(cfg)
         self.cfg, self.train = cfg, data.train
         self.evaluator = DetectionEvaluator(cfg, run, cast(DetectionSource, data.val))
