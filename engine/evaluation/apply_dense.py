@@ -9,6 +9,7 @@ processes, so the result is as well.
 Shapes: `C` channels, `H` and `W` height and width of an image.
 """
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -44,7 +45,7 @@ from util.files import printable, write_output, write_text, writing
 from util.settings.base import DataConfig
 from util.settings.tools import PredictConfig
 
-MASKS, CLASSES = "masks", "classes.txt"
+CLASSES = "classes.txt"
 Entry = dict[str, Any]  # an object in COCO's words
 
 
@@ -92,6 +93,8 @@ def predict_places(
     assert cfg.output_file is not None and cfg.img_size is not None, "they are there by now"
     output = Path(cfg.output_file)
     folder = output.with_name(f"{output.name}.parts")
+    # PNGs do not say whose they are, as the files of batches do
+    masks = folder / f"masks-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     is_segment = model.spec.task == "segment"
     names = relative_names(cfg, source)
     if is_segment:
@@ -103,7 +106,7 @@ def predict_places(
         ]
         check_pngs(names)
     with writing(folder):
-        (folder / MASKS).mkdir(parents=True, exist_ok=True)
+        masks.mkdir(parents=True, exist_ok=True)
     batches = [
         range(start, min(start + cfg.batch_size, len(source)))
         for start in range(0, len(source), cfg.batch_size)
@@ -138,7 +141,7 @@ def predict_places(
                 window = pair(cfg.img_size) if cfg.eval_mode == "slide" else None
                 for sample in readable:
                     mask = segment_image(call, sample.image, sample.size, window)
-                    write_mask(folder / MASKS / names[sample.number], mask, len(class_names))
+                    write_mask(masks / names[sample.number], mask, len(class_names))
             elif readable:
                 for sample, found in zip(
                     readable, detect(call, readable, cfg.img_size), strict=True
@@ -159,16 +162,17 @@ def predict_places(
     numbers = np.array([number for part in parts for number in part["kept"]], dtype=np.int64)
     if len(numbers) and is_segment:
         text = "".join(f"{printable(name)}\n" for name in class_names)
-        write_text(folder / MASKS / CLASSES, text)
+        write_text(masks / CLASSES, text)
         with writing(output):
-            (folder / MASKS).rename(output)
+            masks.rename(output)
     elif len(numbers):
         objects = [entry for part in parts for entry in part["objects"]]
         lines = [json.dumps(entry) for entry in objects if entry["score"] >= cfg.threshold]
         text = "[" + ",\n".join(lines) + "]\n"
         write_output(output, partial(Path.write_text, data=text, encoding="utf-8"))
-    shutil.rmtree(folder / MASKS, ignore_errors=True)
-    for path in paths:
+    for path in folder.glob("masks-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("batch-*.json"):
         path.unlink()
     with suppress(OSError):  # somebody else's files may be in it
         folder.rmdir()
