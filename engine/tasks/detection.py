@@ -66,4 +66,4 @@ class Detection:
         return Example(Path(source.name(index)).name, source.read(index), sample.target, shown)
 
     def weights(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
-        return {}, {"task": "detect", "class_names": self.train.class_names}
+        return {}, {"class_names": self.train.class_names}

@@ -70,15 +70,10 @@ class Segmentation:
         return Example(name, image, truth, found)
 
     def weights(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
-        return {}, segmentation_header(self.train.class_names)
+        return {}, {"class_names": self.train.class_names}
 
 
 def masks_of(batch: Batch, device: torch.device) -> Tensor:
     """The masks of a batch, `(B, H, W)` int64."""
     masks = torch.stack([of_image["mask"] for of_image in batch.targets])
     return masks.to(device, non_blocking=True)
-
-
-def segmentation_header(class_names: list[str]) -> dict[str, object]:
-    """What a file of weights says about its outputs."""
-    return {"task": "segment", "class_names": class_names}
