@@ -15,23 +15,20 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.annotated import EvalSample
+from data.annotated import EvalImages
 from data.handover import ready_to_send
-from data.images import IMAGE_ENDINGS, BadImageError
+from data.images import IMAGE_ENDINGS
 from data.joint import detect_eval, segment_eval
-from data.loader import BadSample, loader_maker
+from data.loader import loader_maker
 from data.sources import ImageSource
 from engine.evaluation.detection import coco_entries, detect
 from engine.evaluation.features import on_pixels
@@ -47,27 +44,6 @@ from util.settings.tools import PredictConfig
 
 CLASSES = "classes.txt"
 Entry = dict[str, Any]  # an object in COCO's words
-
-
-@dataclass(eq=False)
-class SizedImages(Dataset[EvalSample]):
-    """Images by their numbers, with their sizes; a file that cannot be read is in `bad`.
-
-    Args:
-        transform: of an image `(C, h, w)`, as `data/joint.py` has them.
-    """
-
-    source: ImageSource
-    transform: Callable[[Tensor], Tensor]
-
-    def __getitem__(self, index: int) -> EvalSample:
-        try:
-            image = self.source.read(index)
-        except BadImageError as error:
-            bad = [BadSample(self.source.name(index), str(error))]
-            return EvalSample(index, torch.zeros(1, 1, 1, dtype=torch.uint8), (1, 1), {}, bad)
-        height, width = image.shape[-2:]
-        return EvalSample(index, self.transform(image), (height, width), {}, [])
 
 
 def predict_places(
@@ -124,7 +100,7 @@ def predict_places(
         call = on_pixels(model, cfg, cfg.precision, processes.device)
         transform = partial(detect_eval, img_size=cfg.img_size, mean=cfg.mean)
     loader = loader_maker(DataConfig(num_workers=cfg.num_workers), processes)(
-        SizedImages(source, transform),
+        EvalImages(source, transform, with_targets=None),
         batch_sampler=[batches[number] for number in share],
         collate_fn=ready_to_send,
     )
