@@ -24,6 +24,7 @@ OF_TASKS = {
     "detect": ("train_json", "val_json", "instance_masks", "region_samples"),
     "segment or detect": ("scale_min", "scale_max", "head_dim", "window_size", "global_blocks"),
 }
+OF_FILES = ("class_file", "ignore_index", "zero_is_ignored", "train_json", "val_json")
 
 
 class DenseDataConfig(DataConfig):
@@ -75,6 +76,11 @@ class DenseDataConfig(DataConfig):
     def problems(self) -> list[str]:
         task = getattr(self, "task", "classify")
         is_classify, fields = task == "classify", type(self).model_fields
+        of_files = [
+            name
+            for name in OF_TASKS[task]
+            if name in OF_FILES and getattr(self, name) != fields[name].default
+        ]
         low, high = (1.0, 1.0) if is_classify else self.scales(task)
         return super().problems() + where(
             (
@@ -95,6 +101,10 @@ class DenseDataConfig(DataConfig):
                 for tasks, names in OF_TASKS.items()
                 for name in names
                 if name in fields
+            ),
+            (
+                self.dataset == "digits_scenes" and of_files,
+                f"{' '.join(of_files[:1])} is about files: leave it out for dataset digits_scenes",
             ),
             (low > high, f"scale_min {low:g} is above scale_max {high:g}"),
             (

@@ -207,7 +207,7 @@ class FinetuneConfig(
         may_change=True,  # the resume compares the weights' sha256 instead
     )
     eval: bool = setting(
-        False, "Whether to evaluate the classifier that finetune names and stop.", may_change=True
+        False, "Whether to evaluate the model that finetune names and stop.", may_change=True
     )
     eval_epochs: Count = setting(
         1, "Epochs between two evaluations; the last epoch always has one."
@@ -345,7 +345,7 @@ class FinetuneConfig(
             ),
             (
                 self.eval and self.finetune is None,
-                "finetune is needed by eval: give the classifier as --finetune PATH",
+                "finetune is needed by eval: give the model as --finetune PATH",
             ),
         )
 
