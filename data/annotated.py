@@ -7,7 +7,7 @@ Shapes: `B` batch, `C` channels, `H` and `W` height and width, `n` objects.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -175,18 +175,20 @@ class EvalImages(Dataset[EvalSample]):
     Args:
         transform: of an image `(C, h, w)`, as `data/joint.py` has them.
         with_targets: whether a sample has its annotation. It is read without that, too, as it may
-            not fit its image.
+            not fit its image; None is for a source without annotations.
     """
 
-    source: AnnotatedSource
+    source: ImageSource
     transform: Callable[[Tensor], Tensor]
-    with_targets: bool
+    with_targets: bool | None
 
     def __getitem__(self, index: int) -> EvalSample:
         try:
             image = self.source.read(index)
             height, width = image.shape[-2:]
-            found = self.source.annotation(index, height, width)
+            found: SourceAnnotation = {}
+            if self.with_targets is not None:
+                found = cast(AnnotatedSource, self.source).annotation(index, height, width)
         except BadImageError as error:
             bad = [BadSample(self.source.name(index), str(error))]
             return EvalSample(index, torch.zeros(1, 1, 1, dtype=torch.uint8), (1, 1), {}, bad)

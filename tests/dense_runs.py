@@ -17,7 +17,7 @@ from data.images import PixelFormat
 # 64 patches, narrow heads; fp32 so that numbers do not depend on the processor's bf16
 SCENES = shlex.split("""
 --dataset digits_scenes --img_size 64 --in_chans 1 --mean 0.13 --std 0.3 --size debug --patch_size 8
---embed_dim 16 --depth 1 --head_dim 16 --region_samples 16 --precision fp32 --device cpu
+--embed_dim 16 --depth 1 --head_dim 16 --precision fp32 --device cpu
 --num_workers 0
 """)
 TRAINING = shlex.split("""
@@ -32,7 +32,9 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch, train: int = 8, val: int = 7) ->
 
 def on_scenes(task: str, output_dir: Path, *more: Any) -> list[str]:
     """The command line of a small run; later flags win."""
-    return ["--task", task, *SCENES, *TRAINING, "--output_dir", str(output_dir), *map(str, more)]
+    of_task = ["--region_samples", "16"] * (task == "detect")
+    options = [*SCENES, *of_task, *TRAINING, "--output_dir", str(output_dir), *map(str, more)]
+    return ["--task", task, *options]
 
 
 def coco_scenes(root: Path, train: Sequence[int], val: Sequence[int]) -> Path:

@@ -9,28 +9,26 @@ processes, so the result is as well.
 Shapes: `C` channels, `H` and `W` height and width of an image.
 """
 
+import hashlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.annotated import EvalSample
+from data.annotated import EvalImages
 from data.handover import ready_to_send
-from data.images import IMAGE_ENDINGS, BadImageError
+from data.images import IMAGE_ENDINGS
 from data.joint import detect_eval, segment_eval
-from data.loader import BadSample, loader_maker
+from data.loader import loader_maker
 from data.sources import ImageSource
 from engine.evaluation.detection import coco_entries, detect
 from engine.evaluation.features import on_pixels
@@ -44,29 +42,8 @@ from util.files import printable, write_output, write_text, writing
 from util.settings.base import DataConfig
 from util.settings.tools import PredictConfig
 
-MASKS, CLASSES = "masks", "classes.txt"
+CLASSES = "classes.txt"
 Entry = dict[str, Any]  # an object in COCO's words
-
-
-@dataclass(eq=False)
-class SizedImages(Dataset[EvalSample]):
-    """Images by their numbers, with their sizes; a file that cannot be read is in `bad`.
-
-    Args:
-        transform: of an image `(C, h, w)`, as `data/joint.py` has them.
-    """
-
-    source: ImageSource
-    transform: Callable[[Tensor], Tensor]
-
-    def __getitem__(self, index: int) -> EvalSample:
-        try:
-            image = self.source.read(index)
-        except BadImageError as error:
-            bad = [BadSample(self.source.name(index), str(error))]
-            return EvalSample(index, torch.zeros(1, 1, 1, dtype=torch.uint8), (1, 1), {}, bad)
-        height, width = image.shape[-2:]
-        return EvalSample(index, self.transform(image), (height, width), {}, [])
 
 
 def predict_places(
@@ -92,6 +69,8 @@ def predict_places(
     assert cfg.output_file is not None and cfg.img_size is not None, "they are there by now"
     output = Path(cfg.output_file)
     folder = output.with_name(f"{output.name}.parts")
+    # PNGs do not say whose they are, as the files of batches do
+    masks = folder / f"masks-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     is_segment = model.spec.task == "segment"
     names = relative_names(cfg, source)
     if is_segment:
@@ -103,7 +82,7 @@ def predict_places(
         ]
         check_pngs(names)
     with writing(folder):
-        (folder / MASKS).mkdir(parents=True, exist_ok=True)
+        masks.mkdir(parents=True, exist_ok=True)
     batches = [
         range(start, min(start + cfg.batch_size, len(source)))
         for start in range(0, len(source), cfg.batch_size)
@@ -121,7 +100,7 @@ def predict_places(
         call = on_pixels(model, cfg, cfg.precision, processes.device)
         transform = partial(detect_eval, img_size=cfg.img_size, mean=cfg.mean)
     loader = loader_maker(DataConfig(num_workers=cfg.num_workers), processes)(
-        SizedImages(source, transform),
+        EvalImages(source, transform, with_targets=None),
         batch_sampler=[batches[number] for number in share],
         collate_fn=ready_to_send,
     )
@@ -138,7 +117,7 @@ def predict_places(
                 window = pair(cfg.img_size) if cfg.eval_mode == "slide" else None
                 for sample in readable:
                     mask = segment_image(call, sample.image, sample.size, window)
-                    write_mask(folder / MASKS / names[sample.number], mask, len(class_names))
+                    write_mask(masks / names[sample.number], mask, len(class_names))
             elif readable:
                 for sample, found in zip(
                     readable, detect(call, readable, cfg.img_size), strict=True
@@ -159,16 +138,17 @@ def predict_places(
     numbers = np.array([number for part in parts for number in part["kept"]], dtype=np.int64)
     if len(numbers) and is_segment:
         text = "".join(f"{printable(name)}\n" for name in class_names)
-        write_text(folder / MASKS / CLASSES, text)
+        write_text(masks / CLASSES, text)
         with writing(output):
-            (folder / MASKS).rename(output)
+            masks.rename(output)
     elif len(numbers):
         objects = [entry for part in parts for entry in part["objects"]]
         lines = [json.dumps(entry) for entry in objects if entry["score"] >= cfg.threshold]
         text = "[" + ",\n".join(lines) + "]\n"
         write_output(output, partial(Path.write_text, data=text, encoding="utf-8"))
-    shutil.rmtree(folder / MASKS, ignore_errors=True)
-    for path in paths:
+    for path in folder.glob("masks-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("batch-*.json"):
         path.unlink()
     with suppress(OSError):  # somebody else's files may be in it
         folder.rmdir()

@@ -189,7 +189,7 @@ def _compare_names(info: WeightsInfo, names: Sequence[str]) -> None:
     """Warns of a head whose classes have other names than the data's."""
     if info.class_names not in (None, tuple(names)):
         logger.warning(
-            "the classifier's classes have other names than the data's: %s and %s",
+            "the weights' classes have other names than the data's: %s and %s",
             info.class_names,
             names,
         )

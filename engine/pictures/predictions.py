@@ -6,6 +6,7 @@ Shapes: `C` channels, `H` and `W` height and width of an image, `n` objects.
 
 import colorsys
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from data.loader import Annotation
+from data.annotated import SourceAnnotation
 from data.transforms import resize
 from engine.evaluation.classification import Scores
 from engine.pictures.drawing import (
@@ -42,15 +43,16 @@ class Example(NamedTuple):
 
     name: str
     image: Tensor
-    truth: Annotation
-    predicted: Annotation
+    truth: SourceAnnotation
+    predicted: SourceAnnotation
 
 
 class Examples(NamedTuple):
-    """Some validation images, and the names of all classes."""
+    """Some validation images, which are made one after the other, as they may be large; and the
+    names of all classes."""
 
     class_names: list[str]
-    rows: list[Example]
+    rows: Iterable[Example]
 
 
 def write_predictions(
@@ -73,21 +75,18 @@ def color(label: int) -> tuple[int, int, int]:
 
 def draw_examples(examples: Examples) -> np.ndarray:
     """A picture with a row for each image: the image, the truth and the prediction."""
-    rows = []
-    for _, image, truth, predicted in examples.rows:
-        empty: Annotation = {}
-        pictures = [over(image, found, examples.class_names) for found in (empty, truth, predicted)]
-        rows.append(pictures)
-    caption = (
-        f"Objects are drawn from a score of {SHOWN_FROM:g} on."
-        if any("boxes" in row.truth for row in examples.rows)
-        else f"The colours of the classes are those of {PER_CLASS_PICTURE}."
-    )
-    labels = [row.name for row in examples.rows]
+    rows, labels = [], []
+    caption = f"The colours of the classes are those of {PER_CLASS_PICTURE}."
+    for name, image, truth, predicted in examples.rows:
+        shown: list[SourceAnnotation] = [{}, truth, predicted]
+        rows.append([over(image, found, examples.class_names) for found in shown])
+        labels.append(name)
+        if "boxes" in truth:
+            caption = f"Objects are drawn from a score of {SHOWN_FROM:g} on."
     return draw_grid(rows, ["image", "truth", "prediction"], labels, caption)
 
 
-def over(image: Tensor, found: Annotation, class_names: list[str]) -> np.ndarray:
+def over(image: Tensor, found: SourceAnnotation, class_names: list[str]) -> np.ndarray:
     """An image in a square of LARGEST_CELL pixels, at its upper left, with masks in their classes'
     colours over it, and boxes with class and score."""
     height, width = image.shape[-2:]

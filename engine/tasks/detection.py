@@ -6,17 +6,23 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from data.annotated import AnnotatedDataset, DetectionSource, EvalImages, open_annotated_data
+from data.annotated import (
+    AnnotatedDataset,
+    DetectionSource,
+    EvalImages,
+    SourceAnnotation,
+    open_annotated_data,
+)
+from data.coco import RunLengths
 from data.joint import joint_transform
 from data.loader import Batch
 from data.transforms import PixelNormalizer
-from engine.evaluation.detection import DetectionEvaluator, DetectionScores, paste
+from engine.evaluation.detection import DetectionEvaluator, DetectionScores, coco_entries
 from engine.evaluation.from_weights import build_dense
 from engine.pictures.choose import spread
-from engine.pictures.predictions import NUM_EXAMPLES, SHOWN_FROM, Example, Examples
+from engine.pictures.predictions import NUM_EXAMPLES, Example, Examples
 from engine.run.folder import Run
 from models.dense import DenseTransformer
-from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
 
 
@@ -24,12 +30,6 @@ class Detection:
     """See `Task`."""
 
     def __init__(self, cfg: FinetuneConfig, run: Run):
-        if not cfg.instance_masks and (cfg.best_metric or "").startswith("mask_"):
-            raise InputError(
-                f"best_metric {cfg.best_metric} needs instance_masks true: without them it is one "
-                "of box_ap, box_ap50 and box_ap75",
-                settings=("best_metric", "instance_masks"),
-            )
         data = open_annotated_data(cfg)
         self.cfg, self.train = cfg, data.train
         self.evaluator = DetectionEvaluator(cfg, run, cast(DetectionSource, data.val))
@@ -51,22 +51,19 @@ class Detection:
 
     def examples(self, model: nn.Module) -> Examples:
         source = self.evaluator.source
-        images = EvalImages(source, self.evaluator.transform, with_targets=True)
-        samples = [images[index] for index in spread(len(source), NUM_EXAMPLES)]
-        rows = []
-        for sample, found in zip(samples, self.evaluator.detect(model, samples), strict=True):
-            kept = found["scores"] >= SHOWN_FROM
-            found = {name: values[kept] for name, values in found.items()}
-            if "masks" in found:
-                pixels = torch.zeros(len(found["masks"]), *sample.size, dtype=torch.uint8)
-                for place, mask in enumerate(found["masks"]):
-                    pixels[place] = torch.from_numpy(
-                        paste(mask, found["boxes"][place], sample.size)
-                    )
-                found["masks"] = pixels  # (n, H, W)
-            name, image = Path(source.name(sample.number)).name, source.read(sample.number)
-            rows.append(Example(name, image, sample.target, found))
-        return Examples(source.class_names, rows)
+        places = spread(len(source), NUM_EXAMPLES)
+        return Examples(source.class_names, (self.example(model, place) for place in places))
+
+    def example(self, model: nn.Module, index: int) -> Example:
+        """The validation image at this index."""
+        source = self.evaluator.source
+        sample = EvalImages(source, self.evaluator.transform, with_targets=True)[index]
+        (found,) = self.evaluator.detect(model, [sample])
+        shown: SourceAnnotation = dict(found)
+        if "masks" in found:
+            entries = coco_entries(index, found, sample.size)
+            shown["masks"] = RunLengths([entry["segmentation"] for entry in entries])
+        return Example(Path(source.name(index)).name, source.read(index), sample.target, shown)
 
     def weights(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
-        return {}, {"task": "detect", "class_names": self.train.class_names}
+        return {}, {"class_names": self.train.class_names}

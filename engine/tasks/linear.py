@@ -27,7 +27,7 @@ from engine.evaluation.objective import build_objective
 from engine.evaluation.probe import probe_loss
 from engine.evaluation.segmentation import SegmentationEvaluator, pixel_loss
 from engine.run.folder import Run
-from engine.tasks.segmentation import masks_of, segmentation_header
+from engine.tasks.segmentation import masks_of
 from models.build import build_model
 from models.dense import DenseTransformer
 from models.heads.segmentation import to_pixels
@@ -172,7 +172,7 @@ class LinearSegmentation:
 
     def weights(self, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
         head = {"head.classify.weight": weight[:, :, None, None], "head.classify.bias": bias}
-        return head, segmentation_header(self.all_names)
+        return head, {"class_names": self.all_names}
 
 
 def patch_logits(probes: nn.Module, features: Tensor) -> Tensor:

@@ -53,29 +53,27 @@ class Segmentation:
 
     def examples(self, model: nn.Module) -> Examples:
         assert isinstance(model, DenseTransformer)
+        source = self.evaluator.source
+        places = spread(len(source), NUM_EXAMPLES)
+        return Examples(source.class_names, (self.example(model, place) for place in places))
+
+    def example(self, model: DenseTransformer, index: int) -> Example:
+        """The validation image at this index."""
         cfg, source = self.cfg, self.evaluator.source
+        image = source.read(index)
+        height, width = image.shape[-2:]
         call = on_pixels(place_logits(model), cfg, cfg.precision, self.device)
+        shown = segment_eval(image, cfg.img_size, model.spec.patch_size)
         window = pair(cfg.img_size) if cfg.eval_mode == "slide" else None
-        rows = []
-        for index in spread(len(source), NUM_EXAMPLES):
-            image = source.read(index)
-            height, width = image.shape[-2:]
-            shown = segment_eval(image, cfg.img_size, model.spec.patch_size)
-            found = {"mask": segment_image(call, shown, (height, width), window)}
-            name, truth = Path(source.name(index)).name, source.annotation(index, height, width)
-            rows.append(Example(name, image, truth, found))
-        return Examples(source.class_names, rows)
+        found = {"mask": segment_image(call, shown, (height, width), window)}
+        name, truth = Path(source.name(index)).name, source.annotation(index, height, width)
+        return Example(name, image, truth, found)
 
     def weights(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, object]]:
-        return {}, segmentation_header(self.train.class_names)
+        return {}, {"class_names": self.train.class_names}
 
 
 def masks_of(batch: Batch, device: torch.device) -> Tensor:
     """The masks of a batch, `(B, H, W)` int64."""
     masks = torch.stack([of_image["mask"] for of_image in batch.targets])
     return masks.to(device, non_blocking=True)
-
-
-def segmentation_header(class_names: list[str]) -> dict[str, object]:
-    """What a file of weights says about its outputs."""
-    return {"task": "segment", "class_names": class_names}

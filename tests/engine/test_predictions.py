@@ -1,5 +1,8 @@
 """Pictures of predictions: what is coloured, where, and what is left out."""
 
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -55,6 +58,21 @@ def test_neighbouring_classes_differ_and_bars_have_their_lengths():
     picture = draw_bars(["a", "b", "c"], {"iou": [100.0, 50.0, float("nan")]})
     long, half, none = (int((picture == color(label)).all(axis=2).sum()) for label in range(3))
     assert 1.8 < long / half < 2.2 and none == 0
+
+
+def test_images_are_not_all_held_at_once():
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def rows() -> Iterator[Example]:
+        mask = torch.zeros(56, 112, dtype=torch.int64)
+        for name in "abcd":
+            assert sum(ref() is not None for ref in seen) <= 1  # the one that was just drawn
+            seen.append(weakref.ref(image := IMAGE.clone()))
+            yield Example(name, image, {"mask": mask}, {"mask": mask})
+            del image
+
+    draw_examples(Examples(["a"], rows()))
+    assert len(seen) == 4
 
 
 def test_a_row_shows_image_truth_and_prediction():

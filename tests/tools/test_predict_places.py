@@ -164,6 +164,23 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path, images, weights, task, 
         predicted(weights[task], images, tmp_path / "part" / "out", *more)
 
 
+def test_masks_of_other_images_are_not_taken_over(tmp_path, images, weights, monkeypatch):
+    """What a killed command left is not in the result of another one."""
+    output, original = tmp_path / "out" / "masks", apply_dense.write_text
+    output.parent.mkdir()
+
+    def cut(path: Path, text: str) -> None:
+        raise Cut
+
+    monkeypatch.setattr(apply_dense, "write_text", cut)
+    with pytest.raises(Cut):
+        predicted(weights["segment"], images, output)
+    monkeypatch.setattr(apply_dense, "write_text", original)
+    predicted(weights["segment"], images / "b", output)
+    names = {path.relative_to(output).as_posix() for path in files_below(output)}
+    assert names == {"1.jpg.png", "3.jpg.png", "classes.txt"}
+
+
 def test_two_images_of_one_name_are_refused(tmp_path, images, weights):
     shutil.copytree(images, tmp_path / "images")
     shutil.copy(images / "a/0.jpg.png", tmp_path / "images/a/0.jpg.bmp")

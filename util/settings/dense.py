@@ -9,6 +9,22 @@ from util.settings.base import Count, CountOrZero, DataConfig, PathText, Positiv
 # Smallest and largest scale of a random crop where nothing is stated: of segmentation the usual
 # one, of detection large-scale jitter (arXiv 2012.07177).
 SCALES = {"segment": (0.5, 2.0), "detect": (0.1, 2.0)}
+# Settings of any stage that have an effect for some tasks alone, and which; for others they are
+# refused.
+OF_TASKS = {
+    "classify": (
+        *("labels", "class_weights", "crop_min", "crop_pct", "data_on_device", "dicom_frames"),
+        *("compile", "lora_rank", "auto_augment", "color_jitter", "re_prob", "mixup", "cutmix"),
+        *("save_path", "load_path"),
+    ),
+    "segment": (
+        *("class_file", "ignore_index", "zero_is_ignored", "eval_mode", "dense_head"),
+        "memory_patches",
+    ),
+    "detect": ("train_json", "val_json", "instance_masks", "region_samples"),
+    "segment or detect": ("scale_min", "scale_max", "head_dim", "window_size", "global_blocks"),
+}
+OF_FILES = ("class_file", "ignore_index", "zero_is_ignored", "train_json", "val_json")
 
 
 class DenseDataConfig(DataConfig):
@@ -57,11 +73,16 @@ class DenseDataConfig(DataConfig):
         low, high = SCALES[task]
         return self.scale_min or low, self.scale_max or high
 
-    def task_rows(self, task: str) -> list[tuple[object, str]]:
-        """For `where`: whether the data does not go with the task."""
-        is_classify = task == "classify"
+    def problems(self) -> list[str]:
+        task = getattr(self, "task", "classify")
+        is_classify, fields = task == "classify", type(self).model_fields
+        of_files = [
+            name
+            for name in OF_TASKS[task]
+            if name in OF_FILES and getattr(self, name) != fields[name].default
+        ]
         low, high = (1.0, 1.0) if is_classify else self.scales(task)
-        return [
+        return super().problems() + where(
             (
                 not is_classify and self.dataset not in ("folder", "digits_scenes"),
                 f"dataset {self.dataset} has no masks or boxes: task {task} takes folder and "
@@ -72,27 +93,25 @@ class DenseDataConfig(DataConfig):
                 "dataset digits_scenes has masks and boxes, and no class of an image: it goes with "
                 "task segment and detect, and with pretraining",
             ),
-            (
-                not is_classify and self.data_on_device,
-                f"data_on_device is for task classify: leave it out for task {task}",
+            *(
+                (
+                    task not in tasks.split(" or ") and getattr(self, name) != fields[name].default,
+                    f"{name} is for task {tasks}: leave it out for task {task}",
+                )
+                for tasks, names in OF_TASKS.items()
+                for name in names
+                if name in fields
             ),
             (
-                not is_classify and getattr(self, "compile", False),
-                f"compile is for task classify: leave it out for task {task}",
-            ),
-            (
-                not is_classify and self.dicom_frames == "all",
-                f"dicom_frames all is for task classify: leave it out for task {task}",
+                self.dataset == "digits_scenes" and of_files,
+                f"{' '.join(of_files[:1])} is about files: leave it out for dataset digits_scenes",
             ),
             (low > high, f"scale_min {low:g} is above scale_max {high:g}"),
             (
                 self.zero_is_ignored and self.ignore_index == 0,
                 "zero_is_ignored makes 1 the first class: it needs an ignore_index above 0",
             ),
-        ]
-
-    def problems(self) -> list[str]:
-        return super().problems() + where(*self.task_rows(getattr(self, "task", "classify")))
+        )
 
 
 class DenseModelConfig(Settings):

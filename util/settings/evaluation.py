@@ -160,11 +160,7 @@ class LabelledDataConfig(TableConfig, EvalCropConfig, DenseDataConfig):
             (
                 self.labels is not None and self.dataset != "folder",
                 f"labels name files, so they go with dataset folder, not {self.dataset}",
-            ),
-            (
-                self.labels is not None and self.task != "classify",
-                f"labels are classes of images: leave them out for task {self.task}",
-            ),
+            )
         )
 
 
@@ -183,12 +179,7 @@ class LossConfig(LabelledDataConfig):
             (
                 self.objective == "regression" and self.class_weights is not None,
                 "class_weights balanced needs classes: leave it out for objective regression",
-            ),
-            (
-                self.task != "classify" and self.class_weights is not None,
-                "class_weights balanced counts the classes of images: leave it out for task "
-                f"{self.task}",
-            ),
+            )
         )
 
 
@@ -216,7 +207,7 @@ class FinetuneConfig(
         may_change=True,  # the resume compares the weights' sha256 instead
     )
     eval: bool = setting(
-        False, "Whether to evaluate the classifier that finetune names and stop.", may_change=True
+        False, "Whether to evaluate the model that finetune names and stop.", may_change=True
     )
     eval_epochs: Count = setting(
         1, "Epochs between two evaluations; the last epoch always has one."
@@ -246,7 +237,7 @@ class FinetuneConfig(
     label_smoothing: ShareBelowOne = setting(
         0.1,
         "Share of the target that is spread over all classes, in multilabel over yes and no; "
-        "regression has none.",
+        "regression and task detect have none.",
     )
     ema_decay: ShareBelowOne | None = setting(
         None,
@@ -325,14 +316,9 @@ class FinetuneConfig(
                 "data_on_device",
             ),
             (
-                self.task != "classify"
-                and (self.needs_8_bits or self.re_prob or self.mixup or self.cutmix),
-                f"task {self.task} crops, scales and flips only: leave auto_augment, color_jitter, "
-                "re_prob, mixup and cutmix out",
-            ),
-            (
-                self.task != "classify" and self.lora_rank is not None,
-                f"lora_rank is for task classify: leave it out for task {self.task}",
+                not self.instance_masks and (self.best_metric or "").startswith("mask_"),
+                f"best_metric {self.best_metric} needs instance_masks true: without them it is one "
+                "of box_ap, box_ap50 and box_ap75",
             ),
             (
                 self.finetune == RANDOM_WEIGHTS,
@@ -359,7 +345,7 @@ class FinetuneConfig(
             ),
             (
                 self.eval and self.finetune is None,
-                "finetune is needed by eval: give the classifier as --finetune PATH",
+                "finetune is needed by eval: give the model as --finetune PATH",
             ),
         )
 
@@ -457,10 +443,6 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
             else []
         )
         return of_images + where(
-            (
-                self.task == "segment" and (self.save_path or self.load_path),
-                "save_path and load_path keep features of images: leave them out for task segment",
-            ),
             (
                 self.objective != "multiclass",
                 f"objective {self.objective} is for fine-tuning and linear classification: "

@@ -230,7 +230,8 @@ class PredictConfig(ApplyConfig):
 
     topk: Count | None = setting(
         None,
-        "Number of most probable classes to write; null writes the probability of every class.",
+        "Number of most probable classes to write for a classifier; null writes the probability of "
+        "every class.",
         may_change=True,
     )
     threshold: Probability = setting(
