@@ -72,6 +72,7 @@ FIGURES = {  # key in log.jsonl -> words at the head of the page
     "box_ap": "box AP, %",
     "mask_ap": "mask AP, %",
 }
+MAIN_FIGURES = ("acc1", "map", "rmse", "miou", "box_ap")  # keys in results.json, one in each
 PICTURES = {  # file in a run's folder -> title and description
     MONITOR_PICTURE: (
         "Reconstructions and attention rollout",
@@ -221,7 +222,7 @@ def report(run: RunLog) -> str:
 
 def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
     """Rows about the evaluations of a run's final weights, in folders beside it or beside its own
-    folder: folder, protocol, top-1 in percent, numbers of images."""
+    folder: folder, protocol, the main figure and its name, numbers of images."""
     weights = folder / "model.safetensors"
     digest = weights_digest(weights) if weights.exists() else "none"
     found: list[tuple[str, ...]] = []
@@ -230,10 +231,11 @@ def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
         try:
             results = read_results(path)
             if results["sha256"] == digest:
+                key = next((key for key in MAIN_FIGURES if key in results), "acc1")
                 row = (
                     os.path.relpath(path.parent, folder.parent),
                     results["protocol"],
-                    f"{results['acc1']:.2f}",
+                    f"{results[key]:.2f} ({FIGURES[key]})",
                     f"{results['num_train']:,} / {results['num_samples']:,}",
                 )
                 found.append(row)

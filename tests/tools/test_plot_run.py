@@ -88,7 +88,7 @@ def test_a_browser_shows_the_page_from_disk(finished, window):
     assert [row.text.split()[0] for row in rows[1:]] == ["0", "1", "2"]
     (row,) = window.find_elements(By.CSS_SELECTOR, "#evaluations tr")[1:]  # of these weights
     accuracy = results_of(finished / "knn")["acc1"]
-    assert row.text.startswith("knn ") and f"{accuracy:.2f} 120 / 60" in row.text
+    assert row.text.startswith("knn ") and f"{accuracy:.2f} (top-1 %) 120 / 60" in row.text
     assert "mask_ratio: 0.75" in window.find_element(By.ID, "settings").text
     assert window.get_log("browser") == []
     text = page.read_text()
@@ -145,6 +145,24 @@ def test_strange_results_beside_a_run_are_skipped_with_a_line(finished, tmp_path
     assert re.findall("<td>(../[kx].*?)</td>", page_of(output)) == ["../knn/two"]
     skipped = re.findall(r"^skipped .*/(x/\d/results.json)", capsys.readouterr().out, re.M)
     assert skipped == [f"x/{number}/results.json" for number in range(6)]
+
+
+def test_the_page_lists_evaluations_of_every_task(finished, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(finished / "pretrain", output / "pretrain" / "one")
+    results = results_of(finished / "knn")
+    del results["acc1"]
+    for key in ("map", "rmse", "miou", "box_ap"):
+        (output / "knn" / key).mkdir(parents=True)
+        text = json.dumps(results | {key: 12.5})
+        (output / "knn" / key / "results.json").write_text(text)
+    found = re.findall(r'<td class="number">(12.50 .*?)</td>', page_of(output))
+    assert sorted(found) == [
+        "12.50 (RMSE)",
+        "12.50 (box AP, %)",
+        "12.50 (mean IoU, %)",
+        "12.50 (mean average precision)",
+    ]
 
 
 @pytest.mark.parametrize("name", ["curves.png", "report.html"])
