@@ -328,7 +328,8 @@ class FinetuneConfig(
                 self.task != "classify"
                 and (self.needs_8_bits or self.re_prob or self.mixup or self.cutmix),
                 f"task {self.task} crops, scales and flips only: leave auto_augment, color_jitter, "
-                "re_prob, mixup and cutmix out",
+                "re_prob, mixup and cutmix out, or take a recipe of "
+                f"cfgs/finetune/{self.task}/",
             ),
             (
                 self.task != "classify" and self.lora_rank is not None,
