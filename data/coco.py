@@ -117,9 +117,10 @@ class CocoFile:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"])) or "it"
+            is_whole = first["type"] == "missing" and len(first["loc"]) == 1  # of all the file
+            got = "" if is_whole else f", got {reprlib.repr(first['input'])}"
             raise DataError(
-                f"{path} is no file of COCO's format: {place}: {first['msg']}, got "
-                f"{reprlib.repr(first['input'])}"
+                f"{path} is no file of COCO's format: {place}: {first['msg']}{got}"
             ) from error
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path} is no JSON file: {error}") from error

@@ -126,7 +126,7 @@ def check_num_classes(num_classes: int | None, class_names: list[str]) -> None:
     if num_classes not in (None, len(class_names)):
         raise InputError(
             f"num_classes is {num_classes} and the data has {len(class_names)} classes: leave "
-            "num_classes out"
+            "num_classes out, or if the recipe has it, give --num_classes null"
         )
 
 

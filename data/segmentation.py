@@ -176,8 +176,8 @@ def open_mask_folder(
         wanted = {mask_name(name) for name in names}
         if missing := sorted(wanted - there):
             raise DataError(
-                f"{len(missing)} images in {images} have no mask in {masks}: {missing[:SHOWN]} "
-                "must be added, or their images removed"
+                f"{len(missing)} images in {images} have no mask in {masks} (which has its image's "
+                f"name and ends in .png): {missing[:SHOWN]} must be added, or their images removed"
             )
         if listed is None and there - wanted:
             say_once(f"{masks}: passed over {len(there - wanted)} masks without an image")

@@ -154,10 +154,14 @@ def log_window(job: Job, stopwatch: Stopwatch, lr: float, num_bad_files: int) ->
     if values["data_wait"] > SLOW_LOADING and not job.cfg.data_on_device:
         stopwatch.slow_windows += 1
         if stopwatch.slow_windows == 2:  # in the first one the loaders start
+            is_dense = getattr(job.cfg, "task", "classify") != "classify"
             logger.warning(
                 "%.0f %% of the time since the last line went into waiting for images: loading is "
-                "the bottleneck. Raise num_workers, or pack the images with tools/pack_dataset.py",
+                "the bottleneck. Raise num_workers, or %s",
                 100 * values["data_wait"],
+                "reduce the images"
+                if is_dense  # shards hold no masks
+                else "pack the images with tools/pack_dataset.py",
             )
     if bad_in_a_row:
         logger.warning("%d steps in a row had a non-finite gradient and were skipped", bad_in_a_row)

@@ -222,7 +222,7 @@ def report(run: RunLog) -> str:
 
 def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
     """Rows about the evaluations of a run's final weights, in folders beside it or beside its own
-    folder: folder, protocol, main figures, numbers of images."""
+    folder: folder, protocol, the main figure and its name, numbers of images."""
     weights = folder / "model.safetensors"
     digest = weights_digest(weights) if weights.exists() else "none"
     found: list[tuple[str, ...]] = []
@@ -230,16 +230,12 @@ def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
     for path in sorted({path.resolve() for path in near}):
         try:
             results = read_results(path)
-            figures = [
-                f"{results[name]:.2f} ({FIGURES[name]})"
-                for name in (*MAIN_METRIC.values(), "mask_ap")
-                if name in results
-            ]
-            if results["sha256"] == digest and figures:
+            if results["sha256"] == digest:
+                key = next((key for key in MAIN_METRIC.values() if key in results), "acc1")
                 row = (
                     os.path.relpath(path.parent, folder.parent),
                     results["protocol"],
-                    ", ".join(figures),
+                    f"{results[key]:.2f} ({FIGURES[key]})",
                     f"{results['num_train']:,} / {results['num_samples']:,}",
                 )
                 found.append(row)

@@ -103,8 +103,9 @@ def build_dense(cfg: FinetuneConfig, class_names: list[str]) -> tuple[DenseTrans
             cfg.task,
             num_classes,
         ):
+            held = f" for {theirs.num_classes} classes" if isinstance(theirs, DenseSpec) else ""
             raise InputError(
-                f"eval: {cfg.finetune} ({info.kind}) is no model of task {cfg.task} for "
+                f"eval: {cfg.finetune} ({info.kind}{held}) is no model of task {cfg.task} for "
                 f"{num_classes} classes"
             )
         _compare_names(info, class_names)

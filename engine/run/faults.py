@@ -56,7 +56,7 @@ class BadSamples:
             first = batch.bad[0]
             raise LocalDataError(
                 f"a whole batch could not be read ({len(set(batch.bad))} files, first "
-                f"{first.path}: {first.reason}): is the disk still there?"
+                f"{first.path}: {first.reason}): correct the files, or is the disk gone?"
             )
 
     def exchange(self) -> int:

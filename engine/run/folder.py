@@ -116,7 +116,10 @@ def open_run(cfg: RunConfig) -> Iterator[Run]:
         try:
             yield Run(folder, processes, records)
         except DataError as error:
-            if isinstance(cfg, DatasetConfig) and cfg.dataset in ("folder", "packed"):
+            # check_dataset.py knows nothing of masks and boxes
+            is_dense = getattr(cfg, "task", "classify") != "classify"
+            known = ("folder", "packed")
+            if isinstance(cfg, DatasetConfig) and cfg.dataset in known and not is_dense:
                 path = shlex.quote(str(cfg.data_path))
                 error.add_note(f"look at the data with: python tools/check_dataset.py {path}")
             raise

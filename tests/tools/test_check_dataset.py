@@ -45,7 +45,7 @@ from tools.check_dataset import verdicts_of
 from tools.checking import checks
 from util.errors import DataError, LocalDataError, LocalInputError, run_cli
 from util.files import printable
-from util.settings.evaluation import STAGE_CONFIGS
+from util.settings.evaluation import STAGE_CONFIGS, FinetuneConfig
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import load_config
 
@@ -600,6 +600,14 @@ def test_the_hint_ends_the_line_and_is_for_folders_and_shards_only(
         run_cli(main)
     ending = "; look at the data with: python tools/check_dataset.py some" if has_hint else ""
     assert capsys.readouterr().err == f"error: it is torn{ending}\n"
+
+
+def test_masks_and_boxes_have_no_hint(tmp_path):
+    words = digits(tmp_path, "--dataset", "folder", "--data_path", "some", "--task", "detect")
+    cfg = load_config(FinetuneConfig, "finetune", words, checks=[], siblings=STAGE_CONFIGS)
+    with pytest.raises(DataError) as caught, open_run(cfg):
+        raise DataError("it is torn")
+    assert not hasattr(caught.value, "__notes__")
 
 
 # Real images

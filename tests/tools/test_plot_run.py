@@ -147,6 +147,24 @@ def test_strange_results_beside_a_run_are_skipped_with_a_line(finished, tmp_path
     assert skipped == [f"x/{number}/results.json" for number in range(6)]
 
 
+def test_the_page_lists_evaluations_of_every_task(finished, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(finished / "pretrain", output / "pretrain" / "one")
+    results = results_of(finished / "knn")
+    del results["acc1"]
+    for key in ("map", "rmse", "miou", "box_ap"):
+        (output / "knn" / key).mkdir(parents=True)
+        text = json.dumps(results | {key: 12.5})
+        (output / "knn" / key / "results.json").write_text(text)
+    found = re.findall(r'<td class="number">(12.50 .*?)</td>', page_of(output))
+    assert sorted(found) == [
+        "12.50 (RMSE)",
+        "12.50 (box AP, %)",
+        "12.50 (mean IoU, %)",
+        "12.50 (mean average precision)",
+    ]
+
+
 @pytest.mark.parametrize("name", ["curves.png", "report.html"])
 def test_only_its_own_files_are_replaced(tmp_path, name):
     folder = log(tmp_path / "run", ONE)
