@@ -164,8 +164,10 @@ def expanded(pattern: str) -> list[str]:
 def trained(stage: str, recipe: str | None, images: Path, clone: Path) -> Path:
     """The folder of one step of training with the geometry of a recipe, of whatever stage."""
     same_name = Path("cfgs/pretrain") / Path(recipe or "none").name
-    if stage == "pretrain" and same_name.exists():
-        recipe = str(same_name)
+    beside = Path(recipe or "none").with_name("pretrain.yaml")
+    for path in (same_name, beside):
+        if stage == "pretrain" and path.exists():
+            recipe = str(path)
     config = [] if recipe is None else ["--config", recipe]
     data = ["--data_path", str(images), "--dataset", "folder", "--download", "false"]
     more = ["--output_dir", str(clone / "trained"), *(DECODER if stage == "pretrain" else [])]
