@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from io import StringIO
 from typing import Any
 
@@ -77,10 +78,10 @@ class DetectionEvaluator:
     run: Run
     source: DetectionSource
 
-    @property
-    def class_names(self) -> list[str] | None:
-        """The classes whose figures are reported one by one, None without `per_class`."""
-        return self.source.class_names if self.cfg.per_class else None
+    @cached_property
+    def truth(self) -> dict[str, list[dict[str, object]]]:
+        """What the detections are compared with, the same after every epoch."""
+        return self.source.ground_truth()
 
     def transform(self, image: Tensor) -> Tensor:
         """An image `(C, h, w)` as the model takes it, padded to a square."""
@@ -107,7 +108,7 @@ class DetectionEvaluator:
         # those of an image are of one process and keep their order, which alone matters
         gathered = [entry for of_process in all_gather(entries) for entry in of_process]
         kinds = ("box", "mask") if self.has_masks(model) else ("box",)
-        figures = from_main(lambda: average_precision(self.source.ground_truth(), gathered, kinds))
+        figures = from_main(lambda: average_precision(self.truth, gathered, kinds))
         return DetectionScores(len(self.source), math.nan, figures)
 
     def detect(self, model: nn.Module, samples: list[EvalSample]) -> list[Annotation]:
