@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from data.annotated import IGNORED, SourceAnnotation
 from data.loader import Annotation
-from data.transforms import LONGEST_ASPECT, pair, resize
+from data.transforms import LONGEST_ASPECT, resize
+from util.settings.base import pair
 from util.settings.evaluation import FinetuneConfig, LinclsConfig
 
 MAX_OBJECTS = 500  # of one training image; chance chooses among more

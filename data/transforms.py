@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from util.settings.base import pair
 from util.settings.evaluation import FinetuneConfig
 
 # Longest over shortest side of an image that is resized for evaluation. What lies outside is cut
@@ -308,8 +309,3 @@ class PixelNormalizer:
     def to_unit(self, images: Tensor) -> Tensor:
         """The inverse: float images `(B, C, H, W)` as pixels, clamped to [0, 1]."""
         return ((images - self.shift) / self.scale / 255).clamp(0, 1)
-
-
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(H, W) of an int or a pair."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -13,13 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
 from util.errors import InputError, where
+from util.settings.base import pair as pair  # others take it from here
 
 Size = int | tuple[int, int]
-
-
-def pair(size: Size) -> tuple[int, int]:
-    """(H, W) of an int or a pair."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:

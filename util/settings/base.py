@@ -52,6 +52,11 @@ def setting(default: Value, help: str, *, may_change: bool = False) -> Value:
     return Field(default, description=help, json_schema_extra={"may_change": may_change})
 
 
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of a setting that is the side of a square or height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def word_or_pair(value: tuple[str, ...]) -> str | tuple[float, float]:
     """What `_interval` has checked, as a word or as two numbers."""
     return value[0] if len(value) == 1 else (float(value[0]), float(value[1]))
