@@ -55,8 +55,8 @@ class MaskValues:
 
     def __str__(self) -> str:
         first = int(self.zero_is_ignored)
-        ignored = "0 and " * first + str(self.ignore_index)
-        return f"the classes are {first} to {first + self.num_classes - 1}, and {ignored} no class"
+        ignored = f"0 and {self.ignore_index} are" if first else f"{self.ignore_index} is"
+        return f"{first} to {first + self.num_classes - 1} are classes, and {ignored} ignored"
 
 
 class MaskFolder(FolderSource):
