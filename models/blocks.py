@@ -239,7 +239,7 @@ class Encoder(nn.Module):
         self.checkpointing = False
         width = spec.embed_dim
         self.patch_embed = PatchEmbed(spec)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_tokens else None
         rates = [drop_path_rate * i / max(spec.depth - 1, 1) for i in range(spec.depth)]
         self.blocks = nn.ModuleList(
             Block(width, spec.num_heads, spec.mlp_ratio, rate) for rate in rates

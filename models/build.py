@@ -41,13 +41,13 @@ def mae_spec(cfg: AutoencoderConfig, **decided: object) -> MAESpec:
 
 def classifier_spec(cfg: ClassifierConfig, **decided: object) -> ClassifierSpec:
     """The classifier that settings ask for; `decided` are the fields that data and weights decide:
-    `num_classes`, `class_token`, `fc_norm`."""
+    `num_classes`, `class_tokens`, `fc_norm`."""
     return _spec(ClassifierSpec, cfg, decided)
 
 
 def dense_spec(cfg: FinetuneConfig, **decided: object) -> DenseSpec:
     """The model for segmentation or detection that settings ask for; `decided` are the fields that
-    data and weights decide: `num_classes`, `class_token`."""
+    data and weights decide: `num_classes`, `class_tokens`."""
     return _spec(DenseSpec, cfg, decided)
 
 
@@ -99,7 +99,10 @@ def mae_config_problems(cfg: AutoencoderConfig, **decided: object) -> list[str]:
 def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:
     """What is wrong with the classifier that settings ask for, one line each."""
     # Data and weights decide the rest, and a class token where the settings are silent.
-    decided = {"num_classes": 1, "class_token": cfg.class_token is not False}
+    decided = {
+        "num_classes": 1,
+        "class_tokens": 1 if cfg.class_tokens is None else cfg.class_tokens,
+    }
     spec: EncoderSpec = classifier_spec(cfg, **decided)
     if isinstance(cfg, FinetuneConfig) and cfg.task != "classify":
         spec = dense_spec(cfg, **decided)

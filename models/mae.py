@@ -37,7 +37,7 @@ class MaskedAutoencoder(Encoder):
         in_chans: image channels, any number.
         embed_dim, depth, num_heads, mlp_ratio: of the encoder; `mlp_ratio` holds for the decoder
             too.
-        class_token: a learned token goes through the encoder with the kept patches.
+        class_tokens: number of learned tokens that go through the encoder with the kept patches.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
         decoder_class_token: the class token goes on through the decoder, as in the paper;
             otherwise it leaves after `norm`.
@@ -60,8 +60,8 @@ class MaskedAutoencoder(Encoder):
         self.norm_pix_loss = spec.norm_pix_loss
         self.decoder = spec.decoder
         self.pos_embed = nn.Buffer(
-            sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
-        )  # (1, N + class_token, D)
+            sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_tokens)
+        )  # (1, N + class_tokens, D)
         self.norm = nn.LayerNorm(spec.embed_dim, eps=LAYER_NORM_EPS)
 
         width = spec.decoder_embed_dim
@@ -98,7 +98,7 @@ class MaskedAutoencoder(Encoder):
         x = self.patch_embed(_gather(patches, ids_keep))  # (B, K, D)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+K, D)
-        x = x + self.pos_embed[0, _rows(ids_keep, self.spec.class_token)]  # (B, +K, D)
+        x = x + self.pos_embed[0, _rows(ids_keep, self.spec.class_tokens)]  # (B, +K, D)
         return self.norm(self.run_blocks(self.blocks, x))  # (B, +K, D)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_pred: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class MaskedAutoencoder(Encoder):
         any patches, and returns only those: `(B, M, decoder D)`.
         """
         has_cls = int(self.spec.decoder_class_token)
-        if self.spec.class_token and not has_cls:
+        if self.spec.class_tokens and not has_cls:
             latent = latent[:, 1:]  # (B, K, D)
         embedded = self.decoder_embed(latent)  # (B, +K, decoder D)
         table = self.decoder_pos_embed[0]  # (N + has_cls, decoder D)
@@ -201,7 +201,7 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device)[:, None], ids]
 
 
-def _rows(ids: Tensor, class_token: bool | int) -> Tensor:
+def _rows(ids: Tensor, class_tokens: int) -> Tensor:
     """The rows of a position table for the patches `ids` `(B, K)`, first the class token's if there
     is one: `(B, +K)`."""
-    return F.pad(ids + 1, (1, 0)) if class_token else ids
+    return F.pad(ids + 1, (1, 0)) if class_tokens else ids

@@ -43,7 +43,7 @@ class EncoderSpec:
     in_chans: image channels, any number.
     embed_dim, depth, num_heads: width, blocks and attention heads.
     mlp_ratio: width of the MLP over `embed_dim`; it holds for a decoder, too.
-    class_token: whether a learned token precedes the patches.
+    class_tokens: number of learned tokens that precede the patches; their positions are zero.
     """
 
     img_size: Size
@@ -53,7 +53,7 @@ class EncoderSpec:
     depth: int
     num_heads: int
     mlp_ratio: float
-    class_token: bool
+    class_tokens: int
 
     def __post_init__(self) -> None:
         # A square size is an int, so that equal models have equal records.
@@ -141,8 +141,8 @@ class MAESpec(EncoderSpec):
             *mask_problems(self.num_patches, self.mask_ratio),
             *where(
                 (
-                    self.decoder_class_token and not self.class_token,
-                    "decoder_class_token true needs class_token true: there is no class token to "
+                    self.decoder_class_token and not self.class_tokens,
+                    "decoder_class_token true needs class_tokens 1 or more: there is none to "
                     "pass on",
                 ),
                 (
@@ -194,8 +194,8 @@ class ClassifierSpec(EncoderSpec):
                 f"global_pool must be avg or token, got {self.global_pool!r}",
             ),
             (
-                reads_token and not self.class_token,
-                "global_pool token reads the class token: it needs class_token true",
+                reads_token and not self.class_tokens,
+                "global_pool token reads the class tokens: it needs class_tokens 1 or more",
             ),
             (
                 reads_token and self.fc_norm,
@@ -288,13 +288,16 @@ def encoder_spec(
     return ClassifierSpec(
         **shared,
         num_classes=0,
-        global_pool=global_pool or ("token" if spec.class_token else "avg"),
+        global_pool=global_pool or ("token" if spec.class_tokens else "avg"),
         fc_norm=False,
     )
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:
     """The record that `as_dict` turned into plain values. Raises: TypeError for other fields."""
+    if "class_token" in values:  # older files say true or false
+        values = dict(values)
+        values["class_tokens"] = int(values.pop("class_token"))
     if "decoder_embed_dim" in values:
         return MAESpec(**values)
     return DenseSpec(**values) if "task" in values else ClassifierSpec(**values)

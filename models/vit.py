@@ -24,7 +24,7 @@ class PatchEncoder(Encoder):
 
     def __init__(self, spec: EncoderSpec, drop_path_rate: float):
         super().__init__(spec, drop_path_rate)
-        positions = sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
+        positions = sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_tokens)
         self.pos_embed = nn.Parameter(positions)
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class VisionTransformer(PatchEncoder):
         in_chans: image channels, any number.
         num_classes: outputs of the head; with 0 there is none, and the output is the feature.
         embed_dim, depth, num_heads, mlp_ratio: width, blocks, heads, MLP width over embed_dim.
-        class_token: a learned token precedes the patches.
+        class_tokens: number of learned tokens that precede the patches.
         global_pool: "avg", the mean over the patch tokens, or "token", the class token.
         fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
             then the mean. None is True for "avg".

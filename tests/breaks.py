@@ -93,7 +93,7 @@ test_positions_on_a_2_by_3_grid_by_hand
 11 positions: with a class token each patch gets the position of its predecessor
 models/mae.py models/test_models.py
 test_loss_and_every_gradient_equal_transformers_in_float64
--self.pos_embed[0, _rows(ids_keep, self.spec.class_token)]
+-self.pos_embed[0, _rows(ids_keep, self.spec.class_tokens)]
 +self.pos_embed[0, F.pad(ids_keep, (1, 0))]
 
 87 positions: with a class token the decoder gives each kept patch that of its predecessor

@@ -19,7 +19,7 @@ ENCODER = {
     "depth": 2,
     "num_heads": 3,
     "mlp_ratio": 4.0,
-    "class_token": True,
+    "class_tokens": 1,
 }
 MAE = ENCODER | {
     "decoder_embed_dim": 24,
@@ -34,8 +34,8 @@ READOUTS = [
     {},
     {"global_pool": "avg", "fc_norm": True},
     {"global_pool": "avg"},
-    {"global_pool": "avg", "fc_norm": True, "class_token": False},
-    {"global_pool": "avg", "class_token": False},
+    {"global_pool": "avg", "fc_norm": True, "class_tokens": 0},
+    {"global_pool": "avg", "class_tokens": 0},
 ]
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -67,6 +67,7 @@ def timm_vit(ours: VisionTransformer) -> TimmViT:
     """timm's model with our weights."""
     keywords = ours.spec.as_dict()
     del keywords["drop_path_rate"]
+    keywords["class_token"] = bool(keywords.pop("class_tokens"))
     reference = TimmViT(**keywords).to(ours.pos_embed.dtype)
     reference.load_state_dict(ours.state_dict(), strict=True)
     return reference.eval()

@@ -257,7 +257,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimiz
         (["--lr", 0.03, 0.3], r"\blr\b.*3.0"),
         (["--optimizer", "lars"], "optimizer.*sgd.*lars"),
         (["--momentum", 0.5], "momentum.*0.9.*0.5"),
-        (["--finetune", "random", "--class_token", "true"], "finetune.*sha256"),
+        (["--finetune", "random", "--class_tokens", "1"], "finetune.*sha256"),
     ],
 )
 def test_a_changed_setting_is_refused_on_resume(finished, change, named):

@@ -241,7 +241,7 @@ def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
 
 
 def test_shared_mask_and_variants_train(tmp_path):
-    more = ["--epochs", 1, "--shared_mask", "--class_token", "false", "--precision", "bf16"]
+    more = ["--epochs", 1, "--shared_mask", "--class_tokens", "0", "--precision", "bf16"]
     more += ["--decoder_class_token", "false", "--norm_pix_loss", "false", "--clip_grad", 0.5]
     metrics = main_pretrain.main(digits(tmp_path, *more))
     assert metrics["step"] == STEPS_PER_EPOCH

@@ -49,14 +49,14 @@ def build_finetuned(
     """
     fc_norm, num_classes = cfg.global_pool == "avg", len(objective.names)
     if cfg.finetune is None:
-        return _build(cfg, num_classes, _class_token(cfg), fc_norm), None
+        return _build(cfg, num_classes, _class_tokens(cfg), fc_norm), None
     tensors, info = _read(cfg, cfg.finetune)
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
         fc_norm = bool(info.known("fc_norm"))
         _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
         _compare_names(info, objective.names)
-    model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm)
+    model = _build(cfg, num_classes, _class_tokens(cfg, cfg.finetune, info), fc_norm)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
     if cfg.eval and fresh:
         raise InputError(
@@ -91,12 +91,12 @@ def build_dense(cfg: FinetuneConfig, class_names: list[str]) -> tuple[DenseTrans
     torch.manual_seed(cfg.seed)
     num_classes = len(class_names)
     if cfg.finetune is None:
-        class_token = bool(cfg.class_token)
-        spec = dense_spec(cfg, num_classes=num_classes, class_token=class_token)
+        class_tokens = cfg.class_tokens or 0
+        spec = dense_spec(cfg, num_classes=num_classes, class_tokens=class_tokens)
         return build_model(spec), None
     tensors, info = _read(cfg, cfg.finetune)
-    _check_same("class_token", cfg.class_token, info.spec.class_token, cfg.finetune)
-    spec = dense_spec(cfg, num_classes=num_classes, class_token=info.spec.class_token)
+    _check_same("class_tokens", cfg.class_tokens, info.spec.class_tokens, cfg.finetune)
+    spec = dense_spec(cfg, num_classes=num_classes, class_tokens=info.spec.class_tokens)
     if cfg.eval:
         theirs = info.spec
         if not isinstance(theirs, DenseSpec) or (theirs.task, theirs.num_classes) != (
@@ -131,12 +131,12 @@ def build_frozen(
     Raises: InputError if the weights do not fit the settings.
     """
     if weights == RANDOM_WEIGHTS:
-        model, sha256 = _build(cfg, num_classes, _class_token(cfg), fc_norm=False), None
+        model, sha256 = _build(cfg, num_classes, _class_tokens(cfg), fc_norm=False), None
         init_weights(model)
     else:
         tensors, info = _read(cfg, weights)
-        class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))
-        model, sha256 = _build(cfg, num_classes, class_token, fc_norm), info.sha256
+        class_tokens, fc_norm = _class_tokens(cfg, weights, info), bool(info.known("fc_norm"))
+        model, sha256 = _build(cfg, num_classes, class_tokens, fc_norm), info.sha256
         load_into_classifier(model, tensors, info, weights, uses_head=False)
     return model.eval().requires_grad_(False), sha256
 
@@ -156,11 +156,11 @@ def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> Mas
 
 
 def _build(
-    cfg: FinetuneConfig | FrozenConfig, num_classes: int, class_token: bool, fc_norm: bool
+    cfg: FinetuneConfig | FrozenConfig, num_classes: int, class_tokens: int, fc_norm: bool
 ) -> VisionTransformer:
     torch.manual_seed(cfg.seed)
     return build_model(
-        classifier_spec(cfg, num_classes=num_classes, class_token=class_token, fc_norm=fc_norm)
+        classifier_spec(cfg, num_classes=num_classes, class_tokens=class_tokens, fc_norm=fc_norm)
     )
 
 
@@ -171,19 +171,19 @@ def _read(cfg: PixelConfig, weights: str) -> tuple[dict[str, Tensor], WeightsInf
     return tensors, info
 
 
-def _class_token(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | None = None) -> bool:
-    """Whether the model has a class token: as the weights have it, or without weights as the
-    settings say, or else as `global_pool` needs it."""
+def _class_tokens(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | None = None) -> int:
+    """Number of the model's class tokens: as the weights have them, or without weights as the
+    settings say, or else as `global_pool` needs them."""
     needed = cfg.global_pool == "token"
     if info is None:
-        return needed if cfg.class_token is None else cfg.class_token
-    has_token = info.spec.class_token
-    _check_same("class_token", cfg.class_token, has_token, weights)
-    if needed and not has_token:
+        return int(needed) if cfg.class_tokens is None else cfg.class_tokens
+    found = info.spec.class_tokens
+    _check_same("class_tokens", cfg.class_tokens, found, weights)
+    if needed and not found:
         raise InputError(
             f"global_pool token reads the class token and {weights} has none: use --global_pool avg"
         )
-    return has_token
+    return found
 
 
 def _compare_names(info: WeightsInfo, names: Sequence[str]) -> None:

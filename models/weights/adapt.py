@@ -27,7 +27,7 @@ from util.errors import InputError
 ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate")
 TRAINING_ONLY = ("mask_ratio", "pred_ratio", "norm_pix_loss")
 # Pretraining that starts from weights also adapts the patch projection and the class token.
-STARTED_FROM = ("img_size", "patch_size", "in_chans", "class_token", *TRAINING_ONLY)
+STARTED_FROM = ("img_size", "patch_size", "in_chans", "class_tokens", *TRAINING_ONLY)
 SINCOS_ERROR = 1e-3  # of a table in half precision; a table that was learned is further away
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def load_for_pretraining(
         logger.info("decoder dropped, a fresh one starts: %s", "; ".join(of_decoder))
     else:
         _compare_targets(info, spec)
-    if theirs.class_token and not spec.class_token:
+    if theirs.class_tokens and not spec.class_tokens:
         dropped += ("cls_token",)
     sizes = [(s.in_chans, pair(s.patch_size)) for s in (theirs, spec)]
     if sizes[0] != sizes[1]:
@@ -176,7 +176,7 @@ def load_for_pretraining(
     name = "patch_embed.proj.weight"
     taken[name] = adapt_projection(taken[name], *sizes[1])
     for name in [name for name in ("pos_embed", "decoder_pos_embed") if name in taken]:
-        token = "class_token" if name == "pos_embed" else "decoder_class_token"
+        token = "class_tokens" if name == "pos_embed" else "decoder_class_token"
         old_token, new_token = getattr(theirs, token), getattr(spec, token)
         patches = taken[name][:, old_token:]  # (1, N, D)
         first = taken[name] if old_token else own[name]
@@ -222,35 +222,35 @@ def adapt_projection(weight: Tensor, in_chans: int, patch_size: tuple[int, int])
 
 
 def _resized(table: Tensor, theirs: EncoderSpec, spec: EncoderSpec) -> Tensor:
-    """A position table `(1, N + class_token, D)` for the grid of another model, and a log line if
+    """A position table `(1, N + class_tokens, D)` for the grid of another model, and a log line if
     that differs."""
     old, new = theirs.grid_size, spec.grid_size
     if old == new:
         return table
     logger.info("positions resized from %s to %s patches", spelled(old), spelled(new))
-    return resize_pos_embed(table, old, new, spec.class_token)
+    return resize_pos_embed(table, old, new, spec.class_tokens)
 
 
 def _positions_for(
     table: Tensor,
     old_grid: tuple[int, int],
     new_grid: tuple[int, int],
-    class_token: bool,
+    class_tokens: int,
     name: str,
 ) -> Tensor:
-    """A position table `(1, N + class_token, D)` for another grid: the sine-cosine one is computed
+    """A position table `(1, N + class_tokens, D)` for another grid: the sine-cosine one is computed
     anew, a learned one resized. The class token's row stays as it is."""
     if old_grid == new_grid:
         return table
     width = table.shape[-1]
     fixed = sincos_pos_embed(width, old_grid, False)
-    is_fixed = torch.allclose(table[:, class_token:].float(), fixed, rtol=0, atol=SINCOS_ERROR)
+    is_fixed = torch.allclose(table[:, class_tokens:].float(), fixed, rtol=0, atol=SINCOS_ERROR)
     how, old, new = "recomputed" if is_fixed else "resized", spelled(old_grid), spelled(new_grid)
     logger.info("%s %s from %s to %s patches", name, how, old, new)
     if is_fixed:
         fixed = sincos_pos_embed(width, new_grid, False)
-        return torch.cat([table[:, :class_token].float(), fixed], dim=1)
-    return resize_pos_embed(table, old_grid, new_grid, class_token)
+        return torch.cat([table[:, :class_tokens].float(), fixed], dim=1)
+    return resize_pos_embed(table, old_grid, new_grid, class_tokens)
 
 
 def _differences(info: WeightsInfo, spec: ModelSpec, ignored: Collection[str]) -> list[str]:

@@ -147,8 +147,8 @@ def _foreign_spec(
     """The specification, from the tensors' shapes, the published sizes and what the file `stated`,
     and the fields of it that are unknown."""
     embed_dim, in_chans, height, width = tensors["patch_embed.proj.weight"].shape
-    depth, class_token = _depth(tensors, "blocks."), "cls_token" in tensors
-    num_patches = tensors["pos_embed"].shape[1] - class_token
+    depth, class_tokens = _depth(tensors, "blocks."), int("cls_token" in tensors)
+    num_patches = tensors["pos_embed"].shape[1] - class_tokens
     found: dict[str, object] = {
         "num_heads": PUBLISHED_HEADS.get((embed_dim, depth)),
         "mask_ratio": PAPER_MASK_RATIO,
@@ -159,7 +159,7 @@ def _foreign_spec(
         "embed_dim": embed_dim,
         "depth": depth,
         "mlp_ratio": _mlp_ratio(len(tensors["blocks.0.mlp.fc1.weight"]), embed_dim),
-        "class_token": class_token,
+        "class_tokens": class_tokens,
     }
     kind: type[ModelSpec] = MAESpec if "decoder_embed.weight" in tensors else ClassifierSpec
     # For fields that the file may leave unknown.
@@ -175,7 +175,7 @@ def _foreign_spec(
     else:
         fc_norm = "fc_norm.weight" in tensors
         found |= {"num_classes": len(tensors.get("head.weight", ())), "fc_norm": fc_norm}
-        stand_ins["global_pool"] = "token" if class_token and not fc_norm else "avg"
+        stand_ins["global_pool"] = "token" if class_tokens and not fc_norm else "avg"
     names = {f.name for f in fields(kind)}
     unknown = names.intersection(n for n in stand_ins if found.get(n) is None)
     found |= {name: stand_ins[name] for name in unknown}

@@ -76,8 +76,9 @@ def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     keywords = [
         f"{f.name}={'?' if f.name in info.unknown else repr(getattr(spec, f.name))}"
         for f in fields(ClassifierSpec)
-        if f.name != "drop_path_rate"
+        if f.name not in ("drop_path_rate", "class_tokens")
     ]
+    keywords.append(f"class_token={spec.class_tokens > 0}")
     logger.info("for timm: VisionTransformer(%s)", ", ".join(keywords))
     return own_bytes(kept, {})
 
@@ -119,7 +120,7 @@ def _unpublished(spec: ModelSpec) -> list[str]:
     if isinstance(spec, DenseSpec):
         return [f"it has no head for task {spec.task}"]
     needs = {
-        "it needs a class token in the encoder": spec.class_token,
+        "it needs one class token in the encoder": spec.class_tokens == 1,
         "it needs the class token in the decoder": getattr(spec, "decoder_class_token", True),
         "it needs square images": isinstance(spec.img_size, int),
         "it needs square patches": isinstance(spec.patch_size, int),

@@ -61,7 +61,7 @@ def decoded_alone(
     [
         {},
         {"decoder_class_token": False},
-        {"class_token": False, "decoder_class_token": False},
+        {"class_tokens": 0, "decoder_class_token": False},
         {"pred_ratio": None},
     ],
 )

@@ -18,7 +18,7 @@ from models.vit import VisionTransformer, draw_normal
 from models.weights.huggingface import from_huggingface
 from util.errors import InputError
 
-NO_TOKEN = {"class_token": False, "decoder_class_token": False}
+NO_TOKEN = {"class_tokens": 0, "decoder_class_token": False}
 
 
 def noise(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_attention_maps_are_the_softmax_that_the_forward_pass_uses():
 def test_positions_on_a_2_by_3_grid_by_hand():
     """Width 8: two frequencies per axis, 10000^0 = 1 and 10000^(-1/2) = 0.01; the column first,
     then the row; sines, then cosines."""
-    table = sincos_pos_embed(8, (2, 3), class_token=True)
+    table = sincos_pos_embed(8, (2, 3), class_tokens=1)
     assert table.shape == (1, 7, 8)
     assert table[0, 0].tolist() == [0.0] * 8  # the class token's row
     for row in range(2):
@@ -273,13 +273,13 @@ def test_no_tensor_is_left_on_the_cpu_when_the_model_is_on_cuda():
         (MAE, {"decoder_num_heads": 7}, ["decoder_embed_dim 24", "decoder_num_heads 7"]),
         (MAE, {"mask_ratio": 0.99}, ["mask_ratio 0.99", "0 of 16"]),
         (MAE, {"mask_ratio": 0.0}, ["mask_ratio 0", "16 of 16"]),
-        (MAE, {"class_token": False}, ["decoder_class_token", "class_token true"]),
+        (MAE, {"class_tokens": 0}, ["decoder_class_token", "class_tokens 1"]),
         (MAE, {"decoder": "crss"}, ["decoder", "self or cross", "'crss'"]),
         (MAE, {"pred_ratio": 0.25}, ["pred_ratio", "decoder cross"]),
         (MAE, {"decoder": "cross", "pred_ratio": 0.8}, ["pred_ratio 0.8", "mask_ratio 0.75"]),
         (MAE, {"decoder": "cross", "pred_ratio": 0.0}, ["pred_ratio 0.0", "16 patches"]),
         (MAE, {"decoder": "cross", "pred_ratio": 0.01}, ["pred_ratio 0.01", "16 patches"]),
-        (VIT, {"class_token": False}, ["global_pool token", "class_token"]),
+        (VIT, {"class_tokens": 0}, ["global_pool token", "class_tokens"]),
         (VIT, {"global_pool": "max"}, ["global_pool", "avg or token", "'max'"]),
         (VIT, {"fc_norm": True}, ["fc_norm", "global_pool token"]),
     ],

@@ -42,7 +42,7 @@ from models.weights.write import FORMATS, write_weights
 from tools import convert_checkpoint
 from util.errors import InputError
 
-NO_TOKEN = MAE | {"class_token": False, "decoder_class_token": False}
+NO_TOKEN = MAE | {"class_tokens": 0, "decoder_class_token": False}
 TOKEN_LEAVES = MAE | {"decoder_class_token": False}
 CROSS = MAE | {"decoder": "cross", "pred_ratio": 0.25}
 AVG = READOUTS[1]
@@ -469,7 +469,7 @@ def load(fields, tensors, info):
 def test_pretraining_into_each_readout(tmp_path, caplog, readout):
     caplog.set_level(logging.INFO)
     has_norm = bool(readout.get("fc_norm"))
-    tensors, info = own_read(tmp_path, MAE if readout.get("class_token", True) else NO_TOKEN)
+    tensors, info = own_read(tmp_path, MAE if readout.get("class_tokens", True) else NO_TOKEN)
     model, fresh = load(readout, tensors, info)
     own = model.state_dict()
     assert fresh == (HEAD | FC_NORM if has_norm else HEAD)
@@ -509,7 +509,7 @@ def test_positions_on_a_2_by_3_grid_become_4_by_6():
                 weights[2 * i + 1, min(max(i - offset, 0), n - 1)] += tap
         return weights
 
-    resized = resize_pos_embed(table, (2, 3), (4, 6), class_token=True)
+    resized = resize_pos_embed(table, (2, 3), (4, 6), class_tokens=1)
     assert resized.shape == (1, 25, 2) and resized.dtype == torch.float32
     assert torch.equal(resized[0, 0], table[0, 0].float())
     for channel in range(2):
@@ -524,7 +524,7 @@ def test_another_grid_resizes_the_positions_and_says_so(tmp_path, caplog, img_si
     tensors, info = own_read(tmp_path, MAE | {"img_size": (16, 24)})
     model, _ = load({"img_size": img_size}, tensors, info)
     assert_named(caplog.text, "2x3", "x".join(map(str, grid)))
-    expected = resize_pos_embed(tensors["pos_embed"], (2, 3), grid, class_token=True)
+    expected = resize_pos_embed(tensors["pos_embed"], (2, 3), grid, class_tokens=1)
     assert torch.equal(model.pos_embed, expected)
     assert tensors["pos_embed"].shape == (1, 7, 48)  # the caller's are left alone
 
@@ -534,7 +534,7 @@ def test_another_grid_resizes_the_positions_and_says_so(tmp_path, caplog, img_si
     [
         (VIT | READOUTS[2], {"patch_size": (8, 4)}, {"patch_size": ("8", "8x4")}),
         (VIT | READOUTS[2], {"in_chans": 1}, {"in_chans": ("3", "1")}),
-        (VIT | READOUTS[2], {"class_token": False}, {"class_token": ("true", "false")}),
+        (VIT | READOUTS[2], {"class_tokens": 0}, {"class_tokens": ("1", "0")}),
         (
             VIT | READOUTS[2],
             {"embed_dim": 24, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "img_size": 64},
@@ -555,8 +555,8 @@ def test_another_grid_resizes_the_positions_and_says_so(tmp_path, caplog, img_si
         (MAE, {"decoder": "cross"}, {"decoder": ("self", "cross")}),
         (
             MAE,
-            {"class_token": False, "decoder_class_token": False},
-            {"class_token": ("true", "false"), "decoder_class_token": ("true", "false")},
+            {"class_tokens": 0, "decoder_class_token": False},
+            {"class_tokens": ("1", "0"), "decoder_class_token": ("true", "false")},
         ),
     ],
 )
@@ -685,7 +685,7 @@ def test_on_another_grid_learned_positions_are_resized_and_fixed_ones_computed(
             getattr(source, name).copy_(sincos_pos_embed(width, (4, 4), True).half().float())
     model, _ = start_from(own_file(tmp_path, source), MAE | {"img_size": (48, 32)})
     for name, width in (("pos_embed", 48), ("decoder_pos_embed", 24)):
-        resized = resize_pos_embed(getattr(source, name), (4, 4), (6, 4), class_token=True)
+        resized = resize_pos_embed(getattr(source, name), (4, 4), (6, 4), class_tokens=1)
         expected = resized if is_learned else sincos_pos_embed(width, (6, 4), True)
         assert torch.equal(getattr(model, name), expected)
     how = "resized" if is_learned else "recomputed"

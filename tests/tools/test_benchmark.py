@@ -35,7 +35,7 @@ class MaskedAutoencoderViT(nn.Module):
         assert cosines() == 1 and norm_layer(4).eps == 1e-6
         self.model = MaskedAutoencoder(
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim,
-            depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, class_token=True,
+            depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, class_tokens=1,
             decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth,
             decoder_num_heads=decoder_num_heads, decoder_class_token=True, mask_ratio=0.75,
             norm_pix_loss=norm_pix_loss,

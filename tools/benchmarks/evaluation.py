@@ -42,9 +42,7 @@ def benchmark_probe(
     rounds: int, size: Literal["small", "debug"] = "small", batch: int = 32
 ) -> Table:
     """A step of linear classification at 224 with 1,000 classes: 13 learning rates beside one."""
-    spec = classifier_spec(
-        LinclsConfig(size=size), num_classes=1000, class_token=False, fc_norm=False
-    )
+    spec = classifier_spec(LinclsConfig(size=size), num_classes=1000, class_tokens=0, fc_norm=False)
     backbone = build_model(spec).eval().requires_grad_(False)
     images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
 

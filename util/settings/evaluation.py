@@ -58,14 +58,15 @@ class ClassifierConfig(ModelConfig):
     num_classes: Count | None = setting(
         None, "Number of classes, which must be that of the data; null counts the data's classes."
     )
-    class_token: bool | None = setting(
+    class_tokens: CountOrZero | None = setting(
         None,
-        "Whether the encoder has a class token; null follows the weights, or global_pool if there "
+        "Number of class tokens of the encoder; null follows the weights, or global_pool if there "
         "are none.",
     )
     global_pool: Literal["avg", "token"] = setting(
         "avg",
-        "Input of the classifier: the mean of the patch tokens (avg) or the class token (token).",
+        "Input of the classifier: the mean of the patch tokens (avg) or of the class tokens "
+        "(token).",
     )
 
 

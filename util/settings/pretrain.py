@@ -27,12 +27,14 @@ from util.settings.base import (
 class AutoencoderConfig(ModelConfig):
     """Autoencoder"""
 
-    class_token: bool = setting(True, "Whether a class token goes through the encoder.")
+    class_tokens: CountOrZero = setting(
+        1, "Number of class tokens that go through the encoder with the patches."
+    )
     decoder_embed_dim: Width = setting(512, "Width of the decoder.")
     decoder_depth: Count = setting(8, "Number of decoder blocks.")
     decoder_num_heads: Count = setting(16, "Number of attention heads of a decoder block.")
     decoder_class_token: bool = setting(
-        True, "Whether the class token goes on through the decoder; needs class_token."
+        True, "Whether the class tokens go on through the decoder; needs class_tokens 1 or more."
     )
     decoder: Literal["self", "cross"] = setting(
         "self",
