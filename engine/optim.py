@@ -1,7 +1,7 @@
 """AdamW, parameter groups, the optimiser step and the moving average of the weights.
 
 Decay: weights of Linear layers, of the patch projection and of a head's convolutions; nothing on
-biases, norms, class token, mask token and positions. A group carries its `lr_scale`; `set_lr`
+biases, norms, class tokens, mask token and positions. A group carries its `lr_scale`; `set_lr`
 applies the schedule to it.
 """
 

@@ -98,7 +98,7 @@ def mae_config_problems(cfg: AutoencoderConfig, **decided: object) -> list[str]:
 
 def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:
     """What is wrong with the classifier that settings ask for, one line each."""
-    # Data and weights decide the rest, and a class token where the settings are silent.
+    # Data and weights decide the rest, and one class token where the settings are silent.
     decided = {
         "num_classes": 1,
         "class_tokens": 1 if cfg.class_tokens is None else cfg.class_tokens,

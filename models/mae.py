@@ -9,7 +9,7 @@ through the prediction head.
 the encoder's output and not to one another, so that some of the removed patches are enough.
 
 Shapes: `B` batch, `N` patches, `K` kept patches, `D` width, `P` patch side, `C` channels; a `+`
-before a token count stands for the class token if there is one.
+before a token count stands for the class tokens if there are any.
 """
 
 import math
@@ -39,8 +39,8 @@ class MaskedAutoencoder(Encoder):
             too.
         class_tokens: number of learned tokens that go through the encoder with the kept patches.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-        decoder_class_token: the class token goes on through the decoder, as in the paper;
-            otherwise it leaves after `norm`.
+        decoder_class_token: the class tokens go on through the decoder, as in the paper;
+            otherwise they leave after `norm`.
         mask_ratio: share of the patches removed, in (0, 1).
         norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
         decoder: "self", the paper's, or "cross".
@@ -68,8 +68,8 @@ class MaskedAutoencoder(Encoder):
         self.decoder_embed = nn.Linear(spec.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Buffer(
-            sincos_pos_embed(width, spec.grid_size, spec.decoder_class_token)
-        )  # (1, N + decoder_class_token, decoder D)
+            sincos_pos_embed(width, spec.grid_size, spec.decoder_class_tokens)
+        )  # (1, N + decoder_class_tokens, decoder D)
         self.decoder_blocks = nn.ModuleList(
             Block(width, spec.decoder_num_heads, spec.mlp_ratio, cross=spec.decoder == "cross")
             for _ in range(spec.decoder_depth)
@@ -97,8 +97,8 @@ class MaskedAutoencoder(Encoder):
         """Encodes the kept patches: `(B, N, P*P*C)`, `(B, K)` -> normalised latent `(B, +K, D)`."""
         x = self.patch_embed(_gather(patches, ids_keep))  # (B, K, D)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+K, D)
-        x = x + self.pos_embed[0, _rows(ids_keep, self.spec.class_tokens)]  # (B, +K, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, +K, D)
+        x = x + self.pos_embed[0, _rows(ids_keep, self.class_tokens)]  # (B, +K, D)
         return self.norm(self.run_blocks(self.blocks, x))  # (B, +K, D)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_pred: Tensor) -> Tensor:
@@ -108,18 +108,17 @@ class MaskedAutoencoder(Encoder):
         `(B, K+M, decoder D)`. The cross decoder treats each patch alone, so that `ids_pred` may be
         any patches, and returns only those: `(B, M, decoder D)`.
         """
-        has_cls = int(self.spec.decoder_class_token)
-        if self.spec.class_tokens and not has_cls:
-            latent = latent[:, 1:]  # (B, K, D)
+        first = self.spec.decoder_class_tokens
+        latent = latent[:, self.class_tokens - first :]  # (B, +K, D)
         embedded = self.decoder_embed(latent)  # (B, +K, decoder D)
-        table = self.decoder_pos_embed[0]  # (N + has_cls, decoder D)
-        memory = embedded + table[_rows(ids_keep, has_cls)]  # (B, +K, decoder D)
+        table = self.decoder_pos_embed[0]  # (N + first, decoder D)
+        memory = embedded + table[_rows(ids_keep, first)]  # (B, +K, decoder D)
         # (B, M, decoder D)
-        queries = self.mask_token.to(embedded.dtype) + table[ids_pred + has_cls]
+        queries = self.mask_token.to(embedded.dtype) + table[ids_pred + first]
         if self.decoder == "cross":
             return self.run_blocks(self.decoder_blocks, queries, memory)
         x = torch.cat([memory, queries], dim=1)  # (B, +K+M, decoder D)
-        return self.run_blocks(self.decoder_blocks, x)[:, has_cls:]  # (B, K+M, ...)
+        return self.run_blocks(self.decoder_blocks, x)[:, first:]  # (B, K+M, ...)
 
     def target(self, patches: Tensor) -> Tensor:
         """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised
@@ -202,6 +201,7 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _rows(ids: Tensor, class_tokens: int) -> Tensor:
-    """The rows of a position table for the patches `ids` `(B, K)`, first the class token's if there
-    is one: `(B, +K)`."""
-    return F.pad(ids + 1, (1, 0)) if class_tokens else ids
+    """The rows of a position table for the patches `ids` `(B, K)`, first those of the class tokens:
+    `(B, +K)`."""
+    first = torch.arange(class_tokens, device=ids.device).expand(ids.shape[0], -1)
+    return torch.cat([first, ids + class_tokens], dim=1)

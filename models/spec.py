@@ -81,6 +81,7 @@ class EncoderSpec:
         """What is wrong with this model, one line each."""
         sides = zip(pair(self.img_size), pair(self.patch_size), strict=True)
         return where(
+            (self.class_tokens < 0, f"class_tokens must be 0 or more, got {self.class_tokens}"),
             (
                 any(image % patch for image, patch in sides),
                 f"patch_size {self.patch_size} does not divide img_size {self.img_size}",
@@ -104,8 +105,8 @@ class MAESpec(EncoderSpec):
     """A masked autoencoder.
 
     decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-    decoder_class_token: whether the class token goes on through the decoder, as in the paper;
-        otherwise it leaves after `norm`.
+    decoder_class_token: whether the class tokens go on through the decoder, as in the paper;
+        otherwise they leave after `norm`.
     mask_ratio: share of the patches that is removed, in (0, 1).
     norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
     decoder: "self", the paper's, or "cross" (arXiv 2401.14391).
@@ -126,6 +127,11 @@ class MAESpec(EncoderSpec):
     def num_kept(self) -> int:
         """Number of patches that the encoder sees, K."""
         return num_kept(self.num_patches, self.mask_ratio)
+
+    @property
+    def decoder_class_tokens(self) -> int:
+        """Number of class tokens that go on through the decoder."""
+        return self.class_tokens if self.decoder_class_token else 0
 
     @property
     def num_predicted(self) -> int:
@@ -169,7 +175,7 @@ class ClassifierSpec(EncoderSpec):
     """A Vision Transformer classifier.
 
     num_classes: outputs of the head; 0 is a model without a head.
-    global_pool: "avg", the mean over the patch tokens, or "token", the class token.
+    global_pool: "avg", the mean over the patch tokens, or "token", that over the class tokens.
     fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token, then
         the mean. None becomes True with "avg" and False with "token".
     drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from 0.
@@ -283,7 +289,7 @@ def encoder_spec(
     spec: EncoderSpec, global_pool: Literal["avg", "token"] | None = None
 ) -> ClassifierSpec:
     """The encoder of a pretrained model, read through its own norm and without a head. Without
-    `global_pool` the class token is read, if there is one."""
+    `global_pool` the class tokens are read, if there are any."""
     shared = {f.name: getattr(spec, f.name) for f in fields(EncoderSpec)}
     return ClassifierSpec(
         **shared,

@@ -1,7 +1,7 @@
 """Vision Transformer classifier (arXiv 2010.11929) with the readouts that go with
 masked-autoencoder pretraining.
 
-Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width, `C` channels.
+Shapes: `B` batch, `N` patches, `T` tokens (class tokens and patches), `D` width, `C` channels.
 """
 
 import math
@@ -30,22 +30,22 @@ class PatchEncoder(Encoder):
     def _embed(self, images: Tensor) -> Tensor:
         x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, T, D)
         return x + self._positions(self.grid_of(images))  # (B, T, D)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """The positions for a grid of patches, `(1, T, D)`."""
         if grid == self.grid_size:
             return self.pos_embed
-        return resize_pos_embed(self.pos_embed, self.grid_size, grid, self.cls_token is not None)
+        return resize_pos_embed(self.pos_embed, self.grid_size, grid, self.class_tokens)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of `(B, C, H, W)`."""
         return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
 
     def _as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens `(B, T, D)` without the class token as a map `(B, D, rows, columns)`."""
-        patches = x if self.cls_token is None else x[:, 1:]  # (B, N, D)
+        """Tokens `(B, T, D)` without the class tokens as a map `(B, D, rows, columns)`."""
+        patches = x[:, self.class_tokens :]  # (B, N, D)
         return patches.mT.unflatten(2, grid)  # (B, D, rows, columns)
 
 
@@ -58,7 +58,7 @@ class VisionTransformer(PatchEncoder):
         num_classes: outputs of the head; with 0 there is none, and the output is the feature.
         embed_dim, depth, num_heads, mlp_ratio: width, blocks, heads, MLP width over embed_dim.
         class_tokens: number of learned tokens that precede the patches.
-        global_pool: "avg", the mean over the patch tokens, or "token", the class token.
+        global_pool: "avg", the mean over the patch tokens, or "token", that over the class tokens.
         fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
             then the mean. None is True for "avg".
         drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from
@@ -84,8 +84,8 @@ class VisionTransformer(PatchEncoder):
     def _pool(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         if self.global_pool == "token":
-            return x[:, 0]  # (B, D)
-        patches = x if self.cls_token is None else x[:, 1:]  # (B, N, D)
+            return x[:, : self.class_tokens].mean(dim=1)  # (B, D)
+        patches = x[:, self.class_tokens :]  # (B, N, D)
         return self.fc_norm(patches.mean(dim=1))  # (B, D)
 
     def forward_features(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:

@@ -93,13 +93,13 @@ test_positions_on_a_2_by_3_grid_by_hand
 11 positions: with a class token each patch gets the position of its predecessor
 models/mae.py models/test_models.py
 test_loss_and_every_gradient_equal_transformers_in_float64
--self.pos_embed[0, _rows(ids_keep, self.spec.class_tokens)]
+-self.pos_embed[0, _rows(ids_keep, self.class_tokens)]
 +self.pos_embed[0, F.pad(ids_keep, (1, 0))]
 
 87 positions: with a class token the decoder gives each kept patch that of its predecessor
 models/mae.py models/test_models.py
 test_loss_and_every_gradient_equal_transformers_in_float64
--memory = embedded + table[_rows(ids_keep, has_cls)]
+-memory = embedded + table[_rows(ids_keep, first)]
 +memory = embedded + table[F.pad(ids_keep, (1, 0))]
 
 12 blocks: attention is scaled by the whole width, not by a head's
@@ -414,8 +414,8 @@ test_what_cannot_be_read_is_refused_with_the_path_and_the_reason
 51 weights: resized positions lose the class token's row
 models/pos_embed.py models/test_weights.py
 test_positions_on_a_2_by_3_grid_become_4_by_6
--return torch.cat([class_row, rows], dim=1)
-+return torch.cat([torch.zeros_like(class_row), rows], dim=1)
+-return torch.cat([class_rows, rows], dim=1)
++return torch.cat([torch.zeros_like(class_rows), rows], dim=1)
 
 52 weights: a head for another number of classes is not dropped
 models/weights/adapt.py engine/test_finetune_parts.py

@@ -72,7 +72,8 @@ def reader(
             tokens = model.norm(tokens)  # (B, T, D)
             patches = tokens[:, spec.class_tokens :]  # (B, N, D)
             mean = model.fc_norm(patches.mean(dim=1))  # (B, D)
-            features = {"patch": patches, "token": tokens[:, 0], "avg": mean}
+            token = tokens[:, : spec.class_tokens].mean(dim=1)  # (B, D)
+            features = {"patch": patches, "token": token, "avg": mean}
             for kind in kinds:
                 name = f"{kind}_layer{number}" if len(layers) > 1 else kind
                 feature = features[kind]

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         check_choices(cfg, model, num_classes, info and info.known("global_pool"))
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, cfg.crop_pct)
-        has_cls = model.cls_token is not None
+        class_tokens = model.class_tokens
         # For a class, the rows that the head reads: a token that it ignores has a gradient of 0.
         reader = cfg.reader or ("token" if cfg.category_index is None else cfg.global_pool)
         for name, image in images.items():
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
             attentions = attentions_of(cfg, model, normalize(shown[None]))
             layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
             layers = attentions if cfg.layer_index is None else [attentions[layer]]
-            patches = rollout(layers, cfg.head_fusion, cfg.discard_ratio, has_cls, reader)
+            patches = rollout(layers, cfg.head_fusion, cfg.discard_ratio, class_tokens, reader)
             heat = to_map(patches[0], model)  # (rows, columns)
             overlay_path, map_path, heads_path = files[name]
             write_npy(map_path, heat)
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
             )
             write_png(overlay_path, draw_overlay(whole, heat, box, label_of(cfg)))
             pairs.append([picture, heat_over(picture, heat)])
-            heads = read_patches(attentions[layer][0], has_cls, reader)  # (heads, N)
+            heads = read_patches(attentions[layer][0], class_tokens, reader)  # (heads, N)
             maps = [heat_over(picture, to_map(head, model)) for head in heads]
             columns = math.ceil(math.sqrt(len(maps)))  # about as many as rows
             rows = [maps[start : start + columns] for start in range(0, len(maps), columns)]

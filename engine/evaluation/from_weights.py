@@ -181,7 +181,7 @@ def _class_tokens(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | 
     _check_same("class_tokens", cfg.class_tokens, found, weights)
     if needed and not found:
         raise InputError(
-            f"global_pool token reads the class token and {weights} has none: use --global_pool avg"
+            f"global_pool token reads class tokens and {weights} has none: use --global_pool avg"
         )
     return found
 

@@ -111,7 +111,7 @@ class Monitor:
             mask = draw_mask("random", model.grid_size, self.cfg.mask_ratio, stream)
             found = reconstruct(model, image, mask, normalize)
             attentions = encoder.iterate_attention(normalize(image[None]))
-            heat = rollout(attentions, "mean", 0.0, encoder.cls_token is not None)  # (1, N)
+            heat = rollout(attentions, "mean", 0.0, encoder.class_tokens)  # (1, N)
             row = [to_picture(picture, self.cfg.show_channels) for picture in found[:-1]]
             rows.append([*row, heat_over(row[0], heat.view(encoder.grid_size).cpu().numpy())])
             psnr.append(found.psnr.item())

@@ -119,8 +119,8 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     )
     reader: Literal["token", "avg"] | None = setting(
         None,
-        "Row of the attention that is drawn: the class token's (token) or the mean over the "
-        "patches' (avg); null is the class token's if there is one, and with category_index that "
+        "Row of the attention that is drawn: the mean of the class tokens' (token) or of the "
+        "patches' (avg); null is the class tokens' if there are any, and with category_index that "
         "of global_pool.",
     )
     category_index: CountOrZero | None = setting(
@@ -205,8 +205,8 @@ class EmbedConfig(ApplyConfig):
     )
     pool: Literal["avg", "token", "both"] = setting(
         "avg",
-        "Feature of an image: the mean of the patch tokens (avg), the class token (token), or "
-        "both, as two arrays.",
+        "Feature of an image: the mean of the patch tokens (avg) or of the class tokens (token), "
+        "or both, as two arrays.",
     )
     layer: tuple[Annotated[int, Ge(-LARGEST), Le(LARGEST)], ...] = setting(
         (-1,),
