@@ -26,7 +26,7 @@ from util.errors import InputError
 # and head replaced; an autoencoder's weights do not depend on how it is trained.
 ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate")
 TRAINING_ONLY = ("mask_ratio", "pred_ratio", "norm_pix_loss")
-# Pretraining that starts from weights also adapts the patch projection and the class token.
+# Pretraining that starts from weights also adapts the patch projection and the class tokens.
 STARTED_FROM = ("img_size", "patch_size", "in_chans", "class_tokens", *TRAINING_ONLY)
 SINCOS_ERROR = 1e-3  # of a table in half precision; a table that was learned is further away
 logger = logging.getLogger(__name__)
@@ -147,9 +147,9 @@ def load_for_pretraining(
     """Loads canonical tensors, with or without a decoder, to go on with pretraining.
 
     Fresh: a decoder that the file has not, or of another geometry; its `decoder_pred` for patches
-    of another size or number of channels; a class token or `norm` that the file has not. Adapted:
-    the patch projection and the positions. Dropped: a head, `fc_norm`, and a class token that the
-    settings have not. All of it is logged.
+    of another size or number of channels; a `norm` that the file has not; class tokens if it has
+    another number of them. Adapted: the patch projection and the positions. Dropped: a head,
+    `fc_norm`, and such class tokens. All of it is logged.
 
     Raises: InputError naming both sides of an encoder that does not fit; the model is untouched
     then.
@@ -167,7 +167,7 @@ def load_for_pretraining(
         logger.info("decoder dropped, a fresh one starts: %s", "; ".join(of_decoder))
     else:
         _compare_targets(info, spec)
-    if theirs.class_tokens and not spec.class_tokens:
+    if theirs.class_tokens != spec.class_tokens:
         dropped += ("cls_token",)
     sizes = [(s.in_chans, pair(s.patch_size)) for s in (theirs, spec)]
     if sizes[0] != sizes[1]:
@@ -176,12 +176,12 @@ def load_for_pretraining(
     name = "patch_embed.proj.weight"
     taken[name] = adapt_projection(taken[name], *sizes[1])
     for name in [name for name in ("pos_embed", "decoder_pos_embed") if name in taken]:
-        token = "class_tokens" if name == "pos_embed" else "decoder_class_token"
-        old_token, new_token = getattr(theirs, token), getattr(spec, token)
-        patches = taken[name][:, old_token:]  # (1, N, D)
-        first = taken[name] if old_token else own[name]
-        table = torch.cat([first[:, :new_token], patches], dim=1)  # (1, N + new_token, D)
-        taken[name] = _positions_for(table, theirs.grid_size, spec.grid_size, new_token, name)
+        field = "class_tokens" if name == "pos_embed" else "decoder_class_tokens"
+        old_tokens, new_tokens = getattr(theirs, field), getattr(spec, field)
+        first = taken[name] if old_tokens == new_tokens else own[name]
+        patches = taken[name][:, old_tokens:]  # (1, N, D)
+        table = torch.cat([first[:, :new_tokens], patches], dim=1)  # (1, N + new_tokens, D)
+        taken[name] = _positions_for(table, theirs.grid_size, spec.grid_size, new_tokens, name)
     fresh = own.keys() - taken.keys()
     lost = tensors.keys() - taken.keys()
     logger.info("taken from %s: %d of the model's %d tensors", path, len(taken), len(own))
@@ -239,7 +239,7 @@ def _positions_for(
     name: str,
 ) -> Tensor:
     """A position table `(1, N + class_tokens, D)` for another grid: the sine-cosine one is computed
-    anew, a learned one resized. The class token's row stays as it is."""
+    anew, a learned one resized. The class tokens' rows stay as they are."""
     if old_grid == new_grid:
         return table
     width = table.shape[-1]

@@ -67,18 +67,27 @@ def _mae(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
 
 
 def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
-    """timm's `VisionTransformer`: the encoder, and the head if there is one."""
+    """timm's `VisionTransformer`: the encoder, and the head if there is one. Class tokens after the
+    first are its registers."""
     tensors, info = as_encoder(tensors, info)
     kept = {name: t for name, t in tensors.items() if not name.startswith(DECODER_NAMES)}
     if dropped := len(tensors) - len(kept):
         logger.info("timm has no decoder: %d tensors dropped (decoder_*, mask_token)", dropped)
-    spec = encoder_spec(info.spec) if isinstance(info.spec, MAESpec) else info.spec
+    several = info.spec.class_tokens > 1
+    is_mae = isinstance(info.spec, MAESpec)
+    spec = encoder_spec(info.spec, "avg" if several else None) if is_mae else info.spec
+    if several:
+        if getattr(spec, "global_pool", None) == "token":
+            _require("timm", info, ["its readout token is the first one, not the mean of several"])
+        tokens = kept["cls_token"]  # (1, class tokens, D)
+        kept |= {"cls_token": tokens[:, :1].clone(), "reg_token": tokens[:, 1:].clone()}
     keywords = [
         f"{f.name}={'?' if f.name in info.unknown else repr(getattr(spec, f.name))}"
         for f in fields(ClassifierSpec)
         if f.name not in ("drop_path_rate", "class_tokens")
     ]
     keywords.append(f"class_token={spec.class_tokens > 0}")
+    keywords += [f"reg_tokens={spec.class_tokens - 1}"] if several else []
     logger.info("for timm: VisionTransformer(%s)", ", ".join(keywords))
     return own_bytes(kept, {})
 

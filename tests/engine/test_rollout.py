@@ -41,7 +41,7 @@ def loops_matrix(layers, head_fusion, discard_ratio, class_tokens, image) -> np.
         fused = fused.reshape(size, size)
         lowest = sorted((fused[entry], *entry) for entry in entries)  # of equal ones the first goes
         for _, i, j in lowest[: math.floor(Fraction(discard_ratio) * size * size)]:
-            if not (class_tokens and j == 0):
+            if j >= class_tokens:
                 fused[i, j] = 0.0
         rows = (fused + np.eye(size)) / 2
         result = np.array([row / math.fsum(row) for row in rows]).dot(result)
@@ -49,11 +49,12 @@ def loops_matrix(layers, head_fusion, discard_ratio, class_tokens, image) -> np.
 
 
 def loops_rollout(layers, head_fusion, discard_ratio, class_tokens, reader="token") -> np.ndarray:
-    """The maps of all images, (B, N): the class token's row, or the mean of the patches' rows."""
-    rows = slice(0, 1) if class_tokens and reader == "token" else slice(int(class_tokens), None)
+    """The maps of all images, (B, N): the mean row of the class tokens, or of the patches."""
+    of_token = class_tokens and reader == "token"
+    rows = slice(0, class_tokens) if of_token else slice(class_tokens, None)
     images = range(layers[0].shape[0])
     matrices = [loops_matrix(layers, head_fusion, discard_ratio, class_tokens, i) for i in images]
-    return np.stack([matrix[rows, int(class_tokens) :].mean(axis=0) for matrix in matrices])
+    return np.stack([matrix[rows, class_tokens:].mean(axis=0) for matrix in matrices])
 
 
 def attentions(layers=3, images=2, heads=3, tokens=7, seed=0, sharpness=2.0) -> list[torch.Tensor]:
@@ -65,7 +66,7 @@ def attentions(layers=3, images=2, heads=3, tokens=7, seed=0, sharpness=2.0) -> 
 
 
 @pytest.mark.parametrize("head_fusion", FUSE)
-@pytest.mark.parametrize("class_tokens", [1, 0])
+@pytest.mark.parametrize("class_tokens", [1, 0, 2])
 @pytest.mark.parametrize("levels", [4, 2**40])  # 5 values, so that many entries are equal, or any
 @pytest.mark.parametrize(
     ("discard_ratio", "tokens"),  # 0.29 * 100 is 28.999999999999996 in floats: 29 entries go

@@ -40,11 +40,11 @@ def decoded_alone(
 ) -> torch.Tensor:
     """The prediction of one patch of one image, by itself and with torch's attention: `(+K, D)`,
     `(K,)` -> `(P*P*C,)`."""
-    has_cls = model.spec.decoder_class_token
+    first = model.spec.decoder_class_tokens
     table = model.decoder_pos_embed[0]
-    rows = [0] * has_cls + [patch + has_cls for patch in kept.tolist()]
+    rows = [*range(first), *(patch + first for patch in kept.tolist())]
     memory = model.decoder_embed(latent[-len(rows) :]) + table[rows]
-    x = model.mask_token[0] + table[wanted + has_cls]  # (1, decoder D)
+    x = model.mask_token[0] + table[wanted + first]  # (1, decoder D)
     for block in model.decoder_blocks:
         theirs = nn.MultiheadAttention(16, 2, dtype=torch.float64)
         ours = block.attn
@@ -62,6 +62,7 @@ def decoded_alone(
         {},
         {"decoder_class_token": False},
         {"class_tokens": 0, "decoder_class_token": False},
+        {"class_tokens": 3},
         {"pred_ratio": None},
     ],
 )

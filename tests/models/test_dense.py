@@ -72,7 +72,7 @@ def objects(*boxes: tuple[int, int, int, int], label: int = 2, side: int = 32) -
 # window attention
 
 
-@pytest.mark.parametrize("tokens", [0, 1], ids=["patches", "class token"])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
 @pytest.mark.parametrize(
     ("grid", "window"), [((6, 6), 3), ((5, 7), 3), ((2, 9), 4), ((4, 3), 9), ((3, 4), 1)]
 )
@@ -93,7 +93,7 @@ def test_window_attention_is_a_loop_over_windows_of_real_patches(tokens, grid, w
     torch.testing.assert_close(attention(x, grid=grid), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("class_tokens", [1, 0])
+@pytest.mark.parametrize("class_tokens", [1, 0, 3])
 @pytest.mark.parametrize("size", [(32, 32), (24, 56)])
 def test_a_window_that_covers_the_image_is_the_plain_vit(class_tokens, size):
     fields = SEGMENT | {"class_tokens": class_tokens, "global_blocks": 0}

@@ -169,6 +169,7 @@ def test_to_pixels_undoes_the_target(norm_pix_loss):
     [
         NO_TOKEN,
         {"decoder_class_token": False},
+        {"class_tokens": 3},
         {"img_size": (16, 40), "patch_size": (8, 4), "in_chans": 1},
         {"in_chans": 7, "norm_pix_loss": False, "mask_ratio": 0.5},
         {"decoder": "cross", "pred_ratio": 0.25},

@@ -246,6 +246,12 @@ AUTOENCODER, CLASSIFIER = {"num_heads", "norm_pix_loss"}, {"num_heads", "global_
         # the heads of sizes in the tables, and the arguments of the run
         (HALF | SMALL, public_mae, "MAE (autoencoder)", {"decoder_num_heads"}),
         (HALF | PUBLISHED_DECODER, public_mae, "MAE (autoencoder)", {"num_heads"}),
+        (
+            HALF | PUBLISHED_DECODER | {"class_tokens": 8},
+            public_mae,
+            "MAE (autoencoder)",
+            {"num_heads"},
+        ),
         (VIT | {"num_classes": 0}, public_mae, "MAE (encoder)", CLASSIFIER),
         (VIT | AVG, public_mae, "MAE (classifier)", CLASSIFIER),
         (NO_TOKEN | ONE_HEAD, reference_project, "reference project (autoencoder)", AUTOENCODER),
@@ -682,11 +688,11 @@ def test_on_another_grid_learned_positions_are_resized_and_fixed_ones_computed(
     source = built(MAE)
     if not is_learned:
         for name, width in (("pos_embed", 48), ("decoder_pos_embed", 24)):
-            getattr(source, name).copy_(sincos_pos_embed(width, (4, 4), True).half().float())
+            getattr(source, name).copy_(sincos_pos_embed(width, (4, 4), 1).half().float())
     model, _ = start_from(own_file(tmp_path, source), MAE | {"img_size": (48, 32)})
     for name, width in (("pos_embed", 48), ("decoder_pos_embed", 24)):
         resized = resize_pos_embed(getattr(source, name), (4, 4), (6, 4), class_tokens=1)
-        expected = resized if is_learned else sincos_pos_embed(width, (6, 4), True)
+        expected = resized if is_learned else sincos_pos_embed(width, (6, 4), 1)
         assert torch.equal(getattr(model, name), expected)
     how = "resized" if is_learned else "recomputed"
     assert_named(caplog.text, f"pos_embed {how} from 4x4 to 6x4 patches")
@@ -834,9 +840,9 @@ ONES = torch.ones
             {f"layer{i}.0.conv1.weight": ONES(1) for i in range(9)},  # a ResNet's
             ["9 in all)", "missing patch_embed.proj.weight, pos_embed"],
         ),
-        ("tensors", {"blocks.0.ls1.gamma": ONES(48)}, ["blocks.0.ls1.gamma", "layer scale"]),
         ("tensors", {"blocks.1.gamma_1": ONES(48)}, ["blocks.1.gamma_1", "layer scale"]),
-        ("tensors", {"reg_token": ONES(1, 4, 48)}, ["reg_token", "register tokens"]),
+        ("tensors", {"reg_token": ONES(4, 48)}, ["reg_token is (4, 48)", "3 dimensions"]),
+        ("tensors", {"storage_tokens": ONES(1, 4, 48)}, ["storage_tokens", "register tokens"]),
         ("tensors", {"dist_token": ONES(1, 1, 48)}, ["dist_token", "distillation token"]),
         ("tensors", {"blocks.0.attn.q_norm.weight": ONES(16)}, ["normalised queries and keys"]),
         ("tensors", {"fc_norm.running_mean": ONES(48)}, ["fc_norm.running_mean", "BatchNorm"]),
@@ -847,7 +853,7 @@ ONES = torch.ones
         ("tensors", {"norm.bias": ONES(48).int()}, ["norm.bias", "int32", "floating point"]),
         ("tensors", {"blocks.9000000.norm1.bias": ONES(48)}, ["blocks.9000000.norm1.bias"]),
         ("tensors", {"pos_embed": ONES(17, 48)}, ["pos_embed is (17, 48)", "3 dimensions"]),
-        ("tensors", {"pos_embed": ONES(1, 16, 48)}, ["15 patches of 8x8"]),  # no_embed_class
+        ("tensors", {"pos_embed": ONES(1, 15, 48)}, ["14 patches of 8x8"]),
         ("header", {"depth": 3}, ["missing blocks.2.norm1.weight"]),
         ("header", {"depth": 9000000}, ["9000002 blocks", "62 tensors"]),
         ("header", {"decoder_depth": 3}, ["missing decoder_blocks.2.norm1.weight"]),
@@ -861,7 +867,7 @@ ONES = torch.ones
         ("checkpoint", {"model_args": 3}, ["model that cannot be"]),
         ("checkpoint", {"format_version": 99}, ["99", str(CHECKPOINT_VERSION)]),
         ("checkpoint", {"model": {"weights.0": ONES(2, 3)}}, ["weights.0", "model.safetensors"]),
-        ("config", {"model_type": "vit"}, ["model_type 'vit_mae'", "'vit'"]),
+        ("config", {"model_type": "vit"}, ["model_type 'vit_mae' or", "'vit'"]),
         ("config", {"hidden_act": "relu"}, ["hidden_act 'gelu'", "'relu'"]),
         ("config", {"image_size": "big"}, ["config.json", "b"]),
         ("config", {"image_size": 48}, ["48x48", "16 patches of 8x8"]),
