@@ -243,12 +243,12 @@ def _positions_for(
     if old_grid == new_grid:
         return table
     width = table.shape[-1]
-    fixed = sincos_pos_embed(width, old_grid, False)
+    fixed = sincos_pos_embed(width, old_grid, 0)
     is_fixed = torch.allclose(table[:, class_tokens:].float(), fixed, rtol=0, atol=SINCOS_ERROR)
     how, old, new = "recomputed" if is_fixed else "resized", spelled(old_grid), spelled(new_grid)
     logger.info("%s %s from %s to %s patches", name, how, old, new)
     if is_fixed:
-        fixed = sincos_pos_embed(width, new_grid, False)
+        fixed = sincos_pos_embed(width, new_grid, 0)
         return torch.cat([table[:, :class_tokens].float(), fixed], dim=1)
     return resize_pos_embed(table, old_grid, new_grid, class_tokens)
 

@@ -310,7 +310,7 @@ def test_the_linear_layer_is_a_function_of_its_arguments():
 SHAPES = {
     "colour": ("--in_chans", 3, "--mean", 0.1, 0.15, 0.2, "--std", 0.3, 0.35, 0.4),
     "no class token": ("--class_tokens", "0", "--decoder_class_token", "false"),
-    "not square": ("--img_size", 24, 40, "--patch_size", 4, 8),
+    "not square": ("--img_size", 24, 40, "--patch_size", 4, 8, "--class_tokens", 3),
     "pixels": ("--norm_pix_loss", "false", "--mask_ratio", 0.5),
 }
 
