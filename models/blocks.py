@@ -10,7 +10,7 @@ Shapes: `B` batch, `N` patches, `T` tokens (class tokens and patches), `D` width
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from einops import rearrange
@@ -190,7 +190,7 @@ class Block(nn.Module):
 
     With `cross` it is the block of a cross-attention decoder: the tokens are queries that attend to
     a memory, which is not normalised, and not to one another. Source: arXiv 2401.14391, section
-    3.2, without its inter-block attention (each block choosing among the encoder's layers).
+    3.2; which of the encoder's layers the memory is made of is `models/mae.py`'s.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class Encoder(nn.Module):
 
     def run_blocks(
         self,
-        blocks: nn.ModuleList,
+        blocks: Iterable[nn.Module],
         x: Tensor,
         memory: Tensor | None = None,
         maps: list[Tensor] | None = None,

@@ -112,6 +112,11 @@ class MAESpec(EncoderSpec):
     decoder: "self", the paper's, or "cross" (arXiv 2401.14391).
     pred_ratio: "cross" only: share of all N patches that is predicted, drawn among the removed;
         None is all of those.
+    decoder_fusion: number of encoder layers that the decoder reads a learned mix of (arXiv
+        2308.00261; "cross": arXiv 2401.14391); 0 reads the last one.
+    target: "pixels", or "lowpass", the image without high frequencies (arXiv 2303.02416).
+    target_cutoff: "lowpass" only: the highest frequency that stays, over half the sampling rate;
+        None is the paper's 40 / 112.
     """
 
     decoder_embed_dim: int
@@ -122,6 +127,9 @@ class MAESpec(EncoderSpec):
     norm_pix_loss: bool
     decoder: Literal["self", "cross"] = "self"
     pred_ratio: float | None = None
+    decoder_fusion: int = 0
+    target: Literal["pixels", "lowpass"] = "pixels"
+    target_cutoff: float | None = None
 
     @property
     def num_kept(self) -> int:
@@ -165,6 +173,23 @@ class MAESpec(EncoderSpec):
                     and (self.pred_ratio > self.mask_ratio or self.num_predicted <= 0),
                     f"pred_ratio {self.pred_ratio} must be at most mask_ratio "
                     f"{self.mask_ratio:g} and predict at least one of {self.num_patches} patches",
+                ),
+                (
+                    self.decoder_fusion and not 2 <= self.decoder_fusion <= self.depth,
+                    f"decoder_fusion {self.decoder_fusion} must be 2 to {self.depth}, the "
+                    "encoder's depth, or 0 for the last layer alone",
+                ),
+                (
+                    self.target not in ("pixels", "lowpass"),
+                    f"target must be pixels or lowpass, got {self.target!r}",
+                ),
+                (
+                    self.target_cutoff is not None and self.target != "lowpass",
+                    "target_cutoff belongs to target lowpass",
+                ),
+                (
+                    self.target_cutoff is not None and not 0 < self.target_cutoff <= 1,
+                    f"target_cutoff must be in (0, 1], got {self.target_cutoff}",
                 ),
             ),
         ]

@@ -18,7 +18,7 @@ from models.lora import add_lora, freeze_blocks
 from models.mae import MaskedAutoencoder
 from models.spec import DenseSpec, EncoderSpec
 from models.vit import VisionTransformer
-from models.weights.adapt import load_into_classifier, load_into_dense, load_into_mae
+from models.weights.adapt import TARGET, load_into_classifier, load_into_dense, load_into_mae
 from models.weights.info import WeightsInfo, spelled
 from models.weights.read import read_weights
 from util.errors import InputError
@@ -148,7 +148,8 @@ def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> Mas
     target.
     """
     tensors, info = _read(cfg, weights)
-    _check_same("norm_pix_loss", cfg.norm_pix_loss, info.known("norm_pix_loss"), weights)
+    for name in TARGET:
+        _check_same(name, getattr(cfg, name), info.known(name), weights)
     # The share that is predicted matters in training only.
     model = build_model(mae_spec(cfg, mask_ratio=mask_ratio, pred_ratio=None))
     load_into_mae(model, tensors, info, weights)

@@ -25,7 +25,7 @@ from engine.evaluation.logistic import fit_linear
 from engine.parallel import unsharded_model
 from engine.pictures.choose import spread, validation_source
 from engine.pictures.drawing import MONITOR_PICTURE, draw_grid, heat_over, to_picture
-from engine.pictures.reconstruction import CAPTIONS, COLUMNS, reconstruct
+from engine.pictures.reconstruction import COLUMNS, caption_of, reconstruct
 from engine.pictures.rollout import rollout
 from engine.run.folder import Run
 from engine.run.job import TrainState
@@ -116,7 +116,7 @@ class Monitor:
             rows.append([*row, heat_over(row[0], heat.view(encoder.grid_size).cpu().numpy())])
             psnr.append(found.psnr.item())
             labels.append(f"{Path(name).name}  PSNR {psnr[-1]:.2f} dB")
-        caption = f"{CAPTIONS[model.norm_pix_loss]} {ATTENTION}"
+        caption = f"{caption_of(model)} {ATTENTION}"
         picture = draw_grid(rows, [*COLUMNS, "attention"], labels, caption)
         self.run.records.write_picture(MONITOR_PICTURE, picture, step)
         return sum(psnr) / len(psnr)

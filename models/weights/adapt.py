@@ -25,7 +25,8 @@ from util.errors import InputError
 # Fields in which file and settings may differ. A classifier's positions are resized and its readout
 # and head replaced; an autoencoder's weights do not depend on how it is trained.
 ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate")
-TRAINING_ONLY = ("mask_ratio", "pred_ratio", "norm_pix_loss")
+TARGET = ("norm_pix_loss", "target", "target_cutoff")  # what the decoder predicts
+TRAINING_ONLY = ("mask_ratio", "pred_ratio", *TARGET)
 # Pretraining that starts from weights also adapts the patch projection and the class tokens.
 STARTED_FROM = ("img_size", "patch_size", "in_chans", "class_tokens", *TRAINING_ONLY)
 SINCOS_ERROR = 1e-3  # of a table in half precision; a table that was learned is further away
@@ -276,14 +277,15 @@ def _parts(names: Collection[str]) -> list[str]:
 
 def _compare_targets(info: WeightsInfo, spec: MAESpec) -> None:
     """Warns of a decoder that was trained for another target."""
-    target = info.known("norm_pix_loss")
-    if target not in (None, spec.norm_pix_loss):
-        logger.warning(
-            "norm_pix_loss is %s in the file, %s in the settings: its decoder predicts another "
-            "target",
-            target,
-            spec.norm_pix_loss,
-        )
+    for name in TARGET:
+        theirs, ours = info.known(name), getattr(spec, name)
+        if name not in info.unknown and theirs != ours:
+            logger.warning(
+                "%s is %s in the file, %s in the settings: its decoder predicts another target",
+                name,
+                theirs,
+                ours,
+            )
 
 
 def _refuse_or_log(path: str | Path, info: WeightsInfo, problems: list[str]) -> None:

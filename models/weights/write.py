@@ -27,7 +27,8 @@ from util.errors import InputError
 from util.files import write_whole
 
 Contents = bytes | dict[str, bytes]  # of a file, or of the files of a folder by their names
-NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate")  # or visible in the tensors' names
+# Fields of which the tensors do not depend, or which their names show.
+NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate", "target", "target_cutoff")
 logger = logging.getLogger(__name__)
 
 

@@ -45,6 +45,7 @@ from util.errors import InputError
 NO_TOKEN = MAE | {"class_tokens": 0, "decoder_class_token": False}
 TOKEN_LEAVES = MAE | {"decoder_class_token": False}
 CROSS = MAE | {"decoder": "cross", "pred_ratio": 0.25}
+FUSED = MAE | {"decoder_fusion": 2, "target": "lowpass", "target_cutoff": 0.5}
 AVG = READOUTS[1]
 HALF = MAE | {"mask_ratio": 0.5}
 SMALL = {"embed_dim": 32, "num_heads": 2}
@@ -124,7 +125,8 @@ def assert_named(message, *words):
 
 @pytest.mark.parametrize(
     "fields",
-    [MAE, NO_TOKEN, TOKEN_LEAVES, CROSS, MAE | {"img_size": (16, 32), "patch_size": (4, 8)}]
+    [MAE, NO_TOKEN, TOKEN_LEAVES, CROSS, FUSED, CROSS | {"decoder_fusion": 2}]
+    + [MAE | {"img_size": (16, 32), "patch_size": (4, 8)}]
     + [VIT | readout | {"drop_path_rate": 0.25} for readout in READOUTS],
 )
 @pytest.mark.parametrize("kind", ["checkpoint", "weights"])
@@ -369,7 +371,7 @@ def test_huggingface_loads_what_is_written_and_gives_our_loss(tmp_path):
     [(form, MAE) for form in FORMATS]
     + [(form, VIT | readout) for form in ("safetensors", "timm") for readout in READOUTS]
     + [("mae", VIT | readout) for readout in READOUTS[:3]]  # that format needs a class token
-    + [("safetensors", CROSS)],
+    + [("safetensors", CROSS), ("safetensors", FUSED)],
 )
 def test_weights_go_there_and_back_bit_for_bit(tmp_path, form, fields):
     source = own_file(tmp_path, built(fields))
@@ -418,6 +420,8 @@ def test_a_foreign_encoder_becomes_a_file_that_records_its_grid(tmp_path):
         (TOKEN_LEAVES, "mae", ["class token in the decoder"]),
         (MAE | {"img_size": (16, 32), "patch_size": (4, 8)}, "mae", ["images", "patches"]),
         (CROSS, "mae", ["decoder self"]),
+        (FUSED, "mae", ["decoder_fusion 0"]),
+        (FUSED, "huggingface", ["decoder_fusion 0"]),
         (MAE, "onnx", ["mae, timm, huggingface, safetensors", "'onnx'"]),
     ],
 )
@@ -559,6 +563,7 @@ def test_another_grid_resizes_the_positions_and_says_so(tmp_path, caplog, img_si
         (MAE, {"decoder_depth": 1}, {"decoder_depth": ("2", "1")}),
         (MAE, {"decoder_num_heads": 3}, {"decoder_num_heads": ("2", "3")}),
         (MAE, {"decoder": "cross"}, {"decoder": ("self", "cross")}),
+        (MAE, {"decoder_fusion": 2}, {"decoder_fusion": ("0", "2")}),
         (
             MAE,
             {"class_tokens": 0, "decoder_class_token": False},
@@ -598,10 +603,15 @@ def test_of_a_foreign_file_the_mlp_width_counts_and_the_heads_are_those_of_the_s
 
 def test_an_autoencoder_needs_a_decoder_and_takes_the_files_positions(tmp_path, caplog):
     tensors, info = own_read(tmp_path, MAE)
-    model = MaskedAutoencoder(**MAE | {"norm_pix_loss": False, "mask_ratio": 0.5})
+    changes = {"norm_pix_loss": False, "mask_ratio": 0.5, "target": "lowpass"}
+    model = MaskedAutoencoder(**MAE | changes)
     load_into_mae(model, tensors, info, "the path")
     same(model.state_dict(), tensors)
-    assert_named(caplog.text, "norm_pix_loss is True in the file, False in the settings")
+    assert_named(
+        caplog.text,
+        "norm_pix_loss is True in the file, False in the settings",
+        "target is pixels in the file, lowpass in the settings",
+    )
     encoder = read_weights(saved(tmp_path, {"model": encoder_part(tensors)}))
     message = refusal(load_into_mae, model, *encoder, "the path")
     assert_named(message, "the path (MAE (encoder))", "no decoder")
@@ -625,7 +635,13 @@ def start_from(path, fields):
 
 @pytest.mark.parametrize(
     ("fields", "write"),
-    [(MAE, own_file), (CROSS, own_file), (TOKEN_LEAVES, own_checkpoint), (MAE, huggingface_folder)]
+    [
+        (MAE, own_file),
+        (CROSS, own_file),
+        (FUSED, own_file),
+        (TOKEN_LEAVES, own_checkpoint),
+        (MAE, huggingface_folder),
+    ]
     + [(HALF | SMALL, lambda f, m: saved(f, public_mae(m)))]
     + [(x | ONE_HEAD, lambda f, m: saved(f, reference_project(m))) for x in (NO_TOKEN, MAE)],
 )
