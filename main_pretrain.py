@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
 
         model = job.state.model
         assert isinstance(model, MaskedAutoencoder)
-        monitor = Monitor(cfg, run, job.plan, model, source)
+        monitor = Monitor(cfg, run, job.plan, model, dataset)
         with Saver(job) as saver:
             if job.state.step == 0:
                 monitor.observe(job.state)

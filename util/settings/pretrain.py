@@ -84,6 +84,13 @@ class MonitorConfig(ShowConfig):
         "Whether a linear layer, fitted to the features of the k-NN's images, classifies as well.",
         may_change=True,
     )
+    monitor_gauges: CountOrZero = setting(
+        500,
+        "Number of validation images, or of training images if there are none, on which the "
+        "monitor measures the loss, the effective rank of the features and their dead dimensions, "
+        "without labels; 0 is off.",
+        may_change=True,
+    )
 
 
 class RepeatsConfig(Settings):
