@@ -164,7 +164,9 @@ class Monitor:
         rows, labels, psnr = [], [], []
         for place, (name, image) in enumerate(self.images.items()):
             stream = generator(self.cfg.seed, MONITOR, place)
-            mask = draw_mask("random", model.grid_size, self.cfg.mask_ratio, stream)
+            mask = draw_mask(
+                self.cfg.mask, model.grid_size, self.cfg.mask_ratio, stream, self.cfg.mask_block
+            )
             found = reconstruct(model, image, mask, normalize)
             attentions = encoder.iterate_attention(normalize(image[None]))
             heat = rollout(attentions, "mean", 0.0, encoder.cls_token is not None)  # (1, N)

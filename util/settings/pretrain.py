@@ -49,7 +49,21 @@ class AutoencoderConfig(ModelConfig):
     )
 
 
-class MAEConfig(AutoencoderConfig):
+class MaskConfig(Settings):
+    """Kind of mask"""
+
+    mask: Literal["random", "block", "grid", "green", "blockwise"] = setting(
+        "random",
+        "Kind of mask: patches at random (random); squares of mask_block x mask_block patches at "
+        "random (block); all but one patch of every 4, 9 or 16 (grid); band-pass filtered noise "
+        "(green); or large rectangles, as in BEiT (blockwise).",
+    )
+    mask_block: Count = setting(
+        2, "Side of the squares of mask block, in patches; it must divide the grid of patches."
+    )
+
+
+class MAEConfig(AutoencoderConfig, MaskConfig):
     """Masking"""
 
     mask_ratio: OpenShare = setting(0.75, "Share of the patches that is removed.")
