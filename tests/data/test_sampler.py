@@ -253,9 +253,10 @@ def global_states() -> int:
         dataset(),
         dataset(shared_mask=True),
         dataset(source=Spoilt(4, 5, 6), aug_repeats=3),
+        dataset(draw_orders=partial(draw_orders, "green", (4, 4), 0.75, 2), aug_repeats=3),
         LabelledDataset(Spoilt(3, 8), drawing, seed=5),
     ],
-    ids=["masks", "one mask", "repeats", "labels"],
+    ids=["masks", "one mask", "repeats", "green", "labels"],
 )
 def test_workers_prefetching_and_restarts_change_nothing(made):
     torch.manual_seed(1)
