@@ -462,8 +462,10 @@ def test_two_processes_see_what_one_sees(tmp_path):
         assert result.returncode == 0, result.stderr
     one, two = observations(tmp_path / "one"), observations(tmp_path / "two")
     assert [record["step"] for record in two] == [0, 10, 20]
-    for name in ("knn_acc1", "probe_acc1", "held_out_loss", "effective_rank", "dead_share"):
-        assert one[0][name] == two[0][name], name  # of the untrained model
+    for name in ("held_out_loss", "effective_rank", "dead_share"):
+        assert one[0][name] == two[0][name], name  # of the untrained model, bit for bit
+    for name in ("knn_acc1", "probe_acc1"):
+        assert one[0][name] == two[0][name], name
         counts = [record[name] * 57 / 100 for record in two]
         assert counts == pytest.approx([round(count) for count in counts])  # every image once
     for ours, theirs in zip(one, two, strict=True):
