@@ -37,7 +37,7 @@ from engine.run.saving import Saver
 from engine.start import read_pretrain
 from models.build import build_model, mae_spec
 from models.mae import MaskedAutoencoder
-from models.masks import training_order
+from models.masks import draw_orders
 from util.dist import broadcast, first_process_first, from_main
 from util.errors import run_cli
 from util.settings.pretrain import PretrainConfig
@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
         dataset = PretrainDataset(
             source=source,
             transform=pretrain_transform(cfg, cfg.img_size),
-            draw_order=partial(training_order, spec.num_patches),
+            draw_orders=partial(
+                draw_orders, cfg.mask, spec.grid_size, spec.mask_ratio, cfg.mask_block
+            ),
             shared_mask=cfg.shared_mask,
             seed=cfg.seed,
             aug_repeats=cfg.aug_repeats,
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
 
         model = job.state.model
         assert isinstance(model, MaskedAutoencoder)
-        monitor = Monitor(cfg, run, job.plan, model, source)
+        monitor = Monitor(cfg, run, job.plan, model, dataset)
         with Saver(job) as saver:
             if job.state.step == 0:
                 monitor.observe(job.state)

@@ -10,7 +10,7 @@ and replaces none.
 Shapes: `B` batch, `C` channels, `H` height, `W` width, `N` patches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -146,17 +146,17 @@ class PretrainDataset(SampleDataset):
     """Samples with masks, from (seed, epoch, position) or from (seed, step).
 
     Args:
-        draw_order: draws a sample's mask, the order `(N,)` of its patches, from a generator.
+        draw_orders: draws masks, the order of the patches of each sample `(B, N)`, from a
+            generator each.
         shared_mask: one mask per optimiser step for all images.
     """
 
-    draw_order: Callable[[torch.Generator], Tensor]
+    draw_orders: Callable[[Iterable[torch.Generator]], Tensor]
     shared_mask: bool
 
     def targets(self, keys: list[SampleKey], indices: list[int]) -> Tensor:
         places = [(key.step,) if self.shared_mask else (key.epoch, key.position) for key in keys]
-        streams = generators([(self.seed, MASK, *place) for place in places])
-        return torch.stack([self.draw_order(stream) for stream in streams])  # (B, N)
+        return self.draw_orders(generators([(self.seed, MASK, *place) for place in places]))
 
 
 @dataclass(eq=False)

@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from models.spec import ClassifierSpec, DenseSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec
+from models.spec import (
+    ClassifierSpec,
+    DenseSpec,
+    EncoderSpec,
+    MAESpec,
+    ModelSpec,
+    encoder_spec,
+    kind_problems,
+)
 from util.errors import where
 from util.settings.base import ModelConfig
 from util.settings.evaluation import ClassifierConfig, FinetuneConfig
-from util.settings.pretrain import AutoencoderConfig
+from util.settings.pretrain import AutoencoderConfig, MaskConfig
 
 if TYPE_CHECKING:
     from models.dense import DenseTransformer
@@ -93,7 +101,11 @@ def encoder_of(model: "MaskedAutoencoder") -> "VisionTransformer":
 
 def mae_config_problems(cfg: AutoencoderConfig, **decided: object) -> list[str]:
     """What is wrong with the autoencoder that settings ask for, one line each."""
-    return mae_spec(cfg, **decided).problems()
+    spec = mae_spec(cfg, **decided)
+    of_kind = []
+    if isinstance(cfg, MaskConfig):
+        of_kind = kind_problems(cfg.mask, spec.grid_size, spec.mask_ratio, cfg.mask_block)
+    return spec.problems() + of_kind
 
 
 def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:

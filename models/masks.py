@@ -1,28 +1,32 @@
 """Masks: which patches an image keeps and which are removed, in training and in pictures.
 
 A mask is an order of the patches, a permutation whose first K are kept; K follows from `mask_ratio`
-by `models.spec.num_kept`. Training draws the order of each sample with `training_order`, which
-`main_pretrain.py` hands to the data set; to train with other masks, change that function. Pictures
-choose among the masks of arXiv 2111.06377, figure 6: random, large blocks, a regular grid.
+by `models.spec.num_kept`. Training draws one for each sample, by `draw_orders`, which
+`main_pretrain.py` hands to the data set; pictures draw one for each image. Another kind is a
+function in KINDS that gives each patch a score, and its name in the setting `mask`.
 
-Shapes: `N` patches, `K` kept patches.
+Shapes: `B` samples, `N` patches, `K` kept patches.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.spec import mask_problems, num_kept
+from models.spec import grid_stride, kind_problems, mask_problems, num_kept
 from util.errors import InputError
 
 # Of arXiv 2106.08254, algorithm 1: the smallest block as a share of all patches (16 of 14 x 14),
 # and the smallest ratio of its sides (the largest is the inverse).
 BLOCK_SHARE = 16 / 196
 BLOCK_ASPECT = 0.3
-GRID_STRIDES = (2, 3, 4)
+# Standard deviations of green noise's two blurs, in patches: an octave around a period of five. The
+# paper publishes its noise and not these.
+WEAK_BLUR, STRONG_BLUR = 0.75, 1.5
+RADIUS = math.ceil(3 * STRONG_BLUR)  # of both blurs
 
 
 class Mask(NamedTuple):
@@ -38,74 +42,161 @@ class Mask(NamedTuple):
         return 1 - self.kept / len(self.ids_shuffle)
 
 
-def training_order(num_patches: int, generator: torch.Generator) -> Tensor:
-    """The order `(N,)` int64 of one sample's patches in training, the paper's: any patch is as
-    likely to be kept as any other."""
-    return torch.randperm(num_patches, generator=generator)
+class Kind(NamedTuple):
+    """How masks of a kind are made: what is drawn for one from its random stream, and the scores
+    `(B, rows, columns)` of the patches from what was drawn for `B` of them, `(B, ...)`. The patches
+    with the lowest scores are kept; chance decides between equal ones."""
+
+    draw: Callable[[torch.Generator], Tensor]
+    scores: Callable[[Tensor], Tensor]
 
 
 def draw_mask(
-    kind: str, grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator
+    kind: str,
+    grid_size: tuple[int, int],
+    mask_ratio: float,
+    generator: torch.Generator,
+    block: int = 2,
 ) -> Mask:
-    """One mask of a kind in MASKS on a grid of (rows, columns) patches.
+    """One mask of a kind in KINDS on a grid of (rows, columns) patches.
 
-    Raises: InputError where nothing or everything would be kept, or where kind "grid" cannot have
-    this ratio.
+    Args:
+        block: side in patches of the squares of kind "block".
+
+    Raises: InputError where nothing or everything would be kept, or where the kind does not go with
+    this grid or ratio.
     """
-    if problems := mask_problems(math.prod(grid_size), mask_ratio):
+    total = math.prod(grid_size)
+    problems = mask_problems(total, mask_ratio)
+    if problems := problems + kind_problems(kind, grid_size, mask_ratio, block):
         raise InputError("; ".join(problems))
-    return MASKS[kind](grid_size, mask_ratio, generator)
+    (order,) = draw_orders(kind, grid_size, mask_ratio, block, [generator])
+    return Mask(order, num_kept(total, mask_ratio))
 
 
-def _random(grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> Mask:
-    """The mask of training."""
-    num_patches = math.prod(grid_size)
-    return Mask(training_order(num_patches, generator), num_kept(num_patches, mask_ratio))
+def draw_orders(
+    kind: str,
+    grid_size: tuple[int, int],
+    mask_ratio: float,
+    block: int,
+    streams: Iterable[torch.Generator],
+) -> Tensor:
+    """The patches of several samples in the order of their masks, `(B, N)` int64: one from each
+    stream, which is read before the next is taken. Arguments as of `draw_mask`, already checked."""
+    total = math.prod(grid_size)
+    of_kind = KINDS[kind](grid_size, mask_ratio, block)
+    drawn, shuffles = [], []
+    for stream in streams:
+        if of_kind is not None:
+            drawn.append(of_kind.draw(stream))
+        shuffles.append(torch.randperm(total, generator=stream))
+    shuffled = torch.stack(shuffles)  # (B, N)
+    if of_kind is None:
+        return shuffled
+    scores = of_kind.scores(torch.stack(drawn)).flatten(1)  # (B, N)
+    ranked = shuffled.gather(1, scores.gather(1, shuffled).argsort(dim=1, stable=True))
+    removed = torch.zeros_like(ranked).scatter_(1, ranked[:, num_kept(total, mask_ratio) :], 1)
+    # Both parts are in random order: a decoder may predict only the first of the removed patches.
+    return shuffled.gather(1, removed.gather(1, shuffled).argsort(dim=1, stable=True))
 
 
-def _block(grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> Mask:
-    """Rectangles of random area, shape and place (arXiv 2106.08254, algorithm 1); of the last one
-    only as many patches as the ratio still needs."""
+def _random(grid_size: tuple[int, int], mask_ratio: float, block: int) -> None:
+    """Any patch is as likely to be kept as any other: a shuffle is all there is."""
+
+
+def _block(grid_size: tuple[int, int], mask_ratio: float, block: int) -> Kind:
+    """Squares of `block` x `block` patches are kept or removed together, any as likely as any
+    other. Of one square only a part is kept where K is not a multiple of its patches.
+
+    Source: arXiv 2512.15715.
+    """
+    rows, columns = grid_size[0] // block, grid_size[1] // block
+
+    def scores(drawn: Tensor) -> Tensor:
+        squares = drawn.view(-1, rows, columns)
+        return squares.repeat_interleave(block, 1).repeat_interleave(block, 2)
+
+    return Kind(lambda stream: torch.randperm(rows * columns, generator=stream), scores)
+
+
+def _grid(grid_size: tuple[int, int], mask_ratio: float, block: int) -> Kind:
+    """One patch of each square of 2 x 2 (ratio 0.75), 3 x 3 or 4 x 4 is kept, the same of all
+    squares; chance decides only which one.
+
+    Source: arXiv 2111.06377, figure 6.
+    """
+    stride = grid_stride(mask_ratio) or 1
+    rows, columns = torch.meshgrid(*map(torch.arange, grid_size), indexing="ij")
+    places = rows % stride * stride + columns % stride  # (rows, columns), of each in its square
+
+    return Kind(
+        lambda stream: torch.randint(stride**2, (1, 1), generator=stream),
+        lambda drawn: (places != drawn).to(torch.int64),
+    )
+
+
+def _green(grid_size: tuple[int, int], mask_ratio: float, block: int) -> Kind:
+    """White noise less its highest and lowest frequencies, which is the difference of a weak and a
+    strong Gaussian blur: kept patches form small clusters, evenly spread. Noise is drawn past the
+    edges of the grid, so that places there are like all others.
+
+    Source: arXiv 2407.13036, green noise; there the highest values are kept, which is as likely.
+    """
+    rows, columns = grid_size
+    blurs = [(_blur(rows, sigma), _blur(columns, sigma).T) for sigma in (WEAK_BLUR, STRONG_BLUR)]
+
+    def draw(stream: torch.Generator) -> Tensor:
+        # float64: how a product is summed up must not decide which of two patches is kept
+        size = (rows + 2 * RADIUS, columns + 2 * RADIUS)
+        return torch.randn(size, generator=stream, dtype=torch.float64)
+
+    def scores(noise: Tensor) -> Tensor:
+        weak, strong = (down @ noise @ across for down, across in blurs)
+        return weak - strong
+
+    return Kind(draw, scores)
+
+
+@lru_cache  # a loader draws one mask at a time
+def _blur(size: int, sigma: float) -> Tensor:
+    """A Gaussian blur along one axis, as a matrix `(size, size + 2 * RADIUS)` float64."""
+    places = torch.arange(-RADIUS, size + RADIUS, dtype=torch.float64)
+    distance = (places - torch.arange(size)[:, None]).abs()
+    weights = torch.exp(-(distance**2) / (2 * sigma**2)) * (distance <= RADIUS)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _blockwise(grid_size: tuple[int, int], mask_ratio: float, block: int) -> Kind:
+    """Rectangles of random area, shape and place are removed (arXiv 2106.08254, algorithm 1); of
+    the last one only as many patches as the ratio still needs."""
     rows, columns = grid_size
     num_patches = rows * columns
     wanted = num_patches - num_kept(num_patches, mask_ratio)
     smallest = BLOCK_SHARE * num_patches
-    removed = torch.zeros(rows, columns, dtype=torch.bool)
-    while (missing := wanted - int(removed.sum())) > 0:
-        area, aspect, top, left = torch.rand(4, generator=generator).tolist()
-        area = smallest + area * max(missing - smallest, 0)
-        aspect = math.exp((2 * aspect - 1) * math.log(1 / BLOCK_ASPECT))
-        height = min(max(round(math.sqrt(area * aspect)), 1), rows)
-        width = min(max(round(math.sqrt(area / aspect)), 1), columns)
-        top, left = int(top * (rows - height + 1)), int(left * (columns - width + 1))
-        block = torch.zeros_like(removed)
-        block[top : top + height, left : left + width] = True
-        fresh = (block & ~removed).flatten().nonzero().flatten()[:missing]
-        removed.view(-1)[fresh] = True
-    return _from_removed(removed)
+
+    def draw(stream: torch.Generator) -> Tensor:
+        removed = torch.zeros(rows, columns, dtype=torch.bool)
+        while (missing := wanted - int(removed.sum())) > 0:
+            area, aspect, top, left = torch.rand(4, generator=stream).tolist()
+            area = smallest + area * max(missing - smallest, 0)
+            aspect = math.exp((2 * aspect - 1) * math.log(1 / BLOCK_ASPECT))
+            height = min(max(round(math.sqrt(area * aspect)), 1), rows)
+            width = min(max(round(math.sqrt(area / aspect)), 1), columns)
+            top, left = int(top * (rows - height + 1)), int(left * (columns - width + 1))
+            rectangle = torch.zeros_like(removed)
+            rectangle[top : top + height, left : left + width] = True
+            fresh = (rectangle & ~removed).flatten().nonzero().flatten()[:missing]
+            removed.view(-1)[fresh] = True
+        return removed
+
+    return Kind(draw, lambda removed: removed.to(torch.int64))
 
 
-def _grid(grid_size: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> Mask:
-    """Keeps the first patch of each square of 2 x 2 (ratio 0.75), 3 x 3 or 4 x 4; nothing is
-    random here."""
-    stride = next((s for s in GRID_STRIDES if abs(1 - 1 / s**2 - mask_ratio) < 0.01), None)
-    if stride is None:
-        ratios = ", ".join(f"{1 - 1 / s**2:.2g}" for s in GRID_STRIDES)
-        raise InputError(
-            f"mask grid keeps one patch of every 4, 9 or 16: mask_ratio {ratios}, "
-            f"got {mask_ratio:g}"
-        )
-    removed = torch.ones(grid_size, dtype=torch.bool)
-    removed[::stride, ::stride] = False
-    return _from_removed(removed)
-
-
-def _from_removed(removed: Tensor) -> Mask:
-    return Mask(removed.flatten().int().argsort(stable=True), int((~removed).sum()))
-
-
-MASKS: dict[str, Callable[[tuple[int, int], float, torch.Generator], Mask]] = {
+# By the names of the setting `mask`.
+KINDS: dict[str, Callable[[tuple[int, int], float, int], Kind | None]] = {
     "random": _random,
     "block": _block,
     "grid": _grid,
+    "green": _green,
+    "blockwise": _blockwise,
 }

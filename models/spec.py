@@ -16,6 +16,7 @@ from util.errors import InputError, where
 from util.settings.base import pair as pair  # others take it from here
 
 Size = int | tuple[int, int]
+GRID_STRIDES = (2, 3, 4)  # of mask "grid"
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:
@@ -32,6 +33,45 @@ def mask_problems(num_patches: int, mask_ratio: float) -> list[str]:
             f"mask_ratio {mask_ratio:g} keeps {kept} of {num_patches} patches: at least one must "
             "stay and one must go",
         )
+    )
+
+
+def grid_stride(mask_ratio: float) -> int | None:
+    """Side in patches of the squares of which mask "grid" keeps one patch each; None for a ratio
+    that it cannot have."""
+    return next((s for s in GRID_STRIDES if abs(1 - 1 / s**2 - mask_ratio) < 0.01), None)
+
+
+def kind_problems(
+    kind: str, grid_size: tuple[int, int], mask_ratio: float, block: int
+) -> list[str]:
+    """Why a mask of this kind in `models/masks.py` does not go with this grid and ratio; `block` is
+    the side in patches of the squares of kind "block"."""
+    (rows, columns), stride = grid_size, grid_stride(mask_ratio)
+    side = {"block": block, "grid": stride or 1}.get(kind, 1)
+    fits = rows % side == columns % side == 0
+    total, kept = rows * columns, num_kept(rows * columns, mask_ratio)
+    ratios = ", ".join(f"{math.floor(1e4 * (1 - 1 / s**2)) / 1e4:g}" for s in GRID_STRIDES)
+    return where(
+        (
+            kind == "block" and not fits,
+            f"mask_block {block} does not divide the grid of {rows} x {columns} patches",
+        ),
+        (
+            kind == "grid" and stride is None,
+            f"mask grid keeps one patch of every 4, 9 or 16: mask_ratio {ratios}, "
+            f"got {mask_ratio:g}",
+        ),
+        (
+            kind == "grid" and not fits,
+            f"mask grid with mask_ratio {mask_ratio:g} needs a grid that {side} divides, got "
+            f"{rows} x {columns} patches",
+        ),
+        (
+            kind == "grid" and stride is not None and fits and side**2 * kept != total,
+            f"mask_ratio {mask_ratio:g} keeps {kept} of {total} patches, and mask grid one of "
+            f"every {side**2}: give one of {ratios}",
+        ),
     )
 
 

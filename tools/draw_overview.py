@@ -55,7 +55,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         model = build_autoencoder(cfg, cfg.model_path, cfg.mask_ratio[0]).to(processes.device)
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         mask = draw_mask(
-            cfg.mask, model.grid_size, cfg.mask_ratio[0], generator(cfg.seed[0], MASK, 0)
+            cfg.mask,
+            model.grid_size,
+            cfg.mask_ratio[0],
+            generator(cfg.seed[0], MASK, 0),
+            cfg.mask_block,
         )
         found = reconstruct(model, EvalTransform(cfg.img_size, 1.0)(image), mask, normalize)
     pictures = [

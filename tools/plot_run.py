@@ -43,7 +43,12 @@ ACCURACIES = {  # key in log.jsonl -> legend
     "knn_acc1": "10-NN",
     "probe_acc1": "linear",
 }
-LOSS = {"loss": "", "val_loss": "validation"}
+LOSS = {
+    "loss": "",
+    "val_loss": "validation",
+    "held_out_loss": "held out",
+    "seen_loss": "fixed training images",
+}
 COMPARED = {"loss": LOSS, "top-1 %": ACCURACIES}
 OF_ONE_RUN = COMPARED | {
     "mean average precision": {"map": "", "val_map": "", "held_out_map": "held out"},
@@ -51,6 +56,8 @@ OF_ONE_RUN = COMPARED | {
     "mean IoU, %": {"miou": "", "val_miou": "", "ema_miou": "moving average"},
     "average precision, %": {"box_ap": "boxes", "mask_ap": "masks", "ema_box_ap": "moving average"},
     "PSNR of reconstructions, dB": {"psnr": ""},
+    "effective rank of the features": {"effective_rank": ""},
+    "dead dimensions of the features, %": {"dead_share": ""},
     "learning rate": {"lr": ""},
     "gradient norm": {"grad_norm": ""},
     "images per second": {"images_per_s": ""},
@@ -64,6 +71,8 @@ FIGURES = {  # key in log.jsonl -> words at the head of the page
     "knn_acc1": "10-NN, top-1 %",
     "probe_acc1": "linear, top-1 %",
     "psnr": "PSNR of reconstructions, dB",
+    "held_out_loss": "held-out loss",
+    "effective_rank": "effective rank of the features",
     "map": "mean average precision",
     "val_map": "mean average precision",
     "rmse": "RMSE",

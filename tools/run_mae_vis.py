@@ -7,8 +7,8 @@
 For each image, --mask_ratio and --seed it writes four PNGs: original, masked, prediction, and
 pasted (the visible patches, with the prediction in the gaps); and grid.png with all of them and the
 PSNR of the removed patches. --img_path takes several images and folders; without it the images are
-validation images of the data set. --mask is random, block or grid. An image is resized to cover
-img_size, and its centre is cropped.
+validation images of the data set. --mask is random, block, grid, green or blockwise. An image is
+resized to cover img_size, and its centre is cropped.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, crop_pct=1.0)
         masks = [  # all of them first, so that an impossible one is refused before any is drawn
-            draw_mask(cfg.mask, model.grid_size, ratio, generator(seed, MASK, place))
+            draw_mask(
+                cfg.mask, model.grid_size, ratio, generator(seed, MASK, place), cfg.mask_block
+            )
             for _, _, place, seed, ratio in tasks
         ]
         rows, labels, psnr = [], [], {}

@@ -3,6 +3,7 @@ processes."""
 
 import multiprocessing.process
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from data.loader import LabelledDataset, build_eval_loader
 from data.on_device import DecodedSource
 from data.sources import ArraySource, FolderSource
 from data.transforms import CropAndFlip, EvalTransform
+from models.masks import draw_orders
 from util.errors import DataError, InputError
 from util.rng import derive_seed, derive_seeds
 from util.settings.evaluation import FinetuneConfig
@@ -109,10 +111,12 @@ def test_pixels_are_within_one_step_of_256_of_those_of_single_crops(
         dataset(),
         dataset(shared_mask=True),
         dataset(source=Spoilt(0, 4, 5, 6), aug_repeats=3),
+        dataset(draw_orders=partial(draw_orders, "green", (4, 4), 0.75, 2), aug_repeats=3),
+        dataset(draw_orders=partial(draw_orders, "block", (4, 4), 0.75, 2), shared_mask=True),
         dataset(source=Spoilt(*range(39))),
         LabelledDataset(Spoilt(3, 8), CropAndFlip(8, 0.2, "bicubic", 0.5), seed=5),
     ],
-    ids=["masks", "one mask", "repeats", "nearly all bad", "labels"],
+    ids=["masks", "one mask", "repeats", "green", "one block", "nearly all bad", "labels"],
 )
 def test_batches_are_those_of_the_loader(made):
     """The same images, replacements, crops, flips, masks and labels."""

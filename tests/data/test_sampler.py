@@ -18,7 +18,7 @@ from data.loader import Batch, LabelledDataset, PretrainDataset
 from data.sampler import SampleKey, StepSampler, epoch_order
 from data.sources import ArraySource
 from data.transforms import CropAndFlip, PixelNormalizer
-from models.masks import training_order
+from models.masks import draw_orders
 from util.rng import derive_seed
 
 
@@ -206,7 +206,7 @@ def drawing(image: torch.Tensor) -> torch.Tensor:
 DATASET = PretrainDataset(
     source=ArraySource("noise", PICTURES, np.arange(COUNT), PixelFormat(3)),
     transform=CropAndFlip(8, 0.2, "bicubic", 0.5),
-    draw_order=partial(training_order, 16),
+    draw_orders=partial(draw_orders, "random", (4, 4), 0.75, 2),
     shared_mask=False,
     seed=0,
 )
@@ -253,9 +253,10 @@ def global_states() -> int:
         dataset(),
         dataset(shared_mask=True),
         dataset(source=Spoilt(4, 5, 6), aug_repeats=3),
+        dataset(draw_orders=partial(draw_orders, "green", (4, 4), 0.75, 2), aug_repeats=3),
         LabelledDataset(Spoilt(3, 8), drawing, seed=5),
     ],
-    ids=["masks", "one mask", "repeats", "labels"],
+    ids=["masks", "one mask", "repeats", "green", "labels"],
 )
 def test_workers_prefetching_and_restarts_change_nothing(made):
     torch.manual_seed(1)

@@ -53,7 +53,8 @@ from util.rng import MONITOR, generator, seed_libraries
 from util.settings.pretrain import PretrainConfig
 
 ON = ("--monitor_epochs", 1, "--monitor_probe")
-FAST = ("--monitor_images", 1, "--monitor_knn", 0)  # where only the times of observations count
+# where only the times of observations count
+FAST = ("--monitor_images", 1, "--monitor_knn", 0, "--monitor_gauges", 0)
 # Six of the 60 validation images, evenly spaced: 0, 12, 24, 35, 47 and 59 in the files' order.
 SHOWN = ["nought/040", "nought/052", "one/044", "one/055", "seven/047", "seven/059"]
 
@@ -61,6 +62,11 @@ SHOWN = ["nought/040", "nought/052", "one/044", "one/055", "seven/047", "seven/0
 def observations(folder: Path) -> list[dict]:
     """The monitor's records in log.jsonl."""
     return [record for record in log_lines(folder) if record.get("kind") == "monitor"]
+
+
+def epoch_losses(folder: Path) -> list[float]:
+    """The mean training loss of each epoch."""
+    return [r["epoch_loss"] for r in log_lines(folder) if r.get("kind") == "epoch"]
 
 
 def steps(folder: Path) -> list[int]:
@@ -396,8 +402,11 @@ def test_each_part_can_be_off(tmp_path, data):
     assert not (tmp_path / "knn" / "monitor.png").exists()
     assert "k-NN" not in (tmp_path / "images" / "log.txt").read_text()  # nobody asks for labels
     off = ["--monitor_epochs", 1, "--monitor_images", 0, "--monitor_knn", 0]
-    pretrain_pictures(data, tmp_path / "both", *off)
-    assert steps(tmp_path / "both") == []
+    pretrain_pictures(data, tmp_path / "gauges", *off)
+    assert all("effective_rank" in record for record in observations(tmp_path / "gauges"))
+    assert steps(tmp_path / "gauges") == [0, 10, 20]
+    pretrain_pictures(data, tmp_path / "all", *off, "--monitor_gauges", 0)
+    assert steps(tmp_path / "all") == []
 
 
 def test_fewer_chosen_images_than_classes_are_no_error(tmp_path):
@@ -421,11 +430,21 @@ def test_each_observation_says_what_it_cost(tmp_path, data, monkeypatch):
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=partial(next, times)))
     pretrain_pictures(data, tmp_path, *ON, "--log_interval", 1000)
     lines = re.findall(r"epoch \d monitor .*", (tmp_path / "log.txt").read_text())
+    before, losses = None, epoch_losses(tmp_path)
     for record, line, share in zip(observations(tmp_path), lines, ("", 25, 25), strict=True):
         assert record["monitor_s"] == 10
         figures = [f"{record[name]:.2f}" for name in ("knn_acc1", "probe_acc1", "psnr")]
+        if before:
+            figures.append(f"{losses[int(record['epoch']) - 1]:.3f}")
+        figures.append(f"{record['held_out_loss']:.3f}")
+        if before:
+            figures.append(f"{100 * (record['held_out_loss'] / before - 1):.1f}".lstrip("-"))
+        before = record["held_out_loss"]
+        figures.append(f"{record['dead_share']:.1f}")
         shares = [f"{share:.1f}"] if share else []
         assert re.findall(r"\d+\.\d+", line) == [*figures, "10.0", *shares]
+        assert f"effective rank {record['effective_rank']:.0f} of 32, " in line
+    assert re.search(r"held-out loss 0\.\d{3} \(-\d+\.\d % since the last\)", lines[-1])
 
 
 # Several processes
@@ -443,10 +462,13 @@ def test_two_processes_see_what_one_sees(tmp_path):
         assert result.returncode == 0, result.stderr
     one, two = observations(tmp_path / "one"), observations(tmp_path / "two")
     assert [record["step"] for record in two] == [0, 10, 20]
+    for name in ("held_out_loss", "effective_rank", "dead_share"):
+        assert one[0][name] == two[0][name], name  # of the untrained model, bit for bit
     for name in ("knn_acc1", "probe_acc1"):
-        assert one[0][name] == two[0][name], name  # of the untrained model
+        assert one[0][name] == two[0][name], name
         counts = [record[name] * 57 / 100 for record in two]
         assert counts == pytest.approx([round(count) for count in counts])  # every image once
     for ours, theirs in zip(one, two, strict=True):
         assert ours["psnr"] == pytest.approx(theirs["psnr"], abs=1e-3)
+        assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-5)
     assert_same_but_settings(tmp_path / "two", tmp_path / "off")

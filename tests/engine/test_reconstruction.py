@@ -16,7 +16,7 @@ from data.transforms import PixelNormalizer
 from engine.pictures.drawing import to_picture
 from engine.pictures.reconstruction import CAPTIONS, Reconstruction, reconstruct
 from models.mae import MaskedAutoencoder
-from models.masks import Mask, draw_mask
+from models.masks import KINDS, RADIUS, Mask, draw_mask, draw_orders
 from util.errors import InputError
 from util.settings.base import IMAGENET_MEAN, IMAGENET_STD
 
@@ -125,36 +125,105 @@ def random_mask(model: MaskedAutoencoder, seed: int = 0, mask_ratio: float = 0.6
 # Masks
 
 
-@pytest.mark.parametrize("kind", ["random", "block"])
+@pytest.mark.parametrize("kind", ["random", "blockwise", "green", "block"])
 @pytest.mark.parametrize("grid_size", GRIDS)
 @pytest.mark.parametrize("mask_ratio", [0.1, 0.25, 0.5, 0.6, 0.75, 0.8, 0.9, 0.95])
 def test_exactly_the_ratio_is_kept(kind, grid_size, mask_ratio):
     total = math.prod(grid_size)
     kept = math.floor(total * (1 - mask_ratio) + 1e-6)
     for seed in range(3 if 0 < kept < total else 0):
-        mask = draw_mask(kind, grid_size, mask_ratio, seeded(seed))
+        mask = draw_mask(kind, grid_size, mask_ratio, seeded(seed), block=1)
         assert (mask.kept, mask.ids_shuffle.dtype) == (kept, torch.int64)
         assert mask.mask_ratio == pytest.approx(1 - kept / total)
         assert sorted(mask.ids_shuffle.tolist()) == list(range(total))
 
 
-@pytest.mark.parametrize("kind", ["random", "block"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_mask_is_a_function_of_its_seed(kind):
-    before = torch.get_rng_state()
-    drawn = [draw_mask(kind, (14, 14), 0.75, seeded(seed)) for seed in (0, 1, 2, 0, 1, 2)]
+    """Drawn alone, or in training with those of other samples."""
+    before, seeds = torch.get_rng_state(), (2, 5, 9, 2)  # of mask grid, other places of a square
+    alone = [draw_mask(kind, (14, 14), 0.75, seeded(seed)) for seed in seeds]
+    together = draw_orders(kind, (14, 14), 0.75, 2, map(seeded, seeds))
     assert torch.equal(torch.get_rng_state(), before)
-    masks = [removed_of(mask, (14, 14)) for mask in drawn]
-    assert np.array_equal(masks[:3], masks[3:])
+    assert torch.equal(together, torch.stack([mask.ids_shuffle for mask in alone]))
+    masks = [removed_of(mask, (14, 14)) for mask in alone]
+    assert np.array_equal(masks[0], masks[3])
     assert not any(np.array_equal(*pair) for pair in combinations(masks[:3], 2))
 
 
-def test_at_random_every_patch_is_as_likely():
-    masks = [removed_of(draw_mask("random", (6, 4), 0.5, seeded(i)), (6, 4)) for i in range(200)]
-    share = np.mean(masks, axis=0)  # 0.5 with a standard deviation of 0.035
-    assert share.min() > 0.35 and share.max() < 0.65
+@pytest.mark.parametrize("kind", ["random", "block", "grid", "green"])
+def test_every_patch_is_as_likely_to_be_kept_and_to_come_first(kind):
+    """The last of 400: a decoder may predict only the first of the removed patches."""
+    orders = draw_orders(kind, (6, 4), 0.75, 2, map(seeded, range(400)))  # (400, 24)
+    for place in (slice(0, 6), slice(0, 1), slice(6, 7), slice(6, 15)):
+        counts = torch.bincount(orders[:, place].flatten(), minlength=24)
+        expected = counts.sum().item() / 24
+        spread = (counts - expected).abs().max().item()
+        assert spread < 5 * math.sqrt(expected * 2), (place, counts)
 
 
-def test_blocks_are_large():
+@pytest.mark.parametrize(("block", "grid_size"), [(2, (6, 8)), (4, (8, 12)), (3, (3, 9))])
+@pytest.mark.parametrize("mask_ratio", [0.5, 0.75])
+def test_squares_are_kept_or_removed_together(block, grid_size, mask_ratio):
+    """All but one, if K is not a multiple of its patches; and each with the same chance."""
+    total = math.prod(grid_size)
+    kept = math.floor(total * (1 - mask_ratio) + 1e-6)
+    shares = []
+    for seed in range(40):
+        removed = removed_of(
+            draw_mask("block", grid_size, mask_ratio, seeded(seed), block), grid_size
+        )
+        rows, columns = (side // block for side in grid_size)
+        squares = removed.reshape(rows, block, columns, block).sum(axis=(1, 3)).flatten()
+        assert removed.sum() == total - kept
+        in_part = squares[(squares > 0) & (squares < block**2)]
+        assert in_part.tolist() == ([block**2 - kept % block**2] if kept % block**2 else [])
+        shares.append(squares < block**2)
+    assert np.mean(shares, axis=0).min() > 0 and np.mean(shares, axis=0).max() < 1
+
+
+@pytest.mark.parametrize("grid_size", [(14, 14), (8, 8), (5, 9), (1, 12)])
+def test_green_masks_keep_the_lowest_values_of_filtered_noise(grid_size):
+    """The noise is blurred here by loops over a kernel, in place of matrices."""
+    total = math.prod(grid_size)
+    kept = total // 4
+    for seed in range(3):
+        margin = RADIUS
+        size = tuple(side + 2 * margin for side in grid_size)
+        noise = torch.randn(size, generator=seeded(seed), dtype=torch.float64).numpy()
+        offsets = np.arange(-margin, margin + 1)
+        values = np.zeros(grid_size)
+        for sign, sigma in ((1, 0.75), (-1, 1.5)):
+            kernel = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * sigma**2))
+            windows = sliding_window_view(noise, (len(offsets), len(offsets)))
+            values += sign * (windows * kernel / kernel.sum()).sum(axis=(2, 3))
+        expected = np.ones(total, dtype=bool)
+        expected[values.flatten().argsort()[:kept]] = False
+        mask = draw_mask("green", grid_size, 1 - kept / total, seeded(seed))
+        assert np.array_equal(removed_of(mask, grid_size).flatten(), expected)
+
+
+def test_green_masks_lack_high_and_low_frequencies():
+    """Power of the kept patches by frequency, in periods over 32 patches: that of random masks is
+    flat."""
+    grid_size, bands = (32, 32), ((1, 3), (5, 8), (14, 16))
+    frequency = np.abs(np.fft.fftfreq(32, 1 / 32))
+    radius = np.hypot(frequency[:, None], frequency)
+    power = {}
+    for kind in ("random", "green"):
+        drawn = [
+            removed_of(draw_mask(kind, grid_size, 0.75, seeded(seed)), grid_size)
+            for seed in range(30)
+        ]
+        spectrum = np.mean([np.abs(np.fft.fft2(one - one.mean())) ** 2 for one in drawn], axis=0)
+        power[kind] = np.array(
+            [spectrum[(low <= radius) & (radius <= high)].mean() for low, high in bands]
+        )
+    low, middle, high = power["green"] / power["random"]
+    assert middle > 1.5 and low < 0.6 * middle and high < 0.6 * middle
+
+
+def test_blockwise_masks_are_large():
     """The side of the largest square that is removed, on average."""
 
     def side(removed: np.ndarray) -> int:
@@ -167,19 +236,23 @@ def test_blocks_are_large():
         masks = (draw_mask(kind, (14, 14), 0.5, seeded(seed)) for seed in range(40))
         return np.mean([side(removed_of(mask, (14, 14))) for mask in masks])
 
-    assert average("random") < 4 and average("block") > 5
+    assert average("random") < 4 and average("blockwise") > 5
 
 
-@pytest.mark.parametrize("grid_size", [(14, 14), (7, 7), (5, 9), (4, 4), (16, 8)])
 @pytest.mark.parametrize(
-    ("mask_ratio", "stride"), [(0.75, 2), (0.89, 3), (0.889, 3), (8 / 9, 3), (0.9375, 4)]
+    ("grid_size", "mask_ratio", "stride"),
+    [((14, 14), 0.75, 2), ((6, 9), 0.8888, 3), ((6, 9), 8 / 9, 3), ((16, 8), 0.9375, 4)],
 )
-def test_a_grid_keeps_the_first_patch_of_every_square(grid_size, mask_ratio, stride):
-    mask = draw_mask("grid", grid_size, mask_ratio, seeded(0))
-    expected = np.ones(grid_size, dtype=bool)
-    expected[::stride, ::stride] = False
-    assert np.array_equal(removed_of(mask, grid_size), expected)
-    assert sorted(mask.ids_shuffle.tolist()) == list(range(math.prod(grid_size)))
+def test_a_grid_keeps_one_patch_of_every_square(grid_size, mask_ratio, stride):
+    places = set()
+    for seed in range(60):
+        removed = removed_of(draw_mask("grid", grid_size, mask_ratio, seeded(seed)), grid_size)
+        row, column = np.argwhere(~removed)[0]
+        expected = np.ones(grid_size, dtype=bool)
+        expected[row::stride, column::stride] = False
+        assert np.array_equal(removed, expected)
+        places.add((int(row), int(column)))
+    assert places == {*np.ndindex(stride, stride)}
 
 
 @pytest.mark.parametrize(
@@ -191,11 +264,18 @@ def test_a_grid_keeps_the_first_patch_of_every_square(grid_size, mask_ratio, str
         ("block", 1.0),
         ("random", 0.95),
         ("grid", -1),
+        ("grid", 0.89),  # of which 3 divides no grid of 4 x 4
     ],
 )
 def test_a_ratio_that_cannot_be_is_refused(kind, mask_ratio):
     with pytest.raises(InputError, match=f"mask_ratio .*{mask_ratio:g}"):
         draw_mask(kind, (4, 4), mask_ratio, seeded(0))
+
+
+@pytest.mark.parametrize("grid_size", [(4, 6), (6, 4)])
+def test_squares_that_do_not_fill_the_grid_are_refused(grid_size):
+    with pytest.raises(InputError, match="mask_block 4"):
+        draw_mask("block", grid_size, 0.75, seeded(0), block=4)
 
 
 # Pixels

@@ -86,7 +86,10 @@ def pictures_of(*names: str) -> list[str]:
 # What is written
 
 
-@pytest.mark.parametrize(("kind", "mask_ratio"), [("random", 0.75), ("block", 0.5), ("grid", 0.75)])
+@pytest.mark.parametrize(
+    ("kind", "mask_ratio"),
+    [("random", 0.75), ("block", 0.5), ("grid", 0.75), ("green", 0.75), ("blockwise", 0.5)],
+)
 def test_the_pictures_are_what_the_saved_model_makes_of_the_image(
     weights, tmp_path, capsys, kind, mask_ratio
 ):
@@ -137,7 +140,7 @@ def test_the_same_command_writes_the_same_files(weights, tmp_path):
     contents = []
     for seed in (1, 2):
         seed_libraries(seed)
-        draw(weights, tmp_path / "out", "--img_path", *files, "--mask", "block", "--seed", 0, 1)
+        draw(weights, tmp_path / "out", "--img_path", *files, "--mask", "blockwise", "--seed", 0, 1)
         contents.append({path: path.read_bytes() for path in (tmp_path / "out").iterdir()})
     assert contents[0] == contents[1] and len(contents[0]) == 17
 
@@ -188,6 +191,7 @@ def test_a_file_name_that_is_no_text(weights, tmp_path):
         ("--mask_ratio 0.75 0.7500001", "mask_ratio"),  # files of the same name
         ("--mask grid --mask_ratio 0.75 0.6", "mask_ratio"),
         ("--mask blok", "mask"),
+        ("--mask block --mask_block 3", "mask_block"),
         ("--seed 1 2 1", "seed"),
         ("--num_images 0", "num_images"),
         ("--model_path nowhere.safetensors", "nowhere.safetensors"),

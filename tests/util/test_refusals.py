@@ -136,6 +136,12 @@ MATRIX = [
     ("pretrain", "--optimizer muon --parallel fsdp", "optimizer"),
     ("pretrain", "--crop simple --img_size 4 --patch_size 1", "crop"),
     ("mae_vis", "--decoder_fusion 13", "decoder_fusion"),
+    ("pretrain", "--mask grid --mask_ratio 0.6", "mask"),
+    ("pretrain", "--mask grid --mask_ratio 0.9375", "mask"),  # 4 divides no grid of 14 x 14
+    ("pretrain", "--mask grid --img_size 288 --mask_ratio 0.89", "mask_ratio"),  # keeps no ninth
+    ("pretrain", "--mask block --mask_block 4", "mask_block"),
+    ("pretrain", "--mask beit", "mask"),
+    ("pretrain", "--mask_block 0", "mask_block"),
     ("pretrain", "--batch_size 64 --aug_repeats 3", "batch_size"),
     ("pretrain", "--monitor_probe --monitor_knn 0", "monitor_probe"),
     ("finetune", "--mixup 0.8 --batch_size 7", "batch_size"),
@@ -205,6 +211,7 @@ MATRIX = [
     ("mae_vis", "--model_path null", "model_path"),
     ("mae_vis", "--dataset folder", "img_path"),
     ("mae_vis", "--seed 1 1", "seed"),
+    ("mae_vis", "--model_path w --img_path x --mask block --mask_block 3", "mask_block"),
     ("mae_vis", "--mask_ratio 0.5 0.50", "mask_ratio"),
     ("overview", "--seed 1 2", "seed"),
     ("overview", "--img_path a b", "img_path"),

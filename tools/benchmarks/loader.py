@@ -18,7 +18,7 @@ from data.packs.source import open_pack
 from data.sampler import SampleKey
 from data.sources import FolderSource, ImageSource
 from data.transforms import CropAndFlip
-from models.masks import training_order
+from models.masks import draw_orders
 from tools.benchmarks.timing import Table, interleaved, rates, ratio
 from util.dist import Processes, available_cores
 from util.settings.pretrain import PretrainConfig
@@ -66,7 +66,7 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> Iterator[t
             dataset = PretrainDataset(
                 source=source,
                 transform=CropAndFlip(224, 0.2, "bicubic", 0.5),
-                draw_order=partial(training_order, 196),
+                draw_orders=partial(draw_orders, "random", (14, 14), 0.75, 2),
                 shared_mask=False,
                 seed=0,
             )

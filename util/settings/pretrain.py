@@ -70,7 +70,21 @@ class AutoencoderConfig(ModelConfig):
     )
 
 
-class MAEConfig(AutoencoderConfig):
+class MaskConfig(Settings):
+    """Kind of mask"""
+
+    mask: Literal["random", "block", "grid", "green", "blockwise"] = setting(
+        "random",
+        "Kind of mask: patches at random (random); squares of mask_block x mask_block patches at "
+        "random (block); all but one patch of every 4, 9 or 16 (grid); band-pass filtered noise "
+        "(green); or large rectangles, as in BEiT (blockwise).",
+    )
+    mask_block: Count = setting(
+        2, "Side of the squares of mask block, in patches; it must divide the grid of patches."
+    )
+
+
+class MAEConfig(AutoencoderConfig, MaskConfig):
     """Masking"""
 
     mask_ratio: OpenShare = setting(0.75, "Share of the patches that is removed.")
@@ -134,6 +148,13 @@ class MonitorConfig(ShowConfig):
     monitor_probe: bool = setting(
         False,
         "Whether a linear layer, fitted to the features of the k-NN's images, classifies as well.",
+        may_change=True,
+    )
+    monitor_gauges: CountOrZero = setting(
+        500,
+        "Number of validation images, or of training images if there are none, on which the "
+        "monitor measures the loss, the effective rank of the features and their dead dimensions, "
+        "without labels; 0 is off.",
         may_change=True,
     )
 

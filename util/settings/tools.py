@@ -23,7 +23,7 @@ from util.settings.base import (
     setting,
 )
 from util.settings.evaluation import ClassifierConfig, EvalCropConfig
-from util.settings.pretrain import AutoencoderConfig
+from util.settings.pretrain import AutoencoderConfig, MaskConfig
 
 
 class PictureConfig(DatasetConfig, ShowConfig, DeviceConfig):
@@ -34,7 +34,7 @@ class PictureConfig(DatasetConfig, ShowConfig, DeviceConfig):
     )
 
 
-class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
+class MaeVisConfig(AutoencoderConfig, MaskConfig, PixelConfig, PictureConfig):
     """Reconstruction pictures"""
 
     model_path: PathText | None = setting(
@@ -45,11 +45,6 @@ class MaeVisConfig(AutoencoderConfig, PixelConfig, PictureConfig):
     )
     save_path: PathText = setting(
         "output/reconstructions", "Folder to which the pictures are written."
-    )
-    mask: Literal["random", "block", "grid"] = setting(
-        "random",
-        "Kind of mask: patches at random (random), large blocks (block), or all but one patch of "
-        "every 4, 9 or 16 (grid).",
     )
     mask_ratio: tuple[OpenShare, ...] = setting(
         (0.75,), "Shares of the patches that are removed, with a picture for each."
