@@ -37,15 +37,24 @@ class LinearProbes(nn.Module):
             logits = F.linear(self.bn(features.to(weight.dtype)), weight, bias)  # (B, H*C)
         return logits.unflatten(1, (len(self.weights), -1)).transpose(0, 1)  # (H, B, C)
 
+    def of_each(self) -> list[list[nn.Parameter]]:
+        """The parameters of each probe."""
+        lists = [part for part in self.children() if isinstance(part, nn.ParameterList)]
+        return [list(parts) for parts in zip(*lists, strict=True)]
+
+    def pool_tensors(self, probe: int) -> dict[str, Tensor]:
+        """What a classifier has of one probe beside the head, by its names: nothing."""
+        return {}
+
     def folded(self, probe: int) -> tuple[Tensor, Tensor]:
         """Weight `(C, D)` and bias `(C,)` of one probe with the batch normalisation in them."""
         assert self.bn.running_mean is not None and self.bn.running_var is not None
-        tensors = (
-            self.bn.running_mean,
-            self.bn.running_var,
-            self.weights[probe],
-            self.biases[probe],
+        width = self.weights[probe].shape[1]
+        mean, var = (  # those of one feature for all, or of each probe's own
+            statistic.view(-1, width).expand(len(self.weights), -1)[probe]  # (D,)
+            for statistic in (self.bn.running_mean, self.bn.running_var)
         )
+        tensors = (mean, var, self.weights[probe], self.biases[probe])
         mean, var, matrix, shift = (t.detach().cpu().double() for t in tensors)  # not on MPS
         weight = matrix * (var + self.bn.eps).rsqrt()
         dtype = self.weights[probe].dtype
