@@ -28,6 +28,7 @@ from util.files import write_whole
 
 Contents = bytes | dict[str, bytes]  # of a file, or of the files of a folder by their names
 NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate")  # or visible in the tensors' names
+NOT_IN_TIMM = ("drop_path_rate", "probe_queries", "probe_dim")  # of training, or dropped
 logger = logging.getLogger(__name__)
 
 
@@ -76,7 +77,7 @@ def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     keywords = [
         f"{f.name}={'?' if f.name in info.unknown else repr(getattr(spec, f.name))}"
         for f in fields(ClassifierSpec)
-        if f.name != "drop_path_rate"
+        if f.name not in NOT_IN_TIMM
     ]
     logger.info("for timm: VisionTransformer(%s)", ", ".join(keywords))
     return own_bytes(kept, {})
