@@ -1012,7 +1012,7 @@ test_a_classifier_with_the_folded_probe_gives_its_logits
 +expand(len(self.weights), -1)[0]
 
 202 attentive probe: the file has the queries of the first rate beside the head of the chosen one
-models/heads/attentive.py models/test_attentive.py
+models/heads/probe.py models/test_attentive.py
 test_a_classifier_with_the_folded_probe_gives_its_logits
 -self.queries[probe], "pool.values"
 +self.queries[0], "pool.values"

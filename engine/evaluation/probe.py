@@ -1,5 +1,5 @@
-"""Training of linear and attentive probes (`models/heads/`), one or many that share each forward
-pass.
+"""Training of linear and attentive probes (`models/heads/probe.py`), one or many that share each
+forward pass.
 
 Probes differ in their learning rate only and never touch one another: each has its own parameters,
 loss, optimiser state and its own skipped steps.
@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from engine.evaluation.classification import Scores
 from engine.evaluation.metrics import merit
-from models.heads.attentive import AttentiveProbes
-from models.heads.probe import LinearProbes
+from models.heads.probe import AttentiveProbes, LinearProbes
 from models.spec import ClassifierSpec, EncoderSpec
 from util.rng import HEAD, generator
 from util.settings.evaluation import LinclsConfig

@@ -21,8 +21,7 @@ from engine.evaluation.probe import (
 )
 from engine.optim import set_lr
 from engine.schedule import Plan
-from models.heads.attentive import AttentiveProbes
-from models.heads.probe import LinearProbes
+from models.heads.probe import AttentiveProbes, LinearProbes
 from util.settings.evaluation import LinclsConfig
 
 NO_SCALER = GradScaler("cpu", enabled=False)

@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.evaluation.probe import build_probes, probe_loss
 from models.build import build_model, classifier_spec
-from models.heads.attentive import AttentivePool, AttentiveProbes, attention_of
+from models.heads.attentive import AttentivePool, attention_of
+from models.heads.probe import AttentiveProbes
 from util.settings.evaluation import LinclsConfig
 
 
@@ -101,6 +103,14 @@ def test_parameters_of_the_probe_of_a_vit_b(more, expected):
     assert sum(p.numel() for p in probes.parameters()) == expected < 1_400_000
     assert probes.queries[0].std().item() == pytest.approx(0.02, rel=0.05)
     assert not any(bias.any() for bias in probes.biases)
+
+
+def test_operations_of_the_pool_of_a_vit_b():
+    """Scores and averages of 196 tokens for 32 queries, and one projection of what they take: a
+    tenth of the multiplications of projecting each token first."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        AttentivePool(768, 768, 32)(torch.empty(1, 196, 768))
+    assert counted.get_total_flops() == 2 * (2 * 196 * 32 * 768 + 768 * 768)
 
 
 @pytest.mark.parametrize("class_token", [True, False])
