@@ -240,16 +240,23 @@ class ClassifierSpec(EncoderSpec):
     """A Vision Transformer classifier.
 
     num_classes: outputs of the head; 0 is a model without a head.
-    global_pool: "avg", the mean over the patch tokens, or "token", that over the class tokens.
-    fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token, then
-        the mean. None becomes True with "avg" and False with "token".
+    global_pool: "avg", the mean over the patch tokens, "token", that over the class tokens, or
+        "attentive",
+        what learned queries gather from the patch tokens (arXiv 2506.10178).
+    fc_norm: not with "token". True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
+        then the mean. None becomes True with "avg" and False otherwise. With "attentive" each
+        patch token passes the one norm or the other.
     drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from 0.
+    probe_queries, probe_dim: "attentive" only: number of queries, and width of what they gather
+        together.
     """
 
     num_classes: int
-    global_pool: Literal["avg", "token"]
+    global_pool: Literal["avg", "token", "attentive"]
     fc_norm: bool | None = None
     drop_path_rate: float = 0.0
+    probe_queries: int | None = None
+    probe_dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,11 +265,24 @@ class ClassifierSpec(EncoderSpec):
 
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
-        reads_token = self.global_pool == "token"
+        reads_token, is_attentive = self.global_pool == "token", self.global_pool == "attentive"
+        queries, dim = self.probe_queries, self.probe_dim
         return super().problems() + where(
             (
-                self.global_pool not in ("avg", "token"),
-                f"global_pool must be avg or token, got {self.global_pool!r}",
+                self.global_pool not in ("avg", "token", "attentive"),
+                f"global_pool must be avg, token or attentive, got {self.global_pool!r}",
+            ),
+            (
+                [queries is None, dim is None] != [not is_attentive] * 2,
+                "probe_queries and probe_dim go with global_pool attentive, which needs both, got "
+                f"{queries} and {dim} with {self.global_pool}",
+            ),
+            (
+                queries is not None
+                and dim is not None
+                and (queries < 1 or dim < 1 or dim % queries),
+                f"probe_queries {queries} must be 1 or more and divide the width of the probe's "
+                f"values, {dim}",
             ),
             (
                 reads_token and not self.class_tokens,
@@ -270,7 +290,7 @@ class ClassifierSpec(EncoderSpec):
             ),
             (
                 reads_token and self.fc_norm,
-                "fc_norm belongs to global_pool avg, got global_pool token",
+                "fc_norm does not go with global_pool token, whose norm comes first",
             ),
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import LAYER_NORM_EPS, Encoder, init_weights, patchify
+from models.heads.attentive import AttentivePool
 from models.pos_embed import resize_pos_embed, sincos_pos_embed
 from models.spec import ClassifierSpec, EncoderSpec
 
@@ -58,11 +59,14 @@ class VisionTransformer(PatchEncoder):
         num_classes: outputs of the head; with 0 there is none, and the output is the feature.
         embed_dim, depth, num_heads, mlp_ratio: width, blocks, heads, MLP width over embed_dim.
         class_tokens: number of learned tokens that precede the patches.
-        global_pool: "avg", the mean over the patch tokens, or "token", that over the class tokens.
+        global_pool: "avg", the mean over the patch tokens, "token", that over the class tokens, or
+            "attentive", what learned queries gather from the patch tokens.
         fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
             then the mean. None is True for "avg".
         drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from
             0.
+        probe_queries, probe_dim: "attentive" only: number of queries, and width of what they
+            gather together, which is that of the feature.
 
     Raises: InputError for a geometry or readout that cannot be.
     """
@@ -76,6 +80,10 @@ class VisionTransformer(PatchEncoder):
         norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.norm: nn.Module = nn.Identity() if spec.fc_norm else norm
         self.fc_norm: nn.Module = norm if spec.fc_norm else nn.Identity()
+        self.pool = None
+        if spec.probe_queries and spec.probe_dim:
+            self.pool = AttentivePool(width, spec.probe_dim, spec.probe_queries)
+            width = spec.probe_dim
         self.head: nn.Module = (
             nn.Linear(width, spec.num_classes) if spec.num_classes else nn.Identity()
         )
@@ -86,10 +94,13 @@ class VisionTransformer(PatchEncoder):
         if self.global_pool == "token":
             return x[:, : self.class_tokens].mean(dim=1)  # (B, D)
         patches = x[:, self.class_tokens :]  # (B, N, D)
+        if self.pool is not None:
+            return self.pool(self.fc_norm(patches))  # (B, E)
         return self.fc_norm(patches.mean(dim=1))  # (B, D)
 
     def forward_features(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """The pooled, normalised feature that the head sees: `(B, C, H, W)` -> `(B, D)`.
+        """The pooled, normalised feature that the head sees: `(B, C, H, W)` -> `(B, D)`, or for
+        the "attentive" readout `(B, probe_dim)`.
 
         The attention weights of each block, `(B, heads, T, T)`, are added to `maps`.
         """

@@ -1034,6 +1034,36 @@ engine/pictures/monitor.py engine/test_gauges.py
 test_a_resumed_run_compares_with_the_observation_before
 -observed[-1] if observed else {}
 +{}
+
+200 attentive probe: a query's softmax is over the queries, not over the tokens
+models/heads/attentive.py models/test_attentive.py
+test_the_pool_equals_plain_lines
+-return scores.softmax(dim=1).mT
++return scores.softmax(dim=2).mT
+
+201 attentive probe: all probes share the statistics of the first in the written head
+models/heads/probe.py models/test_attentive.py
+test_a_classifier_with_the_folded_probe_gives_its_logits
+-expand(len(self.weights), -1)[probe]
++expand(len(self.weights), -1)[0]
+
+202 attentive probe: the file has the queries of the first rate beside the head of the chosen one
+models/heads/probe.py models/test_attentive.py
+test_a_classifier_with_the_folded_probe_gives_its_logits
+-self.queries[probe], "pool.values"
++self.queries[0], "pool.values"
+
+203 attentive probe: the class token is among the tokens that the written classifier gathers
+models/vit.py models/test_attentive.py
+test_a_classifier_with_the_folded_probe_gives_its_logits
+-return self.pool(self.fc_norm(patches))
++return self.pool(self.fc_norm(x))
+
+204 attentive probe: another stage takes the head that was trained on what the queries gather
+models/weights/adapt.py test_lincls.py
+test_an_attentive_readout_is_dropped_where_the_file_is_an_encoder
+-if not name.startswith(("head.", "pool."))}
++if not name.startswith("pool.")}
 """
 
 

@@ -3,7 +3,7 @@ segmentation and detection that are fine-tuned and evaluated, and the autoencode
 Pretraining's are in `engine/run/initial.py`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -48,15 +48,19 @@ def build_finetuned(
     Raises: InputError if the weights do not fit the settings, or `eval` finds no head in them.
     """
     fc_norm, num_classes = cfg.global_pool == "avg", len(objective.names)
+    readout: dict[str, object] = {}
     if cfg.finetune is None:
         return _build(cfg, num_classes, _class_tokens(cfg), fc_norm), None
     tensors, info = _read(cfg, cfg.finetune)
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
         fc_norm = bool(info.known("fc_norm"))
-        _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
+        readout = attentive_readout(info)
+        pool = "avg" if readout else info.known("global_pool")  # both read the patch tokens
+        _check_same("global_pool", cfg.global_pool, pool, cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
         _compare_names(info, objective.names)
-    model = _build(cfg, num_classes, _class_tokens(cfg, cfg.finetune, info), fc_norm)
+    class_tokens = _class_tokens(cfg, cfg.finetune, info)
+    model = _build(cfg, num_classes, class_tokens, fc_norm, readout)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
     if cfg.eval and fresh:
         raise InputError(
@@ -136,7 +140,8 @@ def build_frozen(
     else:
         tensors, info = _read(cfg, weights)
         class_tokens, fc_norm = _class_tokens(cfg, weights, info), bool(info.known("fc_norm"))
-        model, sha256 = _build(cfg, num_classes, class_tokens, fc_norm), info.sha256
+        readout = attentive_readout(info) if isinstance(cfg, ExplainConfig) else {}
+        model, sha256 = _build(cfg, num_classes, class_tokens, fc_norm, readout), info.sha256
         load_into_classifier(model, tensors, info, weights, uses_head=False)
     return model.eval().requires_grad_(False), sha256
 
@@ -156,13 +161,25 @@ def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> Mas
     return model.eval().requires_grad_(False)
 
 
+def attentive_readout(info: WeightsInfo) -> dict[str, object]:
+    """The fields of a classifier's attentive readout; of any other weights none."""
+    if info.known("global_pool") != "attentive":
+        return {}
+    return {name: info.known(name) for name in ("global_pool", "probe_queries", "probe_dim")}
+
+
 def _build(
-    cfg: FinetuneConfig | FrozenConfig, num_classes: int, class_tokens: int, fc_norm: bool
+    cfg: FinetuneConfig | FrozenConfig,
+    num_classes: int,
+    class_tokens: int,
+    fc_norm: bool,
+    readout: Mapping[str, object] | None = None,
 ) -> VisionTransformer:
     torch.manual_seed(cfg.seed)
-    return build_model(
-        classifier_spec(cfg, num_classes=num_classes, class_tokens=class_tokens, fc_norm=fc_norm)
+    spec = classifier_spec(
+        cfg, num_classes=num_classes, class_tokens=class_tokens, fc_norm=fc_norm, **(readout or {})
     )
+    return build_model(spec)
 
 
 def _read(cfg: PixelConfig, weights: str) -> tuple[dict[str, Tensor], WeightsInfo]:

@@ -17,14 +17,30 @@ from torch.nn import functional as F
 from models.dense import DenseTransformer
 from models.mae import DECODER_NAMES, MaskedAutoencoder
 from models.pos_embed import resize_pos_embed, sincos_pos_embed
-from models.spec import DenseSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec, pair
+from models.spec import (
+    ClassifierSpec,
+    DenseSpec,
+    EncoderSpec,
+    MAESpec,
+    ModelSpec,
+    encoder_spec,
+    pair,
+)
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, spelled
 from util.errors import InputError
 
 # Fields in which file and settings may differ. A classifier's positions are resized and its readout
 # and head replaced; an autoencoder's weights do not depend on how it is trained.
-ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate")
+ADAPTED = (
+    "img_size",
+    "num_classes",
+    "global_pool",
+    "fc_norm",
+    "drop_path_rate",
+    "probe_queries",
+    "probe_dim",
+)
 TARGET = ("norm_pix_loss", "target", "target_cutoff")  # what the decoder predicts
 TRAINING_ONLY = ("mask_ratio", "pred_ratio", *TARGET)
 # Pretraining that starts from weights also adapts the patch projection and the class tokens.
@@ -40,20 +56,22 @@ def load_into_classifier(
     path: str | Path,
     uses_head: bool = True,
 ) -> frozenset[str]:
-    """Loads canonical tensors; returns the names that stayed fresh (of `fc_norm` and `head`, no
-    others).
+    """Loads canonical tensors; returns the names that stayed fresh (of `fc_norm`, `pool` and
+    `head`, no others).
 
     `uses_head` False is for features alone: what becomes of the head is only logged for debugging.
 
     Dropped: the decoder; `norm` where the model has `fc_norm`; a head for another number of
-    classes, or for segmentation or detection. Positions of another grid are resized. All of it is
-    logged.
+    classes, or for segmentation or detection; an attentive readout and its head, unless the model
+    has the same. Positions of another grid are resized. All of it is logged.
 
     Raises: InputError naming both sides of everything that does not fit; the model is untouched
     then.
     """
-    tensors, info = as_encoder(tensors, info)
     spec, own = model.spec, model.state_dict()
+    probe = (spec.probe_queries, spec.probe_dim)
+    if (info.known("probe_queries"), info.known("probe_dim")) != probe:
+        tensors, info = as_encoder(tensors, info)
     problems = _differences(info, spec, ADAPTED)
     if info.known("fc_norm") and not spec.fc_norm:
         problems.append(
@@ -80,7 +98,7 @@ def load_into_classifier(
     tensors = {name: t for name, t in tensors.items() if not name.startswith(dropped)}
     tensors["pos_embed"] = _resized(tensors["pos_embed"], info.spec, spec)
     fresh = frozenset(own.keys() - tensors.keys())
-    assert all(name.startswith(("fc_norm.", "head.")) for name in fresh), fresh
+    assert all(name.startswith(("fc_norm.", "pool.", "head.")) for name in fresh), fresh
     model.load_state_dict({name: own[name] for name in fresh} | tensors, strict=True)
     return fresh
 
@@ -116,12 +134,21 @@ def load_into_dense(
 def as_encoder(
     tensors: dict[str, Tensor], info: WeightsInfo
 ) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """A model for segmentation or detection without its head; all else as it is."""
-    if not isinstance(info.spec, DenseSpec):
+    """A model for segmentation or detection without its head, and one with an attentive readout
+    without that and its head; all else as it is."""
+    spec: ModelSpec
+    if isinstance(info.spec, DenseSpec):
+        logger.info("head dropped: it is for task %s", info.spec.task)
+        spec = encoder_spec(info.spec)
+    elif isinstance(info.spec, ClassifierSpec) and info.spec.global_pool == "attentive":
+        logger.info("attentive readout and head dropped")
+        spec = replace(
+            info.spec, num_classes=0, global_pool="avg", probe_queries=None, probe_dim=None
+        )
+    else:
         return tensors, info
-    logger.info("head dropped: it is for task %s", info.spec.task)
-    encoder = {name: t for name, t in tensors.items() if not name.startswith("head.")}
-    return encoder, replace(info, spec=encoder_spec(info.spec))
+    encoder = {name: t for name, t in tensors.items() if not name.startswith(("head.", "pool."))}
+    return encoder, replace(info, spec=spec)
 
 
 def load_into_mae(

@@ -29,6 +29,12 @@ from util.files import write_whole
 Contents = bytes | dict[str, bytes]  # of a file, or of the files of a folder by their names
 # Fields of which the tensors do not depend, or which their names show.
 NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate", "target", "target_cutoff")
+NOT_IN_TIMM = (
+    "drop_path_rate",
+    "probe_queries",
+    "probe_dim",
+    "class_tokens",
+)  # of training, or dropped
 logger = logging.getLogger(__name__)
 
 
@@ -85,7 +91,7 @@ def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     keywords = [
         f"{f.name}={'?' if f.name in info.unknown else repr(getattr(spec, f.name))}"
         for f in fields(ClassifierSpec)
-        if f.name not in ("drop_path_rate", "class_tokens")
+        if f.name not in NOT_IN_TIMM
     ]
     keywords.append(f"class_token={spec.class_tokens > 0}")
     keywords += [f"reg_tokens={spec.class_tokens - 1}"] if several else []

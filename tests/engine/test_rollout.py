@@ -23,7 +23,7 @@ from engine.run.checkpoint import save_weights
 from models.build import build_model, classifier_spec, encoder_of, mae_spec
 from tools import vit_explain
 from util.errors import InputError
-from util.settings.evaluation import FinetuneConfig
+from util.settings.evaluation import FinetuneConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
 
 # The mathematics, by loops over entries
@@ -198,7 +198,7 @@ def flags(settings: dict) -> list[str]:
     return found
 
 
-def saved(path: Path, cfg: PretrainConfig | FinetuneConfig) -> Path:
+def saved(path: Path, cfg: PretrainConfig | FinetuneConfig | LinclsConfig) -> Path:
     """Random weights of an autoencoder or classifier, as a run writes them."""
     model = build_model(mae_spec(cfg) if isinstance(cfg, PretrainConfig) else classifier_spec(cfg))
     of_run = identity(model_args=model.spec.as_dict(), mean=cfg.mean, std=cfg.std)
@@ -216,6 +216,7 @@ def weights(tmp_path_factory) -> dict[str, Path]:
         "token_head": FinetuneConfig(**head | {"global_pool": "token"}),
         "avg_head": FinetuneConfig(**head | {"class_tokens": 0}),
         "avg_head_with_token": FinetuneConfig(**head),
+        "attentive": LinclsConfig(**head | {"probe": "attentive", "probe_queries": 4}),
     }
     return {name: saved(folder / f"{name}.safetensors", cfg) for name, cfg in configs.items()}
 
@@ -314,6 +315,46 @@ def test_one_layer_and_its_heads(weights, photo, tmp_path):
     assert y0 == y1 and x0 < x1
 
 
+def test_what_the_queries_of_an_attentive_probe_read(weights, photo, tmp_path):
+    path = weights["attentive"]
+    result = explain(path, photo, tmp_path, "--reader", "probe")
+    files = ["photo_probe.npy", "photo_probe.png", "photo_queries.png", "probes.png"]
+    assert sorted(written(tmp_path)) == files
+    assert result == {"grid": tmp_path / files[3], "overlays": [tmp_path / files[1]]}
+    # The encoder's tokens are those of a model without the readout, with the class token first.
+    state = {n: t for n, t in load_file(path).items() if not n.startswith(("pool.", "head."))}
+    plain = build_model(
+        classifier_spec(FinetuneConfig(**GEOMETRY), num_classes=0, fc_norm=True, class_tokens=1)
+    )
+    plain.eval().load_state_dict(state, strict=True)
+    with torch.no_grad():
+        *_, tokens = plain.iterate_tokens(model_input(photo))
+        keys = F.layer_norm(tokens, (32,), state["fc_norm.weight"], state["fc_norm.bias"], 1e-6)
+    scores = load_file(path)["pool.queries"] @ keys[0, 1:].T / math.sqrt(32)
+    expected = scores.softmax(dim=1).reshape(4, 4, 6)  # (M, rows, columns)
+    heat = np.load(tmp_path / files[0])
+    np.testing.assert_allclose(heat, expected.mean(dim=0), rtol=0, atol=1e-6)
+    assert np.ptp(heat) > 1e-3 and heat.sum() == pytest.approx(1, abs=1e-5)
+    shown = taken(photo).permute(1, 2, 0).numpy()
+    picture = np.array(Image.open(tmp_path / files[2]))
+    cells = [heat_over(shown, expected[m].numpy()) for m in range(4)]
+    found = [places(picture, enlarged(cell, CELL), 1) for cell in cells]
+    assert len({place for (place,) in found}) == 4
+
+
+def test_rollout_of_weights_with_an_attentive_probe(weights, photo, tmp_path):
+    """The rollout is the encoder's; a class is that of the probe's head."""
+    path = weights["attentive"]
+    explain(path, photo, tmp_path, "--discard_ratio", "0.3", "--reader", "avg")
+    heat = np.load(tmp_path / "photo_rollout.npy")
+    np.testing.assert_allclose(
+        heat, expected_map(path, photo, "mean", "0.3", reader="avg"), rtol=0, atol=1e-6
+    )
+    explain(path, photo, tmp_path, "--category_index", 3)
+    of_class = np.load(tmp_path / "photo_class3_rollout.npy")
+    assert np.ptp(of_class) > 1e-5 and np.abs(of_class - heat).max() > 1e-4
+
+
 @pytest.mark.parametrize("name", ["token_head", "avg_head", "avg_head_with_token"])
 def test_what_speaks_for_a_class(name, weights, photo, tmp_path, capsys):
     path, pool = weights[name], "token" if name == "token_head" else "avg"
@@ -392,6 +433,8 @@ def test_only_the_tools_own_files_are_replaced(weights, photo, tmp_path, name):
         ("token_head", "--category_index 1", "global_pool"),  # of avg
         ("no_token", "--global_pool token", "global_pool"),
         ("avg_head", "--num_classes 7", "num_classes"),
+        ("avg_head", "--reader probe", "reader probe"),
+        ("attentive", "--global_pool token", "global_pool"),
         ("pretrained", "--discard_ratio 1", "discard_ratio"),
         ("pretrained", "--layer_index 2", "layer_index"),
         ("pretrained", "--head_fusion maen", "head_fusion"),

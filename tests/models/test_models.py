@@ -264,6 +264,9 @@ def test_no_tensor_is_left_on_the_cpu_when_the_model_is_on_cuda():
         assert classifier.attention_maps(images)[0].device.type == "cuda"
 
 
+ATTENTIVE = {"global_pool": "attentive", "probe_queries": 4, "probe_dim": 8}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "named"),
     [
@@ -286,8 +289,12 @@ def test_no_tensor_is_left_on_the_cpu_when_the_model_is_on_cuda():
         (MAE, {"target_cutoff": 0.5}, ["target_cutoff", "target lowpass"]),
         (MAE, {"target": "lowpass", "target_cutoff": 1.5}, ["target_cutoff", "1.5"]),
         (VIT, {"class_tokens": 0}, ["global_pool token", "class_tokens"]),
-        (VIT, {"global_pool": "max"}, ["global_pool", "avg or token", "'max'"]),
+        (VIT, {"global_pool": "max"}, ["global_pool", "avg, token or attentive", "'max'"]),
         (VIT, {"fc_norm": True}, ["fc_norm", "global_pool token"]),
+        (VIT, {"global_pool": "attentive"}, ["probe_queries", "probe_dim", "None"]),
+        (VIT, {"probe_queries": 4, "probe_dim": 8}, ["probe_queries", "4 and 8 with token"]),
+        (VIT | ATTENTIVE, {"probe_dim": 9}, ["probe_queries 4", "9"]),
+        (VIT | ATTENTIVE, {"probe_queries": 0}, ["probe_queries 0", "8"]),
     ],
 )
 def test_models_that_cannot_be_are_refused_with_their_fields(kind, changes, named):
