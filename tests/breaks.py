@@ -32,15 +32,14 @@ test_loss_by_hand_from_reconstruct
 2 loss: kept patches count, too
 models/mae.py models/test_models.py
 test_loss_by_hand_from_reconstruct
--decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -predicted:]
-+decoded = self.forward_decoder(latent, ids_keep, ids_pred)
-+        ids_pred = ids_shuffle
+-ids_loss = ids_shuffle[:, : kept + predicted] if visible_weight else ids_pred
++ids_loss = ids_shuffle
 
 3 loss: predictions in shuffled order are compared with patches in the order of the image
 models/mae.py models/test_models.py
 test_loss_by_hand_from_reconstruct
--target = self.target(_gather(patches, ids_pred))
-+target = self.target(_gather(patches, ids_pred.sort(dim=1).values))
+-target = self.target(_gather(patches, ids_loss))
++target = self.target(_gather(patches, ids_loss.sort(dim=1).values))
 
 4 loss: accumulated micro-batches add their gradients without dividing by their number
 engine/loop.py test_pretrain.py

@@ -70,7 +70,8 @@ def load_into_classifier(
     """
     spec, own = model.spec, model.state_dict()
     probe = (spec.probe_queries, spec.probe_dim)
-    if (info.known("probe_queries"), info.known("probe_dim")) != probe:
+    of_file = (info.known("probe_queries"), info.known("probe_dim"))
+    if spec.global_pool != "attentive" or of_file != probe:
         tensors, info = as_encoder(tensors, info)
     problems = _differences(info, spec, ADAPTED)
     if info.known("fc_norm") and not spec.fc_norm:
