@@ -61,8 +61,8 @@ class VisionTransformer(PatchEncoder):
         class_tokens: number of learned tokens that precede the patches.
         global_pool: "avg", the mean over the patch tokens, "token", that over the class tokens, or
             "attentive", what learned queries gather from the patch tokens.
-        fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
-            then the mean. None is True for "avg".
+        fc_norm: not with "token". True: mean, then `fc_norm` (no `norm`). False: `norm` on each
+            token, then the mean. None is True for "avg". "attentive" has one norm on each token.
         drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from
             0.
         probe_queries, probe_dim: "attentive" only: number of queries, and width of what they

@@ -206,6 +206,7 @@ TRAINING = shlex.split("""
 --batch_size 12 --epochs 3 --warmup_epochs 0.5 --hflip 0 --crop_min 0.5 --log_interval 1
 --tensorboard false
 """)
+ATTENTIVE = shlex.split("--probe attentive --probe_queries 4")
 CLASSES = ("nought", "one", "seven")
 PLAIN = (("train", "images/train", "masks/train"), ("val", "images/val", "masks/val"))
 PICTURE_STEPS = 10  # per epoch: 120 // 12

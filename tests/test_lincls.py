@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare import assert_same, assert_same_run, class_scores
 from runs import (
+    ATTENTIVE,
     CLASSES,
     Cut,
     changed_files,
@@ -232,8 +233,6 @@ def test_when_all_rates_diverge_the_run_ends_and_leaves_no_result(tmp_path, data
 
 
 # --- attentive probes
-
-ATTENTIVE = ["--probe", "attentive", "--probe_queries", 4]
 
 
 @pytest.fixture(scope="module")

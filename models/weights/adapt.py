@@ -69,9 +69,10 @@ def load_into_classifier(
     then.
     """
     spec, own = model.spec, model.state_dict()
-    probe = (spec.probe_queries, spec.probe_dim)
-    of_file = (info.known("probe_queries"), info.known("probe_dim"))
-    if spec.global_pool != "attentive" or of_file != probe:
+    theirs = info.spec
+    if not isinstance(theirs, ClassifierSpec) or (
+        (theirs.probe_queries, theirs.probe_dim) != (spec.probe_queries, spec.probe_dim)
+    ):
         tensors, info = as_encoder(tensors, info)
     problems = _differences(info, spec, ADAPTED)
     if info.known("fc_norm") and not spec.fc_norm:

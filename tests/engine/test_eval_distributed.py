@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from runs import (
+    ATTENTIVE,
     CLASSES,
     ROOT,
     assert_same,
@@ -243,8 +244,9 @@ main_lincls.main(sys.argv[2:])
 """
 
 
-def test_linear_probes_end_alike_on_both_processes(tmp_path, data, weights):
-    more = ["--finetune", weights, "--lr", 0.1, 1, "-b", 6, "--per_class"]
+@pytest.mark.parametrize("kind", [[], pytest.param(ATTENTIVE, marks=pytest.mark.long)])
+def test_probes_end_alike_on_both_processes(tmp_path, data, weights, kind):
+    more = ["--finetune", weights, "--lr", 0.1, 1, "-b", 6, "--per_class", *kind]
     script = tmp_path / "keep_states.py"
     script.write_text(KEEP_STATES)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

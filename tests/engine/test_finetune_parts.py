@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from compare import identity, kept_for_gradient
-from runs import PICTURE_STEPS, pictures, pretraining, results_of, saved_step, step_losses
+from runs import (
+    ATTENTIVE,
+    PICTURE_STEPS,
+    pictures,
+    pretraining,
+    results_of,
+    saved_step,
+    step_losses,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -352,13 +360,16 @@ def test_fine_tuning_compiles_one_graph_for_training_and_one_for_evaluation(
 
 
 @pytest.mark.long
-def test_features_of_frozen_models_take_one_graph(data, pretrained, weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [[], ATTENTIVE])
+def test_features_of_frozen_models_take_one_graph(
+    data, pretrained, weights, tmp_path, monkeypatch, kind
+):
     """In linear classification for training and both evaluations, in k-NN for both splits of every
     checkpoint; each image counts as it does without compiling."""
     graphs, found = note_graphs(monkeypatch), {}
     for name, more in {"eager": COMPILED[3:], "compiled": COMPILED}.items():
         torch.compiler.reset()
-        flags = ("--lr", 0.1, 1.0, "--finetune", weights, *more)
+        flags = ("--lr", 0.1, 1.0, "--finetune", weights, *kind, *more)
         lincls = main_lincls.main(pictures(data, tmp_path / f"lincls {name}", *flags))
         assert len(graphs) == (name == "compiled")
         torch.compiler.reset()
