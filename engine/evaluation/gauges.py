@@ -66,7 +66,7 @@ def effective_rank(features: Tensor) -> float:
     """RankMe: the exponential of the entropy of the singular values of `features` `(n, D)` as
     shares of their sum, from 1 to min(n, D); NaN where a feature is not finite.
 
-    Source: arXiv 2210.02885, equation 1 and 2.
+    Source: arXiv 2210.02885, equation 1.
     """
     if not features.isfinite().all():
         return float("nan")

@@ -26,7 +26,7 @@ NAMES = ("effective_rank", "dead_share")
 
 
 def by_formula(features: np.ndarray) -> float:
-    """Equations 1 and 2 of arXiv 2210.02885, by the eigenvalues of the Gram matrix."""
+    """Equation 1 of arXiv 2210.02885, by the eigenvalues of the Gram matrix."""
     squares = np.linalg.eigvalsh(features.T @ features).clip(0)
     values = np.sqrt(np.sort(squares)[::-1][: min(features.shape)])
     shares = values / values.sum() + 1e-7
