@@ -65,11 +65,11 @@ EXPLAIN = $(PY) tools/vit_explain.py --config cfgs/quickstart/finetune.yaml
 quickstart: quickstart-time .venv/.run
 	$(PY) main_pretrain.py --config cfgs/quickstart/pretrain.yaml --output_dir $(OUTPUT)/pretrain
 	$(KNN) --finetune $(WEIGHTS) --output_dir $(OUTPUT)/knn
-	$(KNN) --finetune random --class_token true --output_dir $(OUTPUT)/knn_untrained
+	$(KNN) --finetune random --class_tokens 1 --output_dir $(OUTPUT)/knn_untrained
 	$(LINCLS) --finetune $(WEIGHTS) --output_dir $(OUTPUT)/lincls
-	$(LINCLS) --finetune random --class_token true --output_dir $(OUTPUT)/lincls_untrained
+	$(LINCLS) --finetune random --class_tokens 1 --output_dir $(OUTPUT)/lincls_untrained
 	$(FINETUNE) --finetune $(WEIGHTS) --output_dir $(OUTPUT)/finetune
-	$(FINETUNE) --class_token true --layer_decay 1 --output_dir $(OUTPUT)/finetune_untrained
+	$(FINETUNE) --class_tokens 1 --layer_decay 1 --output_dir $(OUTPUT)/finetune_untrained
 	$(PY) tools/results_table.py $(OUTPUT)
 	$(MAE_VIS) --model_path $(WEIGHTS) --num_images 6 --save_path $(OUTPUT)/reconstructions
 	$(EXPLAIN) --finetune $(OUTPUT)/finetune/model.safetensors --reader avg --num_images 6 --save_path $(OUTPUT)/rollout

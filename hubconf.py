@@ -37,7 +37,7 @@ def encoder(
     Args:
         weights: file of weights, or a Hugging Face folder.
         global_pool: "avg" or "token"; None is the readout of a classifier, and for any other file
-            the class token if there is one.
+            the class tokens if there are any.
         num_heads: attention heads, for a file that does not tell them.
         img_size: (H, W), for a file of another project whose images were not square.
 

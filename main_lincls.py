@@ -1,5 +1,6 @@
 r"""Linear classification on frozen features (paper, section 4 and appendix A.1), of images or of
-their patches for segmentation, with one or many learning rates at once.
+their patches for segmentation, with one or many learning rates at once: by linear layers, or by
+attentive probes (arXiv 2506.10178).
 
     sh run_lincls.sh --config cfgs/lincls/ViT-S_SGD_GAP.yaml --data_path /path/to/data \
         --finetune /path/to/weights
@@ -20,7 +21,13 @@ from functools import partial
 from torch import Tensor, nn
 
 from data.loader import Batch
-from engine.evaluation.probe import build_probe_optimizer, choose_probe, mean_of_finite, probe_step
+from engine.evaluation.probe import (
+    build_probe_optimizer,
+    build_probes,
+    choose_probe,
+    mean_of_finite,
+    probe_step,
+)
 from engine.loop import train
 from engine.parallel import compile_features, spread_model
 from engine.run.batches import train_batches
@@ -31,10 +38,8 @@ from engine.run.records import read_results, without_nan
 from engine.run.saving import Saver
 from engine.start import read_lincls
 from engine.tasks.linear import LinearTask, open_linear_task
-from models.heads.probe import LinearProbes
 from util.dist import from_main
 from util.errors import run_cli
-from util.rng import HEAD, generator
 from util.settings.evaluation import MAIN_METRIC, LinclsConfig
 
 
@@ -47,9 +52,7 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         frozen, sha256 = from_main(task.build)
         spread_model(frozen, run.device)
         compile_features(frozen, cfg)
-        probes = LinearProbes(
-            frozen.spec.embed_dim, len(task.all_names), len(cfg.lr), generator(cfg.seed, HEAD)
-        )
+        probes = build_probes(cfg, frozen.spec, len(task.all_names))
         job = begin(
             run,
             cfg,
@@ -78,11 +81,11 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         chosen, results = evaluate_epoch(job, job.epochs_done, task, frozen, cfg)
         if run.processes.is_main:
             head, header = task.weights(*probes.folded(chosen))
-            frozen.load_state_dict(head, strict=False)
+            frozen.load_state_dict(head | probes.pool_tensors(chosen), strict=False)
             save_weights(weights_path(run.output_dir), frozen, job.identity, None, **header)
         return run.finish(
             {
-                "protocol": "linear classification" + " of patches" * (cfg.task == "segment"),
+                "protocol": f"{cfg.probe} classification" + " of patches" * (cfg.task == "segment"),
                 "checkpoint": cfg.finetune,
                 "sha256": sha256,
                 "dataset": cfg.dataset,

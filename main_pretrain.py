@@ -23,9 +23,9 @@ from data.images import pixel_format
 from data.loader import Batch, PretrainDataset
 from data.on_device import place_on_device
 from data.sources import build_pretrain_source
-from data.transforms import CropAndFlip, PixelNormalizer
+from data.transforms import PixelNormalizer, pretrain_transform
 from engine.loop import train
-from engine.optim import build_adamw, param_groups
+from engine.optim import build_adamw, build_muon, param_groups
 from engine.parallel import unsharded_model
 from engine.pictures.monitor import Monitor
 from engine.run.batches import train_batches
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
             return build_model(spec)
 
         def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-            return build_adamw(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
+            build_it = build_muon if cfg.optimizer == "muon" else build_adamw
+            return build_it(param_groups(model, cfg.weight_decay), cfg.beta1, cfg.beta2)
 
         job = begin(
             run,
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
 
         dataset = PretrainDataset(
             source=source,
-            transform=CropAndFlip(cfg.img_size, cfg.crop_min, cfg.interpolation, cfg.hflip),
+            transform=pretrain_transform(cfg, cfg.img_size),
             draw_orders=partial(
                 draw_orders, cfg.mask, spec.grid_size, spec.mask_ratio, cfg.mask_block
             ),
@@ -97,7 +98,8 @@ def main(argv: Sequence[str] | None = None, cfg: PretrainConfig | None = None) -
 
         def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             images = normalize(batch.images)  # (B, C, H, W) float
-            return model(images, batch.targets.to(run.device, non_blocking=True)), {}
+            ids_shuffle = batch.targets.to(run.device, non_blocking=True)  # (B, N)
+            return model(images, ids_shuffle, cfg.visible_weight), {}
 
         model = job.state.model
         assert isinstance(model, MaskedAutoencoder)

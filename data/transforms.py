@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from util.settings.base import pair
 from util.settings.evaluation import FinetuneConfig
+from util.settings.pretrain import SIMPLE_PADDING, CropConfig
 
 # Longest over shortest side of an image that is resized for evaluation. What lies outside is cut
 # off first, as no centre crop shows it.
@@ -152,6 +153,66 @@ class CropAndFlip:
         return weights / weights.sum(dim=-1, keepdim=True)
 
 
+class SimpleCropAndFlip(CropAndFlip):
+    """The image resized to cover the result, mirrored 4 pixels beyond each edge and cut at a random
+    place, then a horizontal flip with probability `hflip`.
+
+    The draws and pixels are those of torchvision's Resize, RandomCrop (padding_mode reflect) and
+    RandomHorizontalFlip in sequence, and on the CPU the same by a loader and by `batch`.
+    Source: arXiv 2303.02416, section 4.2 ("simple resized crop").
+    """
+
+    def __init__(self, img_size: int | tuple[int, int], interpolation: str, hflip: float):
+        super().__init__(img_size, 1.0, interpolation, hflip)
+        self.cover = EvalTransform(img_size, crop_pct=1.0)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """As of the base class."""
+        drawn = self.draw_many([torch.default_generator], *image.shape[-2:])
+        return self.batch(image[None], [0], drawn)[0]  # (C, H, W)
+
+    def draw(self, stream: torch.Generator, height: int, width: int) -> tuple[int, ...]:
+        """The crop and flip of an image of this size: top and left in pixels of the resized image
+        with its margin, and 1 for a flip."""
+        places = [
+            int(torch.randint(2 * SIMPLE_PADDING + covering - side + 1, (), generator=stream))
+            for covering, side in zip(self.cover.sizes(height, width)[1], self.size, strict=True)
+        ]
+        flip = torch.rand(1, generator=stream).item() < self.hflip
+        return *places, int(flip)
+
+    def draw_many(self, streams: Iterable[torch.Generator], height: int, width: int) -> np.ndarray:
+        """As `draw` for each of the streams: `(3, B)` int64."""
+        return np.array([self.draw(stream, height, width) for stream in streams]).T
+
+    def batch(self, images: Tensor, indices: list[int], drawn: np.ndarray) -> Tensor:
+        """Crops and flips `drawn` of some of all images `(n, C, h, w)`, on their device:
+        `(B, C, H, W)`."""
+        numbers = torch.from_numpy(np.concatenate([[indices], drawn]))
+        chosen, top, left, flip = to_device(numbers, images.device)
+        covering = self.cover.covering(images[chosen], self.interpolation)  # (B, C, h', w')
+        rows = _mirrored(top, self.size[0], covering.shape[2], 0 * flip)[:, :, None]  # (B, H, 1)
+        columns = _mirrored(left, self.size[1], covering.shape[3], flip)[:, None]  # (B, 1, W)
+        of_each = torch.arange(len(indices), device=images.device)[:, None, None]
+        return covering[of_each, :, rows, columns].permute(0, 3, 1, 2)  # (B, C, H, W)
+
+
+def _mirrored(start: Tensor, size: int, side: int, flip: Tensor) -> Tensor:
+    """Along one axis, the pixels of an image of `side` that a crop shows which begins at `start` of
+    the image with its mirrored margin, `(B, size)`."""
+    place = torch.arange(size, device=start.device)
+    place = torch.where(flip[:, None] > 0, size - 1 - place, place) + start[:, None]
+    place = (place - SIMPLE_PADDING).abs()
+    return side - 1 - (side - 1 - place).abs()
+
+
+def pretrain_transform(cfg: CropConfig, img_size: int | tuple[int, int]) -> CropAndFlip:
+    """The augmentation of pretraining."""
+    if cfg.crop == "simple":
+        return SimpleCropAndFlip(img_size, cfg.interpolation, cfg.hflip)
+    return CropAndFlip(img_size, cfg.crop_min, cfg.interpolation, cfg.hflip)
+
+
 def _largest_crop(height: int, width: int) -> tuple[int, int]:
     """Height and width of the largest part of an image whose aspect a random crop may have."""
     return min(height, round(width / ASPECTS[0])), min(width, round(height * ASPECTS[1]))
@@ -248,23 +309,26 @@ class EvalTransform:
         self.cover = tuple(math.floor(side / (crop_pct or usual_pct)) for side in self.size)
 
     def __call__(self, images: Tensor) -> Tensor:
-        cut, resized = self._sizes(*images.shape[-2:])
-        images = _centre(images, cut)
-        return _centre(resize(images, resized, "bicubic"), self.size)  # (C, H, W) or (B, C, H, W)
+        return _centre(self.covering(images, "bicubic"), self.size)  # (C, H, W) or (B, C, H, W)
+
+    def covering(self, images: Tensor, interpolation: str) -> Tensor:
+        """The images resized to cover the result, before their centres are cut."""
+        cut, resized = self.sizes(*images.shape[-2:])
+        return resize(_centre(images, cut), resized, interpolation)
 
     def seen(self, height: int, width: int) -> tuple[float, float, float, float]:
         """The part of a (height, width) image that the result shows: top, left, bottom and right,
         in pixels of that image."""
         edges = []
         for side, cut, resized, size in zip(
-            (height, width), *self._sizes(height, width), self.size, strict=True
+            (height, width), *self.sizes(height, width), self.size, strict=True
         ):
             start = _margin(side, cut) + _margin(resized, size) * cut / resized
             edges.append((start, start + size * cut / resized))
         (top, bottom), (left, right) = edges
         return top, left, bottom, right
 
-    def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """The size that is first cut from the centre of an image, and the size to which that is
         resized."""
         longest = LONGEST_ASPECT * max(self.cover) / min(self.cover) * min(height, width)

@@ -1,12 +1,13 @@
-"""AdamW, parameter groups, the optimiser step and the moving average of the weights.
+"""AdamW, Muon, parameter groups, the optimiser step and the moving average of the weights.
 
 Decay: weights of Linear layers, of the patch projection and of a head's convolutions; nothing on
-biases, norms, class token, mask token and positions. A group carries its `lr_scale`; `set_lr`
+biases, norms, class tokens, mask token and positions. A group carries its `lr_scale`; `set_lr`
 applies the schedule to it.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
 DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)  # whose weights decay
+Group = dict[str, Any]  # of parameters
 StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
 
@@ -60,6 +62,74 @@ def build_adamw(groups: list[dict[str, object]], beta1: float, beta2: float) -> 
     """Fused AdamW (arXiv 1711.05101), eps 1e-8; the schedule sets the learning rate before each
     step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), fused=True)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for some groups of matrices and fused AdamW for others, as one optimiser with
+    one list of groups and one state.
+
+    Like a fused optimiser it neither waits for the device nor changes anything where its attribute
+    `found_inf`, a scalar on the device, is 1. For that it keeps a copy of the matrices and their
+    momentum during a step.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler leaves it to `step` to look at found_inf
+    found_inf: Tensor
+
+    def __init__(self, matrices: list[Group], others: list[Group], betas: tuple[float, float]):
+        # "match_rms_adamw": a step as long as AdamW's, so that lr and weight_decay are as of that
+        self.muon = torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw")
+        self.adamw = build_adamw(others, *betas)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._share()
+        for parameter in self._matrices():
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # a loaded state comes in new lists
+        self._share()
+
+    def _share(self) -> None:
+        count = len(self.muon.param_groups)
+        self.muon.param_groups = self.param_groups[:count]
+        self.adamw.param_groups = self.param_groups[count:]
+        self.muon.state = self.adamw.state = self.state
+
+    def _matrices(self) -> list[Tensor]:
+        return [*chain.from_iterable(group["params"] for group in self.muon.param_groups)]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Takes the step, or none if `found_inf` is 1."""
+        self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self.adamw.step()
+        matrices = self._matrices()
+        changed = [*matrices, *(self.state[matrix]["momentum_buffer"] for matrix in matrices)]
+        before = [tensor.clone() for tensor in changed]
+        self.muon.step()
+        for tensor, old in zip(changed, before, strict=True):
+            tensor.copy_(torch.where(self.found_inf > 0, old, tensor))
+
+
+def build_muon(groups: list[Group], beta1: float, beta2: float) -> MuonAdamW:
+    """Muon for the matrices of encoder and decoder blocks (a qkv projection is one matrix), with
+    momentum 0.95 and Nesterov's step; AdamW, with `beta1` and `beta2`, for all else.
+
+    Source: Muon at AdamW's learning rate and weight decay, arXiv 2502.16982, section 2.2.
+    """
+    parts: dict[bool, list[Group]] = {True: [], False: []}
+    for group in groups:
+        named = [*zip(group["names"], group["params"], strict=True)]
+        for is_matrix, part in parts.items():
+            chosen = [
+                (name, parameter)
+                for name, parameter in named
+                if (parameter.ndim == 2 and "blocks." in name) == is_matrix
+            ]
+            if chosen:
+                names, parameters = map(list, zip(*chosen, strict=True))
+                part.append({**group, "names": names, "params": parameters})
+    return MuonAdamW(parts[True], parts[False], (beta1, beta2))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

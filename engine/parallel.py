@@ -126,10 +126,11 @@ def compile_options(cfg: CompileConfig) -> dict[str, Any]:
 
 
 def compile_features(backbone: VisionTransformer, cfg: CompileConfig) -> None:
-    """Does what `compile` asks for to the `forward_features` of a frozen model, in place."""
+    """Does what `compile` asks for to the `forward_features` of a frozen model, in place, or where
+    attentive probes read its patches to `forward_map`."""
     if cfg.compile:
-        compiled = torch.compile(backbone.forward_features, **compile_options(cfg))
-        backbone.forward_features = compiled  # type: ignore[method-assign]
+        name = "forward_features" if backbone.pool is None else "forward_map"
+        setattr(backbone, name, torch.compile(getattr(backbone, name), **compile_options(cfg)))
 
 
 def _scatter(whole: Tensor, target: "DTensor") -> None:

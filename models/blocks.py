@@ -5,12 +5,12 @@ Pre-norm blocks, one qkv projection with bias, exact GELU, LayerNorm eps 1e-6; e
 `Block` (tested). Patches are embedded as vectors, not by a convolution, so that a masked
 autoencoder can embed only those it keeps.
 
-Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width, `P` patch side, `C`
-channels.
+Shapes: `B` batch, `N` patches, `T` tokens (class tokens and patches), `D` width, `P` patch side,
+`C` channels.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from einops import rearrange
@@ -83,14 +83,14 @@ def attend_in_windows(
 ) -> Tensor:
     """Attention within windows of `window_size` patches on a side, which begin at the top left.
 
-    Windows at the bottom and the right have what is left of the grid: nothing is padded. A class
+    Windows at the bottom and the right have what is left of the grid: nothing is padded. Each class
     token, before the patches, has a copy in each window; the copies' outputs are averaged.
 
     Three of `(B, heads, T, d)` -> `(B, T, D)`.
 
     Source: window attention of ViTDet (arXiv 2203.16527, section 3), which pads.
     """
-    batch, first = len(q), q.shape[2] - grid[0] * grid[1]  # 1 with a class token, else 0
+    batch, first = len(q), q.shape[2] - grid[0] * grid[1]  # class tokens
     maps = [t[:, :, first:].unflatten(2, grid) for t in (q, k, v)]  # (B, heads, h, w, d)
     tokens, strips = [], []
     for rows in _equal_windows(grid[0], window_size):
@@ -106,7 +106,7 @@ def attend_in_windows(
             copies = [t[:, :, :first].repeat_interleave(count, dim=0) for t in (q, k, v)]
             seen = [torch.cat(both, dim=2) for both in zip(copies, windows, strict=True)]
             out = attend(seen[0], seen[1], seen[2])  # (B * windows, tokens of one, D)
-            tokens.append(out[:, :first].unflatten(0, (batch, count)))  # (B, windows, 0 or 1, D)
+            tokens.append(out[:, :first].unflatten(0, (batch, count)))  # (B, windows, class, D)
             across = parts[0].shape[3] // sides[1]
             strip.append(
                 rearrange(
@@ -190,7 +190,7 @@ class Block(nn.Module):
 
     With `cross` it is the block of a cross-attention decoder: the tokens are queries that attend to
     a memory, which is not normalised, and not to one another. Source: arXiv 2401.14391, section
-    3.2, without its inter-block attention (each block choosing among the encoder's layers).
+    3.2; which of the encoder's layers the memory is made of is `models/mae.py`'s.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What all models share: the patch projection, the class token and the blocks.
+    """What all models share: the patch projection, the class tokens and the blocks.
 
     Stochastic depth rises linearly from 0 to `drop_path_rate`. With the attribute `checkpointing`
     set, blocks keep nothing for the gradient and are computed again in the backward pass.
@@ -239,7 +239,10 @@ class Encoder(nn.Module):
         self.checkpointing = False
         width = spec.embed_dim
         self.patch_embed = PatchEmbed(spec)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.class_token else None
+        self.class_tokens = spec.class_tokens
+        self.cls_token = (
+            nn.Parameter(torch.zeros(1, spec.class_tokens, width)) if spec.class_tokens else None
+        )
         rates = [drop_path_rate * i / max(spec.depth - 1, 1) for i in range(spec.depth)]
         self.blocks = nn.ModuleList(
             Block(width, spec.num_heads, spec.mlp_ratio, rate) for rate in rates
@@ -247,7 +250,7 @@ class Encoder(nn.Module):
 
     def run_blocks(
         self,
-        blocks: nn.ModuleList,
+        blocks: Iterable[nn.Module],
         x: Tensor,
         memory: Tensor | None = None,
         maps: list[Tensor] | None = None,

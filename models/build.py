@@ -5,7 +5,7 @@ here before torch is imported, so only building imports it.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from models.spec import (
@@ -19,7 +19,7 @@ from models.spec import (
 )
 from util.errors import where
 from util.settings.base import ModelConfig
-from util.settings.evaluation import ClassifierConfig, FinetuneConfig
+from util.settings.evaluation import ClassifierConfig, FinetuneConfig, LinclsConfig
 from util.settings.pretrain import AutoencoderConfig, MaskConfig
 
 if TYPE_CHECKING:
@@ -49,13 +49,18 @@ def mae_spec(cfg: AutoencoderConfig, **decided: object) -> MAESpec:
 
 def classifier_spec(cfg: ClassifierConfig, **decided: object) -> ClassifierSpec:
     """The classifier that settings ask for; `decided` are the fields that data and weights decide:
-    `num_classes`, `class_token`, `fc_norm`."""
-    return _spec(ClassifierSpec, cfg, decided)
+    `num_classes`, `class_tokens`, `fc_norm`, and the readout of a file with an attentive one."""
+    spec = _spec(ClassifierSpec, cfg, {"probe_queries": None, **decided})
+    if isinstance(cfg, LinclsConfig) and cfg.probe == "attentive":
+        dim = int(spec.embed_dim * cfg.probe_value_ratio + 1e-6)
+        queries = cfg.probe_queries
+        spec = replace(spec, global_pool="attentive", probe_queries=queries, probe_dim=dim)
+    return spec
 
 
 def dense_spec(cfg: FinetuneConfig, **decided: object) -> DenseSpec:
     """The model for segmentation or detection that settings ask for; `decided` are the fields that
-    data and weights decide: `num_classes`, `class_token`."""
+    data and weights decide: `num_classes`, `class_tokens`."""
     return _spec(DenseSpec, cfg, decided)
 
 
@@ -110,8 +115,11 @@ def mae_config_problems(cfg: AutoencoderConfig, **decided: object) -> list[str]:
 
 def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:
     """What is wrong with the classifier that settings ask for, one line each."""
-    # Data and weights decide the rest, and a class token where the settings are silent.
-    decided = {"num_classes": 1, "class_token": cfg.class_token is not False}
+    # Data and weights decide the rest, and one class token where the settings are silent.
+    decided = {
+        "num_classes": 1,
+        "class_tokens": 1 if cfg.class_tokens is None else cfg.class_tokens,
+    }
     spec: EncoderSpec = classifier_spec(cfg, **decided)
     if isinstance(cfg, FinetuneConfig) and cfg.task != "classify":
         spec = dense_spec(cfg, **decided)

@@ -46,7 +46,7 @@ def add_lora(model: Encoder, rank: int, generator: torch.Generator) -> None:
 
 
 def freeze_blocks(model: Encoder, count: int) -> None:
-    """Freezes the patch projection, the class token, the positions and the first `count` blocks,
+    """Freezes the patch projection, the class tokens, the positions and the first `count` blocks,
     which then drop no paths."""
     for name, parameter in model.named_parameters():
         if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):

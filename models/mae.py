@@ -8,8 +8,11 @@ through the prediction head.
 `decoder: cross` is the cheaper one of arXiv 2401.14391: queries of the predicted patches attend to
 the encoder's output and not to one another, so that some of the removed patches are enough.
 
+With `decoder_fusion` the decoder reads a learned mix of several encoder layers (`LayerFusion`); the
+encoder itself stays a plain ViT.
+
 Shapes: `B` batch, `N` patches, `K` kept patches, `D` width, `P` patch side, `C` channels; a `+`
-before a token count stands for the class token if there is one.
+before a token count stands for the class tokens if there are any.
 """
 
 import math
@@ -27,6 +30,44 @@ from models.spec import MAESpec
 # Beginnings of the names of the tensors that an encoder does not have.
 DECODER_NAMES = ("decoder_", "mask_token")
 TARGET_VAR_EPS = 1e-6  # added to a patch's variance under the root
+# Radius of the low-pass filter over half the sampling rate: 40 of 112 periods at 224 pixels, as in
+# the public configuration of arXiv 2303.02416.
+PAPER_CUTOFF = 40 / 112
+
+
+class LayerFusion(nn.Module):
+    """What a decoder reads in place of the encoder's last layer: learned mixes of `count` layers,
+    evenly spaced and the last one among them, each before the encoder's `norm`.
+
+    For the standard decoder it is one mix, whose weights are a softmax and equal at the start, of
+    the last layer and a linear projection of each other one. Source: arXiv 2308.00261, section 4,
+    with the layers of its public configuration (of 12 and a count of 6: the 2nd, 4th, ..., 12th).
+
+    For the cross decoder it is one mix for each decoder block, of layers as they are, with weights
+    of any sign. Source: arXiv 2401.14391, section 3.3 (which has a norm for each block, too).
+    """
+
+    def __init__(self, spec: MAESpec):
+        super().__init__()
+        count, width = spec.decoder_fusion, spec.embed_dim
+        self.layers = [spec.depth * (place + 1) // count for place in range(count)]  # from 1
+        is_cross = spec.decoder == "cross"
+        self.weight = nn.Parameter(torch.zeros((spec.decoder_depth,) * is_cross + (count,)))
+        self.proj = nn.ModuleList(
+            nn.Linear(width, width) for _ in range(0 if is_cross else count - 1)
+        )
+
+    def forward(self, layers: list[Tensor]) -> Tensor:
+        """`depth` outputs of blocks, each `(B, T, D)` -> `(B, T, D)`, or for the cross decoder one
+        such mix for each of its blocks, `(L, B, T, D)`."""
+        chosen = [layers[number - 1] for number in self.layers]
+        if self.weight.ndim == 2:
+            return torch.tensordot(self.weight, torch.stack(chosen), dims=1)  # (L, B, T, D)
+        shares = self.weight.softmax(dim=0)
+        mixed = shares[-1] * chosen[-1]
+        for share, project, layer in zip(shares, self.proj, chosen, strict=False):
+            mixed = mixed + share * project(layer)
+        return mixed  # (B, T, D)
 
 
 class MaskedAutoencoder(Encoder):
@@ -37,15 +78,19 @@ class MaskedAutoencoder(Encoder):
         in_chans: image channels, any number.
         embed_dim, depth, num_heads, mlp_ratio: of the encoder; `mlp_ratio` holds for the decoder
             too.
-        class_token: a learned token goes through the encoder with the kept patches.
+        class_tokens: number of learned tokens that go through the encoder with the kept patches.
         decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-        decoder_class_token: the class token goes on through the decoder, as in the paper;
-            otherwise it leaves after `norm`.
+        decoder_class_token: the class tokens go on through the decoder, as in the paper;
+            otherwise they leave after `norm`.
         mask_ratio: share of the patches removed, in (0, 1).
         norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
         decoder: "self", the paper's, or "cross".
         pred_ratio: "cross" only: share of all N patches that is predicted, drawn among the
             removed ones; None predicts all of those.
+        decoder_fusion: number of encoder layers that the decoder reads a mix of; 0 reads the last.
+        target: "pixels", or "lowpass", the image without high frequencies.
+        target_cutoff: "lowpass" only: the highest frequency that stays, over half the sampling
+            rate, in (0, 1]; None is the paper's 40 / 112.
 
     Raises: InputError for a geometry that cannot be.
     """
@@ -60,22 +105,23 @@ class MaskedAutoencoder(Encoder):
         self.norm_pix_loss = spec.norm_pix_loss
         self.decoder = spec.decoder
         self.pos_embed = nn.Buffer(
-            sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
-        )  # (1, N + class_token, D)
+            sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_tokens)
+        )  # (1, N + class_tokens, D)
         self.norm = nn.LayerNorm(spec.embed_dim, eps=LAYER_NORM_EPS)
 
         width = spec.decoder_embed_dim
         self.decoder_embed = nn.Linear(spec.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_pos_embed = nn.Buffer(
-            sincos_pos_embed(width, spec.grid_size, spec.decoder_class_token)
-        )  # (1, N + decoder_class_token, decoder D)
+            sincos_pos_embed(width, spec.grid_size, spec.decoder_class_tokens)
+        )  # (1, N + decoder_class_tokens, decoder D)
         self.decoder_blocks = nn.ModuleList(
             Block(width, spec.decoder_num_heads, spec.mlp_ratio, cross=spec.decoder == "cross")
             for _ in range(spec.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(width, math.prod(self.patch_size) * spec.in_chans)
+        self.decoder_fusion = LayerFusion(spec) if spec.decoder_fusion else None
         init_weights(self)
 
     def patchify(self, images: Tensor) -> Tensor:
@@ -94,32 +140,42 @@ class MaskedAutoencoder(Encoder):
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=q)
 
     def forward_encoder(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
-        """Encodes the kept patches: `(B, N, P*P*C)`, `(B, K)` -> normalised latent `(B, +K, D)`."""
+        """Encodes the kept patches: `(B, N, P*P*C)`, `(B, K)` -> normalised latent `(B, +K, D)`, or
+        with fusion for a cross decoder one for each of its blocks, `(L, B, +K, D)`."""
         x = self.patch_embed(_gather(patches, ids_keep))  # (B, K, D)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+K, D)
-        x = x + self.pos_embed[0, _rows(ids_keep, self.spec.class_token)]  # (B, +K, D)
-        return self.norm(self.run_blocks(self.blocks, x))  # (B, +K, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, +K, D)
+        x = x + self.pos_embed[0, _rows(ids_keep, self.class_tokens)]  # (B, +K, D)
+        if self.decoder_fusion is None:
+            return self.norm(self.run_blocks(self.blocks, x))  # (B, +K, D)
+        layers = []
+        for block in self.blocks:
+            x = self.run_blocks([block], x)
+            layers.append(x)
+        return self.norm(self.decoder_fusion(layers))  # (B, +K, D) or (L, B, +K, D)
 
     def forward_decoder(self, latent: Tensor, ids_keep: Tensor, ids_pred: Tensor) -> Tensor:
-        """Decodes the patches `ids_pred` `(B, M)` from `latent` `(B, +K, D)`.
+        """Decodes the patches `ids_pred` `(B, M)` from `latent`, as `forward_encoder` returns it.
 
         The standard decoder needs all removed patches and returns the kept ones, then those:
         `(B, K+M, decoder D)`. The cross decoder treats each patch alone, so that `ids_pred` may be
         any patches, and returns only those: `(B, M, decoder D)`.
         """
-        has_cls = int(self.spec.decoder_class_token)
-        if self.spec.class_token and not has_cls:
-            latent = latent[:, 1:]  # (B, K, D)
+        first = self.spec.decoder_class_tokens
+        latent = latent[..., self.class_tokens - first :, :]  # (B, +K, D)
         embedded = self.decoder_embed(latent)  # (B, +K, decoder D)
-        table = self.decoder_pos_embed[0]  # (N + has_cls, decoder D)
-        memory = embedded + table[_rows(ids_keep, has_cls)]  # (B, +K, decoder D)
+        table = self.decoder_pos_embed[0]  # (N + first, decoder D)
+        memory = embedded + table[_rows(ids_keep, first)]  # (B, +K, decoder D)
         # (B, M, decoder D)
-        queries = self.mask_token.to(embedded.dtype) + table[ids_pred + has_cls]
+        queries = self.mask_token.to(embedded.dtype) + table[ids_pred + first]
+        if self.decoder == "cross" and self.decoder_fusion is not None:
+            for block, of_block in zip(self.decoder_blocks, memory, strict=True):
+                queries = self.run_blocks([block], queries, of_block)
+            return queries
         if self.decoder == "cross":
             return self.run_blocks(self.decoder_blocks, queries, memory)
         x = torch.cat([memory, queries], dim=1)  # (B, +K+M, decoder D)
-        return self.run_blocks(self.decoder_blocks, x)[:, has_cls:]  # (B, K+M, ...)
+        return self.run_blocks(self.decoder_blocks, x)[:, first:]  # (B, K+M, ...)
 
     def target(self, patches: Tensor) -> Tensor:
         """What the head learns to predict for `(B, *, P*P*C)` patches: raw pixels, or normalised
@@ -132,25 +188,45 @@ class MaskedAutoencoder(Encoder):
         share = (size - 1) / size
         return F.layer_norm(patches, (size,), eps=TARGET_VAR_EPS * share) * share**0.5
 
-    def forward(self, images: Tensor, ids_shuffle: Tensor | None = None) -> Tensor:
+    def filtered(self, images: Tensor) -> Tensor:
+        """The images that are predicted, `(B, C, H, W)`: these, or their low frequencies."""
+        if self.spec.target == "pixels":
+            return images
+        return lowpass(images, self.spec.target_cutoff or PAPER_CUTOFF)
+
+    def forward(
+        self, images: Tensor, ids_shuffle: Tensor | None = None, visible_weight: float = 0.0
+    ) -> Tensor:
         """Mean over predicted patches of the mean squared error per patch, a scalar (paper,
-        "Reconstruction target").
+        "Reconstruction target"), plus `visible_weight` times the same mean over the kept patches
+        (after arXiv 2402.03752).
 
         Args:
             images: `(B, C, H, W)` float, already normalised.
             ids_shuffle: `(B, N)` int64, a permutation of the patches whose first K are kept
                 (`models/masks.py` draws it); None draws one per image from torch's global
                 generator.
+            visible_weight: at 0 the kept patches are not predicted, and cost nothing.
         """
         patches, ids_shuffle = self._prepare(images, ids_shuffle)
         kept, predicted = self.num_kept, self.spec.num_predicted
         ids_keep, ids_pred = ids_shuffle[:, :kept], ids_shuffle[:, kept : kept + predicted]
+        # (B, M), or with the kept patches (B, K+M): those that the loss counts
+        ids_loss = ids_shuffle[:, : kept + predicted] if visible_weight else ids_pred
+        if self.decoder == "cross":  # the other decoder has the kept patches among its tokens
+            ids_pred = ids_loss
         latent = self.forward_encoder(patches, ids_keep)
-        decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -predicted:]
-        pred = self.decoder_pred(self.decoder_norm(decoded))  # (B, M, P*P*C)
-        target = self.target(_gather(patches, ids_pred))  # (B, M, P*P*C)
+        decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -ids_loss.shape[1] :]
+        pred = self.decoder_pred(self.decoder_norm(decoded))  # (B, M or K+M, P*P*C)
+        if self.spec.target == "lowpass":
+            patches = self.patchify(self.filtered(images))  # (B, N, P*P*C)
+        target = self.target(_gather(patches, ids_loss))  # (B, M or K+M, P*P*C)
+        pred = pred.to(target.dtype)
         # All patches have the same size, so the mean of their means is the mean of all values.
-        return F.mse_loss(pred.to(target.dtype), target)
+        if not visible_weight:
+            return F.mse_loss(pred, target)
+        visible = F.mse_loss(pred[:, :kept], target[:, :kept])
+        return F.mse_loss(pred[:, kept:], target[:, kept:]) + visible_weight * visible
 
     def reconstruct(
         self, images: Tensor, ids_shuffle: Tensor | None = None, num_kept: int | None = None
@@ -178,10 +254,10 @@ class MaskedAutoencoder(Encoder):
         """Predictions `(B, N, P*P*C)` as normalised images `(B, C, H, W)`.
 
         For a normalised target the patches' mean and variance are taken from `images`: the model
-        does not know them.
+        does not know them. With `target: lowpass` the result has no high frequencies either.
         """
         if self.norm_pix_loss:
-            patches = self.patchify(images)  # (B, N, P*P*C)
+            patches = self.patchify(self.filtered(images))  # (B, N, P*P*C)
             std = (patches.var(dim=-1, keepdim=True) + TARGET_VAR_EPS).sqrt()
             pred = pred * std + patches.mean(dim=-1, keepdim=True)
         return self.unpatchify(pred)  # (B, C, H, W)
@@ -194,6 +270,21 @@ class MaskedAutoencoder(Encoder):
         return self.patchify(images), ids_shuffle
 
 
+def lowpass(images: Tensor, cutoff: float) -> Tensor:
+    """Images `(B, C, H, W)` without frequencies above `cutoff` times half the sampling rate, at any
+    angle; the mean stays.
+
+    Source: the ideal filter of arXiv 2303.02416, section 4.1, here centred on frequency zero, so
+    that the result is real.
+    """
+    height, width = images.shape[-2:]
+    rows = torch.fft.fftfreq(height, device=images.device)[:, None]  # in periods per pixel
+    columns = torch.fft.rfftfreq(width, device=images.device)
+    # safe against float noise of a frequency at the cut-off
+    stays = rows.square() + columns.square() <= (cutoff / 2) ** 2 * (1 + 1e-5)  # (H, W // 2 + 1)
+    return torch.fft.irfft2(torch.fft.rfft2(images) * stays, s=(height, width))  # (B, C, H, W)
+
+
 def _gather(x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` `(B, M)` of `x` `(B, N, F)`: `(B, M, F)`."""
     # Indexing copies whole rows, which is faster than `torch.gather` of single numbers. `len(x)`
@@ -201,7 +292,8 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device)[:, None], ids]
 
 
-def _rows(ids: Tensor, class_token: bool | int) -> Tensor:
-    """The rows of a position table for the patches `ids` `(B, K)`, first the class token's if there
-    is one: `(B, +K)`."""
-    return F.pad(ids + 1, (1, 0)) if class_token else ids
+def _rows(ids: Tensor, class_tokens: int) -> Tensor:
+    """The rows of a position table for the patches `ids` `(B, K)`, first those of the class tokens:
+    `(B, +K)`."""
+    first = torch.arange(class_tokens, device=ids.device).expand(ids.shape[0], -1)
+    return torch.cat([first, ids + class_tokens], dim=1)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], class_token: bool) -> Tensor:
-    """The position table, `(1, N + class_token, D)` float32; a class token's row comes first and is
-    zeros.
+def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], class_tokens: int) -> Tensor:
+    """The position table, `(1, N + class_tokens, D)` float32; the rows of class tokens come first
+    and are zeros.
 
     The first D/2 channels encode the patch's column, the last D/2 its row. In each half the first
     D/4 channels are sines, the last D/4 cosines, of position * 10000^(-i / (D/4)).
@@ -26,21 +26,20 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int], class_token: bo
     table = torch.cat(
         [f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1
     )  # (N, D)
-    if class_token:
-        table = torch.cat([torch.zeros(1, embed_dim, dtype=torch.float64), table])  # (1 + N, D)
-    return table.float().unsqueeze(0)  # (1, N + class_token, D)
+    zeros = torch.zeros(class_tokens, embed_dim, dtype=torch.float64)
+    return torch.cat([zeros, table]).float().unsqueeze(0)  # (1, N + class_tokens, D)
 
 
 def resize_pos_embed(
-    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], class_token: bool
+    pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], class_tokens: int
 ) -> Tensor:
-    """Position table `(1, N + class_token, D)` for another grid, float32: bicubic; the class
-    token's row stays as it is."""
+    """Position table `(1, N + class_tokens, D)` for another grid, float32: bicubic; the rows of
+    class tokens stay as they are."""
     table = pos_embed.float()
-    class_row, patches = table[:, :class_token], table[:, class_token:]
+    class_rows, patches = table[:, :class_tokens], table[:, class_tokens:]
     planes = patches.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, H, W)
     planes = F.interpolate(
         planes, size=new_grid, mode="bicubic", align_corners=False, antialias=False
     )
     rows = planes.flatten(2).transpose(1, 2)  # (1, N, D)
-    return torch.cat([class_row, rows], dim=1)  # (1, N + class_token, D)
+    return torch.cat([class_rows, rows], dim=1)  # (1, N + class_tokens, D)

@@ -83,7 +83,7 @@ class EncoderSpec:
     in_chans: image channels, any number.
     embed_dim, depth, num_heads: width, blocks and attention heads.
     mlp_ratio: width of the MLP over `embed_dim`; it holds for a decoder, too.
-    class_token: whether a learned token precedes the patches.
+    class_tokens: number of learned tokens that precede the patches; their positions are zero.
     """
 
     img_size: Size
@@ -93,7 +93,7 @@ class EncoderSpec:
     depth: int
     num_heads: int
     mlp_ratio: float
-    class_token: bool
+    class_tokens: int
 
     def __post_init__(self) -> None:
         # A square size is an int, so that equal models have equal records.
@@ -121,6 +121,7 @@ class EncoderSpec:
         """What is wrong with this model, one line each."""
         sides = zip(pair(self.img_size), pair(self.patch_size), strict=True)
         return where(
+            (self.class_tokens < 0, f"class_tokens must be 0 or more, got {self.class_tokens}"),
             (
                 any(image % patch for image, patch in sides),
                 f"patch_size {self.patch_size} does not divide img_size {self.img_size}",
@@ -144,13 +145,18 @@ class MAESpec(EncoderSpec):
     """A masked autoencoder.
 
     decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-    decoder_class_token: whether the class token goes on through the decoder, as in the paper;
-        otherwise it leaves after `norm`.
+    decoder_class_token: whether the class tokens go on through the decoder, as in the paper;
+        otherwise they leave after `norm`.
     mask_ratio: share of the patches that is removed, in (0, 1).
     norm_pix_loss: the target is each patch normalised by its own mean and (unbiased) variance.
     decoder: "self", the paper's, or "cross" (arXiv 2401.14391).
     pred_ratio: "cross" only: share of all N patches that is predicted, drawn among the removed;
         None is all of those.
+    decoder_fusion: number of encoder layers that the decoder reads a learned mix of (arXiv
+        2308.00261; "cross": arXiv 2401.14391); 0 reads the last one.
+    target: "pixels", or "lowpass", the image without high frequencies (arXiv 2303.02416).
+    target_cutoff: "lowpass" only: the highest frequency that stays, over half the sampling rate;
+        None is the paper's 40 / 112.
     """
 
     decoder_embed_dim: int
@@ -161,11 +167,19 @@ class MAESpec(EncoderSpec):
     norm_pix_loss: bool
     decoder: Literal["self", "cross"] = "self"
     pred_ratio: float | None = None
+    decoder_fusion: int = 0
+    target: Literal["pixels", "lowpass"] = "pixels"
+    target_cutoff: float | None = None
 
     @property
     def num_kept(self) -> int:
         """Number of patches that the encoder sees, K."""
         return num_kept(self.num_patches, self.mask_ratio)
+
+    @property
+    def decoder_class_tokens(self) -> int:
+        """Number of class tokens that go on through the decoder."""
+        return self.class_tokens if self.decoder_class_token else 0
 
     @property
     def num_predicted(self) -> int:
@@ -181,8 +195,8 @@ class MAESpec(EncoderSpec):
             *mask_problems(self.num_patches, self.mask_ratio),
             *where(
                 (
-                    self.decoder_class_token and not self.class_token,
-                    "decoder_class_token true needs class_token true: there is no class token to "
+                    self.decoder_class_token and not self.class_tokens,
+                    "decoder_class_token true needs class_tokens 1 or more: there is none to "
                     "pass on",
                 ),
                 (
@@ -200,6 +214,23 @@ class MAESpec(EncoderSpec):
                     f"pred_ratio {self.pred_ratio} must be at most mask_ratio "
                     f"{self.mask_ratio:g} and predict at least one of {self.num_patches} patches",
                 ),
+                (
+                    self.decoder_fusion and not 2 <= self.decoder_fusion <= self.depth,
+                    f"decoder_fusion {self.decoder_fusion} must be 2 to {self.depth}, the "
+                    "encoder's depth, or 0 for the last layer alone",
+                ),
+                (
+                    self.target not in ("pixels", "lowpass"),
+                    f"target must be pixels or lowpass, got {self.target!r}",
+                ),
+                (
+                    self.target_cutoff is not None and self.target != "lowpass",
+                    "target_cutoff belongs to target lowpass",
+                ),
+                (
+                    self.target_cutoff is not None and not 0 < self.target_cutoff <= 1,
+                    f"target_cutoff must be in (0, 1], got {self.target_cutoff}",
+                ),
             ),
         ]
 
@@ -209,16 +240,23 @@ class ClassifierSpec(EncoderSpec):
     """A Vision Transformer classifier.
 
     num_classes: outputs of the head; 0 is a model without a head.
-    global_pool: "avg", the mean over the patch tokens, or "token", the class token.
-    fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token, then
-        the mean. None becomes True with "avg" and False with "token".
+    global_pool: "avg", the mean over the patch tokens, "token", that over the class tokens, or
+        "attentive",
+        what learned queries gather from the patch tokens (arXiv 2506.10178).
+    fc_norm: not with "token". True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
+        then the mean. None becomes True with "avg" and False otherwise. With "attentive" each
+        patch token passes the one norm or the other.
     drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from 0.
+    probe_queries, probe_dim: "attentive" only: number of queries, and width of what they gather
+        together.
     """
 
     num_classes: int
-    global_pool: Literal["avg", "token"]
+    global_pool: Literal["avg", "token", "attentive"]
     fc_norm: bool | None = None
     drop_path_rate: float = 0.0
+    probe_queries: int | None = None
+    probe_dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,19 +265,32 @@ class ClassifierSpec(EncoderSpec):
 
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
-        reads_token = self.global_pool == "token"
+        reads_token, is_attentive = self.global_pool == "token", self.global_pool == "attentive"
+        queries, dim = self.probe_queries, self.probe_dim
         return super().problems() + where(
             (
-                self.global_pool not in ("avg", "token"),
-                f"global_pool must be avg or token, got {self.global_pool!r}",
+                self.global_pool not in ("avg", "token", "attentive"),
+                f"global_pool must be avg, token or attentive, got {self.global_pool!r}",
             ),
             (
-                reads_token and not self.class_token,
-                "global_pool token reads the class token: it needs class_token true",
+                [queries is None, dim is None] != [not is_attentive] * 2,
+                "probe_queries and probe_dim go with global_pool attentive, which needs both, got "
+                f"{queries} and {dim} with {self.global_pool}",
+            ),
+            (
+                queries is not None
+                and dim is not None
+                and (queries < 1 or dim < 1 or dim % queries),
+                f"probe_queries {queries} must be 1 or more and divide the width of the probe's "
+                f"values, {dim}",
+            ),
+            (
+                reads_token and not self.class_tokens,
+                "global_pool token reads the class tokens: it needs class_tokens 1 or more",
             ),
             (
                 reads_token and self.fc_norm,
-                "fc_norm belongs to global_pool avg, got global_pool token",
+                "fc_norm does not go with global_pool token, whose norm comes first",
             ),
         )
 
@@ -323,18 +374,21 @@ def encoder_spec(
     spec: EncoderSpec, global_pool: Literal["avg", "token"] | None = None
 ) -> ClassifierSpec:
     """The encoder of a pretrained model, read through its own norm and without a head. Without
-    `global_pool` the class token is read, if there is one."""
+    `global_pool` the class tokens are read, if there are any."""
     shared = {f.name: getattr(spec, f.name) for f in fields(EncoderSpec)}
     return ClassifierSpec(
         **shared,
         num_classes=0,
-        global_pool=global_pool or ("token" if spec.class_token else "avg"),
+        global_pool=global_pool or ("token" if spec.class_tokens else "avg"),
         fc_norm=False,
     )
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:
     """The record that `as_dict` turned into plain values. Raises: TypeError for other fields."""
+    if "class_token" in values:  # older files say true or false
+        values = dict(values)
+        values["class_tokens"] = int(values.pop("class_token"))
     if "decoder_embed_dim" in values:
         return MAESpec(**values)
     return DenseSpec(**values) if "task" in values else ClassifierSpec(**values)

@@ -1,7 +1,7 @@
 """Vision Transformer classifier (arXiv 2010.11929) with the readouts that go with
 masked-autoencoder pretraining.
 
-Shapes: `B` batch, `N` patches, `T` tokens (patches and class token), `D` width, `C` channels.
+Shapes: `B` batch, `N` patches, `T` tokens (class tokens and patches), `D` width, `C` channels.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import LAYER_NORM_EPS, Encoder, init_weights, patchify
+from models.heads.attentive import AttentivePool
 from models.pos_embed import resize_pos_embed, sincos_pos_embed
 from models.spec import ClassifierSpec, EncoderSpec
 
@@ -24,28 +25,28 @@ class PatchEncoder(Encoder):
 
     def __init__(self, spec: EncoderSpec, drop_path_rate: float):
         super().__init__(spec, drop_path_rate)
-        positions = sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_token)
+        positions = sincos_pos_embed(spec.embed_dim, spec.grid_size, spec.class_tokens)
         self.pos_embed = nn.Parameter(positions)
 
     def _embed(self, images: Tensor) -> Tensor:
         x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, T, D)
         return x + self._positions(self.grid_of(images))  # (B, T, D)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """The positions for a grid of patches, `(1, T, D)`."""
         if grid == self.grid_size:
             return self.pos_embed
-        return resize_pos_embed(self.pos_embed, self.grid_size, grid, self.cls_token is not None)
+        return resize_pos_embed(self.pos_embed, self.grid_size, grid, self.class_tokens)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of `(B, C, H, W)`."""
         return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
 
     def _as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens `(B, T, D)` without the class token as a map `(B, D, rows, columns)`."""
-        patches = x if self.cls_token is None else x[:, 1:]  # (B, N, D)
+        """Tokens `(B, T, D)` without the class tokens as a map `(B, D, rows, columns)`."""
+        patches = x[:, self.class_tokens :]  # (B, N, D)
         return patches.mT.unflatten(2, grid)  # (B, D, rows, columns)
 
 
@@ -57,12 +58,15 @@ class VisionTransformer(PatchEncoder):
         in_chans: image channels, any number.
         num_classes: outputs of the head; with 0 there is none, and the output is the feature.
         embed_dim, depth, num_heads, mlp_ratio: width, blocks, heads, MLP width over embed_dim.
-        class_token: a learned token precedes the patches.
-        global_pool: "avg", the mean over the patch tokens, or "token", the class token.
+        class_tokens: number of learned tokens that precede the patches.
+        global_pool: "avg", the mean over the patch tokens, "token", that over the class tokens, or
+            "attentive", what learned queries gather from the patch tokens.
         fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
             then the mean. None is True for "avg".
         drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from
             0.
+        probe_queries, probe_dim: "attentive" only: number of queries, and width of what they
+            gather together, which is that of the feature.
 
     Raises: InputError for a geometry or readout that cannot be.
     """
@@ -76,6 +80,10 @@ class VisionTransformer(PatchEncoder):
         norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.norm: nn.Module = nn.Identity() if spec.fc_norm else norm
         self.fc_norm: nn.Module = norm if spec.fc_norm else nn.Identity()
+        self.pool = None
+        if spec.probe_queries and spec.probe_dim:
+            self.pool = AttentivePool(width, spec.probe_dim, spec.probe_queries)
+            width = spec.probe_dim
         self.head: nn.Module = (
             nn.Linear(width, spec.num_classes) if spec.num_classes else nn.Identity()
         )
@@ -84,12 +92,15 @@ class VisionTransformer(PatchEncoder):
     def _pool(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         if self.global_pool == "token":
-            return x[:, 0]  # (B, D)
-        patches = x if self.cls_token is None else x[:, 1:]  # (B, N, D)
+            return x[:, : self.class_tokens].mean(dim=1)  # (B, D)
+        patches = x[:, self.class_tokens :]  # (B, N, D)
+        if self.pool is not None:
+            return self.pool(self.fc_norm(patches))  # (B, E)
         return self.fc_norm(patches.mean(dim=1))  # (B, D)
 
     def forward_features(self, images: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """The pooled, normalised feature that the head sees: `(B, C, H, W)` -> `(B, D)`.
+        """The pooled, normalised feature that the head sees: `(B, C, H, W)` -> `(B, D)`, or for
+        the "attentive" readout `(B, probe_dim)`.
 
         The attention weights of each block, `(B, heads, T, T)`, are added to `maps`.
         """

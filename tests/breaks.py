@@ -32,15 +32,14 @@ test_loss_by_hand_from_reconstruct
 2 loss: kept patches count, too
 models/mae.py models/test_models.py
 test_loss_by_hand_from_reconstruct
--decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -predicted:]
-+decoded = self.forward_decoder(latent, ids_keep, ids_pred)
-+        ids_pred = ids_shuffle
+-ids_loss = ids_shuffle[:, : kept + predicted] if visible_weight else ids_pred
++ids_loss = ids_shuffle
 
 3 loss: predictions in shuffled order are compared with patches in the order of the image
 models/mae.py models/test_models.py
 test_loss_by_hand_from_reconstruct
--target = self.target(_gather(patches, ids_pred))
-+target = self.target(_gather(patches, ids_pred.sort(dim=1).values))
+-target = self.target(_gather(patches, ids_loss))
++target = self.target(_gather(patches, ids_loss.sort(dim=1).values))
 
 4 loss: accumulated micro-batches add their gradients without dividing by their number
 engine/loop.py test_pretrain.py
@@ -93,13 +92,13 @@ test_positions_on_a_2_by_3_grid_by_hand
 11 positions: with a class token each patch gets the position of its predecessor
 models/mae.py models/test_models.py
 test_loss_and_every_gradient_equal_transformers_in_float64
--self.pos_embed[0, _rows(ids_keep, self.spec.class_token)]
+-self.pos_embed[0, _rows(ids_keep, self.class_tokens)]
 +self.pos_embed[0, F.pad(ids_keep, (1, 0))]
 
 87 positions: with a class token the decoder gives each kept patch that of its predecessor
 models/mae.py models/test_models.py
 test_loss_and_every_gradient_equal_transformers_in_float64
--memory = embedded + table[_rows(ids_keep, has_cls)]
+-memory = embedded + table[_rows(ids_keep, first)]
 +memory = embedded + table[F.pad(ids_keep, (1, 0))]
 
 12 blocks: attention is scaled by the whole width, not by a head's
@@ -414,8 +413,8 @@ test_what_cannot_be_read_is_refused_with_the_path_and_the_reason
 51 weights: resized positions lose the class token's row
 models/pos_embed.py models/test_weights.py
 test_positions_on_a_2_by_3_grid_become_4_by_6
--return torch.cat([class_row, rows], dim=1)
-+return torch.cat([torch.zeros_like(class_row), rows], dim=1)
+-return torch.cat([class_rows, rows], dim=1)
++return torch.cat([torch.zeros_like(class_rows), rows], dim=1)
 
 52 weights: a head for another number of classes is not dropped
 models/weights/adapt.py engine/test_finetune_parts.py
@@ -1034,6 +1033,36 @@ engine/pictures/monitor.py engine/test_gauges.py
 test_a_resumed_run_compares_with_the_observation_before
 -observed[-1] if observed else {}
 +{}
+
+200 attentive probe: a query's softmax is over the queries, not over the tokens
+models/heads/attentive.py models/test_attentive.py
+test_the_pool_equals_plain_lines
+-return scores.softmax(dim=1).mT
++return scores.softmax(dim=2).mT
+
+201 attentive probe: all probes share the statistics of the first in the written head
+models/heads/probe.py models/test_attentive.py
+test_a_classifier_with_the_folded_probe_gives_its_logits
+-expand(len(self.weights), -1)[probe]
++expand(len(self.weights), -1)[0]
+
+202 attentive probe: the file has the queries of the first rate beside the head of the chosen one
+models/heads/probe.py models/test_attentive.py
+test_a_classifier_with_the_folded_probe_gives_its_logits
+-self.queries[probe], "pool.values"
++self.queries[0], "pool.values"
+
+203 attentive probe: the class token is among the tokens that the written classifier gathers
+models/vit.py models/test_attentive.py
+test_a_classifier_with_the_folded_probe_gives_its_logits
+-return self.pool(self.fc_norm(patches))
++return self.pool(self.fc_norm(x))
+
+204 attentive probe: another stage takes the head that was trained on what the queries gather
+models/weights/adapt.py test_lincls.py
+test_an_attentive_readout_is_dropped_where_the_file_is_an_encoder
+-if not name.startswith(("head.", "pool."))}
++if not name.startswith("pool.")}
 """
 
 

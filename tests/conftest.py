@@ -87,7 +87,7 @@ def weights(pretrained) -> Path:
 @pytest.fixture(scope="session")
 def tokenless(tmp_path_factory, data) -> Path:
     """Weights without a class token."""
-    more = ("--class_token", "false", "--decoder_class_token", "false")
+    more = ("--class_tokens", "0", "--decoder_class_token", "false")
     folder = tmp_path_factory.mktemp("tokenless")
     return pretrain_pictures(data, folder, *more) / "model.safetensors"
 

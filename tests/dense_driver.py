@@ -29,7 +29,7 @@ FIELDS = {
     "depth": 3,
     "num_heads": 2,
     "mlp_ratio": 2.0,
-    "class_token": True,
+    "class_tokens": 1,
     "num_classes": 3,
     "window_size": 3,
     "global_blocks": 1,

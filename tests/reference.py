@@ -10,6 +10,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights.huggingface import huggingface_config, to_huggingface
+from models.weights.write import NOT_IN_TIMM
 
 ENCODER = {
     "img_size": 32,
@@ -19,7 +20,7 @@ ENCODER = {
     "depth": 2,
     "num_heads": 3,
     "mlp_ratio": 4.0,
-    "class_token": True,
+    "class_tokens": 1,
 }
 MAE = ENCODER | {
     "decoder_embed_dim": 24,
@@ -34,8 +35,8 @@ READOUTS = [
     {},
     {"global_pool": "avg", "fc_norm": True},
     {"global_pool": "avg"},
-    {"global_pool": "avg", "fc_norm": True, "class_token": False},
-    {"global_pool": "avg", "class_token": False},
+    {"global_pool": "avg", "fc_norm": True, "class_tokens": 0},
+    {"global_pool": "avg", "class_tokens": 0},
 ]
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
@@ -65,8 +66,8 @@ def huggingface_mae(ours: MaskedAutoencoder) -> ViTMAEForPreTraining:
 
 def timm_vit(ours: VisionTransformer) -> TimmViT:
     """timm's model with our weights."""
-    keywords = ours.spec.as_dict()
-    del keywords["drop_path_rate"]
+    keywords = {n: v for n, v in ours.spec.as_dict().items() if n not in NOT_IN_TIMM}
+    keywords["class_token"] = bool(ours.spec.class_tokens)
     reference = TimmViT(**keywords).to(ours.pos_embed.dtype)
     reference.load_state_dict(ours.state_dict(), strict=True)
     return reference.eval()

@@ -86,14 +86,12 @@ def build(cfg: Settings) -> list[torch.nn.Module]:
         if isinstance(cfg, PretrainConfig):
             return [build_model(mae_spec(cfg))]
         if isinstance(cfg, FinetuneConfig) and cfg.task != "classify":
-            return [
-                build_model(dense_spec(cfg, class_token=t, num_classes=10)) for t in (True, False)
-            ]
-        open_token = {True, cfg.global_pool == "token"}
+            return [build_model(dense_spec(cfg, class_tokens=t, num_classes=10)) for t in (1, 0)]
+        open_token = {1, int(cfg.global_pool == "token")}
         more = {"num_classes": 10, "fc_norm": None if isinstance(cfg, FinetuneConfig) else False}
         return [
-            build_model(classifier_spec(cfg, class_token=token, **more))
-            for token in (open_token if cfg.class_token is None else {cfg.class_token})
+            build_model(classifier_spec(cfg, class_tokens=token, **more))
+            for token in (open_token if cfg.class_tokens is None else {cfg.class_tokens})
         ]
 
 
@@ -132,7 +130,7 @@ PAPER = {
         "decoder_embed_dim": 512,
         "decoder_depth": 8,
         "decoder_num_heads": 16,
-        "class_token": True,
+        "class_tokens": 1,
         "decoder_class_token": True,
         "norm_pix_loss": True,
         "crop_min": 0.2,
@@ -234,7 +232,7 @@ def test_every_evaluation_fits_a_pretraining_recipe(file, pretrained):
     # segmentation and detection see other images in another size
     first = 0 if getattr(cfg, "task", "classify") == "classify" else 2
     fits = [encoder[first:] in {of_one[first:] for of_one in pretrained} for encoder in encoders]
-    assert any(fits) and (all(fits) or cfg.class_token is None)
+    assert any(fits) and (all(fits) or cfg.class_tokens is None)
     if "knn" in readers_of(file):
         knn = load(file, "knn")
         assert {images_and_encoder(knn, model) for model in build(knn)} >= {*encoders}
@@ -257,9 +255,7 @@ def test_every_evaluation_fits_a_pretraining_recipe(file, pretrained):
 def test_parameters_of_a_224_pixel_classifier(size, millions, exact):
     common = {"img_size": 224, "in_chans": 3, "mlp_ratio": 4.0, "num_classes": 1000}
     with torch.device("meta"):
-        model = VisionTransformer(
-            class_token=True, global_pool="token", **common, **VIT_SIZES[size]
-        )
+        model = VisionTransformer(class_tokens=1, global_pool="token", **common, **VIT_SIZES[size])
     assert sum(p.numel() for p in model.parameters()) == exact
     assert exact / 1e6 == pytest.approx(millions, rel=0.01)
 

@@ -453,7 +453,7 @@ def test_other_weights_are_refused_on_resume_and_moved_ones_are_not(
     assert main_finetune.main([*arguments, "--finetune", str(moved)]) == results
     for other in (str(pretrained / "checkpoint-00000010.pth"), "null"):
         with pytest.raises(InputError, match=f"finetune.*{results['sha256']}"):
-            main_finetune.main([*arguments, "--finetune", other, "--class_token", "true"])
+            main_finetune.main([*arguments, "--finetune", other, "--class_tokens", "1"])
     assert results_of(folder) == results
 
 

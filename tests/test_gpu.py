@@ -25,7 +25,7 @@ from models.vit import VisionTransformer
 from util.errors import run_cli
 
 pytestmark = pytest.mark.gpu
-ENCODER = {"img_size": 64, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "class_token": True}
+ENCODER = {"img_size": 64, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "class_tokens": 1}
 SMALL = {"embed_dim": 192, "depth": 4, "num_heads": 3}
 DECODER = {
     "decoder_embed_dim": 96,

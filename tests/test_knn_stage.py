@@ -240,7 +240,7 @@ def test_features_that_are_not_numbers_are_an_error(tmp_path, data, weights):
     tensors = load_file(weights)
     tensors["blocks.0.mlp.fc1.bias"][0] = float("nan")
     with safe_open(weights, framework="pt") as file:
-        assert json.loads(file.metadata()["model_args"])["class_token"] is True
+        assert json.loads(file.metadata()["model_args"])["class_tokens"] == 1
         save_file(tensors, tmp_path / "poisoned.safetensors", file.metadata())
     with pytest.raises(InputError, match="not( all)? finite"):
         knn(data, tmp_path / "run", "--finetune", tmp_path / "poisoned.safetensors")

@@ -22,11 +22,17 @@ from runs import (
 from safetensors.torch import load_file
 
 import engine.evaluation.classification
+import hubconf
 import main_finetune
+import main_knn
 import main_lincls
 from engine.run.checkpoint import load_newest_checkpoint
 from engine.tasks import linear
 from models.vit import VisionTransformer
+from models.weights.own import own_bytes, read_header
+from models.weights.read import read_weights
+from models.weights.write import write_weights
+from tools import predict
 from util.errors import InputError
 
 LEARN = ["--crop_min", 0.8, "--epochs", 8, "--warmup_epochs", 1]
@@ -225,13 +231,115 @@ def test_when_all_rates_diverge_the_run_ends_and_leaves_no_result(tmp_path, data
     assert not (tmp_path / "results.json").exists()
 
 
+# --- attentive probes
+
+ATTENTIVE = ["--probe", "attentive", "--probe_queries", 4]
+
+
+@pytest.fixture(scope="module")
+def attentive(tmp_path_factory, data, weights):
+    """A run over three rates with attentive probes: its folder and results."""
+    folder = tmp_path_factory.mktemp("attentive")
+    more = ["--epochs", 24, *ATTENTIVE, "--finetune", weights, "--lr", *RATES]
+    return folder, lincls(data, folder, *LEARN, *more)
+
+
+def test_an_attentive_probe_learns_and_its_file_is_the_classifier_that_was_scored(
+    tmp_path, data, attentive, weights
+):
+    folder, results = attentive
+    assert results["protocol"] == "attentive classification"
+    assert results["num_train"] == 108 and [p["lr"] for p in results["curve"]] == list(RATES)
+    assert results["acc1"] > 80  # 33.3 is chance
+    path = folder / "model.safetensors"
+    tensors, info = read_weights(path)
+    spec = info.spec
+    assert (spec.global_pool, spec.probe_queries, spec.probe_dim) == ("attentive", 4, 32)
+    source = load_file(weights)
+    own = {"pool.queries", "pool.values", "head.weight", "head.bias"}
+    assert_same(
+        {n: t for n, t in tensors.items() if n not in own},
+        {n: t for n, t in source.items() if not n.startswith(("decoder_", "mask_token"))},
+    )
+    # its evaluation, with the readout of the file
+    arguments = ["--eval", "--finetune", path]
+    found = main_finetune.main(pictures(data, tmp_path / "eval", *arguments))
+    assert [found[n] for n in ("num_samples", "correct1")] == [60, results["correct1"]]
+    assert found["loss"] == pytest.approx(results["loss"], rel=1e-5)
+    # its predictions
+    output = tmp_path / "said.csv"
+    images = ["--data_path", data / "val", "--output_file", output, "--precision", "fp32"]
+    predict.main([str(word) for word in ["--finetune", path, *images, "--device", "cpu"]])
+    rows = [line.split(",") for line in output.read_text().splitlines()[1:]]
+    assert sum(Path(row[0]).parent.name == row[1] for row in rows) == results["correct1"]
+    # and written again as it is
+    write_weights(tensors, info, tmp_path / "copy.safetensors", "safetensors")
+    assert_same(load_file(tmp_path / "copy.safetensors"), tensors)
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    models = [hubconf.classifier(str(p)) for p in (path, tmp_path / "copy.safetensors")]
+    assert torch.equal(models[0](images), models[1](images))
+
+
+def test_an_attentive_readout_is_dropped_where_the_file_is_an_encoder(
+    tmp_path, data, attentive, weights
+):
+    path = attentive[0] / "model.safetensors"
+    knn = [
+        main_knn.main(pictures(data, tmp_path / "knn", "--finetune", p, training=False))["acc1"]
+        for p in (path, weights)
+    ]
+    assert knn[0] == knn[1]
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    encoders = [hubconf.encoder(str(p), global_pool="avg") for p in (path, weights)]
+    assert torch.equal(encoders[0](images), encoders[1](images))
+    assert encoders[0].pool is None
+    lincls(data, tmp_path / "linear", "--finetune", path, "--stop_epoch", 1)
+    assert "pool.queries" not in load_file(tmp_path / "linear" / "model.safetensors")
+    more = ["--finetune", path, "--stop_epoch", 1, "--lr", 1e-12]
+    main_finetune.main(pictures(data, tmp_path / "tuned", *more))
+    tuned, source = load_file(tmp_path / "tuned" / "model.safetensors"), load_file(path)
+    assert "pool.queries" not in tuned
+    assert not torch.allclose(tuned["head.weight"], source["head.weight"])
+    tensors, info = read_weights(path)
+    write_weights(tensors, info, tmp_path / "timm.safetensors", "timm")
+    assert not {"pool.queries", "head.weight"} & load_file(tmp_path / "timm.safetensors").keys()
+    with pytest.raises(InputError, match="probe_queries"):
+        write_weights(tensors, info, tmp_path / "mae.pth", "mae")
+
+
+@pytest.mark.parametrize("change", [["--probe_queries", 8], ["--probe", "linear"]])
+def test_another_probe_is_refused_on_resume(attentive, data, weights, change):
+    more = [*LEARN, "--epochs", 24, *ATTENTIVE, "--finetune", weights, "--lr", *RATES, *change]
+    with pytest.raises(InputError, match="probe"):
+        lincls(data, attentive[0], *more)
+
+
+@pytest.mark.parametrize("change", [{"probe_queries": 5}, {"probe_dim": None}, {"probe_dim": 64}])
+def test_a_header_that_does_not_fit_its_tensors_is_refused(tmp_path, attentive, change):
+    path = attentive[0] / "model.safetensors"
+    tensors, header = load_file(path), read_header(path)
+    header["model_args"] |= change
+    wrong = tmp_path / "wrong.safetensors"
+    wrong.write_bytes(own_bytes(tensors, header))
+    with pytest.raises(InputError, match=r"wrong\.safetensors.*(probe|pool)"):
+        read_weights(wrong)
+
+
 # --- resume
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("lars", marks=pytest.mark.long)])
-def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        ("sgd", []),
+        pytest.param("lars", [], marks=pytest.mark.long),
+        pytest.param("lars", ATTENTIVE, marks=pytest.mark.long),
+        ("sgd", ATTENTIVE),
+    ],
+)
+def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimizer, kind):
     """Stopped after an epoch, and cut in the middle of the next; other workers change nothing."""
-    more = ["--finetune", weights, "--optimizer", optimizer, "--weight_decay", 1e-3]
+    more = ["--finetune", weights, "--optimizer", optimizer, "--weight_decay", 1e-3, *kind]
     more += ["--lr", 0.1, 1, "--eval_epochs", 1]
     main_lincls.main(pictures(data, tmp_path / "whole", *more))
     base = pictures(data, tmp_path / "stopped", *more, "--save_minutes", 1e-9)
@@ -257,7 +365,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, data, weights, monkeypatch, optimiz
         (["--lr", 0.03, 0.3], r"\blr\b.*3.0"),
         (["--optimizer", "lars"], "optimizer.*sgd.*lars"),
         (["--momentum", 0.5], "momentum.*0.9.*0.5"),
-        (["--finetune", "random", "--class_token", "true"], "finetune.*sha256"),
+        (["--finetune", "random", "--class_tokens", "1"], "finetune.*sha256"),
     ],
 )
 def test_a_changed_setting_is_refused_on_resume(finished, change, named):

@@ -222,7 +222,8 @@ def test_one_batch_equals_accumulated_micro_batches(finished, tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-6, abs=0), (a["step"], name)
 
 
-def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch, optimizer):
     """Reads of a tensor's value in this process; images are decoded in another, which reads small
     CPU tensors."""
     reads = note_reads(monkeypatch)
@@ -230,6 +231,7 @@ def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
     for epochs in (1, 2):  # 62 steps more, whose last one logs
         reads.clear()
         more = ["--epochs", epochs, "--log_interval", 1000, "--num_workers", 1, "--save_epochs", 0]
+        more += ["--optimizer", optimizer]
         main_pretrain.main(digits(tmp_path / str(epochs), *more, "--clip_grad", 0.5))
         assert "synchronize" not in reads
         counts.append({name: reads.count(name) for name in set(reads)})
@@ -241,7 +243,7 @@ def test_steps_that_do_not_log_never_wait_for_the_device(tmp_path, monkeypatch):
 
 
 def test_shared_mask_and_variants_train(tmp_path):
-    more = ["--epochs", 1, "--shared_mask", "--class_token", "false", "--precision", "bf16"]
+    more = ["--epochs", 1, "--shared_mask", "--class_tokens", "0", "--precision", "bf16"]
     more += ["--decoder_class_token", "false", "--norm_pix_loss", "false", "--clip_grad", 0.5]
     metrics = main_pretrain.main(digits(tmp_path, *more))
     assert metrics["step"] == STEPS_PER_EPOCH

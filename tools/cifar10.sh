@@ -36,11 +36,11 @@ run() {
 run pretrain pretrain pretrain --epochs "$PRETRAIN_EPOCHS"
 weights=$output/pretrain/model.safetensors
 run knn finetune knn --finetune "$weights"
-run knn finetune knn_untrained --finetune random --class_token true
+run knn finetune knn_untrained --finetune random --class_tokens 1
 run lincls lincls lincls --finetune "$weights" --epochs "$EVAL_EPOCHS"
-run lincls lincls lincls_untrained --finetune random --class_token true --epochs "$EVAL_EPOCHS"
+run lincls lincls lincls_untrained --finetune random --class_tokens 1 --epochs "$EVAL_EPOCHS"
 run finetune finetune finetune --finetune "$weights" --epochs "$EVAL_EPOCHS" --subset "$SUBSET"
-run finetune finetune finetune_untrained --class_token true --layer_decay 1 \
+run finetune finetune finetune_untrained --class_tokens 1 --layer_decay 1 \
   --epochs "$EVAL_EPOCHS" --subset "$SUBSET"
 
 choose_python "$root"

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> WeightsInfo:
     graphs.add_argument(
         "--global_pool",
         choices=("avg", "token"),
-        help="Readout of an encoder; default its classifier's, or the class token if it has one.",
+        help="Readout of an encoder; default its classifier's, or the class tokens if it has any.",
     )
     graphs.add_argument(
         "--with_preprocessing",

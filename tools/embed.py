@@ -57,8 +57,8 @@ def reader(
     layers = sorted({layer % depth for layer in cfg.layer})
     pool = "patch" if cfg.output == "patch" else cfg.pool
     kinds = ["avg", "token"] if pool == "both" else [pool]
-    if "token" in kinds and (not spec.class_token or spec.fc_norm):
-        lack = "norm for it" if spec.class_token else "class token"
+    if "token" in kinds and (not spec.class_tokens or spec.fc_norm):
+        lack = "norm for it" if spec.class_tokens else "class token"
         raise InputError(f"pool {cfg.pool}: {cfg.finetune} has no {lack}, use --pool avg")
 
     def embed(images: Tensor) -> Answers:
@@ -70,9 +70,10 @@ def reader(
             if number not in layers:
                 continue
             tokens = model.norm(tokens)  # (B, T, D)
-            patches = tokens[:, int(spec.class_token) :]  # (B, N, D)
+            patches = tokens[:, spec.class_tokens :]  # (B, N, D)
             mean = model.fc_norm(patches.mean(dim=1))  # (B, D)
-            features = {"patch": patches, "token": tokens[:, 0], "avg": mean}
+            token = tokens[:, : spec.class_tokens].mean(dim=1)  # (B, D)
+            features = {"patch": patches, "token": token, "avg": mean}
             for kind in kinds:
                 name = f"{kind}_layer{number}" if len(layers) > 1 else kind
                 feature = features[kind]

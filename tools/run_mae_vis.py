@@ -20,7 +20,7 @@ from data.transforms import EvalTransform, PixelNormalizer
 from engine.evaluation.from_weights import build_autoencoder
 from engine.pictures.choose import open_images
 from engine.pictures.drawing import check_replaceable, draw_grid, to_picture, write_png
-from engine.pictures.reconstruction import CAPTIONS, COLUMNS, reconstruct
+from engine.pictures.reconstruction import COLUMNS, caption_of, reconstruct
 from engine.run.folder import check_writable
 from models.build import mae_config_problems
 from models.masks import draw_mask
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
                 f"PSNR {psnr[full_name]:.2f} dB"
             )
             print(labels[-1])
-    write_png(grid, draw_grid(rows, COLUMNS, labels, CAPTIONS[model.norm_pix_loss]))
+    write_png(grid, draw_grid(rows, COLUMNS, labels, caption_of(model)))
     print(f"wrote {grid} and {len(COLUMNS) * len(rows)} single pictures beside it")
     return {"grid": grid, "psnr": psnr}
 

@@ -8,8 +8,10 @@ For each image it writes <name>_rollout.png, the map over the image with a colou
 <name>_rollout.npy, the map itself, one value per patch; and <name>_heads.png, each head of the last
 layer (or of --layer_index). rollouts.png shows all images as the model sees them, with their maps.
 With --category_index the maps show what speaks for one class, by the gradient (arXiv 2103.15679);
-this needs a classifier with a head. Without --image_path the images are validation images of the
-data set.
+this needs a classifier with a head. With --reader probe the weights are those of an attentive probe
+(main_lincls.py --probe attentive): <name>_probe.png and .npy are the mean attention of its queries,
+<name>_queries.png that of each. Without --image_path the images are validation images of the data
+set.
 """
 
 import io
@@ -41,6 +43,7 @@ from engine.pictures.drawing import (
 from engine.pictures.rollout import read_patches, rollout
 from engine.run.folder import check_writable
 from models.build import classifier_config_problems
+from models.heads.attentive import attention_of
 from models.vit import VisionTransformer
 from models.weights.read import read_weights
 from util.dist import init_processes
@@ -54,8 +57,8 @@ OVERLAY = 480  # a small image is enlarged as often as keeps it within these pix
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
-    """Writes the pictures and maps; returns the paths `grid` of rollouts.png and `overlays` of each
-    image's picture."""
+    """Writes the pictures and maps; returns the paths `grid` of rollouts.png or probes.png, and
+    `overlays` of each image's picture."""
     cfg = load_config(
         ExplainConfig,
         "vit_explain",
@@ -76,9 +79,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     )
     chosen = {"class": cfg.category_index, "layer": cfg.layer_index}
     suffix = "".join(f"_{key}{index}" for key, index in chosen.items() if index is not None)
-    endings = ("rollout.png", "rollout.npy", "heads.png")
+    kind, parts = ("probe", "queries") if cfg.reader == "probe" else ("rollout", "heads")
+    endings = (f"{kind}.png", f"{kind}.npy", f"{parts}.png")
     files = {name: [folder / f"{name}{suffix}_{end}" for end in endings] for name in images}
-    grid = folder / f"rollouts{suffix}.png"
+    grid = folder / f"{kind}s{suffix}.png"
     check_replaceable(grid, *(path for paths in files.values() for path in paths))
     info = None if cfg.finetune == RANDOM_WEIGHTS else read_weights(cfg.finetune)[1]
     num_classes = info.known("num_classes") if info and info.task == "classify" else 0
@@ -88,16 +92,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         check_choices(cfg, model, num_classes, info and info.known("global_pool"))
         normalize = PixelNormalizer(cfg.mean, cfg.std, processes.device)
         fit = EvalTransform(cfg.img_size, cfg.crop_pct)
-        has_cls = model.cls_token is not None
+        class_tokens = model.class_tokens
         # For a class, the rows that the head reads: a token that it ignores has a gradient of 0.
         reader = cfg.reader or ("token" if cfg.category_index is None else cfg.global_pool)
         for name, image in images.items():
             shown = fit(image)
-            attentions = attentions_of(cfg, model, normalize(shown[None]))
-            layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
-            layers = attentions if cfg.layer_index is None else [attentions[layer]]
-            patches = rollout(layers, cfg.head_fusion, cfg.discard_ratio, has_cls, reader)
-            heat = to_map(patches[0], model)  # (rows, columns)
+            pixels = normalize(shown[None])
+            if model.pool is not None and reader == "probe":
+                with torch.no_grad():
+                    tokens = model.forward_map(pixels).flatten(2).mT  # (1, N, D)
+                    each = attention_of(tokens, model.pool.queries)[0]  # (M, N)
+                whole_map, title = each.mean(dim=0), f"{name}: the {len(each)} queries of the probe"
+            else:
+                attentions = attentions_of(cfg, model, pixels)
+                layer = len(attentions) - 1 if cfg.layer_index is None else cfg.layer_index
+                layers = attentions if cfg.layer_index is None else [attentions[layer]]
+                whole_map = rollout(
+                    layers, cfg.head_fusion, cfg.discard_ratio, class_tokens, reader
+                )[0]
+                each = read_patches(attentions[layer][0], class_tokens, reader)  # (heads, N)
+                title = f"{name}: the {len(each)} heads of layer {layer}"
+            heat = to_map(whole_map, model)  # (rows, columns)
             overlay_path, map_path, heads_path = files[name]
             write_npy(map_path, heat)
             box = fit.seen(*image.shape[-2:])
@@ -106,14 +121,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
             )
             write_png(overlay_path, draw_overlay(whole, heat, box, label_of(cfg)))
             pairs.append([picture, heat_over(picture, heat)])
-            heads = read_patches(attentions[layer][0], has_cls, reader)  # (heads, N)
-            maps = [heat_over(picture, to_map(head, model)) for head in heads]
+            maps = [heat_over(picture, to_map(one, model)) for one in each]
             columns = math.ceil(math.sqrt(len(maps)))  # about as many as rows
             rows = [maps[start : start + columns] for start in range(0, len(maps), columns)]
-            title = f"{name}: the {len(heads)} heads of layer {layer}"
             write_png(heads_path, draw_grid(rows, [title], [""] * len(rows)))
             print(f"wrote {overlay_path}, {map_path.name} and {heads_path.name}")
-    write_png(grid, draw_grid(pairs, ["image", "rollout"], list(images)))
+    write_png(grid, draw_grid(pairs, ["image", kind], list(images)))
     print(f"wrote {grid}")
     return {"grid": grid, "overlays": [paths[0] for paths in files.values()]}
 
@@ -126,7 +139,9 @@ def check_choices(
     category, layer, depth = cfg.category_index, cfg.layer_index, len(model.blocks)
     problems = where(
         (
-            trained_with not in (None, cfg.global_pool),
+            # an attentive readout reads the patch tokens as well
+            {"attentive": "avg"}.get(str(trained_with), trained_with)
+            not in (None, cfg.global_pool),
             f"global_pool is {cfg.global_pool} and {cfg.finetune} was trained with {trained_with}",
         ),
         (
@@ -141,6 +156,11 @@ def check_choices(
         (
             layer is not None and layer >= depth,
             f"layer_index is {layer} and the model has {depth} layers, counted from 0",
+        ),
+        (
+            cfg.reader == "probe" and model.pool is None,
+            f"reader probe draws an attentive probe and {cfg.finetune} has none: name the "
+            "model.safetensors of a linear classification with probe attentive",
         ),
     )
     if problems:
@@ -194,6 +214,8 @@ def draw_overlay(
 
 def label_of(cfg: ExplainConfig) -> str:
     """What a map shows, for its colour bar."""
+    if cfg.reader == "probe":
+        return "attention of the probe's queries"
     layer = "" if cfg.layer_index is None else f" of layer {cfg.layer_index} alone"
     category = "" if cfg.category_index is None else f" for class {cfg.category_index}"
     return f"attention rollout{layer}{category}"

@@ -3,7 +3,7 @@ segmentation and detection that are fine-tuned and evaluated, and the autoencode
 Pretraining's are in `engine/run/initial.py`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -18,7 +18,7 @@ from models.lora import add_lora, freeze_blocks
 from models.mae import MaskedAutoencoder
 from models.spec import DenseSpec, EncoderSpec
 from models.vit import VisionTransformer
-from models.weights.adapt import load_into_classifier, load_into_dense, load_into_mae
+from models.weights.adapt import TARGET, load_into_classifier, load_into_dense, load_into_mae
 from models.weights.info import WeightsInfo, spelled
 from models.weights.read import read_weights
 from util.errors import InputError
@@ -48,15 +48,19 @@ def build_finetuned(
     Raises: InputError if the weights do not fit the settings, or `eval` finds no head in them.
     """
     fc_norm, num_classes = cfg.global_pool == "avg", len(objective.names)
+    readout: dict[str, object] = {}
     if cfg.finetune is None:
-        return _build(cfg, num_classes, _class_token(cfg), fc_norm), None
+        return _build(cfg, num_classes, _class_tokens(cfg), fc_norm), None
     tensors, info = _read(cfg, cfg.finetune)
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
         fc_norm = bool(info.known("fc_norm"))
-        _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
+        readout = attentive_readout(info)
+        pool = "avg" if readout else info.known("global_pool")  # both read the patch tokens
+        _check_same("global_pool", cfg.global_pool, pool, cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
         _compare_names(info, objective.names)
-    model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm)
+    class_tokens = _class_tokens(cfg, cfg.finetune, info)
+    model = _build(cfg, num_classes, class_tokens, fc_norm, readout)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
     if cfg.eval and fresh:
         raise InputError(
@@ -91,12 +95,12 @@ def build_dense(cfg: FinetuneConfig, class_names: list[str]) -> tuple[DenseTrans
     torch.manual_seed(cfg.seed)
     num_classes = len(class_names)
     if cfg.finetune is None:
-        class_token = bool(cfg.class_token)
-        spec = dense_spec(cfg, num_classes=num_classes, class_token=class_token)
+        class_tokens = cfg.class_tokens or 0
+        spec = dense_spec(cfg, num_classes=num_classes, class_tokens=class_tokens)
         return build_model(spec), None
     tensors, info = _read(cfg, cfg.finetune)
-    _check_same("class_token", cfg.class_token, info.spec.class_token, cfg.finetune)
-    spec = dense_spec(cfg, num_classes=num_classes, class_token=info.spec.class_token)
+    _check_same("class_tokens", cfg.class_tokens, info.spec.class_tokens, cfg.finetune)
+    spec = dense_spec(cfg, num_classes=num_classes, class_tokens=info.spec.class_tokens)
     if cfg.eval:
         theirs = info.spec
         if not isinstance(theirs, DenseSpec) or (theirs.task, theirs.num_classes) != (
@@ -131,12 +135,13 @@ def build_frozen(
     Raises: InputError if the weights do not fit the settings.
     """
     if weights == RANDOM_WEIGHTS:
-        model, sha256 = _build(cfg, num_classes, _class_token(cfg), fc_norm=False), None
+        model, sha256 = _build(cfg, num_classes, _class_tokens(cfg), fc_norm=False), None
         init_weights(model)
     else:
         tensors, info = _read(cfg, weights)
-        class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))
-        model, sha256 = _build(cfg, num_classes, class_token, fc_norm), info.sha256
+        class_tokens, fc_norm = _class_tokens(cfg, weights, info), bool(info.known("fc_norm"))
+        readout = attentive_readout(info) if isinstance(cfg, ExplainConfig) else {}
+        model, sha256 = _build(cfg, num_classes, class_tokens, fc_norm, readout), info.sha256
         load_into_classifier(model, tensors, info, weights, uses_head=False)
     return model.eval().requires_grad_(False), sha256
 
@@ -148,20 +153,33 @@ def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> Mas
     target.
     """
     tensors, info = _read(cfg, weights)
-    _check_same("norm_pix_loss", cfg.norm_pix_loss, info.known("norm_pix_loss"), weights)
+    for name in TARGET:
+        _check_same(name, getattr(cfg, name), info.known(name), weights)
     # The share that is predicted matters in training only.
     model = build_model(mae_spec(cfg, mask_ratio=mask_ratio, pred_ratio=None))
     load_into_mae(model, tensors, info, weights)
     return model.eval().requires_grad_(False)
 
 
+def attentive_readout(info: WeightsInfo) -> dict[str, object]:
+    """The fields of a classifier's attentive readout; of any other weights none."""
+    if info.known("global_pool") != "attentive":
+        return {}
+    return {name: info.known(name) for name in ("global_pool", "probe_queries", "probe_dim")}
+
+
 def _build(
-    cfg: FinetuneConfig | FrozenConfig, num_classes: int, class_token: bool, fc_norm: bool
+    cfg: FinetuneConfig | FrozenConfig,
+    num_classes: int,
+    class_tokens: int,
+    fc_norm: bool,
+    readout: Mapping[str, object] | None = None,
 ) -> VisionTransformer:
     torch.manual_seed(cfg.seed)
-    return build_model(
-        classifier_spec(cfg, num_classes=num_classes, class_token=class_token, fc_norm=fc_norm)
+    spec = classifier_spec(
+        cfg, num_classes=num_classes, class_tokens=class_tokens, fc_norm=fc_norm, **(readout or {})
     )
+    return build_model(spec)
 
 
 def _read(cfg: PixelConfig, weights: str) -> tuple[dict[str, Tensor], WeightsInfo]:
@@ -171,19 +189,19 @@ def _read(cfg: PixelConfig, weights: str) -> tuple[dict[str, Tensor], WeightsInf
     return tensors, info
 
 
-def _class_token(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | None = None) -> bool:
-    """Whether the model has a class token: as the weights have it, or without weights as the
-    settings say, or else as `global_pool` needs it."""
+def _class_tokens(cfg: ClassifierConfig, weights: str = "", info: WeightsInfo | None = None) -> int:
+    """Number of the model's class tokens: as the weights have them, or without weights as the
+    settings say, or else as `global_pool` needs them."""
     needed = cfg.global_pool == "token"
     if info is None:
-        return needed if cfg.class_token is None else cfg.class_token
-    has_token = info.spec.class_token
-    _check_same("class_token", cfg.class_token, has_token, weights)
-    if needed and not has_token:
+        return int(needed) if cfg.class_tokens is None else cfg.class_tokens
+    found = info.spec.class_tokens
+    _check_same("class_tokens", cfg.class_tokens, found, weights)
+    if needed and not found:
         raise InputError(
-            f"global_pool token reads the class token and {weights} has none: use --global_pool avg"
+            f"global_pool token reads class tokens and {weights} has none: use --global_pool avg"
         )
-    return has_token
+    return found
 
 
 def _compare_names(info: WeightsInfo, names: Sequence[str]) -> None:

@@ -1,4 +1,5 @@
-"""Training of linear probes (`models/heads/probe.py`), one or many that share each forward pass.
+"""Training of linear and attentive probes (`models/heads/probe.py`), one or many that share each
+forward pass.
 
 Probes differ in their learning rate only and never touch one another: each has its own parameters,
 loss, optimiser state and its own skipped steps.
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 
 from engine.evaluation.classification import Scores
 from engine.evaluation.metrics import merit
-from models.heads.probe import LinearProbes
+from models.heads.probe import AttentiveProbes, LinearProbes
+from models.spec import ClassifierSpec, EncoderSpec
+from util.rng import HEAD, generator
 from util.settings.evaluation import LinclsConfig
 
 TRUST_COEFFICIENT = 0.001
@@ -55,6 +58,21 @@ def choose_probe(scores: list[Scores], metric: str = "acc1") -> int:
     )
 
 
+def build_probes(cfg: LinclsConfig, spec: EncoderSpec, num_classes: int) -> LinearProbes:
+    """The fresh probes of the settings, one for each learning rate, on a frozen encoder."""
+    draws = generator(cfg.seed, HEAD)
+    if not isinstance(spec, ClassifierSpec) or not (spec.probe_queries and spec.probe_dim):
+        return LinearProbes(spec.embed_dim, num_classes, len(cfg.lr), draws)
+    return AttentiveProbes(
+        embed_dim=spec.embed_dim,
+        dim=spec.probe_dim,
+        num_queries=spec.probe_queries,
+        num_classes=num_classes,
+        num_probes=len(cfg.lr),
+        generator=draws,
+    )
+
+
 def build_probe_optimizer(probes: LinearProbes, cfg: LinclsConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, or LARS (arXiv 1708.03888), with a learning rate per probe, in
     the order of `cfg.lr`.
@@ -63,13 +81,14 @@ def build_probe_optimizer(probes: LinearProbes, cfg: LinclsConfig) -> torch.opti
     the matrices, even without weight decay, and never the biases; biases do not decay.
     """
     groups: list[dict[str, object]] = []
-    for lr, weight, bias in zip(cfg.lr, probes.weights, probes.biases, strict=True):
-        for parameter, decay, adapts in ((weight, cfg.weight_decay, True), (bias, 0.0, False)):
+    for lr, parameters in zip(cfg.lr, probes.of_each(), strict=True):
+        for parameter in parameters:
+            is_matrix = parameter.ndim > 1
             groups.append(
                 {
                     "params": [parameter],
-                    "weight_decay": decay,
-                    "always_adapt": adapts,
+                    "weight_decay": cfg.weight_decay if is_matrix else 0.0,
+                    "always_adapt": is_matrix,
                     "lr_scale": lr / cfg.base_lr,
                 }
             )
@@ -105,15 +124,18 @@ def probe_step(
     """
     assert not scaler.is_enabled(), "probes are trained without loss scaling"
     average_statistics(probes)
-    pairs = list(zip(probes.weights, probes.biases, strict=True))
     norms = torch.stack(
-        [torch.nn.utils.get_total_norm([p.grad for p in pair]) for pair in pairs]
+        [
+            torch.nn.utils.get_total_norm([p.grad for p in each if p.grad is not None])
+            for each in probes.of_each()
+        ]
     )  # (H,)
     finite = norms.isfinite()
     # waits for the device: timm's LARS cannot skip a parameter on its own
-    for (weight, bias), is_finite in zip(pairs, finite.tolist(), strict=True):
+    for parameters, is_finite in zip(probes.of_each(), finite.tolist(), strict=True):
         if not is_finite:
-            weight.grad = bias.grad = None
+            for parameter in parameters:
+                parameter.grad = None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     found_inf = (~finite.any()).float()

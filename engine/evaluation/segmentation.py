@@ -132,7 +132,7 @@ def segmented(
     """
     call = on_pixels(predict, cfg, cfg.precision, run.device)
     window = pair(cfg.img_size) if cfg.eval_mode == "slide" else None
-    patch_size = classifier_spec(cfg, num_classes=0, class_token=True).patch_size
+    patch_size = classifier_spec(cfg, num_classes=0, class_tokens=1).patch_size
     transform = partial(segment_eval, img_size=cfg.img_size, patch_size=patch_size)
     bad: list[BadSample] = []
     for batch in annotated_eval_batches(cfg, run, source, transform, with_targets=True):

@@ -29,7 +29,7 @@ from engine.evaluation.logistic import fit_linear
 from engine.parallel import unsharded_model
 from engine.pictures.choose import spread, validation_source
 from engine.pictures.drawing import MONITOR_PICTURE, draw_grid, heat_over, to_picture
-from engine.pictures.reconstruction import CAPTIONS, COLUMNS, reconstruct
+from engine.pictures.reconstruction import COLUMNS, caption_of, reconstruct
 from engine.pictures.rollout import rollout
 from engine.run.folder import Run
 from engine.run.job import TrainState
@@ -169,12 +169,12 @@ class Monitor:
             )
             found = reconstruct(model, image, mask, normalize)
             attentions = encoder.iterate_attention(normalize(image[None]))
-            heat = rollout(attentions, "mean", 0.0, encoder.cls_token is not None)  # (1, N)
+            heat = rollout(attentions, "mean", 0.0, encoder.class_tokens)  # (1, N)
             row = [to_picture(picture, self.cfg.show_channels) for picture in found[:-1]]
             rows.append([*row, heat_over(row[0], heat.view(encoder.grid_size).cpu().numpy())])
             psnr.append(found.psnr.item())
             labels.append(f"{Path(name).name}  PSNR {psnr[-1]:.2f} dB")
-        caption = f"{CAPTIONS[model.norm_pix_loss]} {ATTENTION}"
+        caption = f"{caption_of(model)} {ATTENTION}"
         picture = draw_grid(rows, [*COLUMNS, "attention"], labels, caption)
         self.run.records.write_picture(MONITOR_PICTURE, picture, step)
         return sum(psnr) / len(psnr)

@@ -21,6 +21,8 @@ CAPTIONS = {  # by `norm_pix_loss`: what a reader has to know about pictures of 
     False: f"The model predicts pixels as they are. {LOSS}",
 }
 
+LOWPASS = "Its target is the image without high frequencies."
+
 
 class Reconstruction(NamedTuple):
     """Images `(C, H, W)`, and the psnr `()` in dB over the removed patches.
@@ -37,6 +39,12 @@ class Reconstruction(NamedTuple):
 
 
 COLUMNS = Reconstruction._fields[:-1]  # the pictures among them
+
+
+def caption_of(model: MaskedAutoencoder) -> str:
+    """What a reader has to know about pictures of the model's predictions."""
+    of_target = f" {LOWPASS}" if model.spec.target == "lowpass" else ""
+    return CAPTIONS[model.norm_pix_loss] + of_target
 
 
 @torch.no_grad()

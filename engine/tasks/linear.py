@@ -107,14 +107,14 @@ class LinearImages:
 
     def losses(self, probes: nn.Module, frozen: VisionTransformer, batch: Batch) -> Tensor:
         with torch.no_grad():
-            features = frozen.forward_features(self.normalize(batch.images))  # (B, D)
+            features = probed_features(frozen, self.normalize(batch.images))
         targets = batch.targets.to(self.device, non_blocking=True)
         return probe_loss(probes(features), targets, self.objective.losses)
 
     def evaluate(self, probes: nn.Module, frozen: VisionTransformer) -> dict[str, list[Scores]]:
         return {
             split: evaluator(
-                lambda images: probes(frozen.forward_features(images)), len(self.cfg.lr)
+                lambda images: probes(probed_features(frozen, images)), len(self.cfg.lr)
             )
             for split, evaluator in self.evaluators.items()
         }
@@ -173,6 +173,14 @@ class LinearSegmentation:
     def weights(self, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
         head = {"head.classify.weight": weight[:, :, None, None], "head.classify.bias": bias}
         return head, {"class_names": self.all_names}
+
+
+def probed_features(frozen: VisionTransformer, images: Tensor) -> Tensor:
+    """What probes read: the feature of an image, `(B, D)`, or for attentive probes the normalised
+    feature of each patch, `(B, N, D)`."""
+    if frozen.pool is None:
+        return frozen.forward_features(images)
+    return rearrange(frozen.forward_map(images), "b d h w -> b (h w) d")
 
 
 def patch_logits(probes: nn.Module, features: Tensor) -> Tensor:

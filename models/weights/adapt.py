@@ -17,17 +17,34 @@ from torch.nn import functional as F
 from models.dense import DenseTransformer
 from models.mae import DECODER_NAMES, MaskedAutoencoder
 from models.pos_embed import resize_pos_embed, sincos_pos_embed
-from models.spec import DenseSpec, EncoderSpec, MAESpec, ModelSpec, encoder_spec, pair
+from models.spec import (
+    ClassifierSpec,
+    DenseSpec,
+    EncoderSpec,
+    MAESpec,
+    ModelSpec,
+    encoder_spec,
+    pair,
+)
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo, spelled
 from util.errors import InputError
 
 # Fields in which file and settings may differ. A classifier's positions are resized and its readout
 # and head replaced; an autoencoder's weights do not depend on how it is trained.
-ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate")
-TRAINING_ONLY = ("mask_ratio", "pred_ratio", "norm_pix_loss")
-# Pretraining that starts from weights also adapts the patch projection and the class token.
-STARTED_FROM = ("img_size", "patch_size", "in_chans", "class_token", *TRAINING_ONLY)
+ADAPTED = (
+    "img_size",
+    "num_classes",
+    "global_pool",
+    "fc_norm",
+    "drop_path_rate",
+    "probe_queries",
+    "probe_dim",
+)
+TARGET = ("norm_pix_loss", "target", "target_cutoff")  # what the decoder predicts
+TRAINING_ONLY = ("mask_ratio", "pred_ratio", *TARGET)
+# Pretraining that starts from weights also adapts the patch projection and the class tokens.
+STARTED_FROM = ("img_size", "patch_size", "in_chans", "class_tokens", *TRAINING_ONLY)
 SINCOS_ERROR = 1e-3  # of a table in half precision; a table that was learned is further away
 logger = logging.getLogger(__name__)
 
@@ -39,20 +56,23 @@ def load_into_classifier(
     path: str | Path,
     uses_head: bool = True,
 ) -> frozenset[str]:
-    """Loads canonical tensors; returns the names that stayed fresh (of `fc_norm` and `head`, no
-    others).
+    """Loads canonical tensors; returns the names that stayed fresh (of `fc_norm`, `pool` and
+    `head`, no others).
 
     `uses_head` False is for features alone: what becomes of the head is only logged for debugging.
 
     Dropped: the decoder; `norm` where the model has `fc_norm`; a head for another number of
-    classes, or for segmentation or detection. Positions of another grid are resized. All of it is
-    logged.
+    classes, or for segmentation or detection; an attentive readout and its head, unless the model
+    has the same. Positions of another grid are resized. All of it is logged.
 
     Raises: InputError naming both sides of everything that does not fit; the model is untouched
     then.
     """
-    tensors, info = as_encoder(tensors, info)
     spec, own = model.spec, model.state_dict()
+    probe = (spec.probe_queries, spec.probe_dim)
+    of_file = (info.known("probe_queries"), info.known("probe_dim"))
+    if spec.global_pool != "attentive" or of_file != probe:
+        tensors, info = as_encoder(tensors, info)
     problems = _differences(info, spec, ADAPTED)
     if info.known("fc_norm") and not spec.fc_norm:
         problems.append(
@@ -79,7 +99,7 @@ def load_into_classifier(
     tensors = {name: t for name, t in tensors.items() if not name.startswith(dropped)}
     tensors["pos_embed"] = _resized(tensors["pos_embed"], info.spec, spec)
     fresh = frozenset(own.keys() - tensors.keys())
-    assert all(name.startswith(("fc_norm.", "head.")) for name in fresh), fresh
+    assert all(name.startswith(("fc_norm.", "pool.", "head.")) for name in fresh), fresh
     model.load_state_dict({name: own[name] for name in fresh} | tensors, strict=True)
     return fresh
 
@@ -115,12 +135,21 @@ def load_into_dense(
 def as_encoder(
     tensors: dict[str, Tensor], info: WeightsInfo
 ) -> tuple[dict[str, Tensor], WeightsInfo]:
-    """A model for segmentation or detection without its head; all else as it is."""
-    if not isinstance(info.spec, DenseSpec):
+    """A model for segmentation or detection without its head, and one with an attentive readout
+    without that and its head; all else as it is."""
+    spec: ModelSpec
+    if isinstance(info.spec, DenseSpec):
+        logger.info("head dropped: it is for task %s", info.spec.task)
+        spec = encoder_spec(info.spec)
+    elif isinstance(info.spec, ClassifierSpec) and info.spec.global_pool == "attentive":
+        logger.info("attentive readout and head dropped")
+        spec = replace(
+            info.spec, num_classes=0, global_pool="avg", probe_queries=None, probe_dim=None
+        )
+    else:
         return tensors, info
-    logger.info("head dropped: it is for task %s", info.spec.task)
-    encoder = {name: t for name, t in tensors.items() if not name.startswith("head.")}
-    return encoder, replace(info, spec=encoder_spec(info.spec))
+    encoder = {name: t for name, t in tensors.items() if not name.startswith(("head.", "pool."))}
+    return encoder, replace(info, spec=spec)
 
 
 def load_into_mae(
@@ -147,9 +176,9 @@ def load_for_pretraining(
     """Loads canonical tensors, with or without a decoder, to go on with pretraining.
 
     Fresh: a decoder that the file has not, or of another geometry; its `decoder_pred` for patches
-    of another size or number of channels; a class token or `norm` that the file has not. Adapted:
-    the patch projection and the positions. Dropped: a head, `fc_norm`, and a class token that the
-    settings have not. All of it is logged.
+    of another size or number of channels; a `norm` that the file has not; class tokens if it has
+    another number of them. Adapted: the patch projection and the positions. Dropped: a head,
+    `fc_norm`, and such class tokens. All of it is logged.
 
     Raises: InputError naming both sides of an encoder that does not fit; the model is untouched
     then.
@@ -167,7 +196,7 @@ def load_for_pretraining(
         logger.info("decoder dropped, a fresh one starts: %s", "; ".join(of_decoder))
     else:
         _compare_targets(info, spec)
-    if theirs.class_token and not spec.class_token:
+    if theirs.class_tokens != spec.class_tokens:
         dropped += ("cls_token",)
     sizes = [(s.in_chans, pair(s.patch_size)) for s in (theirs, spec)]
     if sizes[0] != sizes[1]:
@@ -176,12 +205,12 @@ def load_for_pretraining(
     name = "patch_embed.proj.weight"
     taken[name] = adapt_projection(taken[name], *sizes[1])
     for name in [name for name in ("pos_embed", "decoder_pos_embed") if name in taken]:
-        token = "class_token" if name == "pos_embed" else "decoder_class_token"
-        old_token, new_token = getattr(theirs, token), getattr(spec, token)
-        patches = taken[name][:, old_token:]  # (1, N, D)
-        first = taken[name] if old_token else own[name]
-        table = torch.cat([first[:, :new_token], patches], dim=1)  # (1, N + new_token, D)
-        taken[name] = _positions_for(table, theirs.grid_size, spec.grid_size, new_token, name)
+        field = "class_tokens" if name == "pos_embed" else "decoder_class_tokens"
+        old_tokens, new_tokens = getattr(theirs, field), getattr(spec, field)
+        first = taken[name] if old_tokens == new_tokens else own[name]
+        patches = taken[name][:, old_tokens:]  # (1, N, D)
+        table = torch.cat([first[:, :new_tokens], patches], dim=1)  # (1, N + new_tokens, D)
+        taken[name] = _positions_for(table, theirs.grid_size, spec.grid_size, new_tokens, name)
     fresh = own.keys() - taken.keys()
     lost = tensors.keys() - taken.keys()
     logger.info("taken from %s: %d of the model's %d tensors", path, len(taken), len(own))
@@ -222,35 +251,35 @@ def adapt_projection(weight: Tensor, in_chans: int, patch_size: tuple[int, int])
 
 
 def _resized(table: Tensor, theirs: EncoderSpec, spec: EncoderSpec) -> Tensor:
-    """A position table `(1, N + class_token, D)` for the grid of another model, and a log line if
+    """A position table `(1, N + class_tokens, D)` for the grid of another model, and a log line if
     that differs."""
     old, new = theirs.grid_size, spec.grid_size
     if old == new:
         return table
     logger.info("positions resized from %s to %s patches", spelled(old), spelled(new))
-    return resize_pos_embed(table, old, new, spec.class_token)
+    return resize_pos_embed(table, old, new, spec.class_tokens)
 
 
 def _positions_for(
     table: Tensor,
     old_grid: tuple[int, int],
     new_grid: tuple[int, int],
-    class_token: bool,
+    class_tokens: int,
     name: str,
 ) -> Tensor:
-    """A position table `(1, N + class_token, D)` for another grid: the sine-cosine one is computed
-    anew, a learned one resized. The class token's row stays as it is."""
+    """A position table `(1, N + class_tokens, D)` for another grid: the sine-cosine one is computed
+    anew, a learned one resized. The class tokens' rows stay as they are."""
     if old_grid == new_grid:
         return table
     width = table.shape[-1]
-    fixed = sincos_pos_embed(width, old_grid, False)
-    is_fixed = torch.allclose(table[:, class_token:].float(), fixed, rtol=0, atol=SINCOS_ERROR)
+    fixed = sincos_pos_embed(width, old_grid, 0)
+    is_fixed = torch.allclose(table[:, class_tokens:].float(), fixed, rtol=0, atol=SINCOS_ERROR)
     how, old, new = "recomputed" if is_fixed else "resized", spelled(old_grid), spelled(new_grid)
     logger.info("%s %s from %s to %s patches", name, how, old, new)
     if is_fixed:
-        fixed = sincos_pos_embed(width, new_grid, False)
-        return torch.cat([table[:, :class_token].float(), fixed], dim=1)
-    return resize_pos_embed(table, old_grid, new_grid, class_token)
+        fixed = sincos_pos_embed(width, new_grid, 0)
+        return torch.cat([table[:, :class_tokens].float(), fixed], dim=1)
+    return resize_pos_embed(table, old_grid, new_grid, class_tokens)
 
 
 def _differences(info: WeightsInfo, spec: ModelSpec, ignored: Collection[str]) -> list[str]:
@@ -276,14 +305,15 @@ def _parts(names: Collection[str]) -> list[str]:
 
 def _compare_targets(info: WeightsInfo, spec: MAESpec) -> None:
     """Warns of a decoder that was trained for another target."""
-    target = info.known("norm_pix_loss")
-    if target not in (None, spec.norm_pix_loss):
-        logger.warning(
-            "norm_pix_loss is %s in the file, %s in the settings: its decoder predicts another "
-            "target",
-            target,
-            spec.norm_pix_loss,
-        )
+    for name in TARGET:
+        theirs, ours = info.known(name), getattr(spec, name)
+        if name not in info.unknown and theirs != ours:
+            logger.warning(
+                "%s is %s in the file, %s in the settings: its decoder predicts another target",
+                name,
+                theirs,
+                ours,
+            )
 
 
 def _refuse_or_log(path: str | Path, info: WeightsInfo, problems: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""Names and settings of Hugging Face's ViTMAE (`transformers`), in both directions.
+"""Names and settings of Hugging Face's ViTMAE (`transformers`), in both directions, and of its
+Pixio and DINOv2, which are only read.
 
 Three generations of names are read: those of the published weights, those that the current model
 has in memory, and those that its `save_pretrained` writes (where the decoder's layers have a third
@@ -55,7 +56,14 @@ READ = {theirs.removeprefix("vit."): ours for theirs, ours in PUBLISHED.items()}
     "attention.k_proj": "attn.k",
     "attention.v_proj": "attn.v",
     "attention.o_proj": "attn.proj",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "register_tokens",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
 }
+OWNERS = {"vit_mae": "ViTMAE", "pixio": "Pixio"} | dict.fromkeys(
+    ("dinov2", "dinov2_with_registers"), "DINOv2"
+)  # by `model_type`
 DEFAULTS = {  # the library's, for settings that a config leaves out
     "num_attention_heads": 12,
     "decoder_num_attention_heads": 16,
@@ -69,12 +77,12 @@ logger = logging.getLogger(__name__)
 
 
 def is_huggingface(tensors: Iterable[str]) -> bool:
-    """Whether these are the names of a ViTMAE."""
+    """Whether these are the names of a ViT of that library."""
     return any(name.endswith(MARK) for name in tensors)
 
 
 def from_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Canonical names; parts of a name that no ViTMAE has stay as they are."""
+    """Canonical names; parts of a name that no ViT here has stay as they are."""
     found = {_renamed(name.removeprefix("vit."), READ): t for name, t in tensors.items()}
     for name in [name for name in found if ".attn.q." in name]:
         parts = [name.replace(".q.", f".{part}.") for part in "qkv"]
@@ -86,7 +94,7 @@ def from_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The fields of the specification that the `config.json` in a folder says and the tensors'
-    shapes do not.
+    shapes do not, and as `owner` whose model it is.
 
     Raises: InputError for another model or activation, or if there is no such file.
     """
@@ -103,13 +111,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             "norm_pix_loss": bool(config["norm_pix_loss"]),
         }
     except (OSError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"needs {path} as Hugging Face writes it for ViTMAE: {error}") from None
-    for name, needed in {"model_type": "vit_mae", "hidden_act": "gelu"}.items():
-        if config.get(name) != needed:
-            raise InputError(f"{path}: only {name} {needed!r} is read, got {config.get(name)!r}")
+        raise InputError(f"needs {path} as Hugging Face writes it: {error}") from None
+    for name, needed in {"model_type": [*OWNERS], "hidden_act": ["gelu"]}.items():
+        if config.get(name) not in needed:
+            raise InputError(
+                f"{path}: only {name} {' or '.join(map(repr, needed))} is read, got "
+                f"{config.get(name)!r}"
+            )
     if eps != LAYER_NORM_EPS:
         logger.warning("%s: layer_norm_eps is %g there and %g here", path, eps, LAYER_NORM_EPS)
-    return stated
+    return stated | {"owner": OWNERS[config["model_type"]]}
 
 
 def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from models.dense import DenseTransformer
 from models.mae import MaskedAutoencoder
 from models.spec import ClassifierSpec, DenseSpec, MAESpec, encoder_spec
 from models.vit import VisionTransformer
-from models.weights.adapt import load_into_classifier, load_into_dense, load_into_mae
+from models.weights.adapt import as_encoder, load_into_classifier, load_into_dense, load_into_mae
 from models.weights.info import WeightsInfo, require_known
 from util.errors import InputError
 
@@ -32,8 +32,8 @@ def load_classifier(
     """The classifier `(B, C, H, W)` -> `(B, num_classes)`, or its encoder alone -> `(B, D)`.
 
     Args:
-        global_pool: an encoder's readout; None is the classifier's, or of any other file the class
-            token if there is one.
+        global_pool: an encoder's readout; None is the classifier's (of an attentive one the mean
+            of the patch tokens), or of any other file the class token if there is one.
         img_size: None is that of the weights.
 
     Raises: InputError if the file does not tell `num_heads`, or has no head although one is needed.
@@ -43,6 +43,8 @@ def load_classifier(
         raise InputError(
             f"{path} ({info.kind}) holds no head of a classifier: fine-tune it, or take its encoder"
         )
+    if not uses_head:
+        tensors, info = as_encoder(tensors, info)
     spec = info.spec if isinstance(info.spec, ClassifierSpec) else encoder_spec(info.spec)
     spec = replace(spec, drop_path_rate=0.0, img_size=img_size or spec.img_size)
     if not uses_head:

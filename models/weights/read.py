@@ -28,7 +28,7 @@ from models.weights.reference_project import decoder_heads, from_reference, is_r
 from util.errors import InputError
 
 CANONICAL = re.compile(
-    r"cls_token|pos_embed|mask_token|decoder_pos_embed|"
+    r"cls_token|reg_token|register_tokens|pos_embed|mask_token|decoder_pos_embed|"
     r"(patch_embed\.proj|norm|fc_norm|head|decoder_embed|decoder_norm|decoder_pred)\.(weight|bias)|"
     r"(decoder_)?blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 )
@@ -36,12 +36,8 @@ CANONICAL = re.compile(
 ALWAYS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
 WITH_DECODER = {"decoder_embed.weight": 2, "decoder_pos_embed": 3}
 UNSUPPORTED = {  # parts of other ViTs, by a piece of their names
-    ".ls1.": "layer scale",
-    ".ls2.": "layer scale",
     "gamma_": "layer scale",
     "layer_scale": "layer scale",
-    "reg_token": "register tokens",
-    "register_tokens": "register tokens",
     "storage_tokens": "register tokens",
     "dist_token": "a distillation token",
     "head_dist": "a distillation token",
@@ -51,8 +47,10 @@ UNSUPPORTED = {  # parts of other ViTs, by a piece of their names
     "relative_position": "relative positions",
     "running_mean": "BatchNorm, as a linear probe's head has",
 }
+REGISTERS = ("reg_token", "register_tokens")  # timm's and DINOv2's names
 MAX_NAMES = 5  # in one list of an error
 PUBLISHED_HEADS = {(row["embed_dim"], row["depth"]): row["num_heads"] for row in VIT_SIZES.values()}
+PUBLISHED_HEADS |= {(1536, 48): 24, (3072, 48): 32}  # Pixio's 1B and 5B, by its model file
 PAPER_DECODER_HEADS = {512: 16}  # by the width of the decoder of every published MAE size
 PAPER_MASK_RATIO = 0.75  # arXiv 2111.06377, section 4.1; plays no part in the weights
 
@@ -125,30 +123,75 @@ def _foreign(
     types = {"norm_pix_loss": bool, "mask_ratio": float}
     stated = {n: raw.header[n] for n, kind in types.items() if isinstance(raw.header.get(n), kind)}
     if is_huggingface(tensors):
-        owner = "Hugging Face ViTMAE"
         tensors, stated = from_huggingface(tensors), read_config(folder)
+        owner = f"Hugging Face {stated['owner']}"
     elif is_reference(tensors):
         owner = "reference project"
         tensors = from_reference(tensors)
         stated["decoder_num_heads"] = decoder_heads(tensors)
     else:
-        owner = "MAE" if raw.source == "model" or "mask_token" in tensors else "timm"
+        owner = "MAE" if raw.source == "model" or "decoder_embed.weight" in tensors else "timm"
+    tensors = _fold_layer_scale(tensors)
+    if not any(name.startswith("decoder_") for name in tensors):
+        tensors.pop("mask_token", None)  # of a method that masks without a decoder, as DINOv2
     _check_names(tensors)
     if img_size:
         stated["img_size"] = img_size
-    spec, unknown = _foreign_spec(tensors, stated)
-    kind = f"{owner} ({_contents(spec)})"
+    has_registers = not tensors.keys().isdisjoint(REGISTERS)
+    tensors = _join_class_tokens(tensors, stated.get("img_size"))
+    spec, unknown = _foreign_spec(tensors, stated, has_registers)
+    kind = f"{owner} ({_contents(spec)}{' with registers' * has_registers})"
     return tensors, WeightsInfo(kind=kind, spec=spec, sha256=sha256, unknown=unknown)
 
 
+def _fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layer scale as a part of the layer before it, in float32, which gives the same function.
+
+    Source: arXiv 2103.17239, section 2.
+    """
+    folded = dict(tensors)
+    for scale, layer in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
+        for name in [name for name in tensors if name.endswith(scale)]:
+            gamma = folded.pop(name).float()  # (D,)
+            for kind, shape in (("weight", (-1, 1)), ("bias", (-1,))):
+                scaled = name.replace(scale, f"{layer}.{kind}")
+                folded[scaled] = folded[scaled].float() * gamma.view(shape)  # (D, F) or (D,)
+    return folded
+
+
+def _join_class_tokens(
+    tensors: dict[str, Tensor], img_size: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """Class tokens and registers as class tokens, in this order, and a row of the position table
+    for each, of zeros where the file has none: DINOv2 has none for its registers, and some of
+    timm's models have none for any of them."""
+    joined = dict(tensors)
+    tokens = [joined.pop(name) for name in ("cls_token", *REGISTERS) if name in tensors]
+    if not tokens:
+        return joined
+    joined["cls_token"] = torch.cat(tokens, dim=1)  # (1, class tokens, D)
+    count, table = joined["cls_token"].shape[1], tensors["pos_embed"]  # (1, rows + N, D)
+    rows = count
+    for possible in (0, tokens[0].shape[1], count):
+        patches = max(table.shape[1] - possible, 0)
+        p, q = tensors["patch_embed.proj.weight"].shape[2:]
+        wanted = img_size and (img_size[0] // p) * (img_size[1] // q)
+        if patches == (wanted or math.isqrt(patches) ** 2):
+            rows = possible
+    zeros = table.new_zeros(1, count - rows, table.shape[2])
+    joined["pos_embed"] = torch.cat([table[:, :rows], zeros, table[:, rows:]], dim=1)
+    return joined
+
+
 def _foreign_spec(
-    tensors: dict[str, Tensor], stated: dict[str, Any]
+    tensors: dict[str, Tensor], stated: dict[str, Any], has_registers: bool
 ) -> tuple[ModelSpec, frozenset[str]]:
     """The specification, from the tensors' shapes, the published sizes and what the file `stated`,
     and the fields of it that are unknown."""
     embed_dim, in_chans, height, width = tensors["patch_embed.proj.weight"].shape
-    depth, class_token = _depth(tensors, "blocks."), "cls_token" in tensors
-    num_patches = tensors["pos_embed"].shape[1] - class_token
+    depth = _depth(tensors, "blocks.")
+    class_tokens = tensors["cls_token"].shape[1] if "cls_token" in tensors else 0
+    num_patches = tensors["pos_embed"].shape[1] - class_tokens
     found: dict[str, object] = {
         "num_heads": PUBLISHED_HEADS.get((embed_dim, depth)),
         "mask_ratio": PAPER_MASK_RATIO,
@@ -159,7 +202,7 @@ def _foreign_spec(
         "embed_dim": embed_dim,
         "depth": depth,
         "mlp_ratio": _mlp_ratio(len(tensors["blocks.0.mlp.fc1.weight"]), embed_dim),
-        "class_token": class_token,
+        "class_tokens": class_tokens,
     }
     kind: type[ModelSpec] = MAESpec if "decoder_embed.weight" in tensors else ClassifierSpec
     # For fields that the file may leave unknown.
@@ -170,12 +213,13 @@ def _foreign_spec(
         found |= {
             "decoder_embed_dim": decoder_dim,
             "decoder_depth": _depth(tensors, "decoder_blocks."),
-            "decoder_class_token": tensors["decoder_pos_embed"].shape[1] == num_patches + 1,
+            "decoder_class_token": tensors["decoder_pos_embed"].shape[1] > num_patches,
         }
     else:
         fc_norm = "fc_norm.weight" in tensors
         found |= {"num_classes": len(tensors.get("head.weight", ())), "fc_norm": fc_norm}
-        stand_ins["global_pool"] = "token" if class_token and not fc_norm else "avg"
+        reads_token = class_tokens and not fc_norm and not has_registers
+        stand_ins["global_pool"] = "token" if reads_token else "avg"
     names = {f.name for f in fields(kind)}
     unknown = names.intersection(n for n in stand_ins if found.get(n) is None)
     found |= {name: stand_ins[name] for name in unknown}
@@ -218,7 +262,8 @@ def _check_names(tensors: dict[str, Tensor]) -> None:
     """That these are the weights of a ViT that this project has, before their shapes are read."""
     unexpected = [name for name in tensors if not CANONICAL.fullmatch(name)]
     has_decoder = any("decoder_" in name or name == "mask_token" for name in tensors)
-    needed = ALWAYS | WITH_DECODER if has_decoder else ALWAYS
+    needed = {name: 3 for name in ("cls_token", *REGISTERS) if name in tensors} | ALWAYS
+    needed |= WITH_DECODER if has_decoder else {}
     wrong = [
         f"{name} is {tuple(tensors[name].shape)}, expected {ndim} dimensions"
         for name, ndim in needed.items()

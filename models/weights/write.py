@@ -27,7 +27,14 @@ from util.errors import InputError
 from util.files import write_whole
 
 Contents = bytes | dict[str, bytes]  # of a file, or of the files of a folder by their names
-NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate")  # or visible in the tensors' names
+# Fields of which the tensors do not depend, or which their names show.
+NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate", "target", "target_cutoff")
+NOT_IN_TIMM = (
+    "drop_path_rate",
+    "probe_queries",
+    "probe_dim",
+    "class_tokens",
+)  # of training, or dropped
 logger = logging.getLogger(__name__)
 
 
@@ -67,17 +74,27 @@ def _mae(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
 
 
 def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
-    """timm's `VisionTransformer`: the encoder, and the head if there is one."""
+    """timm's `VisionTransformer`: the encoder, and the head if there is one. Class tokens after the
+    first are its registers."""
     tensors, info = as_encoder(tensors, info)
     kept = {name: t for name, t in tensors.items() if not name.startswith(DECODER_NAMES)}
     if dropped := len(tensors) - len(kept):
         logger.info("timm has no decoder: %d tensors dropped (decoder_*, mask_token)", dropped)
-    spec = encoder_spec(info.spec) if isinstance(info.spec, MAESpec) else info.spec
+    several = info.spec.class_tokens > 1
+    is_mae = isinstance(info.spec, MAESpec)
+    spec = encoder_spec(info.spec, "avg" if several else None) if is_mae else info.spec
+    if several:
+        if getattr(spec, "global_pool", None) == "token":
+            _require("timm", info, ["its readout token is the first one, not the mean of several"])
+        tokens = kept["cls_token"]  # (1, class tokens, D)
+        kept |= {"cls_token": tokens[:, :1].clone(), "reg_token": tokens[:, 1:].clone()}
     keywords = [
         f"{f.name}={'?' if f.name in info.unknown else repr(getattr(spec, f.name))}"
         for f in fields(ClassifierSpec)
-        if f.name != "drop_path_rate"
+        if f.name not in NOT_IN_TIMM
     ]
+    keywords.append(f"class_token={spec.class_tokens > 0}")
+    keywords += [f"reg_tokens={spec.class_tokens - 1}"] if several else []
     logger.info("for timm: VisionTransformer(%s)", ", ".join(keywords))
     return own_bytes(kept, {})
 
@@ -119,7 +136,7 @@ def _unpublished(spec: ModelSpec) -> list[str]:
     if isinstance(spec, DenseSpec):
         return [f"it has no head for task {spec.task}"]
     needs = {
-        "it needs a class token in the encoder": spec.class_token,
+        "it needs one class token in the encoder": spec.class_tokens == 1,
         "it needs the class token in the decoder": getattr(spec, "decoder_class_token", True),
         "it needs square images": isinstance(spec.img_size, int),
         "it needs square patches": isinstance(spec.patch_size, int),

@@ -84,7 +84,7 @@ def test_the_layout_of_a_batch_changes_neither_loss_nor_gradient():
         depth=1,
         num_heads=2,
         mlp_ratio=2.0,
-        class_token=True,
+        class_tokens=1,
         decoder_embed_dim=8,
         decoder_depth=1,
         decoder_num_heads=2,

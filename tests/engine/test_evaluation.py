@@ -311,7 +311,7 @@ def tiny_vit(num_classes: int = 3) -> VisionTransformer:
         depth=1,
         num_heads=2,
         mlp_ratio=4.0,
-        class_token=False,
+        class_tokens=0,
         global_pool="avg",
     ).eval()
 

@@ -428,7 +428,7 @@ def test_a_killed_loader_process_ends_an_evaluation_with_one_line(tmp_path, data
         return original(dataset, key)
 
     arguments = pictures(data, tmp_path / "run", "--num_workers", 1)
-    knn = ["--finetune", "random", "--class_token", "true", "--batch_size", 7, "--num_workers", 2]
+    knn = ["--finetune", "random", "--class_tokens", "1", "--batch_size", 7, "--num_workers", 2]
     with monkeypatch.context() as patch:
         patch.setattr(EvalDataset, "__getitem__", killed)
         with pytest.raises(LocalInputError, match="lower num_workers"):

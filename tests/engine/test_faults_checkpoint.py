@@ -228,7 +228,7 @@ def limited(*arguments: str, script: str = "main_pretrain.py", room: int = 100_0
 )
 def test_a_run_that_finds_no_room_ends_with_one_line(tmp_path, data, script, flags, room, what):
     """TensorBoard's own thread tells its part first."""
-    more = ["--class_token", "true"]
+    more = ["--class_tokens", "1"]
     if script == "main_finetune.py":
         more += ["--global_pool", "token"]
     if room == 4000:

@@ -39,7 +39,7 @@ GEOMETRY = {
     "mlp_ratio": 4.0,
 }
 MAE = GEOMETRY | {
-    "class_token": True,
+    "class_tokens": 1,
     "decoder_embed_dim": 16,
     "decoder_depth": 1,
     "decoder_num_heads": 2,
@@ -47,10 +47,10 @@ MAE = GEOMETRY | {
     "mask_ratio": 0.75,
     "norm_pix_loss": True,
 }
-NO_TOKEN = {"class_token": False, "decoder_class_token": False}
+NO_TOKEN = {"class_tokens": 0, "decoder_class_token": False}
 STATS = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.2]}
 SETTINGS = GEOMETRY | {"size": "debug"} | {name: tuple(STATS[name]) for name in STATS}
-READOUT = {"num_classes": 5, "class_token": True, "global_pool": "avg", "fc_norm": True}
+READOUT = {"num_classes": 5, "class_tokens": 1, "global_pool": "avg", "fc_norm": True}
 
 
 def vit(**changes) -> VisionTransformer:
@@ -152,13 +152,13 @@ def assert_frozen(model: VisionTransformer) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-READOUTS = [("avg", True), ("avg", False), ("avg", None), ("token", True), ("token", None)]
+READOUTS = [("avg", 1), ("avg", 0), ("avg", None), ("token", 1), ("token", None)]
 
 
-@pytest.mark.parametrize(("global_pool", "class_token"), READOUTS)
-def test_an_untrained_model_starts_as_pretraining_does(global_pool, class_token):
+@pytest.mark.parametrize(("global_pool", "class_tokens"), READOUTS)
+def test_an_untrained_model_starts_as_pretraining_does(global_pool, class_tokens):
     """Xavier-uniform: bound sqrt(6 / (in + out)), which is far from a truncated normal of 0.02."""
-    changes = {"class_token": class_token, "global_pool": global_pool, "embed_dim": 64}
+    changes = {"class_tokens": class_tokens, "global_pool": global_pool, "embed_dim": 64}
     model, sha256 = frozen("random", 7, **changes)
     for weight, fan in (
         (model.blocks[0].attn.qkv.weight, 64 + 192),
@@ -169,9 +169,9 @@ def test_an_untrained_model_starts_as_pretraining_does(global_pool, class_token)
         assert 0.98 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
-    # A null class_token follows the readout.
-    has_token = bool(class_token) or global_pool == "token"
-    assert (model.cls_token is not None) == model.spec.class_token == has_token
+    # A null class_tokens follows the readout.
+    has_token = bool(class_tokens) or global_pool == "token"
+    assert (model.cls_token is not None) == model.spec.class_tokens == has_token
     assert norm_of(model) == {"norm.weight"} and sha256 is None
     assert_frozen(model)
     for seed in (0, 1):
@@ -194,7 +194,7 @@ def test_a_pretrained_encoder_is_read_through_its_own_norm(tmp_path, global_pool
 
 @pytest.mark.parametrize(
     "readout",
-    [{}, {"fc_norm": False}, {"global_pool": "token", "fc_norm": False}, {"class_token": False}],
+    [{}, {"fc_norm": False}, {"global_pool": "token", "fc_norm": False}, {"class_tokens": 0}],
 )
 def test_a_classifier_is_frozen_or_evaluated_as_it_is(tmp_path, readout):
     """Every bit of it, the norm included: averaging with `norm` is not given a fresh `fc_norm`.
@@ -219,11 +219,11 @@ def test_a_classifier_is_frozen_or_evaluated_as_it_is(tmp_path, readout):
 def test_the_class_token_follows_the_weights(tmp_path, build, has_token):
     path = pretrained(tmp_path, **({} if has_token else NO_TOKEN))
     token_is_read = {"global_pool": "token"}
-    for changes in ({}, {"class_token": has_token}, *([token_is_read] * has_token)):
+    for changes in ({}, {"class_tokens": int(has_token)}, *([token_is_read] * has_token)):
         model, _ = build(path, **changes)
-        assert (model.cls_token is not None) == model.spec.class_token == has_token
-    for changes in ({"class_token": not has_token}, *([token_is_read] * (not has_token))):
-        with pytest.raises(InputError, match=f"class_token is .*{path}|{path} has none"):
+        assert (model.cls_token is not None) == model.spec.class_tokens == has_token
+    for changes in ({"class_tokens": int(not has_token)}, *([token_is_read] * (not has_token))):
+        with pytest.raises(InputError, match=f"class_tokens is .*{path}|{path} has none"):
             build(path, **changes)
 
 
@@ -257,15 +257,15 @@ def test_fine_tuning_starts_with_a_small_fresh_head(tmp_path, global_pool):
 
 
 @pytest.mark.parametrize(
-    ("global_pool", "class_token"), [("avg", None), ("avg", True), ("token", None)]
+    ("global_pool", "class_tokens"), [("avg", None), ("avg", 1), ("token", None)]
 )
-def test_training_from_scratch_starts_with_a_truncated_normal(global_pool, class_token):
-    model, sha256 = finetuned(None, 1000, global_pool=global_pool, class_token=class_token)
+def test_training_from_scratch_starts_with_a_truncated_normal(global_pool, class_tokens):
+    model, sha256 = finetuned(None, 1000, global_pool=global_pool, class_tokens=class_tokens)
     for layer in (model.head, model.blocks[0].attn.qkv, model.blocks[2].mlp.fc2):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert not layer.bias.any()
     assert norm_of(model) == {"fc_norm.weight" if global_pool == "avg" else "norm.weight"}
-    assert (model.cls_token is not None) == (class_token is True or global_pool == "token")
+    assert (model.cls_token is not None) == (class_tokens == 1 or global_pool == "token")
     assert sha256 is None and model.spec.fc_norm == (global_pool == "avg")
 
 

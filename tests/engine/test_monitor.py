@@ -238,7 +238,7 @@ def test_a_run_that_died_after_an_observation_keeps_one_record_of_it(
 # At 40 pixels the evaluation's crop is 224 / 256 of the sides; smaller images are seen whole.
 @pytest.mark.parametrize(
     ("more", "both"),
-    [((), ("--img_size", 40)), (("--class_token", "false", "--decoder_class_token", "false"), ())],
+    [((), ("--img_size", 40)), (("--class_tokens", "0", "--decoder_class_token", "false"), ())],
 )
 def test_its_figures_equal_an_evaluation_of_the_same_weights(tmp_path, data, more, both):
     more = (*more, *both, "--monitor_knn", 240, "--monitor_probe", "--lr", 0.1)
@@ -315,8 +315,8 @@ def test_the_linear_layer_is_a_function_of_its_arguments():
 
 SHAPES = {
     "colour": ("--in_chans", 3, "--mean", 0.1, 0.15, 0.2, "--std", 0.3, 0.35, 0.4),
-    "no class token": ("--class_token", "false", "--decoder_class_token", "false"),
-    "not square": ("--img_size", 24, 40, "--patch_size", 4, 8),
+    "no class token": ("--class_tokens", "0", "--decoder_class_token", "false"),
+    "not square": ("--img_size", 24, 40, "--patch_size", 4, 8, "--class_tokens", 3),
     "pixels": ("--norm_pix_loss", "false", "--mask_ratio", 0.5),
 }
 
@@ -337,7 +337,7 @@ def test_psnr_and_attention_are_those_of_the_weights(tmp_path, data, more):
         mask = draw_mask("random", model.grid_size, cfg.mask_ratio, generator(0, MONITOR, row))
         psnr.append(reconstruct(model, image, mask, normalize).psnr.item())
         attentions = encoder_of(model).attention_maps(normalize(image[None]))
-        heat = rollout(attentions, "mean", 0.0, cfg.class_token).view(model.grid_size).numpy()
+        heat = rollout(attentions, "mean", 0.0, cfg.class_tokens).view(model.grid_size).numpy()
         original = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
         for cell in (original, heat_over(original, heat)):
             assert len(places(picture, enlarged(cell, CELL))) == 1

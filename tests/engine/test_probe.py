@@ -1,4 +1,5 @@
-"""Linear probes: many at once against each alone, and both optimisers against hand arithmetic."""
+"""Linear and attentive probes: many at once against each alone, and both optimisers against hand
+arithmetic."""
 
 import itertools
 import math
@@ -20,17 +21,30 @@ from engine.evaluation.probe import (
 )
 from engine.optim import set_lr
 from engine.schedule import Plan
-from models.heads.probe import LinearProbes
+from models.heads.probe import AttentiveProbes, LinearProbes
 from util.settings.evaluation import LinclsConfig
 
 NO_SCALER = GradScaler("cpu", enabled=False)
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0)  # thirteen
 STEPS = 20
 OPTIMIZERS = ["sgd", "lars"]
+KINDS = {"linear": (16, 12), "attentive": (16, 7, 12)}  # what they read: images, (patches,) width
 
 
-def seeded_probes(num_probes: int, embed_dim: int = 12, num_classes: int = 5) -> LinearProbes:
-    return LinearProbes(embed_dim, num_classes, num_probes, torch.Generator().manual_seed(7))
+def seeded_probes(
+    num_probes: int, embed_dim: int = 12, num_classes: int = 5, kind: str = "linear"
+) -> LinearProbes:
+    draws = torch.Generator().manual_seed(7)
+    if kind == "linear":
+        return LinearProbes(embed_dim, num_classes, num_probes, draws)
+    return AttentiveProbes(
+        embed_dim=embed_dim,
+        dim=embed_dim // 2,
+        num_queries=3,
+        num_classes=num_classes,
+        num_probes=num_probes,
+        generator=draws,
+    )
 
 
 def settings(lrs: tuple[float, ...], optimizer: str, **more) -> LinclsConfig:
@@ -38,19 +52,23 @@ def settings(lrs: tuple[float, ...], optimizer: str, **more) -> LinclsConfig:
 
 
 def trained(
-    lrs: tuple[float, ...], optimizer: str, dtype: torch.dtype, factor: float = 1.0, **more
+    lrs: tuple[float, ...],
+    optimizer: str,
+    dtype: torch.dtype,
+    factor: float = 1.0,
+    kind: str = "linear",
+    **more,
 ) -> LinearProbes:
     """Twenty steps on fixed features whose columns differ in scale, 5 of them warmup; peak lr = lr
     * factor."""
     cfg = settings(lrs, optimizer, **more)
-    probes = seeded_probes(len(lrs)).to(dtype)
+    probes = seeded_probes(len(lrs), kind=kind).to(dtype)
     steps = build_probe_optimizer(probes, cfg)
     plan = Plan(1, 16, 1, STEPS, STEPS, warmup_steps=5, peak_lr=cfg.base_lr * factor, min_lr=0.0)
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
-        features = (
-            torch.randn(16, 12, generator=generator, dtype=torch.float64) * torch.arange(1, 13) + 3
-        )
+        features = torch.randn(KINDS[kind], generator=generator, dtype=torch.float64)
+        features = features * torch.arange(1, 13) + 3
         labels = torch.randint(5, (16,), generator=generator)
         set_lr(steps, plan.lr(step))
         probe_loss(probes(features.to(dtype)), labels).sum().backward()
@@ -59,49 +77,65 @@ def trained(
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize(("optimizer", "factor"), [("sgd", 0.3), ("lars", 30.0)])
-def test_thirteen_probes_at_once_are_thirteen_alone(optimizer, factor, weight_decay):
-    """In float64, each with its own rate: weights, biases and statistics after 20 steps."""
-    start = seeded_probes(1).double()
-    together = trained(RATES, optimizer, torch.float64, factor, weight_decay=weight_decay)
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "factor"),
+    [
+        ("linear", "sgd", 0.3),
+        ("linear", "lars", 30.0),
+        ("attentive", "sgd", 0.03),  # at larger rates rounding grows from step to step
+        ("attentive", "lars", 30.0),
+    ],
+)
+def test_thirteen_probes_at_once_are_thirteen_alone(kind, optimizer, factor, weight_decay):
+    """In float64, each with its own rate: all parameters and statistics after 20 steps."""
+    start = seeded_probes(1, kind=kind).double()
+    more = {"kind": kind, "weight_decay": weight_decay}
+    together = trained(RATES, optimizer, torch.float64, factor, **more)
     for probe, lr in enumerate(RATES):
-        alone = trained((lr,), optimizer, torch.float64, factor, weight_decay=weight_decay)
-        torch.testing.assert_close(together.weights[probe], alone.weights[0], rtol=0, atol=1e-9)
-        torch.testing.assert_close(together.biases[probe], alone.biases[0], rtol=0, atol=1e-9)
-        assert torch.equal(together.bn.running_mean, alone.bn.running_mean)
-        assert torch.equal(together.bn.running_var, alone.bn.running_var)
+        alone = trained((lr,), optimizer, torch.float64, factor, **more)
+        for ours, theirs in zip(together.of_each()[probe], alone.of_each()[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+        for name in ("running_mean", "running_var"):
+            ours, theirs = (getattr(probes.bn, name) for probes in (together, alone))
+            if kind == "attentive":  # each has its own
+                ours = ours.view(len(RATES), -1)[probe]
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+            else:
+                assert torch.equal(ours, theirs)
     # each has moved, and no two alike, by far more than that
-    weights = [start.weights[0], *together.weights]
-    assert min((a - b).abs().max() for a, b in itertools.combinations(weights, 2)) > 1e-6
+    for parameters in zip(*start.of_each(), *together.of_each(), strict=True):
+        pairs = itertools.combinations(parameters, 2)
+        assert min((a - b).abs().max() for a, b in pairs) > 1e-6
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_diverging_probe_leaves_the_others_bit_identical(optimizer):
+def test_a_diverging_probe_leaves_the_others_bit_identical(optimizer, kind):
     """Rates are powers of two, so that the schedule's peak (which the largest sets) rounds
     nothing."""
-    healthy = trained((0.125, 0.25, 0.5), optimizer, torch.float32)
-    diverged = trained((0.125, 2.0**124, 0.5), optimizer, torch.float32)
+    healthy = trained((0.125, 0.25, 0.5), optimizer, torch.float32, kind=kind)
+    diverged = trained((0.125, 2.0**124, 0.5), optimizer, torch.float32, kind=kind)
     assert not diverged.weights[1].isfinite().all() or diverged.weights[1].abs().max() > 1e30
     for probe in (0, 2):
-        assert torch.equal(diverged.weights[probe], healthy.weights[probe])
-        assert torch.equal(diverged.biases[probe], healthy.biases[probe])
-        assert healthy.weights[probe].isfinite().all()
+        for ours, theirs in zip(diverged.of_each()[probe], healthy.of_each()[probe], strict=True):
+            assert torch.equal(ours, theirs) and theirs.isfinite().all()
 
 
 def give(probes: LinearProbes, *gradients: float) -> None:
-    """Gives each probe's matrix and bias a gradient of this norm."""
-    for probe, value in enumerate(gradients):
-        for parameter in (probes.weights[probe], probes.biases[probe]):
+    """Gives each of a probe's parameters a gradient of this norm."""
+    for parameters, value in zip(probes.of_each(), gradients, strict=True):
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
             parameter.grad.flatten()[0] = value
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_probe_without_a_finite_gradient_waits(optimizer, bad):
+@pytest.mark.parametrize(("kind", "parts"), [("linear", 2), ("attentive", 4)])
+def test_a_probe_without_a_finite_gradient_waits(optimizer, bad, kind, parts):
     """Its weights, and what its optimiser remembers, stay; the norm that is reported is that of the
     others. A step counts as skipped if no probe moves."""
-    probes = seeded_probes(3)
+    probes = seeded_probes(3, kind=kind)
     steps = build_probe_optimizer(probes, settings((0.1, 0.2, 0.4), optimizer))
     set_lr(steps, 0.4)
     give(probes, 3.0, 3.0, 3.0)
@@ -112,10 +146,10 @@ def test_a_probe_without_a_finite_gradient_waits(optimizer, bad):
         give(probes, *gradients)
         norm, found_inf = probe_step(probes, steps, NO_SCALER)
         assert all(p.grad is None for p in probes.parameters())
-        expected = math.sqrt(4 * 3.0**2) if waiting == {1} else math.nan
+        expected = math.sqrt(2 * parts * 3.0**2) if waiting == {1} else math.nan
         assert norm.item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
         assert found_inf.item() == (len(waiting) == 3)
-        for place, parameter in enumerate(probes.parameters()):  # three matrices, three biases
+        for place, parameter in enumerate(probes.parameters()):  # three of each part
             waits = place % 3 in waiting
             assert torch.equal(parameter, before[place]) == waits
             assert torch.equal(steps.state[parameter]["momentum_buffer"], memory[place]) == waits

@@ -25,7 +25,7 @@ MAE = {
     "depth": 1,
     "num_heads": 2,
     "mlp_ratio": 2.0,
-    "class_token": True,
+    "class_tokens": 1,
     "decoder_embed_dim": 8,
     "decoder_depth": 1,
     "decoder_num_heads": 2,

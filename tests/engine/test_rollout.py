@@ -23,7 +23,7 @@ from engine.run.checkpoint import save_weights
 from models.build import build_model, classifier_spec, encoder_of, mae_spec
 from tools import vit_explain
 from util.errors import InputError
-from util.settings.evaluation import FinetuneConfig
+from util.settings.evaluation import FinetuneConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
 
 # The mathematics, by loops over entries
@@ -31,7 +31,7 @@ from util.settings.pretrain import PretrainConfig
 FUSE = {"mean": lambda heads: math.fsum(heads) / len(heads), "max": max, "min": min}
 
 
-def loops_matrix(layers, head_fusion, discard_ratio, class_token, image) -> np.ndarray:
+def loops_matrix(layers, head_fusion, discard_ratio, class_tokens, image) -> np.ndarray:
     """R of one image, (T, T); `discard_ratio` is text, so that floor(ratio * T * T) is exact."""
     size = layers[0].shape[-1]
     result, entries = np.eye(size), list(np.ndindex(size, size))
@@ -41,19 +41,20 @@ def loops_matrix(layers, head_fusion, discard_ratio, class_token, image) -> np.n
         fused = fused.reshape(size, size)
         lowest = sorted((fused[entry], *entry) for entry in entries)  # of equal ones the first goes
         for _, i, j in lowest[: math.floor(Fraction(discard_ratio) * size * size)]:
-            if not (class_token and j == 0):
+            if j >= class_tokens:
                 fused[i, j] = 0.0
         rows = (fused + np.eye(size)) / 2
         result = np.array([row / math.fsum(row) for row in rows]).dot(result)
     return result
 
 
-def loops_rollout(layers, head_fusion, discard_ratio, class_token, reader="token") -> np.ndarray:
-    """The maps of all images, (B, N): the class token's row, or the mean of the patches' rows."""
-    rows = slice(0, 1) if class_token and reader == "token" else slice(int(class_token), None)
+def loops_rollout(layers, head_fusion, discard_ratio, class_tokens, reader="token") -> np.ndarray:
+    """The maps of all images, (B, N): the mean row of the class tokens, or of the patches."""
+    of_token = class_tokens and reader == "token"
+    rows = slice(0, class_tokens) if of_token else slice(class_tokens, None)
     images = range(layers[0].shape[0])
-    matrices = [loops_matrix(layers, head_fusion, discard_ratio, class_token, i) for i in images]
-    return np.stack([matrix[rows, int(class_token) :].mean(axis=0) for matrix in matrices])
+    matrices = [loops_matrix(layers, head_fusion, discard_ratio, class_tokens, i) for i in images]
+    return np.stack([matrix[rows, class_tokens:].mean(axis=0) for matrix in matrices])
 
 
 def attentions(layers=3, images=2, heads=3, tokens=7, seed=0, sharpness=2.0) -> list[torch.Tensor]:
@@ -65,19 +66,19 @@ def attentions(layers=3, images=2, heads=3, tokens=7, seed=0, sharpness=2.0) -> 
 
 
 @pytest.mark.parametrize("head_fusion", FUSE)
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("class_tokens", [1, 0, 2])
 @pytest.mark.parametrize("levels", [4, 2**40])  # 5 values, so that many entries are equal, or any
 @pytest.mark.parametrize(
     ("discard_ratio", "tokens"),  # 0.29 * 100 is 28.999999999999996 in floats: 29 entries go
     [("0", 7), ("0.3", 7), ("0.9", 9), ("0.29", 10), ("0.57", 10), ("0.07", 10), ("0.95", 2)],
 )
 def test_rollout_equals_loops_for_every_image_of_a_batch(
-    head_fusion, class_token, levels, discard_ratio, tokens
+    head_fusion, class_tokens, levels, discard_ratio, tokens
 ):
     layers = [(layer * levels).round() / levels for layer in attentions(tokens=tokens)]
-    expected = loops_rollout(layers, head_fusion, discard_ratio, class_token)
-    got = rollout(layers, head_fusion, float(discard_ratio), class_token)
-    assert got.shape == (2, tokens - class_token)
+    expected = loops_rollout(layers, head_fusion, discard_ratio, class_tokens)
+    got = rollout(layers, head_fusion, float(discard_ratio), class_tokens)
+    assert got.shape == (2, tokens - class_tokens)
     np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-9)
 
 
@@ -95,7 +96,7 @@ def one_head(*matrices) -> list[torch.Tensor]:
 def test_two_layers_of_three_tokens_by_hand():
     # thinned: [.2 .5 0; .1 .6 .3; .4 .4 0]; plus I, halved: [.6 .25 0; .05 .8 .15; .2 .2 .5], rows
     # of 0.85, 1, 0.9: A_1 = [12/17 5/17 0; .05 .8 .15; 2/9 2/9 5/9]
-    alone = rollout(one_head(FIRST), "mean", 0.5, class_token=True)
+    alone = rollout(one_head(FIRST), "mean", 0.5, class_tokens=1)
     assert alone.tolist() == [pytest.approx([5 / 17, 0.0], abs=1e-15)]
     # second layer, class token's row: [.1 0 .7] plus [1 0 0] over 1.8 = [11/18 0 7/18], times A_1
     expected = [11 / 18 * 5 / 17 + 7 / 18 * 2 / 9, 7 / 18 * 5 / 9]
@@ -158,12 +159,12 @@ def addresses(model: torch.nn.Module) -> dict[str, int]:
     return {n: t.data_ptr() for n, t in state if not n.startswith(("decoder_", "mask_token"))}
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_encoder_of_shares_the_autoencoders_tensors_and_follows_its_training(class_token):
-    tokens = {"class_token": class_token, "decoder_class_token": class_token}
+@pytest.mark.parametrize("class_tokens", [1, 0])
+def test_encoder_of_shares_the_autoencoders_tensors_and_follows_its_training(class_tokens):
+    tokens = {"class_tokens": class_tokens, "decoder_class_token": bool(class_tokens)}
     mae = randomized(build_model(mae_spec(PretrainConfig(**GEOMETRY | DECODER | tokens))), 0)
     encoder = encoder_of(mae)
-    assert addresses(mae) == addresses(encoder) and ("cls_token" in addresses(mae)) == class_token
+    assert addresses(mae) == addresses(encoder) and ("cls_token" in addresses(mae)) == class_tokens
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     assert mae.training and all(p.requires_grad for p in mae.parameters())
     images = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(2))
@@ -197,7 +198,7 @@ def flags(settings: dict) -> list[str]:
     return found
 
 
-def saved(path: Path, cfg: PretrainConfig | FinetuneConfig) -> Path:
+def saved(path: Path, cfg: PretrainConfig | FinetuneConfig | LinclsConfig) -> Path:
     """Random weights of an autoencoder or classifier, as a run writes them."""
     model = build_model(mae_spec(cfg) if isinstance(cfg, PretrainConfig) else classifier_spec(cfg))
     of_run = identity(model_args=model.spec.as_dict(), mean=cfg.mean, std=cfg.std)
@@ -208,13 +209,14 @@ def saved(path: Path, cfg: PretrainConfig | FinetuneConfig) -> Path:
 def weights(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("weights")
     mae = GEOMETRY | DECODER
-    head = GEOMETRY | {"num_classes": 5, "class_token": True, "global_pool": "avg"}
+    head = GEOMETRY | {"num_classes": 5, "class_tokens": 1, "global_pool": "avg"}
     configs = {
         "pretrained": PretrainConfig(**mae),
-        "no_token": PretrainConfig(**mae | {"class_token": False, "decoder_class_token": False}),
+        "no_token": PretrainConfig(**mae | {"class_tokens": 0, "decoder_class_token": False}),
         "token_head": FinetuneConfig(**head | {"global_pool": "token"}),
-        "avg_head": FinetuneConfig(**head | {"class_token": False}),
+        "avg_head": FinetuneConfig(**head | {"class_tokens": 0}),
         "avg_head_with_token": FinetuneConfig(**head),
+        "attentive": LinclsConfig(**head | {"probe": "attentive", "probe_queries": 4}),
     }
     return {name: saved(folder / f"{name}.safetensors", cfg) for name, cfg in configs.items()}
 
@@ -313,6 +315,46 @@ def test_one_layer_and_its_heads(weights, photo, tmp_path):
     assert y0 == y1 and x0 < x1
 
 
+def test_what_the_queries_of_an_attentive_probe_read(weights, photo, tmp_path):
+    path = weights["attentive"]
+    result = explain(path, photo, tmp_path, "--reader", "probe")
+    files = ["photo_probe.npy", "photo_probe.png", "photo_queries.png", "probes.png"]
+    assert sorted(written(tmp_path)) == files
+    assert result == {"grid": tmp_path / files[3], "overlays": [tmp_path / files[1]]}
+    # The encoder's tokens are those of a model without the readout, with the class token first.
+    state = {n: t for n, t in load_file(path).items() if not n.startswith(("pool.", "head."))}
+    plain = build_model(
+        classifier_spec(FinetuneConfig(**GEOMETRY), num_classes=0, fc_norm=True, class_tokens=1)
+    )
+    plain.eval().load_state_dict(state, strict=True)
+    with torch.no_grad():
+        *_, tokens = plain.iterate_tokens(model_input(photo))
+        keys = F.layer_norm(tokens, (32,), state["fc_norm.weight"], state["fc_norm.bias"], 1e-6)
+    scores = load_file(path)["pool.queries"] @ keys[0, 1:].T / math.sqrt(32)
+    expected = scores.softmax(dim=1).reshape(4, 4, 6)  # (M, rows, columns)
+    heat = np.load(tmp_path / files[0])
+    np.testing.assert_allclose(heat, expected.mean(dim=0), rtol=0, atol=1e-6)
+    assert np.ptp(heat) > 1e-3 and heat.sum() == pytest.approx(1, abs=1e-5)
+    shown = taken(photo).permute(1, 2, 0).numpy()
+    picture = np.array(Image.open(tmp_path / files[2]))
+    cells = [heat_over(shown, expected[m].numpy()) for m in range(4)]
+    found = [places(picture, enlarged(cell, CELL), 1) for cell in cells]
+    assert len({place for (place,) in found}) == 4
+
+
+def test_rollout_of_weights_with_an_attentive_probe(weights, photo, tmp_path):
+    """The rollout is the encoder's; a class is that of the probe's head."""
+    path = weights["attentive"]
+    explain(path, photo, tmp_path, "--discard_ratio", "0.3", "--reader", "avg")
+    heat = np.load(tmp_path / "photo_rollout.npy")
+    np.testing.assert_allclose(
+        heat, expected_map(path, photo, "mean", "0.3", reader="avg"), rtol=0, atol=1e-6
+    )
+    explain(path, photo, tmp_path, "--category_index", 3)
+    of_class = np.load(tmp_path / "photo_class3_rollout.npy")
+    assert np.ptp(of_class) > 1e-5 and np.abs(of_class - heat).max() > 1e-4
+
+
 @pytest.mark.parametrize("name", ["token_head", "avg_head", "avg_head_with_token"])
 def test_what_speaks_for_a_class(name, weights, photo, tmp_path, capsys):
     path, pool = weights[name], "token" if name == "token_head" else "avg"
@@ -337,7 +379,7 @@ def test_what_speaks_for_a_class(name, weights, photo, tmp_path, capsys):
 def test_an_untrained_model_is_decided_by_the_seed(photo, tmp_path):
     heats = []
     for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
-        explain("random", photo, tmp_path / folder, "--seed", seed, "--class_token", "true")
+        explain("random", photo, tmp_path / folder, "--seed", seed, "--class_tokens", "1")
         heats.append(np.load(tmp_path / folder / "photo_rollout.npy"))
     assert np.array_equal(heats[0], heats[1]) and not np.array_equal(heats[0], heats[2])
 
@@ -391,11 +433,13 @@ def test_only_the_tools_own_files_are_replaced(weights, photo, tmp_path, name):
         ("token_head", "--category_index 1", "global_pool"),  # of avg
         ("no_token", "--global_pool token", "global_pool"),
         ("avg_head", "--num_classes 7", "num_classes"),
+        ("avg_head", "--reader probe", "reader probe"),
+        ("attentive", "--global_pool token", "global_pool"),
         ("pretrained", "--discard_ratio 1", "discard_ratio"),
         ("pretrained", "--layer_index 2", "layer_index"),
         ("pretrained", "--head_fusion maen", "head_fusion"),
         ("pretrained", "--size tiny", "embed_dim"),
-        ("pretrained", "--class_token false", "class_token"),
+        ("pretrained", "--class_tokens 0", "class_tokens"),
         ("pretrained", "--img_size 32 44", "patch_size"),
         ("pretrained", "--mean 0.5", "mean"),
         ("pretrained", "--image_path nowhere.png", "nowhere.png"),

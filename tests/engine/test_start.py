@@ -40,7 +40,7 @@ def test_a_script_that_goes_on_reads_its_settings_once(tmp_path):
     os.mkfifo(pipe)
     arguments = f"--config {pipe} --dataset mnist5k --ks 3 --output_dir {tmp_path}/file"
     process = subprocess.Popen(command(*arguments.split()), stderr=subprocess.PIPE, text=True)
-    pipe.write_text("class_token: false\ndecoder_class_token: false\n")
+    pipe.write_text("class_tokens: 0\ndecoder_class_token: false\n")
     said = [line.split()[:2] for line in process.communicate(timeout=60)[1].splitlines()]
     assert process.returncode == 2
     assert said == [["skipped", "settings"], ["error:", "output_dir"]]

@@ -38,14 +38,15 @@ def batch(model: MaskedAutoencoder, size: int = 3) -> tuple[torch.Tensor, torch.
 def decoded_alone(
     model: MaskedAutoencoder, latent: torch.Tensor, kept: torch.Tensor, wanted: int
 ) -> torch.Tensor:
-    """The prediction of one patch of one image, by itself and with torch's attention: `(+K, D)`,
-    `(K,)` -> `(P*P*C,)`."""
-    has_cls = model.spec.decoder_class_token
+    """The prediction of one patch of one image, by itself and with torch's attention: `(+K, D)` or
+    one such latent per block, `(K,)` -> `(P*P*C,)`."""
+    first = model.spec.decoder_class_tokens
     table = model.decoder_pos_embed[0]
-    rows = [0] * has_cls + [patch + has_cls for patch in kept.tolist()]
-    memory = model.decoder_embed(latent[-len(rows) :]) + table[rows]
-    x = model.mask_token[0] + table[wanted + has_cls]  # (1, decoder D)
-    for block in model.decoder_blocks:
+    rows = [*range(first), *(patch + first for patch in kept.tolist())]
+    memories = model.decoder_embed(latent[..., -len(rows) :, :]) + table[rows]
+    memories = memories.expand(len(model.decoder_blocks), -1, -1)
+    x = model.mask_token[0] + table[wanted + first]  # (1, decoder D)
+    for block, memory in zip(model.decoder_blocks, memories, strict=True):
         theirs = nn.MultiheadAttention(16, 2, dtype=torch.float64)
         ours = block.attn
         theirs.in_proj_weight.data = torch.cat([ours.q.weight, ours.kv.weight])
@@ -61,8 +62,11 @@ def decoded_alone(
     [
         {},
         {"decoder_class_token": False},
-        {"class_token": False, "decoder_class_token": False},
+        {"class_tokens": 0, "decoder_class_token": False},
+        {"class_tokens": 3},
         {"pred_ratio": None},
+        {"decoder_fusion": 2, "decoder_depth": 3},
+        {"decoder_fusion": 2, "decoder_depth": 3, "decoder_class_token": False},
     ],
 )
 def test_the_cross_decoder_equals_torch_attention_patch_by_patch(changes):
@@ -78,7 +82,8 @@ def test_the_cross_decoder_equals_torch_attention_patch_by_patch(changes):
     assert mask.sum(dim=1).tolist() == [12] * 3
     errors = []
     for image in range(3):
-        alone = [decoded_alone(model, latent[image], ids[image, :4], n) for n in range(16)]
+        latent_of = latent[..., image, :, :]
+        alone = [decoded_alone(model, latent_of, ids[image, :4], n) for n in range(16)]
         torch.testing.assert_close(pred[image], torch.stack(alone), rtol=0, atol=1e-9)
         for wanted in ids[image, 4 : 4 + count].tolist():
             errors.append((alone[wanted] - target[image, wanted]).square().mean())
@@ -120,7 +125,7 @@ def test_flops_of_cheaper_decoders(changes, published):
 # Activation checkpointing and compiling
 
 
-@pytest.mark.parametrize("decoder", [SELF, {}])
+@pytest.mark.parametrize("decoder", [SELF, {}, {"decoder_fusion": 2}])
 def test_checkpointing_gives_the_same_gradients_from_less_memory(decoder):
     model = build(**decoder)
     kept, gradients = [], []
@@ -133,7 +138,15 @@ def test_checkpointing_gives_the_same_gradients_from_less_memory(decoder):
     assert all(map(torch.equal, *gradients))
 
 
-@pytest.mark.parametrize("decoder", [SELF, pytest.param({}, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        SELF,
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"decoder_fusion": 2}, marks=pytest.mark.long),
+        pytest.param(SELF | {"decoder_fusion": 2, "target": "lowpass"}, marks=pytest.mark.long),
+    ],
+)
 def test_compiling_gives_one_whole_graph_for_all_steps(decoder):
     graphs = []
 

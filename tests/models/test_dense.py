@@ -32,11 +32,11 @@ SMALL = {"head_dim": 32, "region_samples": 64}
 SEGMENT = ENCODER | SMALL | {"task": "segment", "num_classes": 5}
 DETECT = ENCODER | SMALL | {"task": "detect", "num_classes": 3}
 # Settings of such an encoder, which leave the class token to the weights.
-GEOMETRY = {n: v for n, v in ENCODER.items() if n != "class_token"} | {"size": "debug"}
+GEOMETRY = {n: v for n, v in ENCODER.items() if n != "class_tokens"} | {"size": "debug"}
 KINDS = {
     "linear": SEGMENT | {"dense_head": "linear"},
     "fpn": SEGMENT | {"window_size": 3, "global_blocks": 1},
-    "boxes": DETECT | {"instance_masks": False, "class_token": False},
+    "boxes": DETECT | {"instance_masks": False, "class_tokens": 0},
     "masks": DETECT | {"window_size": 3, "global_blocks": 1, "drop_path_rate": 0.5},
 }
 ALL_KINDS = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
@@ -72,7 +72,7 @@ def objects(*boxes: tuple[int, int, int, int], label: int = 2, side: int = 32) -
 # window attention
 
 
-@pytest.mark.parametrize("tokens", [0, 1], ids=["patches", "class token"])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
 @pytest.mark.parametrize(
     ("grid", "window"), [((6, 6), 3), ((5, 7), 3), ((2, 9), 4), ((4, 3), 9), ((3, 4), 1)]
 )
@@ -93,11 +93,13 @@ def test_window_attention_is_a_loop_over_windows_of_real_patches(tokens, grid, w
     torch.testing.assert_close(attention(x, grid=grid), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("class_tokens", [1, 0, 3])
 @pytest.mark.parametrize("size", [(32, 32), (24, 56)])
-def test_a_window_that_covers_the_image_is_the_plain_vit(class_token, size):
-    fields = SEGMENT | {"class_token": class_token, "global_blocks": 0}
-    vit = randomized(VisionTransformer(**VIT | {"class_token": class_token, "global_pool": "avg"}))
+def test_a_window_that_covers_the_image_is_the_plain_vit(class_tokens, size):
+    fields = SEGMENT | {"class_tokens": class_tokens, "global_blocks": 0}
+    vit = randomized(
+        VisionTransformer(**VIT | {"class_tokens": class_tokens, "global_pool": "avg"})
+    )
     outputs = {}
     for window in (7, 2):
         model = DenseTransformer(**fields, window_size=window).eval()
@@ -146,7 +148,7 @@ def test_windows_drop_the_path_of_a_whole_image_and_are_computed_again_alike():
 def test_images_of_any_size_have_resized_positions():
     model = dense(KINDS["linear"])
     resized = DenseTransformer(**KINDS["linear"] | {"img_size": (24, 56)}).eval()
-    table = resize_pos_embed(model.pos_embed, (4, 4), (3, 7), class_token=True)
+    table = resize_pos_embed(model.pos_embed, (4, 4), (3, 7), class_tokens=1)
     resized.load_state_dict({**model.state_dict(), "pos_embed": table})
     logits = model(images(24, 56))
     assert logits.shape == (2, 5, 24, 56) and torch.equal(logits, resized(images(24, 56)))
@@ -287,7 +289,7 @@ def test_what_no_pyramid_can_be_made_of_is_refused():
 def test_large_models_have_the_parameters_that_are_counted_by_hand(size, task, expected):
     """ViT-B and L, images of 1024 pixels, patches of 16, 80 classes."""
     geometry = {"img_size": 1024, "patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0}
-    fields = geometry | size | {"class_token": False, "task": task, "num_classes": 80}
+    fields = geometry | size | {"class_tokens": 0, "task": task, "num_classes": 80}
     with torch.device("meta"):
         model = build_model(DenseSpec(**fields, window_size=14))
     d, e, c = size["embed_dim"], 256, 81 if task == "detect" else 80
@@ -352,7 +354,7 @@ def test_such_a_file_is_an_encoder_for_all_other_stages(tmp_path, fields, caplog
     caplog.set_level("INFO")
     model, path = dense(fields), tmp_path / "own.safetensors"
     own_file(tmp_path, model)
-    plain = built(VIT | {"class_token": model.spec.class_token, "global_pool": "avg"})
+    plain = built(VIT | {"class_tokens": model.spec.class_tokens, "global_pool": "avg"})
     plain.load_state_dict({**plain.state_dict(), **encoder_of(model)})
     features = plain.forward_features(images())
     # tools and torch.hub
@@ -374,7 +376,7 @@ def test_such_a_file_is_an_encoder_for_all_other_stages(tmp_path, fields, caplog
         build_finetuned, cfg.model_copy(update={"eval": True}), five
     )
     # pretraining
-    changes = {} if model.spec.class_token else {"class_token": False, "decoder_class_token": False}
+    changes = {} if model.spec.class_tokens else {"class_tokens": 0, "decoder_class_token": False}
     mae = MaskedAutoencoder(**MAE | changes)
     load_for_pretraining(mae, *read_weights(path), path)
     assert torch.equal(mae.norm.weight, model.norm.weight)
@@ -391,15 +393,15 @@ def test_such_a_file_is_an_encoder_for_all_other_stages(tmp_path, fields, caplog
 
 def settings(fields, **changes) -> FinetuneConfig:
     """Fine-tuning of such a model; the class token is the weights'."""
-    stated = {n: v for n, v in fields.items() if n not in ("num_classes", "class_token")}
+    stated = {n: v for n, v in fields.items() if n not in ("num_classes", "class_tokens")}
     return FinetuneConfig(size="debug", **{"drop_path_rate": 0.0} | stated | changes)
 
 
 @ALL_KINDS
 @pytest.mark.parametrize("source", ["autoencoder", "classifier", "itself", "other classes"])
 def test_fine_tuning_takes_the_encoder_and_a_head_that_fits(tmp_path, fields, source):
-    token = {"class_token": fields["class_token"]}
-    decoder = {"decoder_class_token": fields["class_token"]}
+    token = {"class_tokens": fields["class_tokens"]}
+    decoder = {"decoder_class_token": bool(fields["class_tokens"])}
     theirs = {
         "autoencoder": lambda: built(MAE | token | decoder),
         "classifier": lambda: built(VIT | token | {"global_pool": "avg", "fc_norm": True}),
@@ -415,7 +417,7 @@ def test_fine_tuning_takes_the_encoder_and_a_head_that_fits(tmp_path, fields, so
     given, fresh, found = theirs.state_dict(), scratch.state_dict(), model.state_dict()
     assert torch.equal(
         found.pop("pos_embed"),
-        resize_pos_embed(given["pos_embed"], (4, 4), (8, 8), fields["class_token"]),
+        resize_pos_embed(given["pos_embed"], (4, 4), (8, 8), fields["class_tokens"]),
     )
     for name, tensor in found.items():
         of_file = not name.startswith("head.") or source == "itself"
@@ -423,7 +425,7 @@ def test_fine_tuning_takes_the_encoder_and_a_head_that_fits(tmp_path, fields, so
         assert torch.equal(tensor, given[name] if of_file else fresh[name]), name
     frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"patch_embed", "pos_embed", "blocks"} | (
-        {"cls_token"} if fields["class_token"] else set()
+        {"cls_token"} if fields["class_tokens"] else set()
     )
     assert all(p.requires_grad for p in model.blocks[1].parameters())
     # evaluation takes all from the file

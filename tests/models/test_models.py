@@ -18,7 +18,7 @@ from models.vit import VisionTransformer, draw_normal
 from models.weights.huggingface import from_huggingface
 from util.errors import InputError
 
-NO_TOKEN = {"class_token": False, "decoder_class_token": False}
+NO_TOKEN = {"class_tokens": 0, "decoder_class_token": False}
 
 
 def noise(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_attention_maps_are_the_softmax_that_the_forward_pass_uses():
 def test_positions_on_a_2_by_3_grid_by_hand():
     """Width 8: two frequencies per axis, 10000^0 = 1 and 10000^(-1/2) = 0.01; the column first,
     then the row; sines, then cosines."""
-    table = sincos_pos_embed(8, (2, 3), class_token=True)
+    table = sincos_pos_embed(8, (2, 3), class_tokens=1)
     assert table.shape == (1, 7, 8)
     assert table[0, 0].tolist() == [0.0] * 8  # the class token's row
     for row in range(2):
@@ -169,6 +169,7 @@ def test_to_pixels_undoes_the_target(norm_pix_loss):
     [
         NO_TOKEN,
         {"decoder_class_token": False},
+        {"class_tokens": 3},
         {"img_size": (16, 40), "patch_size": (8, 4), "in_chans": 1},
         {"in_chans": 7, "norm_pix_loss": False, "mask_ratio": 0.5},
         {"decoder": "cross", "pred_ratio": 0.25},
@@ -263,6 +264,9 @@ def test_no_tensor_is_left_on_the_cpu_when_the_model_is_on_cuda():
         assert classifier.attention_maps(images)[0].device.type == "cuda"
 
 
+ATTENTIVE = {"global_pool": "attentive", "probe_queries": 4, "probe_dim": 8}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "named"),
     [
@@ -273,15 +277,24 @@ def test_no_tensor_is_left_on_the_cpu_when_the_model_is_on_cuda():
         (MAE, {"decoder_num_heads": 7}, ["decoder_embed_dim 24", "decoder_num_heads 7"]),
         (MAE, {"mask_ratio": 0.99}, ["mask_ratio 0.99", "0 of 16"]),
         (MAE, {"mask_ratio": 0.0}, ["mask_ratio 0", "16 of 16"]),
-        (MAE, {"class_token": False}, ["decoder_class_token", "class_token true"]),
+        (MAE, {"class_tokens": 0}, ["decoder_class_token", "class_tokens 1"]),
         (MAE, {"decoder": "crss"}, ["decoder", "self or cross", "'crss'"]),
         (MAE, {"pred_ratio": 0.25}, ["pred_ratio", "decoder cross"]),
         (MAE, {"decoder": "cross", "pred_ratio": 0.8}, ["pred_ratio 0.8", "mask_ratio 0.75"]),
         (MAE, {"decoder": "cross", "pred_ratio": 0.0}, ["pred_ratio 0.0", "16 patches"]),
         (MAE, {"decoder": "cross", "pred_ratio": 0.01}, ["pred_ratio 0.01", "16 patches"]),
-        (VIT, {"class_token": False}, ["global_pool token", "class_token"]),
-        (VIT, {"global_pool": "max"}, ["global_pool", "avg or token", "'max'"]),
+        (MAE, {"decoder_fusion": 3}, ["decoder_fusion 3", "2 to 2"]),
+        (MAE, {"decoder_fusion": 1}, ["decoder_fusion 1", "2 to 2"]),
+        (MAE, {"target": "low"}, ["pixels or lowpass", "'low'"]),
+        (MAE, {"target_cutoff": 0.5}, ["target_cutoff", "target lowpass"]),
+        (MAE, {"target": "lowpass", "target_cutoff": 1.5}, ["target_cutoff", "1.5"]),
+        (VIT, {"class_tokens": 0}, ["global_pool token", "class_tokens"]),
+        (VIT, {"global_pool": "max"}, ["global_pool", "avg, token or attentive", "'max'"]),
         (VIT, {"fc_norm": True}, ["fc_norm", "global_pool token"]),
+        (VIT, {"global_pool": "attentive"}, ["probe_queries", "probe_dim", "None"]),
+        (VIT, {"probe_queries": 4, "probe_dim": 8}, ["probe_queries", "4 and 8 with token"]),
+        (VIT | ATTENTIVE, {"probe_dim": 9}, ["probe_queries 4", "9"]),
+        (VIT | ATTENTIVE, {"probe_queries": 0}, ["probe_queries 0", "8"]),
     ],
 )
 def test_models_that_cannot_be_are_refused_with_their_fields(kind, changes, named):

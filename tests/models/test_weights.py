@@ -42,9 +42,10 @@ from models.weights.write import FORMATS, write_weights
 from tools import convert_checkpoint
 from util.errors import InputError
 
-NO_TOKEN = MAE | {"class_token": False, "decoder_class_token": False}
+NO_TOKEN = MAE | {"class_tokens": 0, "decoder_class_token": False}
 TOKEN_LEAVES = MAE | {"decoder_class_token": False}
 CROSS = MAE | {"decoder": "cross", "pred_ratio": 0.25}
+FUSED = MAE | {"decoder_fusion": 2, "target": "lowpass", "target_cutoff": 0.5}
 AVG = READOUTS[1]
 HALF = MAE | {"mask_ratio": 0.5}
 SMALL = {"embed_dim": 32, "num_heads": 2}
@@ -124,7 +125,8 @@ def assert_named(message, *words):
 
 @pytest.mark.parametrize(
     "fields",
-    [MAE, NO_TOKEN, TOKEN_LEAVES, CROSS, MAE | {"img_size": (16, 32), "patch_size": (4, 8)}]
+    [MAE, NO_TOKEN, TOKEN_LEAVES, CROSS, FUSED, CROSS | {"decoder_fusion": 2}]
+    + [MAE | {"img_size": (16, 32), "patch_size": (4, 8)}]
     + [VIT | readout | {"drop_path_rate": 0.25} for readout in READOUTS],
 )
 @pytest.mark.parametrize("kind", ["checkpoint", "weights"])
@@ -246,6 +248,12 @@ AUTOENCODER, CLASSIFIER = {"num_heads", "norm_pix_loss"}, {"num_heads", "global_
         # the heads of sizes in the tables, and the arguments of the run
         (HALF | SMALL, public_mae, "MAE (autoencoder)", {"decoder_num_heads"}),
         (HALF | PUBLISHED_DECODER, public_mae, "MAE (autoencoder)", {"num_heads"}),
+        (
+            HALF | PUBLISHED_DECODER | {"class_tokens": 8},
+            public_mae,
+            "MAE (autoencoder)",
+            {"num_heads"},
+        ),
         (VIT | {"num_classes": 0}, public_mae, "MAE (encoder)", CLASSIFIER),
         (VIT | AVG, public_mae, "MAE (classifier)", CLASSIFIER),
         (NO_TOKEN | ONE_HEAD, reference_project, "reference project (autoencoder)", AUTOENCODER),
@@ -363,7 +371,7 @@ def test_huggingface_loads_what_is_written_and_gives_our_loss(tmp_path):
     [(form, MAE) for form in FORMATS]
     + [(form, VIT | readout) for form in ("safetensors", "timm") for readout in READOUTS]
     + [("mae", VIT | readout) for readout in READOUTS[:3]]  # that format needs a class token
-    + [("safetensors", CROSS)],
+    + [("safetensors", CROSS), ("safetensors", FUSED)],
 )
 def test_weights_go_there_and_back_bit_for_bit(tmp_path, form, fields):
     source = own_file(tmp_path, built(fields))
@@ -412,6 +420,8 @@ def test_a_foreign_encoder_becomes_a_file_that_records_its_grid(tmp_path):
         (TOKEN_LEAVES, "mae", ["class token in the decoder"]),
         (MAE | {"img_size": (16, 32), "patch_size": (4, 8)}, "mae", ["images", "patches"]),
         (CROSS, "mae", ["decoder self"]),
+        (FUSED, "mae", ["decoder_fusion 0"]),
+        (FUSED, "huggingface", ["decoder_fusion 0"]),
         (MAE, "onnx", ["mae, timm, huggingface, safetensors", "'onnx'"]),
     ],
 )
@@ -469,7 +479,7 @@ def load(fields, tensors, info):
 def test_pretraining_into_each_readout(tmp_path, caplog, readout):
     caplog.set_level(logging.INFO)
     has_norm = bool(readout.get("fc_norm"))
-    tensors, info = own_read(tmp_path, MAE if readout.get("class_token", True) else NO_TOKEN)
+    tensors, info = own_read(tmp_path, MAE if readout.get("class_tokens", True) else NO_TOKEN)
     model, fresh = load(readout, tensors, info)
     own = model.state_dict()
     assert fresh == (HEAD | FC_NORM if has_norm else HEAD)
@@ -509,7 +519,7 @@ def test_positions_on_a_2_by_3_grid_become_4_by_6():
                 weights[2 * i + 1, min(max(i - offset, 0), n - 1)] += tap
         return weights
 
-    resized = resize_pos_embed(table, (2, 3), (4, 6), class_token=True)
+    resized = resize_pos_embed(table, (2, 3), (4, 6), class_tokens=1)
     assert resized.shape == (1, 25, 2) and resized.dtype == torch.float32
     assert torch.equal(resized[0, 0], table[0, 0].float())
     for channel in range(2):
@@ -524,7 +534,7 @@ def test_another_grid_resizes_the_positions_and_says_so(tmp_path, caplog, img_si
     tensors, info = own_read(tmp_path, MAE | {"img_size": (16, 24)})
     model, _ = load({"img_size": img_size}, tensors, info)
     assert_named(caplog.text, "2x3", "x".join(map(str, grid)))
-    expected = resize_pos_embed(tensors["pos_embed"], (2, 3), grid, class_token=True)
+    expected = resize_pos_embed(tensors["pos_embed"], (2, 3), grid, class_tokens=1)
     assert torch.equal(model.pos_embed, expected)
     assert tensors["pos_embed"].shape == (1, 7, 48)  # the caller's are left alone
 
@@ -534,7 +544,7 @@ def test_another_grid_resizes_the_positions_and_says_so(tmp_path, caplog, img_si
     [
         (VIT | READOUTS[2], {"patch_size": (8, 4)}, {"patch_size": ("8", "8x4")}),
         (VIT | READOUTS[2], {"in_chans": 1}, {"in_chans": ("3", "1")}),
-        (VIT | READOUTS[2], {"class_token": False}, {"class_token": ("true", "false")}),
+        (VIT | READOUTS[2], {"class_tokens": 0}, {"class_tokens": ("1", "0")}),
         (
             VIT | READOUTS[2],
             {"embed_dim": 24, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "img_size": 64},
@@ -553,10 +563,11 @@ def test_another_grid_resizes_the_positions_and_says_so(tmp_path, caplog, img_si
         (MAE, {"decoder_depth": 1}, {"decoder_depth": ("2", "1")}),
         (MAE, {"decoder_num_heads": 3}, {"decoder_num_heads": ("2", "3")}),
         (MAE, {"decoder": "cross"}, {"decoder": ("self", "cross")}),
+        (MAE, {"decoder_fusion": 2}, {"decoder_fusion": ("0", "2")}),
         (
             MAE,
-            {"class_token": False, "decoder_class_token": False},
-            {"class_token": ("true", "false"), "decoder_class_token": ("true", "false")},
+            {"class_tokens": 0, "decoder_class_token": False},
+            {"class_tokens": ("1", "0"), "decoder_class_token": ("true", "false")},
         ),
     ],
 )
@@ -592,10 +603,15 @@ def test_of_a_foreign_file_the_mlp_width_counts_and_the_heads_are_those_of_the_s
 
 def test_an_autoencoder_needs_a_decoder_and_takes_the_files_positions(tmp_path, caplog):
     tensors, info = own_read(tmp_path, MAE)
-    model = MaskedAutoencoder(**MAE | {"norm_pix_loss": False, "mask_ratio": 0.5})
+    changes = {"norm_pix_loss": False, "mask_ratio": 0.5, "target": "lowpass"}
+    model = MaskedAutoencoder(**MAE | changes)
     load_into_mae(model, tensors, info, "the path")
     same(model.state_dict(), tensors)
-    assert_named(caplog.text, "norm_pix_loss is True in the file, False in the settings")
+    assert_named(
+        caplog.text,
+        "norm_pix_loss is True in the file, False in the settings",
+        "target is pixels in the file, lowpass in the settings",
+    )
     encoder = read_weights(saved(tmp_path, {"model": encoder_part(tensors)}))
     message = refusal(load_into_mae, model, *encoder, "the path")
     assert_named(message, "the path (MAE (encoder))", "no decoder")
@@ -619,7 +635,13 @@ def start_from(path, fields):
 
 @pytest.mark.parametrize(
     ("fields", "write"),
-    [(MAE, own_file), (CROSS, own_file), (TOKEN_LEAVES, own_checkpoint), (MAE, huggingface_folder)]
+    [
+        (MAE, own_file),
+        (CROSS, own_file),
+        (FUSED, own_file),
+        (TOKEN_LEAVES, own_checkpoint),
+        (MAE, huggingface_folder),
+    ]
     + [(HALF | SMALL, lambda f, m: saved(f, public_mae(m)))]
     + [(x | ONE_HEAD, lambda f, m: saved(f, reference_project(m))) for x in (NO_TOKEN, MAE)],
 )
@@ -682,11 +704,11 @@ def test_on_another_grid_learned_positions_are_resized_and_fixed_ones_computed(
     source = built(MAE)
     if not is_learned:
         for name, width in (("pos_embed", 48), ("decoder_pos_embed", 24)):
-            getattr(source, name).copy_(sincos_pos_embed(width, (4, 4), True).half().float())
+            getattr(source, name).copy_(sincos_pos_embed(width, (4, 4), 1).half().float())
     model, _ = start_from(own_file(tmp_path, source), MAE | {"img_size": (48, 32)})
     for name, width in (("pos_embed", 48), ("decoder_pos_embed", 24)):
-        resized = resize_pos_embed(getattr(source, name), (4, 4), (6, 4), class_token=True)
-        expected = resized if is_learned else sincos_pos_embed(width, (6, 4), True)
+        resized = resize_pos_embed(getattr(source, name), (4, 4), (6, 4), class_tokens=1)
+        expected = resized if is_learned else sincos_pos_embed(width, (6, 4), 1)
         assert torch.equal(getattr(model, name), expected)
     how = "resized" if is_learned else "recomputed"
     assert_named(caplog.text, f"pos_embed {how} from 4x4 to 6x4 patches")
@@ -834,9 +856,9 @@ ONES = torch.ones
             {f"layer{i}.0.conv1.weight": ONES(1) for i in range(9)},  # a ResNet's
             ["9 in all)", "missing patch_embed.proj.weight, pos_embed"],
         ),
-        ("tensors", {"blocks.0.ls1.gamma": ONES(48)}, ["blocks.0.ls1.gamma", "layer scale"]),
         ("tensors", {"blocks.1.gamma_1": ONES(48)}, ["blocks.1.gamma_1", "layer scale"]),
-        ("tensors", {"reg_token": ONES(1, 4, 48)}, ["reg_token", "register tokens"]),
+        ("tensors", {"reg_token": ONES(4, 48)}, ["reg_token is (4, 48)", "3 dimensions"]),
+        ("tensors", {"storage_tokens": ONES(1, 4, 48)}, ["storage_tokens", "register tokens"]),
         ("tensors", {"dist_token": ONES(1, 1, 48)}, ["dist_token", "distillation token"]),
         ("tensors", {"blocks.0.attn.q_norm.weight": ONES(16)}, ["normalised queries and keys"]),
         ("tensors", {"fc_norm.running_mean": ONES(48)}, ["fc_norm.running_mean", "BatchNorm"]),
@@ -847,7 +869,7 @@ ONES = torch.ones
         ("tensors", {"norm.bias": ONES(48).int()}, ["norm.bias", "int32", "floating point"]),
         ("tensors", {"blocks.9000000.norm1.bias": ONES(48)}, ["blocks.9000000.norm1.bias"]),
         ("tensors", {"pos_embed": ONES(17, 48)}, ["pos_embed is (17, 48)", "3 dimensions"]),
-        ("tensors", {"pos_embed": ONES(1, 16, 48)}, ["15 patches of 8x8"]),  # no_embed_class
+        ("tensors", {"pos_embed": ONES(1, 15, 48)}, ["14 patches of 8x8"]),
         ("header", {"depth": 3}, ["missing blocks.2.norm1.weight"]),
         ("header", {"depth": 9000000}, ["9000002 blocks", "62 tensors"]),
         ("header", {"decoder_depth": 3}, ["missing decoder_blocks.2.norm1.weight"]),
@@ -861,7 +883,7 @@ ONES = torch.ones
         ("checkpoint", {"model_args": 3}, ["model that cannot be"]),
         ("checkpoint", {"format_version": 99}, ["99", str(CHECKPOINT_VERSION)]),
         ("checkpoint", {"model": {"weights.0": ONES(2, 3)}}, ["weights.0", "model.safetensors"]),
-        ("config", {"model_type": "vit"}, ["model_type 'vit_mae'", "'vit'"]),
+        ("config", {"model_type": "vit"}, ["model_type 'vit_mae' or", "'vit'"]),
         ("config", {"hidden_act": "relu"}, ["hidden_act 'gelu'", "'relu'"]),
         ("config", {"image_size": "big"}, ["config.json", "b"]),
         ("config", {"image_size": 48}, ["48x48", "16 patches of 8x8"]),

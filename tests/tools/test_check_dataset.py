@@ -542,9 +542,9 @@ def test_wrong_commands_are_one_line_and_exit_code_2(arguments, named, capsys):
 
 STAGES = {
     "pretrain": (main_pretrain.main, ["--decoder_depth", 1]),
-    "finetune": (main_finetune.main, ["--class_token", "true"]),
-    "lincls": (main_lincls.main, ["--class_token", "true", "--finetune", "random"]),
-    "knn": (main_knn.main, ["--class_token", "true", "--finetune", "random"]),
+    "finetune": (main_finetune.main, ["--class_tokens", "1"]),
+    "lincls": (main_lincls.main, ["--class_tokens", "1", "--finetune", "random"]),
+    "knn": (main_knn.main, ["--class_tokens", "1", "--finetune", "random"]),
 }
 
 

@@ -201,7 +201,7 @@ def test_features_of_cifar10_are_those_of_knn_bit_for_bit(tmp_path, cifar10_jpeg
         depth=2,
         num_heads=2,
         mlp_ratio=4.0,
-        class_token=False,
+        class_tokens=0,
         global_pool="avg",
         fc_norm=False,
     )

@@ -24,7 +24,7 @@ def files(tmp_path_factory, weights):
     """Weights of each kind, of grey digits of 28 x 28."""
     folder = tmp_path_factory.mktemp("files")
     fields = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2}
-    fields |= {"num_heads": 2, "mlp_ratio": 4.0, "class_token": True, "num_classes": 3}
+    fields |= {"num_heads": 2, "mlp_ratio": 4.0, "class_tokens": 2, "num_classes": 3}
     torch.manual_seed(0)
     model = VisionTransformer(**fields, global_pool="avg", drop_path_rate=0.2)
     header = {"model_args": model.spec.as_dict(), "mean": [MEAN], "std": [STD]}

@@ -308,7 +308,7 @@ def test_every_model_key_of_a_file_reaches_the_constructor_unchanged(recipe):
         "depth": 3,
         "num_heads": 2,
         "mlp_ratio": 2.0,
-        "class_token": True,
+        "class_tokens": 1,
         "decoder_embed_dim": 16,
         "decoder_depth": 1,
         "decoder_num_heads": 4,

@@ -58,14 +58,15 @@ class ClassifierConfig(ModelConfig):
     num_classes: Count | None = setting(
         None, "Number of classes, which must be that of the data; null counts the data's classes."
     )
-    class_token: bool | None = setting(
+    class_tokens: CountOrZero | None = setting(
         None,
-        "Whether the encoder has a class token; null follows the weights, or global_pool if there "
+        "Number of class tokens of the encoder; null follows the weights, or global_pool if there "
         "are none.",
     )
     global_pool: Literal["avg", "token"] = setting(
         "avg",
-        "Input of the classifier: the mean of the patch tokens (avg) or the class token (token).",
+        "Input of the classifier: the mean of the patch tokens (avg) or of the class tokens "
+        "(token).",
     )
 
 
@@ -374,6 +375,18 @@ class LinclsConfig(
         "and a tenth of the training set, held out, decides between them; a schedule's peak is lr "
         "* total batch / 256.",
     )
+    probe: Literal["linear", "attentive"] = setting(
+        "linear",
+        "Classifier on the frozen encoder: a linear layer on the feature that global_pool names "
+        "(linear), or on what learned queries gather from the patch tokens (attentive, arXiv "
+        "2506.10178).",
+    )
+    probe_queries: Count = setting(32, "Number of learned queries of an attentive probe.")
+    probe_value_ratio: Share = setting(
+        1.0,
+        "Width of what the queries of an attentive probe gather together, as a share of the "
+        "encoder's width; less trains fewer parameters.",
+    )
     optimizer: Literal["sgd", "lars"] = setting(
         "sgd", "Optimiser: SGD with Nesterov momentum, or LARS."
     )
@@ -396,6 +409,16 @@ class LinclsConfig(
             (
                 len(self.lr) > 1 and self.min_lr,
                 "min_lr must be 0 if lr is a list: each classifier has its own schedule",
+            ),
+            (
+                self.probe == "attentive" and self.task == "segment",
+                "probe attentive gathers the patches of an image for its class: leave it out for "
+                "task segment, which classifies each patch",
+            ),
+            (
+                self.probe == "attentive" and self.global_pool == "token",
+                "probe attentive reads the patch tokens in place of the class token: set "
+                "global_pool avg",
             ),
             (
                 len(set(self.lr)) < len(self.lr),

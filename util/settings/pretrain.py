@@ -15,24 +15,30 @@ from util.settings.base import (
     OpenShare,
     ParallelConfig,
     PathText,
+    PositiveOrZero,
     Settings,
     Share,
     ShowConfig,
     TrainRunConfig,
     Width,
+    pair,
     setting,
 )
+
+SIMPLE_PADDING = 4  # pixels that `crop: simple` mirrors beyond each edge of an image
 
 
 class AutoencoderConfig(ModelConfig):
     """Autoencoder"""
 
-    class_token: bool = setting(True, "Whether a class token goes through the encoder.")
+    class_tokens: CountOrZero = setting(
+        1, "Number of class tokens that go through the encoder with the patches."
+    )
     decoder_embed_dim: Width = setting(512, "Width of the decoder.")
     decoder_depth: Count = setting(8, "Number of decoder blocks.")
     decoder_num_heads: Count = setting(16, "Number of attention heads of a decoder block.")
     decoder_class_token: bool = setting(
-        True, "Whether the class token goes on through the decoder; needs class_token."
+        True, "Whether the class tokens go on through the decoder; needs class_tokens 1 or more."
     )
     decoder: Literal["self", "cross"] = setting(
         "self",
@@ -46,6 +52,21 @@ class AutoencoderConfig(ModelConfig):
     )
     norm_pix_loss: bool = setting(
         True, "Whether the target is each patch's pixels normalised by their own mean and variance."
+    )
+    decoder_fusion: CountOrZero = setting(
+        0,
+        "Number of encoder layers, evenly spaced, that the decoder reads a learned mix of, with "
+        "decoder cross another one in each of its blocks; 0 reads the last layer alone.",
+    )
+    target: Literal["pixels", "lowpass"] = setting(
+        "pixels",
+        "What is predicted: the pixels as they are, or those of the image without its high "
+        "frequencies (lowpass). norm_pix_loss holds for both.",
+    )
+    target_cutoff: Share | None = setting(
+        None,
+        "Highest frequency that stays in target lowpass, as a share of half the sampling rate; "
+        "null is 0.357, which is 40 periods in 224 pixels.",
     )
 
 
@@ -69,6 +90,37 @@ class MAEConfig(AutoencoderConfig, MaskConfig):
     mask_ratio: OpenShare = setting(0.75, "Share of the patches that is removed.")
     shared_mask: bool = setting(
         False, "Whether all images of an optimiser step have the same mask, not one each."
+    )
+
+
+class LossConfig(Settings):
+    """Loss"""
+
+    visible_weight: PositiveOrZero = setting(
+        0.0,
+        "Weight of the visible patches' error, which is added to that of the predicted ones; 0 "
+        "does not predict them.",
+    )
+
+
+class CropConfig(AugmentConfig):
+    """Augmentation"""
+
+    crop: Literal["resized", "simple"] = setting(
+        "resized",
+        "Kind of crop: a part of random area and aspect, resized (resized), or the image resized "
+        "to cover img_size, mirrored 4 pixels beyond each edge, and cut at a random place "
+        "(simple), without crop_min.",
+    )
+
+
+class MatrixConfig(AdamWConfig):
+    """Optimiser"""
+
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        "What updates the matrices of the blocks, at the same lr and weight_decay: AdamW, as all "
+        "else, or Muon (momentum 0.95), for which a lr of AdamW is a good start.",
     )
 
 
@@ -131,10 +183,11 @@ class InitConfig(Settings):
 
 
 class PretrainConfig(
-    AdamWConfig,
+    MatrixConfig,
     MAEConfig,
+    LossConfig,
     InitConfig,
-    AugmentConfig,
+    CropConfig,
     DataConfig,
     MonitorConfig,
     RepeatsConfig,
@@ -156,6 +209,16 @@ class PretrainConfig(
                 self.batch_size % self.aug_repeats,
                 f"batch_size {self.batch_size} is not a multiple of aug_repeats "
                 f"{self.aug_repeats}: all samples of an image are in one batch of one process",
+            ),
+            (
+                self.optimizer == "muon" and self.parallel == "fsdp",
+                "optimizer muon needs complete matrices and parallel fsdp shares them among the "
+                "processes: use parallel ddp, or optimizer adamw",
+            ),
+            (
+                self.crop == "simple" and min(pair(self.img_size)) <= SIMPLE_PADDING,
+                f"crop simple mirrors {SIMPLE_PADDING} pixels, and img_size {self.img_size} has no "
+                "more",
             ),
             (
                 self.monitor_probe and not self.monitor_knn,

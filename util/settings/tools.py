@@ -112,11 +112,12 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
     layer_index: CountOrZero | None = setting(
         None, "Layer to draw alone, counted from 0; null is the rollout over all layers."
     )
-    reader: Literal["token", "avg"] | None = setting(
+    reader: Literal["token", "avg", "probe"] | None = setting(
         None,
-        "Row of the attention that is drawn: the class token's (token) or the mean over the "
-        "patches' (avg); null is the class token's if there is one, and with category_index that "
-        "of global_pool.",
+        "Row of the attention that is drawn: the mean of the class tokens' (token) or of the "
+        "patches' (avg); null is the class tokens' if there are any, and with category_index that "
+        "of global_pool. With probe it is the attention of an attentive probe's queries, and no "
+        "rollout.",
     )
     category_index: CountOrZero | None = setting(
         None,
@@ -133,6 +134,13 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
             (
                 not (self.image_path or self.data_path or self.dataset in BUNDLED),
                 "image_path is needed: give --image_path PATH",
+            ),
+            *(
+                (
+                    self.reader == "probe" and getattr(self, name) is not None,
+                    f"{name} does not go with reader probe, which draws the probe's queries alone",
+                )
+                for name in ("category_index", "layer_index")
             ),
         )
 
@@ -200,8 +208,8 @@ class EmbedConfig(ApplyConfig):
     )
     pool: Literal["avg", "token", "both"] = setting(
         "avg",
-        "Feature of an image: the mean of the patch tokens (avg), the class token (token), or "
-        "both, as two arrays.",
+        "Feature of an image: the mean of the patch tokens (avg) or of the class tokens (token), "
+        "or both, as two arrays.",
     )
     layer: tuple[Annotated[int, Ge(-LARGEST), Le(LARGEST)], ...] = setting(
         (-1,),
