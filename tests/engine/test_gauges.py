@@ -67,7 +67,7 @@ def test_a_dimension_without_spread_is_dead():
     [
         (),
         ("--mask", "block", "--img_size", 32, "--norm_pix_loss", "false"),
-        ("--mask", "green", "--shared_mask", "true"),
+        ("--mask", "green", "--shared_mask", "true", "--visible_weight", 0.5),
     ],
 )
 def test_loss_and_features_are_those_of_each_image_alone(tmp_path, data, more):
@@ -86,7 +86,8 @@ def test_loss_and_features_are_those_of_each_image_alone(tmp_path, data, more):
         stream = generator(cfg.seed, MASK, 0, place)
         mask = draw_mask(cfg.mask, model.grid_size, cfg.mask_ratio, stream, cfg.mask_block)
         with torch.no_grad():
-            losses.append(model(images, mask.ids_shuffle[None]).item())
+            loss = model(images, mask.ids_shuffle[None], cfg.visible_weight)
+            losses.append(loss.item())
             features.append(encoder_of(model).forward_features(images)[0].double().numpy())
     last, rows = observations(folder)[-1], np.stack(features)
     assert len(losses) == 60
