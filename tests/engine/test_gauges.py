@@ -11,10 +11,12 @@ import torch
 from runs import CLASSES, make_pictures, pretrain_pictures
 from safetensors.torch import load_file
 from test_monitor import flatten, observations
+from test_parquet import write_splits
 
 from data.images import PixelFormat, decode_image
 from data.transforms import CropAndFlip, PixelNormalizer
 from engine.evaluation.gauges import dead_share, effective_rank
+from engine.pictures.monitor import held_out_source
 from models.build import build_model, encoder_of, mae_spec
 from models.masks import draw_mask
 from util.rng import CROP, MASK, derive_seed, generator, seeded
@@ -125,6 +127,23 @@ def test_without_labels_they_are_measured_on_what_there_is(tmp_path, has_val):
     assert f"loss and features of 50 images ({'held out' if has_val else 'training images'}" in log
     before, after = (losses_of(folder)[place][name] for place in (0, -1))
     assert after < before
+
+
+def test_validation_images_are_found_where_no_labels_are_asked_for(tmp_path, data):
+    """Those of a known set, of scenes, and of tables; None where there are no others."""
+    pixels = {"in_chans": 1, "mean": (0.1,), "std": (0.3,)}
+    count = {}
+    for name in ("mnist5k", "digits_scenes"):
+        source = held_out_source(PretrainConfig(dataset=name, **pixels), None)
+        count[name] = None if source is None else len(source)
+    assert count == {"mnist5k": 1000, "digits_scenes": 500}
+    tables = write_splits(data, tmp_path / "tables")
+    cfg = PretrainConfig(dataset="parquet", data_path=str(tables), **pixels)
+    found = held_out_source(cfg, None)
+    assert found is not None and len(found) == 60
+    for path in [path for path in tables.rglob("*.parquet") if "train" not in path.name]:
+        path.unlink()
+    assert held_out_source(cfg, None) is None
 
 
 def test_files_that_cannot_be_read_are_left_out(tmp_path):
