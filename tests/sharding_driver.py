@@ -82,12 +82,14 @@ def watched_step_end(saver: saving.Saver, original: Any = saving.Saver.between_s
 
 
 def watched_forward(
-    self: MaskedAutoencoder, *args: Any, original: Any = MaskedAutoencoder.forward
+    self: MaskedAutoencoder, *args: Any, original: Any = MaskedAutoencoder.forward, **named: Any
 ) -> torch.Tensor:
+    if not torch.is_grad_enabled():  # the monitor's, of a whole copy
+        return original(self, *args, **named)
     if now["step"] == 0 and "--compile" not in sys.argv:  # a compiler would trace the hooks, too
         for block in blocks_of(self):
             block.register_forward_pre_hook(lambda *_: count_whole_blocks(self))
-    return original(self, *args) * (float("nan") if is_due("NAN_LOSS") else 1.0)
+    return original(self, *args, **named) * (float("nan") if is_due("NAN_LOSS") else 1.0)
 
 
 def count_whole_blocks(model: MaskedAutoencoder) -> None:

@@ -47,13 +47,15 @@ def fixed_batches(
 def measure(
     model: MaskedAutoencoder, batches: Sequence[Batch], cfg: PretrainConfig, device: torch.device
 ) -> tuple[float, Tensor]:
-    """The mean loss over all images of `batches`, and their pooled features `(n, D)` float32 on the
-    CPU. Neither depends on the number of processes."""
+    """The mean loss over all images of `batches`, as the training counts it, and their pooled
+    features `(n, D)` float32 on the CPU. Neither depends on the number of processes."""
     encoder = encoder_of(model)
     total, features = 0.0, []
     for batch in batches:
         # `forward` itself is not compiled, for another shape of batches
-        loss_of = partial(model.forward, ids_shuffle=batch.targets.to(device))
+        loss_of = partial(
+            model.forward, ids_shuffle=batch.targets.to(device), visible_weight=cfg.visible_weight
+        )
         loss = on_pixels(loss_of, cfg, cfg.precision, device)(batch.images)
         total += loss.item() * len(batch.images)
         found = on_pixels(encoder.forward_features, cfg, cfg.precision, device)(batch.images)
@@ -66,7 +68,7 @@ def effective_rank(features: Tensor) -> float:
     """RankMe: the exponential of the entropy of the singular values of `features` `(n, D)` as
     shares of their sum, from 1 to min(n, D); NaN where a feature is not finite.
 
-    Source: arXiv 2210.02885, equation 1 and 2.
+    Source: arXiv 2210.02885, equation 1.
     """
     if not features.isfinite().all():
         return float("nan")

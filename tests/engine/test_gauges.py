@@ -11,10 +11,12 @@ import torch
 from runs import CLASSES, make_pictures, pretrain_pictures
 from safetensors.torch import load_file
 from test_monitor import flatten, observations
+from test_parquet import write_splits
 
 from data.images import PixelFormat, decode_image
 from data.transforms import CropAndFlip, PixelNormalizer
 from engine.evaluation.gauges import dead_share, effective_rank
+from engine.pictures.monitor import held_out_source
 from models.build import build_model, encoder_of, mae_spec
 from models.masks import draw_mask
 from util.rng import CROP, MASK, derive_seed, generator, seeded
@@ -26,7 +28,7 @@ NAMES = ("effective_rank", "dead_share")
 
 
 def by_formula(features: np.ndarray) -> float:
-    """Equations 1 and 2 of arXiv 2210.02885, by the eigenvalues of the Gram matrix."""
+    """Equation 1 of arXiv 2210.02885, by the eigenvalues of the Gram matrix."""
     squares = np.linalg.eigvalsh(features.T @ features).clip(0)
     values = np.sqrt(np.sort(squares)[::-1][: min(features.shape)])
     shares = values / values.sum() + 1e-7
@@ -67,7 +69,7 @@ def test_a_dimension_without_spread_is_dead():
     [
         (),
         ("--mask", "block", "--img_size", 32, "--norm_pix_loss", "false"),
-        ("--mask", "green", "--shared_mask", "true"),
+        ("--mask", "green", "--shared_mask", "true", "--visible_weight", 0.5),
     ],
 )
 def test_loss_and_features_are_those_of_each_image_alone(tmp_path, data, more):
@@ -86,7 +88,8 @@ def test_loss_and_features_are_those_of_each_image_alone(tmp_path, data, more):
         stream = generator(cfg.seed, MASK, 0, place)
         mask = draw_mask(cfg.mask, model.grid_size, cfg.mask_ratio, stream, cfg.mask_block)
         with torch.no_grad():
-            losses.append(model(images, mask.ids_shuffle[None]).item())
+            loss = model(images, mask.ids_shuffle[None], cfg.visible_weight)
+            losses.append(loss.item())
             features.append(encoder_of(model).forward_features(images)[0].double().numpy())
     last, rows = observations(folder)[-1], np.stack(features)
     assert len(losses) == 60
@@ -124,6 +127,23 @@ def test_without_labels_they_are_measured_on_what_there_is(tmp_path, has_val):
     assert f"loss and features of 50 images ({'held out' if has_val else 'training images'}" in log
     before, after = (losses_of(folder)[place][name] for place in (0, -1))
     assert after < before
+
+
+def test_validation_images_are_found_where_no_labels_are_asked_for(tmp_path, data):
+    """Those of a known set, of scenes, and of tables; None where there are no others."""
+    pixels = {"in_chans": 1, "mean": (0.1,), "std": (0.3,)}
+    count = {}
+    for name in ("mnist5k", "digits_scenes"):
+        source = held_out_source(PretrainConfig(dataset=name, **pixels), None)
+        count[name] = None if source is None else len(source)
+    assert count == {"mnist5k": 1000, "digits_scenes": 500}
+    tables = write_splits(data, tmp_path / "tables")
+    cfg = PretrainConfig(dataset="parquet", data_path=str(tables), **pixels)
+    found = held_out_source(cfg, None)
+    assert found is not None and len(found) == 60
+    for path in [path for path in tables.rglob("*.parquet") if "train" not in path.name]:
+        path.unlink()
+    assert held_out_source(cfg, None) is None
 
 
 def test_files_that_cannot_be_read_are_left_out(tmp_path):

@@ -34,9 +34,9 @@ def is_of_kind(kind: str, removed: np.ndarray) -> bool:
 def test_a_run_goes_on_bit_for_bit(tmp_path, data, monkeypatch, kind):
     masks, forward = [], MaskedAutoencoder.forward
 
-    def watching(model, images, ids_shuffle):
+    def watching(model, images, ids_shuffle, *more):
         masks.extend(removed_of(Mask(ids, model.num_kept), model.grid_size) for ids in ids_shuffle)
-        return forward(model, images, ids_shuffle)
+        return forward(model, images, ids_shuffle, *more)
 
     monkeypatch.setattr(MaskedAutoencoder, "forward", watching)
     arguments = pretraining(data, tmp_path / "run", "--mask", kind, *RUNS[kind])

@@ -161,6 +161,7 @@ def test_the_monitor_sees_what_it_sees_of_an_unsharded_model(ddp, fsdp):
     for whole, sharded in zip(*looks, strict=True):
         assert sharded["knn_acc1"] == whole["knn_acc1"]
         assert sharded["psnr"] == pytest.approx(whole["psnr"], abs=1e-4)
+        assert sharded["held_out_loss"] == pytest.approx(whole["held_out_loss"], abs=1e-6)
 
 
 # memory

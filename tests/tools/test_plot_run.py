@@ -120,7 +120,9 @@ def test_a_run_that_has_not_ended_has_a_page(tmp_path):
     (folder / "model.safetensors").write_bytes(b"")  # as a run writes that stops on its schedule
     assert "stopped, of 3 epochs" in note_of(page_of(folder))
     observed = {"step": 0, "epoch": 0.0, "psnr": 11.0, "monitor_s": 0.5, "kind": "monitor"}
-    assert "11.00" in page_of(log(tmp_path / "new", observed))
+    gauges = {"held_out_loss": 0.45678, "effective_rank": 9.5, "dead_share": 12.25}
+    page = page_of(log(tmp_path / "new", observed | gauges))
+    assert all(text in page for text in ("11.00", "0.4568", "9.50", "12.25"))
 
 
 def test_the_page_shows_predictions(tmp_path):
