@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 
 import hubconf
 import main_pretrain
-from engine.run.checkpoint import Checkpoint, load_newest_checkpoint
+from engine.run.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from models.mae import MaskedAutoencoder
 from models.weights.files import weights_digest
 from util.errors import InputError
@@ -131,6 +131,31 @@ def test_a_finished_run_is_left_alone(finished, monkeypatch, caplog):
     assert main_pretrain.main(arguments) == metrics
     assert f"{folder} is already finished at step 124" in caplog.messages
     assert changed_files(folder, before) <= {"log.txt", ".lock"}
+
+
+def older(checkpoint: Checkpoint, class_token: bool) -> Checkpoint:
+    """The same from before there were several class tokens, and without fields that came later."""
+    found = {}
+    for name in ("config", "model_args"):
+        found[name] = {n: v for n, v in getattr(checkpoint, name).items() if n != "class_tokens"}
+        found[name]["class_token"] = class_token
+    del found["model_args"]["decoder"]
+    return replace(checkpoint, **found)
+
+
+def test_a_run_that_an_older_version_began_goes_on(finished, tmp_path):
+    folder, arguments, metrics = finished
+    newest = load_newest_checkpoint(folder)
+    for class_token in (False, True):
+        copy = shutil.copytree(folder, tmp_path / f"copy_{class_token}")
+        (copy / "model.safetensors").unlink()
+        save_checkpoint(copy, older(newest, class_token), keep_last=1)
+        command = [*arguments, "--output_dir", str(copy)]
+        if class_token:
+            assert main_pretrain.main(command) == metrics
+        else:
+            with pytest.raises(InputError, match="class_tokens: 0 -> 1"):
+                main_pretrain.main(command)
 
 
 def test_weights_lost_after_the_last_checkpoint_are_written_again(finished, tmp_path):

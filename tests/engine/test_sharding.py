@@ -33,8 +33,9 @@ LOOKS = ("--monitor_epochs", 1, "--monitor_images", 2, "--monitor_knn", 60)
 
 
 def command_line(data: Path, output_dir: Path, *more: Any) -> list[str]:
-    """Two processes' pretraining; later flags win."""
+    """Two processes' pretraining, with several class tokens; later flags win."""
     batch = ["--batch_size", 6, "--total_batch_size", 12, "--epochs", 3, "--keep_last", STEPS]
+    batch += ["--class_tokens", 3]
     return pretraining(data, output_dir, *batch, *more)
 
 
@@ -120,7 +121,7 @@ def test_accumulation_checkpointing_and_compiling_go_with_it(data, ddp, tmp_path
 
 @pytest.mark.long
 def test_each_process_gets_its_part_of_the_weights_to_start_from(data, weights, tmp_path):
-    more = ["--init", weights, "--epochs", 1, "--warmup_epochs", 0.5]
+    more = ["--init", weights, "--epochs", 1, "--warmup_epochs", 0.5, "--class_tokens", 1]
     folder = pretrain(data, tmp_path / "run", *more, *FSDP)
     assert_same(restored(folder).model, load_file(weights))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import MAE, READOUTS, VIT, TimmViT, randomized
+from reference import ENCODER, MAE, READOUTS, VIT, TimmViT, randomized
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -19,15 +19,18 @@ from transformers import (
 
 import hubconf
 from engine.evaluation.from_weights import build_frozen
+from models.dense import DenseTransformer
 from models.mae import MaskedAutoencoder
 from models.spec import spec_from_dict
 from models.vit import VisionTransformer
-from models.weights.adapt import load_for_pretraining
+from models.weights.adapt import load_for_pretraining, load_into_dense
 from models.weights.own import own_bytes
 from models.weights.read import read_weights
 from models.weights.write import write_weights
+from tools import embed
 from util.errors import InputError
 from util.settings.evaluation import KnnConfig
+from util.settings.tools import EmbedConfig
 
 THREE = {"class_tokens": 3}
 PIXELS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
@@ -297,6 +300,14 @@ def test_evaluation_follows_the_number_in_the_weights_and_refuses_another(tmp_pa
     latent = source.forward_encoder(source.patchify(images()), ids)  # (B, 3 + N, D)
     found = model.forward_features(images())
     torch.testing.assert_close(found, latent[:, :3].mean(dim=1), rtol=0, atol=1e-5)
+    dense = DenseTransformer(**ENCODER | THREE | {"task": "segment", "num_classes": 2}).eval()
+    assert load_into_dense(dense, *read_weights(path), path) <= {*dense.state_dict()}
+    maps = latent[:, 3:].mT.unflatten(2, (4, 4))
+    torch.testing.assert_close(dense.forward_map(images()), maps, rtol=0, atol=1e-5)
+    embed_cfg = EmbedConfig(finetune=path, data_path="x", output_file="a.npz", pool="both")
+    written = embed.reader(embed_cfg, model, read_weights(path)[1])[0](images())
+    features = {"token": latent[:, :3].mean(dim=1), "avg": latent[:, 3:].mean(dim=1)}
+    torch.testing.assert_close(written, features, rtol=0, atol=1e-5)
     other = cfg.model_copy(update={"class_tokens": 1})
     with pytest.raises(InputError, match="class_tokens is 1 in the settings and 3 in"):
         build_frozen(other, path, 1)
