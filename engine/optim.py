@@ -85,7 +85,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in self._matrices():
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # a loaded state comes in new lists
         self._share()
 
@@ -115,7 +115,7 @@ def build_muon(groups: list[Group], beta1: float, beta2: float) -> MuonAdamW:
     """Muon for the matrices of encoder and decoder blocks (a qkv projection is one matrix), with
     momentum 0.95 and Nesterov's step; AdamW, with `beta1` and `beta2`, for all else.
 
-    Source: Muon at AdamW's learning rate and weight decay, arXiv 2502.16982, section 2.2.
+    Source: Muon at AdamW's learning rate and weight decay, arXiv 2502.16982.
     """
     parts: dict[bool, list[Group]] = {True: [], False: []}
     for group in groups:

@@ -32,15 +32,15 @@ test_loss_by_hand_from_reconstruct
 2 loss: kept patches count, too
 models/mae.py models/test_models.py
 test_loss_by_hand_from_reconstruct
--decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -predicted:]
+-decoded = self.forward_decoder(latent, ids_keep, ids_pred)[:, -ids_loss.shape[1] :]
 +decoded = self.forward_decoder(latent, ids_keep, ids_pred)
-+        ids_pred = ids_shuffle
++        ids_loss = ids_shuffle
 
 3 loss: predictions in shuffled order are compared with patches in the order of the image
 models/mae.py models/test_models.py
 test_loss_by_hand_from_reconstruct
--target = self.target(_gather(patches, ids_pred))
-+target = self.target(_gather(patches, ids_pred.sort(dim=1).values))
+-target = self.target(_gather(patches, ids_loss))
++target = self.target(_gather(patches, ids_loss.sort(dim=1).values))
 
 4 loss: accumulated micro-batches add their gradients without dividing by their number
 engine/loop.py test_pretrain.py
@@ -998,6 +998,42 @@ engine/evaluation/apply_dense.py tools/test_predict_places.py
 test_objects_are_what_the_model_says
 -if entry["score"] >= cfg.threshold
 +if entry["score"] >= 0
+
+240 fusion: the decoder reads the mix of layers without the encoder's norm
+models/mae.py models/test_fusion.py
+test_the_standard_decoder_reads_one_mix_of_projected_layers
+-return self.norm(self.decoder_fusion(layers))
++return self.decoder_fusion(layers)
+
+241 target: the cut-off is a share of the sampling rate, not of half of it
+models/mae.py models/test_targets.py
+test_low_frequencies_are_numpys_on_any_grid
+-(cutoff / 2) ** 2
++cutoff**2
+
+242 loss: visible patches count as much as removed ones
+models/mae.py models/test_targets.py
+test_visible_patches_count_by_their_weight
+-+ visible_weight * visible
+++ visible
+
+243 Muon: a gradient that is not finite reaches the matrices and their momentum
+engine/optim.py engine/test_muon.py
+test_a_step_that_is_not_finite_changes_nothing
+-tensor.copy_(torch.where(self.found_inf > 0, old, tensor))
++pass
+
+244 Muon: after a resume its part of the groups no longer follows the schedule
+engine/optim.py engine/test_muon.py
+test_a_loaded_state_goes_on_bit_for_bit_and_its_groups_follow_the_schedule
+-super().__setstate__(state)  # a loaded state comes in new lists
++return super().__setstate__(state)
+
+245 crop: what lies beyond an edge repeats its last pixel in place of a mirror image
+data/transforms.py data/test_simple_crop.py
+test_draws_and_pixels_are_torchvisions
+-place = (place - SIMPLE_PADDING).abs()
++place = (place - SIMPLE_PADDING).clamp(min=0)
 """
 
 

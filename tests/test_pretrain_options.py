@@ -51,7 +51,7 @@ def test_images_on_the_device_and_micro_batches_change_nothing(data, finished, t
     micro = ["--batch_size", 4, "--total_batch_size", 12]
     pretrain_pictures(data, tmp_path / "micro", *options, *micro)
     # Muon's direction is computed in bf16, in which a gradient's last digits show
-    within = 2e-3 if "muon" in options else 1e-5
+    within = 2e-4 if "muon" in options else 1e-5
     assert losses(tmp_path / "micro") == pytest.approx(losses(folder), abs=within)
     if "simple" in options:  # whose pixels are the loader's; those of the other crop are not
         pretrain_pictures(data, tmp_path / "placed", *options, "--data_on_device")
@@ -111,6 +111,6 @@ def test_the_losses_are_the_same_on_any_processes_sharded_or_not(data, tmp_path,
         assert launch(two, 2).returncode == 0
         pretrain_pictures(data, copy, *batch)
         for of in (folder, copy):
-            within = 2e-3 if "muon" in options else 1e-5
+            within = 2e-4 if "muon" in options else 1e-5
             assert losses(of) == pytest.approx(losses(tmp_path / "one"), abs=within), of
     assert len(log_lines(folder)) > 20
