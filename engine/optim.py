@@ -7,7 +7,7 @@ applies the schedule to it.
 
 from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
 DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)  # whose weights decay
-Group = dict[str, Any]  # of parameters
+Group = dict[str, object]  # of parameters
 StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
 
@@ -119,7 +119,8 @@ def build_muon(groups: list[Group], beta1: float, beta2: float) -> MuonAdamW:
     """
     parts: dict[bool, list[Group]] = {True: [], False: []}
     for group in groups:
-        named = [*zip(group["names"], group["params"], strict=True)]
+        parameters = cast(list[Tensor], group["params"])
+        named = [*zip(cast(list[str], group["names"]), parameters, strict=True)]
         for is_matrix, part in parts.items():
             chosen = [
                 (name, parameter)
@@ -127,8 +128,8 @@ def build_muon(groups: list[Group], beta1: float, beta2: float) -> MuonAdamW:
                 if (parameter.ndim == 2 and "blocks." in name) == is_matrix
             ]
             if chosen:
-                names, parameters = map(list, zip(*chosen, strict=True))
-                part.append({**group, "names": names, "params": parameters})
+                names, params = map(list, zip(*chosen, strict=True))
+                part.append({**group, "names": names, "params": params})
     return MuonAdamW(parts[True], parts[False], (beta1, beta2))
 
 

@@ -317,6 +317,9 @@ def test_every_model_key_of_a_file_reaches_the_constructor_unchanged(recipe):
         "norm_pix_loss": False,
         "decoder": "cross",
         "pred_ratio": 0.25,
+        "decoder_fusion": 2,
+        "target": "lowpass",
+        "target_cutoff": 0.5,
     }
     assert MAESpec.__dataclass_fields__.keys() == given.keys()
     cfg = load("--config", recipe(json.dumps(given | {"mean": [0.5], "std": [0.5]})))
