@@ -335,7 +335,7 @@ def started_from(data, tmp_path_factory):
 
     def noted(self, *batch, original=MaskedAutoencoder.forward):
         loss = original(self, *batch)
-        first.append((*(tensor.clone() for tensor in batch), loss.item()))
+        first.append((*(tensor.clone() for tensor in batch[:2]), loss.item()))
         return loss
 
     with pytest.MonkeyPatch.context() as patch:

@@ -3,6 +3,7 @@ or not, and what they leave is a plain encoder to all others."""
 
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from runs import launch, log_lines, pictures, pretrain_pictures, pretraining, st
 
 import main_knn
 import main_pretrain
-from engine.run.checkpoint import load_newest_checkpoint
+from engine.run.checkpoint import load_newest_checkpoint, save_checkpoint
 from models.mae import DECODER_NAMES
 from models.weights.load import load_autoencoder
 from models.weights.read import read_weights
@@ -93,6 +94,19 @@ def test_a_change_that_alters_the_result_is_refused_on_resume(data, tmp_path, ch
     name = change.split()[0].lstrip("-")
     with pytest.raises(InputError, match=f"{name}: .* -> {change.split()[1]}"):
         main_pretrain.main([*arguments, *change.split()])
+
+
+def test_a_run_of_before_there_were_options_goes_on(data, tmp_path):
+    pretrain_pictures(data, tmp_path, "--stop_epoch", 1)
+    saved = load_newest_checkpoint(tmp_path)
+    later = {"decoder_fusion", "target", "target_cutoff"}
+    args = {name: value for name, value in saved.model_args.items() if name not in later}
+    config = {n: v for n, v in saved.config.items() if n not in {*later, "crop", "optimizer"}}
+    save_checkpoint(tmp_path, replace(saved, model_args=args, config=config), keep_last=1)
+    pretrain_pictures(data, tmp_path)
+    assert load_newest_checkpoint(tmp_path).step == 20
+    with pytest.raises(InputError, match="decoder_fusion: 0 -> 2"):
+        pretrain_pictures(data, tmp_path, "--decoder_fusion", 2)
 
 
 @pytest.mark.long
