@@ -159,7 +159,7 @@ class SimpleCropAndFlip(CropAndFlip):
 
     The draws and pixels are those of torchvision's Resize, RandomCrop (padding_mode reflect) and
     RandomHorizontalFlip in sequence, and on the CPU the same by a loader and by `batch`.
-    Source: arXiv 2303.02416, section 4.2 ("simple resized crop").
+    Source: the conservative crop of arXiv 2303.02416, as in its authors' public configurations.
     """
 
     def __init__(self, img_size: int | tuple[int, int], interpolation: str, hflip: float):

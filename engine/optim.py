@@ -7,7 +7,7 @@ applies the schedule to it.
 
 from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
 DECAYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)  # whose weights decay
-Group = dict[str, Any]  # of parameters
+Group = dict[str, object]  # of parameters
 StepFn = Callable[[torch.optim.Optimizer, GradScaler], tuple[Tensor, Tensor]]
 
 
@@ -85,7 +85,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in self._matrices():
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # a loaded state comes in new lists
         self._share()
 
@@ -115,11 +115,12 @@ def build_muon(groups: list[Group], beta1: float, beta2: float) -> MuonAdamW:
     """Muon for the matrices of encoder and decoder blocks (a qkv projection is one matrix), with
     momentum 0.95 and Nesterov's step; AdamW, with `beta1` and `beta2`, for all else.
 
-    Source: Muon at AdamW's learning rate and weight decay, arXiv 2502.16982, section 2.2.
+    Source: Muon at AdamW's learning rate and weight decay, arXiv 2502.16982.
     """
     parts: dict[bool, list[Group]] = {True: [], False: []}
     for group in groups:
-        named = [*zip(group["names"], group["params"], strict=True)]
+        parameters = cast(list[Tensor], group["params"])
+        named = [*zip(cast(list[str], group["names"]), parameters, strict=True)]
         for is_matrix, part in parts.items():
             chosen = [
                 (name, parameter)
@@ -127,8 +128,8 @@ def build_muon(groups: list[Group], beta1: float, beta2: float) -> MuonAdamW:
                 if (parameter.ndim == 2 and "blocks." in name) == is_matrix
             ]
             if chosen:
-                names, parameters = map(list, zip(*chosen, strict=True))
-                part.append({**group, "names": names, "params": parameters})
+                names, params = map(list, zip(*chosen, strict=True))
+                part.append({**group, "names": names, "params": params})
     return MuonAdamW(parts[True], parts[False], (beta1, beta2))
 
 

@@ -40,11 +40,12 @@ class LayerFusion(nn.Module):
     evenly spaced and the last one among them, each before the encoder's `norm`.
 
     For the standard decoder it is one mix, whose weights are a softmax and equal at the start, of
-    the last layer and a linear projection of each other one. Source: arXiv 2308.00261, section 4,
-    with the layers of its public configuration (of 12 and a count of 6: the 2nd, 4th, ..., 12th).
+    the last layer and a linear projection of each other one. Source: arXiv 2308.00261, with the
+    layers of its public configuration (of 12 and a count of 6: the 2nd, 4th, ..., 12th).
 
     For the cross decoder it is one mix for each decoder block, of layers as they are, with weights
-    of any sign. Source: arXiv 2401.14391, section 3.3 (which has a norm for each block, too).
+    of any sign. Source: inter-block attention of arXiv 2401.14391, whose public code also mixes
+    before a norm, a further one in each block; here it is the encoder's, which so is trained.
     """
 
     def __init__(self, spec: MAESpec):
@@ -52,7 +53,8 @@ class LayerFusion(nn.Module):
         count, width = spec.decoder_fusion, spec.embed_dim
         self.layers = [spec.depth * (place + 1) // count for place in range(count)]  # from 1
         is_cross = spec.decoder == "cross"
-        self.weight = nn.Parameter(torch.zeros((spec.decoder_depth,) * is_cross + (count,)))
+        shape = (spec.decoder_depth, count) if is_cross else (count,)
+        self.weight = nn.Parameter(torch.zeros(shape))
         self.proj = nn.ModuleList(
             nn.Linear(width, width) for _ in range(0 if is_cross else count - 1)
         )
@@ -65,7 +67,7 @@ class LayerFusion(nn.Module):
             return torch.tensordot(self.weight, torch.stack(chosen), dims=1)  # (L, B, T, D)
         shares = self.weight.softmax(dim=0)
         mixed = shares[-1] * chosen[-1]
-        for share, project, layer in zip(shares, self.proj, chosen, strict=False):
+        for share, project, layer in zip(shares[:-1], self.proj, chosen[:-1], strict=True):
             mixed = mixed + share * project(layer)
         return mixed  # (B, T, D)
 
@@ -274,12 +276,14 @@ def lowpass(images: Tensor, cutoff: float) -> Tensor:
     """Images `(B, C, H, W)` without frequencies above `cutoff` times half the sampling rate, at any
     angle; the mean stays.
 
-    Source: the ideal filter of arXiv 2303.02416, section 4.1, here centred on frequency zero, so
-    that the result is real.
+    Source: the ideal filter of arXiv 2303.02416, here centred on frequency zero, so that the result
+    is real.
     """
     height, width = images.shape[-2:]
-    rows = torch.fft.fftfreq(height, device=images.device)[:, None]  # in periods per pixel
-    columns = torch.fft.rfftfreq(width, device=images.device)
+    # lengths of frequencies in periods per pixel (an ONNX graph has no fftfreq)
+    rows = torch.arange(height, device=images.device)[:, None]
+    rows = torch.minimum(rows, height - rows) / height  # (H, 1)
+    columns = torch.arange(width // 2 + 1, device=images.device) / width  # (W // 2 + 1,)
     # safe against float noise of a frequency at the cut-off
     stays = rows.square() + columns.square() <= (cutoff / 2) ** 2 * (1 + 1e-5)  # (H, W // 2 + 1)
     return torch.fft.irfft2(torch.fft.rfft2(images) * stays, s=(height, width))  # (B, C, H, W)

@@ -3,6 +3,7 @@ or not, and what they leave is a plain encoder to all others."""
 
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from runs import launch, log_lines, pictures, pretrain_pictures, pretraining, st
 
 import main_knn
 import main_pretrain
-from engine.run.checkpoint import load_newest_checkpoint
+from engine.run.checkpoint import load_newest_checkpoint, save_checkpoint
 from models.mae import DECODER_NAMES
 from models.weights.load import load_autoencoder
 from models.weights.read import read_weights
@@ -51,7 +52,7 @@ def test_images_on_the_device_and_micro_batches_change_nothing(data, finished, t
     micro = ["--batch_size", 4, "--total_batch_size", 12]
     pretrain_pictures(data, tmp_path / "micro", *options, *micro)
     # Muon's direction is computed in bf16, in which a gradient's last digits show
-    within = 2e-3 if "muon" in options else 1e-5
+    within = 2e-4 if "muon" in options else 1e-5
     assert losses(tmp_path / "micro") == pytest.approx(losses(folder), abs=within)
     if "simple" in options:  # whose pixels are the loader's; those of the other crop are not
         pretrain_pictures(data, tmp_path / "placed", *options, "--data_on_device")
@@ -95,6 +96,19 @@ def test_a_change_that_alters_the_result_is_refused_on_resume(data, tmp_path, ch
         main_pretrain.main([*arguments, *change.split()])
 
 
+def test_a_run_of_before_there_were_options_goes_on(data, tmp_path):
+    pretrain_pictures(data, tmp_path, "--stop_epoch", 1)
+    saved = load_newest_checkpoint(tmp_path)
+    later = {"decoder_fusion", "target", "target_cutoff"}
+    args = {name: value for name, value in saved.model_args.items() if name not in later}
+    config = {n: v for n, v in saved.config.items() if n not in {*later, "crop", "optimizer"}}
+    save_checkpoint(tmp_path, replace(saved, model_args=args, config=config), keep_last=1)
+    pretrain_pictures(data, tmp_path)
+    assert load_newest_checkpoint(tmp_path).step == 20
+    with pytest.raises(InputError, match="decoder_fusion: 0 -> 2"):
+        pretrain_pictures(data, tmp_path, "--decoder_fusion", 2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("options", [*EVERY, ALL[:-4]], ids=["all", "cross", "all but muon"])
 def test_the_losses_are_the_same_on_any_processes_sharded_or_not(data, tmp_path, options):
@@ -111,6 +125,6 @@ def test_the_losses_are_the_same_on_any_processes_sharded_or_not(data, tmp_path,
         assert launch(two, 2).returncode == 0
         pretrain_pictures(data, copy, *batch)
         for of in (folder, copy):
-            within = 2e-3 if "muon" in options else 1e-5
+            within = 2e-4 if "muon" in options else 1e-5
             assert losses(of) == pytest.approx(losses(tmp_path / "one"), abs=within), of
     assert len(log_lines(folder)) > 20

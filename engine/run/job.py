@@ -223,9 +223,8 @@ def check_resumable(
     if saved is not None:
         old = {"images": saved.data, "finetune": f"weights of sha256 {saved.weights}"}
         new = {"images": identity.data, "finetune": f"weights of sha256 {identity.weights}"}
-        changes = differences(
-            old | spec_from_dict(saved.model_args).as_dict(), new | identity.model_args
-        )
+        theirs = spec_from_dict(saved.model_args).as_dict()  # with fields that it has not yet
+        changes = differences(old | theirs, new | identity.model_args)
         changes += changed_settings(saved.config, cfg, skip={"size", *identity.model_args})
         if changes:
             raise InputError(

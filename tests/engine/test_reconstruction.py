@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from data.transforms import PixelNormalizer
 from engine.pictures.drawing import to_picture
-from engine.pictures.reconstruction import CAPTIONS, Reconstruction, reconstruct
+from engine.pictures.reconstruction import Reconstruction, caption_of, reconstruct
 from models.mae import MaskedAutoencoder
 from models.masks import KINDS, RADIUS, Mask, draw_mask, draw_orders
 from util.errors import InputError
@@ -302,7 +302,10 @@ def test_a_perfect_prediction_gives_the_original_back(monkeypatch, shape, in_cha
             assert (made - image.double() / 255).abs().max() < 1e-5
             assert np.array_equal(to_picture(made), to_picture(image))
         assert found.psnr > 90
-    assert ("variance" in CAPTIONS[model.norm_pix_loss]) == norm_pix_loss
+    assert ("variance" in caption_of(model)) == norm_pix_loss
+    assert "frequencies" not in caption_of(model)
+    low = MaskedAutoencoder(**vars(model.spec) | {"target": "lowpass"})
+    assert "frequencies" in caption_of(low)
 
 
 # What is masked, and what is pasted

@@ -4,12 +4,14 @@ any number of images, and a graph that does not is not written."""
 import onnxruntime
 import pytest
 import torch
+from reference import MAE, randomized
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hubconf
 from data.images import PixelFormat
 from data.sources import FolderSource
+from models.mae import MaskedAutoencoder
 from models.vit import VisionTransformer
 from models.weights import export
 from models.weights.own import own_bytes, read_header
@@ -96,6 +98,22 @@ def test_a_graph_computes_what_the_model_does(
             expected = [model(pixels[:count])]
         for ours, theirs in zip(expected, computed(path, form, *given), strict=True):
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["export", pytest.param("onnx", marks=pytest.mark.long)])
+@pytest.mark.parametrize("decoder", ["self", pytest.param("cross", marks=pytest.mark.long)])
+def test_graphs_of_mixed_layers_and_of_low_frequencies_compute_the_same(tmp_path, form, decoder):
+    fields = MAE | {"decoder": decoder, "decoder_fusion": 2, "target": "lowpass"}
+    model = randomized(MaskedAutoencoder(**fields))
+    header = {"model_args": model.spec.as_dict(), "mean": [0.5] * 3, "std": [0.25] * 3}
+    (tmp_path / "source").write_bytes(own_bytes(model.state_dict(), header))
+    convert(tmp_path / "source", tmp_path / "graph", "--format", form)
+    images, ids = torch.randn(5, 3, 32, 32), torch.rand(5, 16).argsort(dim=1)
+    with torch.no_grad():
+        pred, mask = model.reconstruct(images, ids)
+        expected = [model.to_pixels(pred, images), mask]
+    for ours, theirs in zip(expected, computed(tmp_path / "graph", form, images, ids), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 
 def test_a_large_onnx_graph_has_its_weights_beside_it(tmp_path, monkeypatch, files, digits):

@@ -317,6 +317,9 @@ def test_every_model_key_of_a_file_reaches_the_constructor_unchanged(recipe):
         "norm_pix_loss": False,
         "decoder": "cross",
         "pred_ratio": 0.25,
+        "decoder_fusion": 2,
+        "target": "lowpass",
+        "target_cutoff": 0.5,
     }
     assert MAESpec.__dataclass_fields__.keys() == given.keys()
     cfg = load("--config", recipe(json.dumps(given | {"mean": [0.5], "std": [0.5]})))
@@ -349,8 +352,8 @@ def test_the_settings_that_a_resumed_run_may_change():
     free = """
     device timeout output_dir data_path download parallel log_interval save_minutes save_epochs
     keep_last keep_every tensorboard max_bad_steps num_workers prefetch_factor batch_size accum_iter
-    total_batch_size stop_epoch monitor_epochs monitor_images monitor_knn monitor_probe monitor_gauges compile
-    compile_backend checkpointing init show_channels
+    total_batch_size stop_epoch monitor_epochs monitor_images monitor_knn monitor_probe monitor_gauges
+    compile compile_backend checkpointing init show_channels
     """
     others = dict.fromkeys(PretrainConfig.model_fields, "another value")
     changed = {text.split(":")[0] for text in changed_settings(others, load(), skip=set())}
