@@ -126,10 +126,10 @@ def compile_options(cfg: CompileConfig) -> dict[str, Any]:
 
 
 def compile_features(backbone: VisionTransformer, cfg: CompileConfig) -> None:
-    """Does what `compile` asks for to the `forward_features` of a frozen model, in place."""
+    """Does what `compile` asks for to a frozen model's features, in place."""
     if cfg.compile:
-        compiled = torch.compile(backbone.forward_features, **compile_options(cfg))
-        backbone.forward_features = compiled  # type: ignore[method-assign]
+        for name in ("forward_features", "forward_layers"):  # compiled when they are called
+            setattr(backbone, name, torch.compile(getattr(backbone, name), **compile_options(cfg)))
 
 
 def _scatter(whole: Tensor, target: "DTensor") -> None:

@@ -8,7 +8,7 @@ Shapes: `N` patches, `K` kept patches, `M` predicted patches.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -173,17 +173,19 @@ class ClassifierSpec(EncoderSpec):
     fc_norm: "avg" only. True: mean, then `fc_norm` (no `norm`). False: `norm` on each token, then
         the mean. None becomes True with "avg" and False with "token".
     drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from 0.
+    last_norm: False has neither norm: the readout takes the tokens as the last block leaves them.
     """
 
     num_classes: int
     global_pool: Literal["avg", "token"]
     fc_norm: bool | None = None
     drop_path_rate: float = 0.0
+    last_norm: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fc_norm is None:
-            object.__setattr__(self, "fc_norm", self.global_pool == "avg")
+            object.__setattr__(self, "fc_norm", self.global_pool == "avg" and self.last_norm)
 
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
@@ -200,6 +202,10 @@ class ClassifierSpec(EncoderSpec):
             (
                 reads_token and self.fc_norm,
                 "fc_norm belongs to global_pool avg, got global_pool token",
+            ),
+            (
+                self.fc_norm and not self.last_norm,
+                "last_norm false has no norm at all, and fc_norm is one",
             ),
         )
 
@@ -291,6 +297,18 @@ def encoder_spec(
         global_pool=global_pool or ("token" if spec.class_token else "avg"),
         fc_norm=False,
     )
+
+
+def block_numbers(layers: Collection[int], depth: int) -> list[int]:
+    """Blocks of a model with `depth` of them, counted from 0 and each once, in their order, from
+    numbers that are also counted from -1 backwards. Raises: InputError for one that is not there.
+    """
+    if wrong := [layer for layer in layers if not -depth <= layer < depth]:
+        raise InputError(
+            f"layer {wrong[0]}: the model has {depth} blocks, from 0 to {depth - 1}",
+            settings=("layer",),
+        )
+    return sorted({layer % depth for layer in layers})
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.evaluation.objective import HEAD_NAMES, Objective
 from engine.run.initial import compare_pixels
 from models.blocks import init_weights
-from models.build import build_model, classifier_spec, dense_spec, mae_spec
+from models.build import build_model, classifier_spec, dense_spec, layers_of, mae_spec
 from models.dense import DenseTransformer
 from models.lora import add_lora, freeze_blocks
 from models.mae import MaskedAutoencoder
@@ -51,12 +51,13 @@ def build_finetuned(
     if cfg.finetune is None:
         return _build(cfg, num_classes, _class_token(cfg), fc_norm), None
     tensors, info = _read(cfg, cfg.finetune)
+    last_norm = True
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
-        fc_norm = bool(info.known("fc_norm"))
+        fc_norm, last_norm = bool(info.known("fc_norm")), _has_norm(info)
         _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
         _compare_names(info, objective.names)
-    model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm)
+    model = _build(cfg, num_classes, _class_token(cfg, cfg.finetune, info), fc_norm, last_norm)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
     if cfg.eval and fresh:
         raise InputError(
@@ -124,20 +125,27 @@ def build_frozen(
     cfg: FrozenConfig, weights: str, num_classes: int
 ) -> tuple[VisionTransformer, str | None]:
     """The frozen model of `weights`, in eval mode, for its features: they pass the norm that the
-    weights hold, and the head is not used. Also the sha256 of the weights.
+    weights hold, and the head is not used. Also the sha256 of the weights. Where the settings name
+    inner layers it ends after the last of them, and has no norm with `last_norm` false.
 
     The word random is an untrained model, as pretraining starts from, and has no sha256.
 
     Raises: InputError if the weights do not fit the settings.
     """
+    last_norm = cfg.last_norm if isinstance(cfg, KnnConfig | LinclsConfig) else True
     if weights == RANDOM_WEIGHTS:
-        model, sha256 = _build(cfg, num_classes, _class_token(cfg), fc_norm=False), None
+        model, sha256 = _build(cfg, num_classes, _class_token(cfg), False, last_norm), None
         init_weights(model)
     else:
         tensors, info = _read(cfg, weights)
-        class_token, fc_norm = _class_token(cfg, weights, info), bool(info.known("fc_norm"))
-        model, sha256 = _build(cfg, num_classes, class_token, fc_norm), info.sha256
+        if isinstance(cfg, ExplainConfig):
+            last_norm = _has_norm(info)
+        class_token = _class_token(cfg, weights, info)
+        fc_norm = bool(info.known("fc_norm")) and last_norm
+        model, sha256 = _build(cfg, num_classes, class_token, fc_norm, last_norm), info.sha256
         load_into_classifier(model, tensors, info, weights, uses_head=False)
+    if isinstance(cfg, KnnConfig | LinclsConfig):
+        _end_after(model, 1 + max(layers_of(cfg)))
     return model.eval().requires_grad_(False), sha256
 
 
@@ -156,12 +164,35 @@ def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> Mas
 
 
 def _build(
-    cfg: FinetuneConfig | FrozenConfig, num_classes: int, class_token: bool, fc_norm: bool
+    cfg: FinetuneConfig | FrozenConfig,
+    num_classes: int,
+    class_token: bool,
+    fc_norm: bool,
+    last_norm: bool = True,
 ) -> VisionTransformer:
     torch.manual_seed(cfg.seed)
     return build_model(
-        classifier_spec(cfg, num_classes=num_classes, class_token=class_token, fc_norm=fc_norm)
+        classifier_spec(
+            cfg,
+            num_classes=num_classes,
+            class_token=class_token,
+            fc_norm=fc_norm,
+            last_norm=last_norm,
+        )
     )
+
+
+def _has_norm(info: WeightsInfo) -> bool:
+    """Whether a classifier of these weights has a last norm; other files do not tell and have."""
+    return info.known("last_norm") is not False
+
+
+def _end_after(model: VisionTransformer, depth: int) -> None:
+    """Drops the blocks after the first `depth`, in place."""
+    if depth < len(model.blocks):
+        logger.info("blocks %d to %d dropped: they are not read", depth, len(model.blocks) - 1)
+    model.blocks = model.blocks[:depth]
+    model.spec = replace(model.spec, depth=depth)
 
 
 def _read(cfg: PixelConfig, weights: str) -> tuple[dict[str, Tensor], WeightsInfo]:

@@ -24,7 +24,7 @@ from util.errors import InputError
 
 # Fields in which file and settings may differ. A classifier's positions are resized and its readout
 # and head replaced; an autoencoder's weights do not depend on how it is trained.
-ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate")
+ADAPTED = ("img_size", "num_classes", "global_pool", "fc_norm", "drop_path_rate", "last_norm")
 TRAINING_ONLY = ("mask_ratio", "pred_ratio", "norm_pix_loss")
 # Pretraining that starts from weights also adapts the patch projection and the class token.
 STARTED_FROM = ("img_size", "patch_size", "in_chans", "class_token", *TRAINING_ONLY)
@@ -54,7 +54,10 @@ def load_into_classifier(
     tensors, info = as_encoder(tensors, info)
     spec, own = model.spec, model.state_dict()
     problems = _differences(info, spec, ADAPTED)
-    if info.known("fc_norm") and not spec.fc_norm:
+    needs_norm = spec.last_norm and not spec.fc_norm
+    if needs_norm and info.known("last_norm") is False:
+        problems.append("it has no last norm: set last_norm false, or fine-tune with avg")
+    if info.known("fc_norm") and needs_norm:
         problems.append(
             "it was trained with global_pool avg: it holds fc_norm, which follows the mean, and no "
             "norm, which the settings' readout needs; set global_pool avg"
@@ -69,6 +72,9 @@ def load_into_classifier(
     if spec.fc_norm and not info.known("fc_norm"):
         dropped += ("norm.",)
         logger.info("norm dropped: fc_norm after the mean takes its place and starts fresh")
+    if not spec.last_norm:
+        dropped += ("norm.", "fc_norm.")
+        logger.info("last norm dropped: the readout takes the tokens without it")
     num_classes = info.known("num_classes") or 0
     log_head = logger.info if uses_head else logger.debug
     if not num_classes:

@@ -73,10 +73,12 @@ def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     if dropped := len(tensors) - len(kept):
         logger.info("timm has no decoder: %d tensors dropped (decoder_*, mask_token)", dropped)
     spec = encoder_spec(info.spec) if isinstance(info.spec, MAESpec) else info.spec
+    needs_norm = info.known("last_norm") is False
+    _require("timm's VisionTransformer", info, ["it needs last_norm true"] * needs_norm)
     keywords = [
         f"{f.name}={'?' if f.name in info.unknown else repr(getattr(spec, f.name))}"
         for f in fields(ClassifierSpec)
-        if f.name != "drop_path_rate"
+        if f.name not in ("drop_path_rate", "last_norm")
     ]
     logger.info("for timm: VisionTransformer(%s)", ", ".join(keywords))
     return own_bytes(kept, {})

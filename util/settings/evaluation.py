@@ -4,10 +4,11 @@
 import re
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from util.errors import where
 from util.settings.base import (
+    LARGEST,
     AdamWConfig,
     AugmentConfig,
     CheckpointingConfig,
@@ -34,6 +35,7 @@ from util.settings.base import (
 from util.settings.dense import DenseDataConfig, DenseModelConfig
 from util.settings.pretrain import PretrainConfig
 
+Layer = Annotated[int, Ge(-LARGEST), Le(LARGEST)]
 RANDOM_WEIGHTS = "random"  # the value of `finetune` for an untrained model
 # What best.safetensors follows if nothing else is asked for, and by what probes are chosen.
 MAIN_METRIC = {
@@ -66,6 +68,16 @@ class ClassifierConfig(ModelConfig):
     global_pool: Literal["avg", "token"] = setting(
         "avg",
         "Input of the classifier: the mean of the patch tokens (avg) or the class token (token).",
+    )
+
+
+class LastNormConfig(Settings):
+    """Readout of a frozen encoder"""
+
+    last_norm: bool = setting(
+        True,
+        "Whether the tokens that are read pass the weights' last norm, those of inner layers as "
+        "well.",
     )
 
 
@@ -351,7 +363,13 @@ class FinetuneConfig(
 
 
 class LinclsConfig(
-    ScheduleConfig, ClassifierConfig, AugmentConfig, LossConfig, CompileConfig, TrainRunConfig
+    ScheduleConfig,
+    ClassifierConfig,
+    LastNormConfig,
+    AugmentConfig,
+    LossConfig,
+    CompileConfig,
+    TrainRunConfig,
 ):
     """Linear classification"""
 
@@ -364,6 +382,11 @@ class LinclsConfig(
         "Weights to evaluate, of any kind that models/README.md lists, or the word random for an "
         "untrained model.",
         may_change=True,  # the resume compares the weights' sha256 instead
+    )
+    layer: Layer = setting(
+        -1,
+        "Block whose tokens are read, counted from 0, or from -1 backwards; the later ones are "
+        "dropped.",
     )
     eval_epochs: Count = setting(
         10, "Epochs between two evaluations; the last epoch always has one."
@@ -401,10 +424,15 @@ class LinclsConfig(
                 len(set(self.lr)) < len(self.lr),
                 f"lr names a rate twice: {' '.join(f'{lr:g}' for lr in self.lr)}",
             ),
+            (
+                self.task == "segment" and not self.last_norm,
+                "last_norm false goes with task classify: the model of task segment, which is "
+                "written in the end, has a norm",
+            ),
         )
 
 
-class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
+class KnnConfig(ClassifierConfig, LastNormConfig, LabelledDataConfig, CompileConfig, RunConfig):
     """k-NN"""
 
     task: Literal["classify", "segment"] = setting(
@@ -422,6 +450,11 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
     )
     ks: tuple[Count, ...] = setting(
         (10, 20, 100, 200), "Numbers of neighbours, of which the first is the reported one."
+    )
+    layer: tuple[Layer, ...] = setting(
+        (-1,),
+        "Blocks whose tokens are read, counted from 0, or from -1 backwards, all in one pass over "
+        "the images; the later ones are dropped.",
     )
     temperature: Annotated[float, Ge(0.01)] = setting(
         0.07, "Temperature of a neighbour's vote, exp(cosine similarity / temperature)."
@@ -460,6 +493,15 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
                 self.save_path is not None and self.load_path is not None,
                 "save_path and load_path exclude each other: the features are there already",
             ),
+            (
+                self.load_path is not None and (self.layer != (-1,) or not self.last_norm),
+                "load_path holds features of one readout: leave layer and last_norm out",
+            ),
+            (
+                self.task == "segment" and len(self.layer) > 1,
+                f"layer names {len(self.layer)} blocks, and task segment reads one",
+            ),
+            (not self.layer, "layer is empty: name a block, the last one is -1"),
         )
 
 
