@@ -22,7 +22,7 @@ from engine.run.checkpoint import Checkpoint, RunIdentity, checkpoint_seen, load
 from engine.run.folder import Run, TrainConfig, take_over_folder
 from engine.run.records import Kind
 from engine.schedule import Plan, choose_accum_iter, plan_run
-from models.spec import ModelSpec
+from models.spec import ModelSpec, spec_from_dict
 from util.dist import all_gather, autocast_dtype, broadcast, from_main
 from util.errors import InputError
 from util.settings.evaluation import FinetuneConfig
@@ -223,7 +223,9 @@ def check_resumable(
     if saved is not None:
         old = {"images": saved.data, "finetune": f"weights of sha256 {saved.weights}"}
         new = {"images": identity.data, "finetune": f"weights of sha256 {identity.weights}"}
-        changes = differences(old | saved.model_args, new | identity.model_args)
+        # an older checkpoint lacks fields, which had their defaults
+        theirs = spec_from_dict(saved.model_args).as_dict()
+        changes = differences(old | theirs, new | identity.model_args)
         changes += changed_settings(saved.config, cfg, skip={"size", *identity.model_args})
         if changes:
             raise InputError(
