@@ -1,14 +1,16 @@
-"""Logistic regression on features, fitted on the CPU within a second: a linear probe to run while a
-model trains.
+"""Logistic regression on features by L-BFGS: the monitor's linear probe, fitted on the CPU within a
+second, and the exact fit of `main_lincls.py --optimizer lbfgs`.
 
 Shapes: `n` and `m` images, `D` width, `C` classes.
 """
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional as F
 
-DECAY = 1e-3  # L2 penalty of the weights, on standardised features
+DECAY = 1e-3  # L2 penalty of the monitor's weights, on standardised features
+ROWS = 2**16  # images whose logits are in memory at a time
 
 
 def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> Tensor:
@@ -19,18 +21,57 @@ def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> 
     """
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0) + 1e-6
     inputs = (train - mean) / std
-    weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
-    bias = torch.zeros(num_classes, requires_grad=True)
+    weight, bias, _ = fit_logistic(inputs, labels, num_classes, len(inputs), DECAY, max_iter=50)
+    return F.linear((val - mean) / std, weight, bias).argmax(dim=1)
+
+
+def fit_logistic(
+    inputs: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    total: int,
+    decay: float,
+    *,
+    max_iter: int,
+    dtype: torch.dtype = torch.float32,
+    class_weights: Tensor | None = None,
+    is_shared: bool = False,
+) -> tuple[Tensor, Tensor, int]:
+    """Weight `(C, D)` and bias `(C,)` of the multinomial regression of `labels` `(n,)` on inputs
+    `(n, D)`, in `dtype`, and the iterations that it took, at most `max_iter`.
+
+    They minimise the cross-entropy's mean over `total` images, plus `decay` / 2 times the squared
+    weights, by L-BFGS (Liu and Nocedal, 1989) with strong Wolfe line searches, from zero. That is
+    scikit-learn's LogisticRegression with C = 1 / (decay * total).
+
+    Args:
+        class_weights: `(C,)` of each class's losses in the mean; None is 1.
+        is_shared: whether each process calls with its share of the `total` images; they must all
+            call, and all get the same.
+    """
+    weight = torch.zeros(num_classes, inputs.shape[1], dtype=dtype, device=inputs.device)
+    bias = torch.zeros(num_classes, dtype=dtype, device=inputs.device)
+    for parameter in (weight, bias):
+        parameter.grad = torch.zeros_like(parameter.requires_grad_())
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=50, history_size=10, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=max_iter, history_size=10, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(F.linear(inputs, weight, bias), labels)
-        value = value + DECAY * weight.square().sum() / 2
-        value.backward()
-        return value
+        optimizer.zero_grad(set_to_none=False)
+        value = torch.zeros((), dtype=dtype, device=inputs.device)
+        for some, own in zip(inputs.split(ROWS), labels.split(ROWS), strict=True):
+            logits = F.linear(some.to(dtype), weight, bias)  # (rows, C)
+            part = F.cross_entropy(logits, own, weight=class_weights, reduction="sum") / total
+            part.backward()
+            value += part.detach()
+        if is_shared and dist.is_initialized():
+            for summed in (weight.grad, bias.grad, value):
+                assert summed is not None
+                dist.all_reduce(summed)
+        penalty = decay * weight.square().sum() / 2
+        penalty.backward()
+        return value + penalty.detach()
 
     optimizer.step(loss)
-    return F.linear((val - mean) / std, weight, bias).argmax(dim=1)
+    return weight.detach(), bias.detach(), optimizer.state[weight]["n_iter"]

@@ -397,8 +397,17 @@ class LinclsConfig(
         "and a tenth of the training set, held out, decides between them; a schedule's peak is lr "
         "* total batch / 256.",
     )
-    optimizer: Literal["sgd", "lars"] = setting(
-        "sgd", "Optimiser: SGD with Nesterov momentum, or LARS."
+    optimizer: Literal["sgd", "lars", "lbfgs"] = setting(
+        "sgd",
+        "Optimiser: SGD with Nesterov momentum, LARS, or L-BFGS, which fits a logistic regression "
+        "to features that are computed once, without augmentation; no setting of the schedule "
+        "matters then.",
+    )
+    lbfgs_c: tuple[Positive, ...] = setting(
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0),
+        "Inverse L2 penalties of optimizer lbfgs (scikit-learn's C, on standardised features); of "
+        "several, a tenth of the training set, held out, chooses one, with which all training "
+        "images are fitted.",
     )
     momentum: OpenShare = setting(0.9, "Momentum of either optimiser.")
     weight_decay: PositiveOrZero = setting(0.0, "Weight decay of the classifiers' weight matrices.")
@@ -423,6 +432,15 @@ class LinclsConfig(
             (
                 len(set(self.lr)) < len(self.lr),
                 f"lr names a rate twice: {' '.join(f'{lr:g}' for lr in self.lr)}",
+            ),
+            (
+                len(set(self.lbfgs_c)) < len(self.lbfgs_c),
+                f"lbfgs_c names a number twice: {' '.join(f'{c:g}' for c in self.lbfgs_c)}",
+            ),
+            (
+                self.optimizer == "lbfgs" and self.purpose != "multiclass",
+                "optimizer lbfgs fits one class to each image: not with task segment, and "
+                f"objective multiclass alone, got {self.purpose}",
             ),
             (
                 self.task == "segment" and not self.last_norm,
