@@ -32,7 +32,7 @@ from engine.run.records import read_results, without_nan
 from engine.run.saving import Saver
 from engine.start import read_lincls
 from engine.tasks.linear import LinearImages, LinearTask, open_linear_task
-from engine.tasks.linear_fit import fit_on_features, for_few_images, without_schedule
+from engine.tasks.linear_fit import fit_on_features, without_schedule
 from models.heads.probe import LinearProbes
 from util.dist import from_main
 from util.errors import run_cli
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         )
         job = begin(
             run,
-            for_few_images(cfg, len(task.train) // run.processes.world_size),
+            without_schedule(cfg, len(task.train) // run.processes.world_size),
             task.train,
             frozen.spec,
             lambda: probes,

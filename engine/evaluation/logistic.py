@@ -21,7 +21,7 @@ def fit_linear(train: Tensor, labels: Tensor, val: Tensor, num_classes: int) -> 
     """
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0) + 1e-6
     inputs = (train - mean) / std
-    weight, bias, _ = fit_logistic(inputs, labels, num_classes, len(inputs), DECAY, max_iter=50)
+    weight, bias, _ = fit_logistic(inputs, labels, num_classes, DECAY, max_iter=50)
     return F.linear((val - mean) / std, weight, bias).argmax(dim=1)
 
 
@@ -29,25 +29,24 @@ def fit_logistic(
     inputs: Tensor,
     labels: Tensor,
     num_classes: int,
-    total: int,
     decay: float,
     *,
     max_iter: int,
     dtype: torch.dtype = torch.float32,
     class_weights: Tensor | None = None,
-    is_shared: bool = False,
+    total: int | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Weight `(C, D)` and bias `(C,)` of the multinomial regression of `labels` `(n,)` on inputs
     `(n, D)`, in `dtype`, and the iterations that it took, at most `max_iter`.
 
-    They minimise the cross-entropy's mean over `total` images, plus `decay` / 2 times the squared
+    They minimise the cross-entropy's mean over the images, plus `decay` / 2 times the squared
     weights, by L-BFGS (Liu and Nocedal, 1989) with strong Wolfe line searches, from zero. That is
-    scikit-learn's LogisticRegression with C = 1 / (decay * total).
+    scikit-learn's LogisticRegression with C = 1 / (decay * n).
 
     Args:
         class_weights: `(C,)` of each class's losses in the mean; None is 1.
-        is_shared: whether each process calls with its share of the `total` images; they must all
-            call, and all get the same.
+        total: number of images of all processes, each of which calls with its share; all get the
+            same. None is a fit of this process alone.
     """
     weight = torch.zeros(num_classes, inputs.shape[1], dtype=dtype, device=inputs.device)
     bias = torch.zeros(num_classes, dtype=dtype, device=inputs.device)
@@ -62,16 +61,23 @@ def fit_logistic(
         value = torch.zeros((), dtype=dtype, device=inputs.device)
         for some, own in zip(inputs.split(ROWS), labels.split(ROWS), strict=True):
             logits = F.linear(some.to(dtype), weight, bias)  # (rows, C)
-            part = F.cross_entropy(logits, own, weight=class_weights, reduction="sum") / total
+            part = F.cross_entropy(logits, own, weight=class_weights, reduction="sum")
+            part = part / (total or len(inputs))
             part.backward()
             value += part.detach()
-        if is_shared and dist.is_initialized():
-            for summed in (weight.grad, bias.grad, value):
-                assert summed is not None
-                dist.all_reduce(summed)
+        for summed in (weight.grad, bias.grad, value) if total else ():
+            assert summed is not None
+            add_up(summed)
         penalty = decay * weight.square().sum() / 2
         penalty.backward()
         return value + penalty.detach()
 
     optimizer.step(loss)
     return weight.detach(), bias.detach(), optimizer.state[weight]["n_iter"]
+
+
+def add_up(values: Tensor) -> Tensor:
+    """The sum over all processes, which must all call, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values

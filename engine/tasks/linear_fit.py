@@ -11,11 +11,10 @@ import logging
 import numpy as np
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from data.labels import strata
 from engine.evaluation.features import share_of_features
-from engine.evaluation.logistic import fit_logistic
+from engine.evaluation.logistic import add_up, fit_logistic
 from engine.run.folder import Run
 from engine.tasks.linear import LinearImages, hold_out
 from models.heads.probe import LinearProbes
@@ -36,16 +35,12 @@ NO_SCHEDULE = {
 logger = logging.getLogger(__name__)
 
 
-def without_schedule(cfg: LinclsConfig) -> LinclsConfig:
-    """The settings, for `optimizer: lbfgs` without a schedule's: a recipe for SGD serves, too."""
-    return cfg.model_copy(update=NO_SCHEDULE) if cfg.optimizer == "lbfgs" else cfg
-
-
-def for_few_images(cfg: LinclsConfig, share: int) -> LinclsConfig:
-    """The settings with a batch of at most a process's `share` of the images, for `optimizer:
-    lbfgs`: no batch is too large for a fit."""
-    size = max(1, min(cfg.batch_size, share))
-    return cfg.model_copy(update={"batch_size": size}) if cfg.optimizer == "lbfgs" else cfg
+def without_schedule(cfg: LinclsConfig, batch_size: int | None = None) -> LinclsConfig:
+    """The settings, for `optimizer: lbfgs` without a schedule's, so that a recipe for SGD serves,
+    and with a batch of at most `batch_size` images."""
+    size = min(cfg.batch_size, max(1, batch_size or cfg.batch_size))
+    update = {**NO_SCHEDULE, "batch_size": size}
+    return cfg.model_copy(update=update) if cfg.optimizer == "lbfgs" else cfg
 
 
 def fit_on_features(
@@ -54,83 +49,63 @@ def fit_on_features(
     """Fits the one probe of `probes` to all training images, with the `c` of `cfg.lbfgs_c` that is
     best on a held-out tenth, of equals the smallest. All processes must call.
 
-    Returns: for results.json this `c`, `num_held_out` and, if there are several, the accuracy of
+    Returns: for results.json this `c`, `num_held_out`, and if there are several the accuracy of
     each as a `curve`.
 
     Raises: as `share_of_features`.
     """
-    rank, world_size = run.processes.rank, run.processes.world_size
+    share = slice(run.processes.rank, None, run.processes.world_size)
     features = share_of_features(cfg, run, frozen, task.train, cfg.crop_pct)[0].to(run.device)
-    labels = torch.from_numpy(task.train.labels)[rank::world_size].to(run.device)
-    total, weights = len(task.train), task.objective.weights
+    labels = torch.from_numpy(task.train.labels)[share].to(run.device)
+    is_held_out = np.zeros(len(task.train), dtype=bool)
+    accuracies: dict[float, float] = {}
     probes.eval()
-    curve: list[dict[str, float]] = []
-    held_out = np.empty(0, dtype=np.int64)
     if len(cfg.lbfgs_c) > 1:
-        held_out = hold_out(strata(task.train.labels), cfg.seed)[1]
-        chooses = np.isin(np.arange(total)[rank::world_size], held_out)
-        some, others = (torch.from_numpy(part).to(run.device) for part in (~chooses, chooses))
+        is_held_out[hold_out(strata(task.train.labels), cfg.seed)[1]] = True
+        judges = torch.from_numpy(is_held_out[share]).to(run.device)
         for c in sorted(cfg.lbfgs_c):
-            kept = total - len(held_out)
-            steps = fit_probe(probes, features[some], labels[some], kept, c, weights)
-            found = probes(features[others])[0].argmax(dim=1)  # (n,)
-            right = int(add_up((found == labels[others]).sum()))
-            curve.append({"c": c, "held_out_acc1": 100 * right / len(held_out)})
-            accuracy = curve[-1]["held_out_acc1"]
-            logger.info("C %g: held_out top-1 %.2f %%, %d iterations", c, accuracy, steps)
-    best = max(curve, key=lambda point: point["held_out_acc1"]) if curve else {"c": cfg.lbfgs_c[0]}
-    steps = fit_probe(probes, features, labels, total, best["c"], weights)
-    logger.info("C %g: fitted to all %d images, %d iterations", best["c"], total, steps)
-    if len(curve) > 1 and best in (curve[0], curve[-1]):
-        logger.warning("C %g is at an end of lbfgs_c: others beyond it may be better", best["c"])
-    return {"c": best["c"], "num_held_out": len(held_out), "curve": curve}
+            fit_probe(task, probes, features[~judges], labels[~judges], c)
+            found = probes(features[judges])[0].argmax(dim=1)  # (n,)
+            right = add_up((found == labels[judges]).sum())
+            accuracies[c] = 100 * int(right) / int(is_held_out.sum())
+            logger.info("C %g: held_out top-1 %.2f %%", c, accuracies[c])
+    best = max(accuracies, key=accuracies.__getitem__, default=cfg.lbfgs_c[0])
+    if accuracies and best in (min(cfg.lbfgs_c), max(cfg.lbfgs_c)):
+        logger.warning("C %g is at an end of lbfgs_c: others beyond it may be better", best)
+    steps = fit_probe(task, probes, features, labels, best)
+    logger.info("C %g: fitted to all %d images in %d iterations", best, len(task.train), steps)
+    curve = [{"c": c, "held_out_acc1": accuracy} for c, accuracy in accuracies.items()]
+    return {"c": best, "num_held_out": int(is_held_out.sum()), "curve": curve}
 
 
-@torch.no_grad()
 def fit_probe(
-    probes: LinearProbes,
-    features: Tensor,
-    labels: Tensor,
-    total: int,
-    c: float,
-    weights: Tensor | None,
+    task: LinearImages, probes: LinearProbes, features: Tensor, labels: Tensor, c: float
 ) -> int:
-    """Fits the one probe of `probes` to features `(n, D)` with labels `(n,)`, this process's share
-    of `total` images, in place; returns the iterations that it took.
+    """Fits the one probe of `probes`, in eval mode, to features `(n, D)` with labels `(n,)`, this
+    process's share, in place; returns the iterations that it took.
 
     Args:
         c: inverse L2 penalty of the weights on standardised features, beside the sum of the losses.
-        weights: `(C,)` of the classes.
     """
     # MPS has no 64-bit floats
     dtype = torch.float32 if features.device.type == "mps" else torch.float64
+    total = int(add_up(torch.tensor(len(labels), device=labels.device)))
     mean = add_up(features.sum(dim=0, dtype=dtype)) / total  # (D,)
     var = add_up((features - mean.float()).square().sum(dim=0, dtype=dtype)) / total
-    assert probes.bn.running_mean is not None and probes.bn.running_var is not None
-    probes.bn.running_mean.copy_(mean)
-    probes.bn.running_var.copy_(var)
-    inputs = probes.bn(features)  # (n, D)
-    with torch.enable_grad():
-        weight, bias, steps = fit_logistic(
-            inputs,
-            labels,
-            len(probes.biases[0]),
-            total,
-            1 / (c * total),
-            max_iter=MAX_ITER,
-            dtype=dtype,
-            class_weights=None if weights is None else weights.to(dtype),
-            is_shared=True,
-        )
-    probes.weights[0].copy_(weight)
-    probes.biases[0].copy_(bias)
+    state = {"bn.running_mean": mean, "bn.running_var": var}
+    probes.load_state_dict(state, strict=False)
+    weights = task.objective.weights
+    weight, bias, steps = fit_logistic(
+        probes.bn(features),
+        labels,
+        len(task.all_names),
+        1 / (c * total),
+        max_iter=MAX_ITER,
+        dtype=dtype,
+        class_weights=None if weights is None else weights.to(dtype),
+        total=total,
+    )
+    probes.load_state_dict({"weights.0": weight, "biases.0": bias}, strict=False)
     if steps >= MAX_ITER:
         logger.warning("C %g: not converged in %d iterations", c, MAX_ITER)
     return steps
-
-
-def add_up(values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values

@@ -404,7 +404,7 @@ class LinclsConfig(
         "matters then.",
     )
     lbfgs_c: tuple[Positive, ...] = setting(
-        (1e-4, 1e-3, 1e-2, 0.1, 1.0),
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
         "Inverse L2 penalties of optimizer lbfgs (scikit-learn's C, on standardised features); of "
         "several, a tenth of the training set, held out, chooses one, with which all training "
         "images are fitted.",
