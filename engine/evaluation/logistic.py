@@ -52,8 +52,14 @@ def fit_logistic(
     bias = torch.zeros(num_classes, dtype=dtype, device=inputs.device)
     for parameter in (weight, bias):
         parameter.grad = torch.zeros_like(parameter.requires_grad_())
+    is_exact = dtype == torch.float64
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iter, history_size=10, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=max_iter,
+        tolerance_grad=1e-8 if is_exact else 1e-7,
+        tolerance_change=1e-14 if is_exact else 1e-9,
+        history_size=10,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:

@@ -19,28 +19,24 @@ from engine.run.folder import Run
 from engine.tasks.linear import LinearImages, hold_out
 from models.heads.probe import LinearProbes
 from models.vit import VisionTransformer
+from util.settings.base import AugmentConfig, ScheduleConfig
 from util.settings.evaluation import LinclsConfig
 
 MAX_ITER = 1000
-# The settings of a schedule, which a fit has not, as those of one pass over the images.
-NO_SCHEDULE = {
-    "lr": (0.1,),
-    "min_lr": 0.0,
-    "epochs": 1,
-    "stop_epoch": None,
-    "warmup_epochs": 0.0,
-    "accum_iter": 1,
-    "total_batch_size": None,
-}
+# Settings that a fit has not: a schedule, whose epoch is one pass over the images, and augmentation
+UNUSED = {*ScheduleConfig.model_fields, *AugmentConfig.model_fields}
+UNUSED |= {"lr", "momentum", "weight_decay"}
 logger = logging.getLogger(__name__)
 
 
 def without_schedule(cfg: LinclsConfig, batch_size: int | None = None) -> LinclsConfig:
-    """The settings, for `optimizer: lbfgs` without a schedule's, so that a recipe for SGD serves,
-    and with a batch of at most `batch_size` images."""
+    """The settings, for `optimizer: lbfgs` with the defaults of those that it has not, so that a
+    recipe for SGD serves, and with a batch of at most `batch_size` images."""
+    if cfg.optimizer != "lbfgs":
+        return cfg
+    update = {name: LinclsConfig.model_fields[name].default for name in UNUSED}
     size = min(cfg.batch_size, max(1, batch_size or cfg.batch_size))
-    update = {**NO_SCHEDULE, "batch_size": size}
-    return cfg.model_copy(update=update) if cfg.optimizer == "lbfgs" else cfg
+    return cfg.model_copy(update=update | {"epochs": 1, "warmup_epochs": 0.0, "batch_size": size})
 
 
 def fit_on_features(

@@ -72,7 +72,7 @@ def load_into_classifier(
     if spec.fc_norm and not info.known("fc_norm"):
         dropped += ("norm.",)
         logger.info("norm dropped: fc_norm after the mean takes its place and starts fresh")
-    if not spec.last_norm:
+    if not spec.last_norm and info.known("last_norm") is not False:
         dropped += ("norm.", "fc_norm.")
         logger.info("last norm dropped: the readout takes the tokens without it")
     num_classes = info.known("num_classes") or 0
