@@ -188,7 +188,6 @@ MATRIX = [
     ("lincls", "--lr 0.1 1 --min_lr 0.01", "min_lr"),
     ("lincls", "--lr 0.1 0.1", "lr"),
     ("lincls", "--size debug --layer 2", "layer"),
-    ("lincls", "--layer 0 1", "layer"),
     ("lincls", "--lbfgs_c 1 1.0", "lbfgs_c"),
     ("lincls", "--lbfgs_c 0", "lbfgs_c"),
     (
