@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from dense_runs import few_scenes, on_scenes
-from runs import CLASSES, log_lines, normalised, pictures, pretraining, results_of
+from runs import CLASSES, launch, log_lines, normalised, pictures, pretraining, results_of
 from safetensors.torch import load_file
 from test_knn import brute_force
 
@@ -91,6 +91,15 @@ def test_knn_of_several_layers_is_that_of_each_by_one_pass(
     assert {n: loaded[n] for n in results["layers"][0]} == results["layers"][0]
     with pytest.raises(InputError, match="save_path"):  # those of another layer are there
         knn(data, tmp_path / "run", weights, *norm, tmp_path / "f" / "layer0", "--layer", 1)
+
+
+@pytest.mark.long
+def test_two_processes_have_the_same_table(tmp_path, data, weights):
+    more = ["--finetune", weights, "--ks", *KS, "--layer", 0, 1]
+    found = launch(pictures(data, tmp_path, *more, training=False), 2, "run_knn.sh")
+    assert found.returncode == 0, found.stderr
+    expected = knn(data, tmp_path / "one", weights, "--layer", 0, 1)
+    assert results_of(tmp_path) == expected and len(expected["layers"]) == 2
 
 
 def test_embedded_layers_without_the_norm_are_those_of_knn_bit_for_bit(tmp_path, data, weights):

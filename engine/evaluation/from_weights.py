@@ -53,7 +53,7 @@ def build_finetuned(
     tensors, info = _read(cfg, cfg.finetune)
     last_norm = True
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
-        fc_norm, last_norm = bool(info.known("fc_norm")), _has_norm(info)
+        fc_norm, last_norm = bool(info.known("fc_norm")), info.known("last_norm") is not False
         _check_same("global_pool", cfg.global_pool, info.known("global_pool"), cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
         _compare_names(info, objective.names)
@@ -139,7 +139,7 @@ def build_frozen(
     else:
         tensors, info = _read(cfg, weights)
         if isinstance(cfg, ExplainConfig):
-            last_norm = _has_norm(info)
+            last_norm = info.known("last_norm") is not False
         class_token = _class_token(cfg, weights, info)
         fc_norm = bool(info.known("fc_norm")) and last_norm
         model, sha256 = _build(cfg, num_classes, class_token, fc_norm, last_norm), info.sha256
@@ -180,11 +180,6 @@ def _build(
             last_norm=last_norm,
         )
     )
-
-
-def _has_norm(info: WeightsInfo) -> bool:
-    """Whether a classifier of these weights has a last norm; other files do not tell and have."""
-    return info.known("last_norm") is not False
 
 
 def _end_after(model: VisionTransformer, depth: int) -> None:
