@@ -67,6 +67,7 @@ def timm_vit(ours: VisionTransformer) -> TimmViT:
     """timm's model with our weights."""
     keywords = ours.spec.as_dict()
     del keywords["drop_path_rate"]
+    keywords["final_norm"] = keywords.pop("last_norm")
     reference = TimmViT(**keywords).to(ours.pos_embed.dtype)
     reference.load_state_dict(ours.state_dict(), strict=True)
     return reference.eval()
