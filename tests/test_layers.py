@@ -17,6 +17,7 @@ import main_finetune
 import main_knn
 import main_lincls
 import main_pretrain
+from engine.run.checkpoint import load_newest_checkpoint, save_checkpoint
 from models.vit import VisionTransformer
 from models.weights.own import read_header
 from models.weights.read import read_weights
@@ -177,6 +178,18 @@ def test_a_depth_that_the_weights_do_not_have_is_refused_although_it_is_cut(
 ):
     with pytest.raises(InputError, match=r"depth 2 in the file, 3 in the settings"):
         knn(data, tmp_path, weights, "--depth", 3, "--layer", 0)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, data, weights):
+    """Its checkpoint knows neither the settings nor the model's field, which had the defaults."""
+    arguments = pictures(data, tmp_path, "--finetune", weights, "--stop_epoch", 1)
+    results = main_lincls.main(arguments)
+    saved = load_newest_checkpoint(tmp_path)
+    del saved.model_args["last_norm"], saved.config["last_norm"], saved.config["layer"]
+    save_checkpoint(tmp_path, saved, 1, 0)
+    assert main_lincls.main(arguments) == results
+    with pytest.raises(InputError, match="last_norm: True -> False"):
+        main_lincls.main([*arguments, "--last_norm", "false"])
 
 
 def test_the_page_of_a_run_has_a_curve_over_layers(tmp_path, data, weights, pretrained):
