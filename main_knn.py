@@ -4,7 +4,8 @@ weighted votes; or segmentation by the neighbours of patches.
     sh run_knn.sh --config cfgs/finetune/ViT-S_50E_GAP.yaml --data_path /path/to/data \\
         --finetune /path/to/weights
 
-`--finetune random` evaluates an untrained model; a folder of checkpoints gives a table over them.
+`--finetune random` evaluates an untrained model; a folder of checkpoints gives a table over them,
+and several `--layer` one over the encoder's blocks.
 `--save_path` keeps the features, and `--load_path` takes them in place of computing them.
 """
 
@@ -18,7 +19,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from data.annotated import AnnotatedData, open_annotated_data
 from data.labels import LabelledData, take_subset
 from data.on_device import place_on_device
 from engine.evaluation.classification import open_labelled_data, percent_by_class
-from engine.evaluation.features import Features, compute_features
+from engine.evaluation.features import Features, compute_layers
 from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.knn import rank_labels
@@ -35,6 +35,7 @@ from engine.evaluation.segmentation import SegmentationEvaluator
 from engine.parallel import compile_features, spread_model
 from engine.run.folder import Run, open_run
 from engine.start import read_knn
+from models.build import layers_of
 from models.vit import VisionTransformer
 from models.weights.files import weights_digest
 from models.weights.read import read_weights
@@ -67,21 +68,25 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
             return run.finish(classify(cfg, run, features._replace(train=share), origin))
 
         assert cfg.finetune is not None, "the settings require weights"
-        checkpoints = list_weights(cfg.finetune)
-        folders: list[Path] = []
-        if cfg.save_path is not None:  # several checkpoints have a folder each
-            folders = [
-                Path(cfg.save_path, Path(path).name if len(checkpoints) > 1 else "")
+        checkpoints, layers = list_weights(cfg.finetune), layers_of(cfg)
+        folders: dict[tuple[str, int], Path] = {}
+        if cfg.save_path is not None:  # several checkpoints and layers have a folder each
+            folders = {
+                (path, layer): Path(
+                    cfg.save_path,
+                    Path(path).name if len(checkpoints) > 1 else "",
+                    f"layer{layer}" if len(layers) > 1 else "",
+                )
                 for path in checkpoints
-            ]
-            digests = [partial(digest_of, path) for path in checkpoints]
-            from_main(lambda: check_folders(cfg, digests, folders))
+                for layer in layers
+            }
+            targets = [(partial(digest_of, path), n, f) for (path, n), f in folders.items()]
+            from_main(lambda: check_folders(cfg, targets))
         data = open_annotated_data(cfg) if cfg.task == "segment" else open_images(cfg, run)
         for checkpoint in checkpoints[1:]:  # finds a broken file before the others are evaluated
             from_main(partial(read_weights, checkpoint))
         table = [
-            evaluate_checkpoint(cfg, run, checkpoint, data, folder)
-            for checkpoint, folder in zip_longest(checkpoints, folders)
+            evaluate_checkpoint(cfg, run, checkpoint, data, folders) for checkpoint in checkpoints
         ]
         if len(table) == 1:
             return run.finish(table[0])
@@ -104,13 +109,15 @@ def evaluate_checkpoint(
     run: Run,
     checkpoint: str,
     data: LabelledData | AnnotatedData,
-    folder: Path | None,
+    folders: dict[tuple[str, int], Path],
 ) -> Results:
-    """Results of the frozen model of `checkpoint`; writes its features into `folder` unless it is
-    None."""
+    """Results of the frozen model of `checkpoint`, of several layers those of the best, with the
+    figures of all of them as a list under `layers`. Writes its features into the folder of each
+    layer, if there is one."""
     model, sha256 = from_main(lambda: build_frozen(cfg, checkpoint, len(data.class_names)))
     spread_model(model, run.device)
     compile_features(model, cfg)
+    layers = layers_of(cfg)
     origin = Origin(
         checkpoint=checkpoint,
         sha256=sha256,
@@ -118,16 +125,30 @@ def evaluate_checkpoint(
         readout=cfg.global_pool,
         img_size=cfg.img_size,
         class_names=data.class_names,
+        layer=layers[0],
+        last_norm=cfg.last_norm,
     )
     if isinstance(data, AnnotatedData):
         return segment(cfg, run, model, data, origin)
-    features = compute_features(cfg, run, model, data, cfg.crop_pct)
-    if folder is not None:
-        rows = gather_rows(features.train, len(data.train), everywhere=False)  # all on rank 0
-        if run.processes.is_main:
-            complete = features._replace(train=rows)
-            logger.info("wrote %s", save_features(folder, complete, origin))
-    return classify(cfg, run, features, origin)
+    results = []
+    found = compute_layers(cfg, run, model, data, cfg.crop_pct, layers)
+    for layer, features in zip(layers, found, strict=True):
+        origin = origin._replace(layer=layer)
+        if folders:
+            rows = gather_rows(features.train, len(data.train), everywhere=False)  # all on rank 0
+            if run.processes.is_main:
+                complete = features._replace(train=rows)
+                path = save_features(folders[checkpoint, layer], complete, origin)
+                logger.info("wrote %s", path)
+        results.append(classify(cfg, run, features, origin))
+    if len(layers) == 1:
+        return results[0]
+    best = max(results, key=lambda of_layer: of_layer["acc1"])  # of equals the first
+    for of_layer in results:
+        mark = "  the best" if of_layer is best else ""
+        logger.info("layer %2d  %s%s", of_layer["layer"], accuracies(of_layer), mark)
+    figures = ("layer", "correct1", "acc1", "acc5", "acc1_by_k")
+    return {**best, "layers": [{name: row[name] for name in figures} for row in results]}
 
 
 def segment(
@@ -185,8 +206,9 @@ def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> Re
         )
         results["per_class"] = percent_by_class(class_names, correct, total)
     logger.info(
-        "%s: %d training and %d validation images  %s",
+        "%s, layer %d: %d training and %d validation images  %s",
         origin.checkpoint,
+        origin.layer,
         num_train,
         len(labels),
         accuracies(results),

@@ -7,7 +7,8 @@ attentive probes (arXiv 2506.10178).
 
 --finetune random evaluates an untrained model. Of several learning rates a held-out tenth of the
 training set chooses one; the validation set has no say. The same command resumes where it stopped.
-model.safetensors is the classifier with the chosen head.
+model.safetensors is the classifier with the chosen head. --optimizer lbfgs fits a logistic
+regression to features that are computed once, in minutes.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
@@ -37,7 +38,8 @@ from engine.run.job import Job, begin
 from engine.run.records import read_results, without_nan
 from engine.run.saving import Saver
 from engine.start import read_lincls
-from engine.tasks.linear import LinearTask, open_linear_task
+from engine.tasks.linear import LinearImages, LinearTask, open_linear_task
+from engine.tasks.linear_fit import fit_on_features, without_schedule
 from util.dist import from_main
 from util.errors import run_cli
 from util.settings.evaluation import MAIN_METRIC, LinclsConfig
@@ -46,7 +48,7 @@ from util.settings.evaluation import MAIN_METRIC, LinclsConfig
 def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> dict[str, object]:
     """Trains linear classifiers, or goes on with a run; returns what it writes to results.json.
     `cfg` are settings that have been read already."""
-    cfg = cfg or read_lincls(argv)
+    cfg = without_schedule(cfg or read_lincls(argv))
     with open_run(cfg) as run:
         task = open_linear_task(cfg, run)
         frozen, sha256 = from_main(task.build)
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         probes = build_probes(cfg, frozen.spec, len(task.all_names))
         job = begin(
             run,
-            cfg,
+            without_schedule(cfg, len(task.train) // run.processes.world_size),
             task.train,
             frozen.spec,
             lambda: probes,
@@ -68,6 +70,13 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
         if job.is_finished:
             return read_results(run.results_path)
 
+        fitted: dict[str, object] = {}
+        if cfg.optimizer == "lbfgs":
+            assert isinstance(task, LinearImages), "the config checks the task"
+            fitted = fit_on_features(cfg, run, task, frozen, probes)
+            with Saver(job) as saver:
+                job.state.step = job.plan.stop_step  # nothing is left to train
+                saver.save()
         batches = train_batches(cfg, run, job.plan, task.samples(), job.state.step)
 
         def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,13 +88,18 @@ def main(argv: Sequence[str] | None = None, cfg: LinclsConfig | None = None) -> 
                 if epoch % cfg.eval_epochs == 0 and job.state.step < job.plan.stop_step:
                     evaluate_epoch(job, epoch, task, frozen, cfg)
         chosen, results = evaluate_epoch(job, job.epochs_done, task, frozen, cfg)
+        if fitted:
+            del results["lr"]  # a fit has none
+            results |= fitted
         if run.processes.is_main:
             head, header = task.weights(*probes.folded(chosen))
             frozen.load_state_dict(head | probes.pool_tensors(chosen), strict=False)
             save_weights(weights_path(run.output_dir), frozen, job.identity, None, **header)
         return run.finish(
             {
-                "protocol": f"{cfg.probe} classification" + " of patches" * (cfg.task == "segment"),
+                "protocol": "logistic regression by L-BFGS"
+                if fitted
+                else f"{cfg.probe} classification" + " of patches" * (cfg.task == "segment"),
                 "checkpoint": cfg.finetune,
                 "sha256": sha256,
                 "dataset": cfg.dataset,
@@ -118,9 +132,8 @@ def evaluate_epoch(
     figures = {f"val_{name}": value for name, value in best.scalars.items()}
     values = {"epoch": float(epoch), "val_loss": best.loss, **figures, **curve[chosen]}
     said = "  ".join(f"{split} {found[chosen].text(metric)}" for split, found in scores.items())
-    job.run.records.write(
-        "val", job.state.step, values, f"epoch {epoch} lr {lrs[chosen]:g}  {said}"
-    )
+    rate = "" if cfg.optimizer == "lbfgs" else f" lr {lrs[chosen]:g}"
+    job.run.records.write("val", job.state.step, values, f"epoch {epoch}{rate}  {said}")
     return chosen, {
         **best.as_dict(task.class_names),
         "lr": lrs[chosen],

@@ -126,11 +126,10 @@ def compile_options(cfg: CompileConfig) -> dict[str, Any]:
 
 
 def compile_features(backbone: VisionTransformer, cfg: CompileConfig) -> None:
-    """Does what `compile` asks for to the `forward_features` of a frozen model, in place, or where
-    attentive probes read its patches to `forward_map`."""
-    if cfg.compile:
-        name = "forward_features" if backbone.pool is None else "forward_map"
-        setattr(backbone, name, torch.compile(getattr(backbone, name), **compile_options(cfg)))
+    """Does what `compile` asks for to what a frozen model gives, in place."""
+    if cfg.compile:  # each is compiled when it is called
+        for name in ("forward_features", "forward_layers", "forward_map"):
+            setattr(backbone, name, torch.compile(getattr(backbone, name), **compile_options(cfg)))
 
 
 def _scatter(whole: Tensor, target: "DTensor") -> None:

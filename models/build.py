@@ -14,12 +14,13 @@ from models.spec import (
     EncoderSpec,
     MAESpec,
     ModelSpec,
+    block_numbers,
     encoder_spec,
     kind_problems,
 )
 from util.errors import where
 from util.settings.base import ModelConfig
-from util.settings.evaluation import ClassifierConfig, FinetuneConfig, LinclsConfig
+from util.settings.evaluation import ClassifierConfig, FinetuneConfig, KnnConfig, LinclsConfig
 from util.settings.pretrain import AutoencoderConfig, MaskConfig
 
 if TYPE_CHECKING:
@@ -104,6 +105,12 @@ def encoder_of(model: "MaskedAutoencoder") -> "VisionTransformer":
     return encoder.eval().requires_grad_(False)
 
 
+def layers_of(cfg: LinclsConfig | KnnConfig) -> list[int]:
+    """The blocks, counted from 0, whose tokens a frozen evaluation reads, in their order."""
+    named = cfg.layer if isinstance(cfg, KnnConfig) else (cfg.layer,)
+    return block_numbers(named, VIT_SIZES[cfg.size]["depth"] if cfg.depth is None else cfg.depth)
+
+
 def mae_config_problems(cfg: AutoencoderConfig, **decided: object) -> list[str]:
     """What is wrong with the autoencoder that settings ask for, one line each."""
     spec = mae_spec(cfg, **decided)
@@ -126,6 +133,8 @@ def classifier_config_problems(cfg: ClassifierConfig) -> list[str]:
     freeze, rank = (
         (cfg.freeze_blocks, cfg.lora_rank or 0) if isinstance(cfg, FinetuneConfig) else (0, 0)
     )
+    if isinstance(cfg, LinclsConfig | KnnConfig):
+        layers_of(cfg)
     return spec.problems() + where(
         (
             freeze > spec.depth,

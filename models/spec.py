@@ -8,7 +8,7 @@ Shapes: `N` patches, `K` kept patches, `M` predicted patches.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -241,14 +241,14 @@ class ClassifierSpec(EncoderSpec):
 
     num_classes: outputs of the head; 0 is a model without a head.
     global_pool: "avg", the mean over the patch tokens, "token", that over the class tokens, or
-        "attentive",
-        what learned queries gather from the patch tokens (arXiv 2506.10178).
+        "attentive", what learned queries gather from the patch tokens (arXiv 2506.10178).
     fc_norm: not with "token". True: mean, then `fc_norm` (no `norm`). False: `norm` on each token,
         then the mean. None becomes True with "avg" and False otherwise. With "attentive" each
         patch token passes the one norm or the other.
     drop_path_rate: stochastic depth (arXiv 1603.09382) of the last block, rising linearly from 0.
     probe_queries, probe_dim: "attentive" only: number of queries, and width of what they gather
         together.
+    last_norm: False has neither norm: the readout takes the tokens as the last block leaves them.
     """
 
     num_classes: int
@@ -257,11 +257,12 @@ class ClassifierSpec(EncoderSpec):
     drop_path_rate: float = 0.0
     probe_queries: int | None = None
     probe_dim: int | None = None
+    last_norm: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fc_norm is None:
-            object.__setattr__(self, "fc_norm", self.global_pool == "avg")
+            object.__setattr__(self, "fc_norm", self.global_pool == "avg" and self.last_norm)
 
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
@@ -291,6 +292,10 @@ class ClassifierSpec(EncoderSpec):
             (
                 reads_token and self.fc_norm,
                 "fc_norm does not go with global_pool token, whose norm comes first",
+            ),
+            (
+                self.fc_norm and not self.last_norm,
+                "last_norm false has no norm at all, and fc_norm is one",
             ),
         )
 
@@ -382,6 +387,18 @@ def encoder_spec(
         global_pool=global_pool or ("token" if spec.class_tokens else "avg"),
         fc_norm=False,
     )
+
+
+def block_numbers(layers: Collection[int], depth: int) -> list[int]:
+    """Blocks of a model with `depth` of them, counted from 0 and each once, in their order, from
+    numbers that are also counted from -1 backwards. Raises: InputError for one that is not there.
+    """
+    if wrong := [layer for layer in layers if not -depth <= layer < depth]:
+        raise InputError(
+            f"layer {wrong[0]}: the model has {depth} blocks, from 0 to {depth - 1}",
+            settings=("layer",),
+        )
+    return sorted({layer % depth for layer in layers})
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:

@@ -5,7 +5,7 @@ Shapes: `B` batch, `N` patches, `T` tokens (class tokens and patches), `D` width
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class VisionTransformer(PatchEncoder):
             0.
         probe_queries, probe_dim: "attentive" only: number of queries, and width of what they
             gather together, which is that of the feature.
+        last_norm: False has neither `norm` nor `fc_norm`.
 
     Raises: InputError for a geometry or readout that cannot be.
     """
@@ -78,7 +79,8 @@ class VisionTransformer(PatchEncoder):
         self.global_pool = spec.global_pool
         width = spec.embed_dim
         norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.norm: nn.Module = nn.Identity() if spec.fc_norm else norm
+        has_norm = spec.last_norm and not spec.fc_norm
+        self.norm: nn.Module = norm if has_norm else nn.Identity()
         self.fc_norm: nn.Module = norm if spec.fc_norm else nn.Identity()
         self.pool = None
         if spec.probe_queries and spec.probe_dim:
@@ -105,6 +107,12 @@ class VisionTransformer(PatchEncoder):
         The attention weights of each block, `(B, heads, T, T)`, are added to `maps`.
         """
         return self._pool(self.run_blocks(self.blocks, self._embed(images), maps=maps))
+
+    def forward_layers(self, images: Tensor, layers: Collection[int]) -> Tensor:
+        """The feature as `forward_features` has it of the tokens after each of these blocks, which
+        are counted from 0: `(B, C, H, W)` -> `(layers, B, D)`, in the order of the blocks."""
+        tokens = enumerate(self.iterate_tokens(images))
+        return torch.stack([self._pool(x) for number, x in tokens if number in layers])
 
     def forward_map(self, images: Tensor) -> Tensor:
         """The normalised feature of each patch, `(B, C, H, W)` -> `(B, D, rows, columns)`, for

@@ -1132,6 +1132,31 @@ data/transforms.py data/test_simple_crop.py
 test_draws_and_pixels_are_torchvisions
 -place = (place - SIMPLE_PADDING).abs()
 +place = (place - SIMPLE_PADDING).clamp(min=0)
+
+210 layers: the features of several layers are in the opposite order
+models/vit.py test_layers.py
+test_knn_of_several_layers_is_that_of_each_by_one_pass
+-return torch.stack([self._pool(x) for number, x in tokens if number in layers])
++return torch.stack([self._pool(x) for number, x in tokens if number in layers][::-1])
+
+211 layers: a classifier of an inner layer reads the last one
+engine/evaluation/from_weights.py test_layers.py
+test_a_classifier_of_an_inner_layer_is_a_shorter_model
+-    model.blocks = model.blocks[:depth]
+-    model.spec = replace(model.spec, depth=depth)
++    depth = len(model.blocks)
+
+212 lbfgs: the penalty is on the biases as well
+engine/evaluation/logistic.py engine/test_logistic.py
+test_the_fit_is_that_of_scikit_learn
+-penalty = decay * weight.square().sum() / 2
++penalty = decay * (weight.square().sum() + bias.square().sum()) / 2
+
+213 lbfgs: C is chosen on images that were fitted
+engine/tasks/linear_fit.py engine/test_logistic.py
+test_the_stage_is_that_of_scikit_learn_on_images_seen_once
+-fit_probe(task, probes, features[~judges], labels[~judges], c)
++fit_probe(task, probes, features, labels, c)
 """
 
 

@@ -68,6 +68,7 @@ def timm_vit(ours: VisionTransformer) -> TimmViT:
     """timm's model with our weights."""
     keywords = {n: v for n, v in ours.spec.as_dict().items() if n not in NOT_IN_TIMM}
     keywords["class_token"] = bool(ours.spec.class_tokens)
+    keywords["final_norm"] = ours.spec.last_norm
     reference = TimmViT(**keywords).to(ours.pos_embed.dtype)
     reference.load_state_dict(ours.state_dict(), strict=True)
     return reference.eval()

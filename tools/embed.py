@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from data.parquet import import_parquet
 from engine.evaluation.apply import Answers, Parts, apply_model
+from models.spec import block_numbers
 from models.vit import VisionTransformer
 from models.weights.info import WeightsInfo
 from util.errors import InputError, run_cli
@@ -51,10 +52,7 @@ def reader(
 
     Raises: InputError for a layer or class token that the model does not have.
     """
-    spec, depth = model.spec, len(model.blocks)
-    if wrong := [layer for layer in cfg.layer if not -depth <= layer < depth]:
-        raise InputError(f"layer {wrong[0]}: the model has {depth} blocks, from 0 to {depth - 1}")
-    layers = sorted({layer % depth for layer in cfg.layer})
+    spec, layers = model.spec, block_numbers(cfg.layer, len(model.blocks))
     pool = "patch" if cfg.output == "patch" else cfg.pool
     kinds = ["avg", "token"] if pool == "both" else [pool]
     if "token" in kinds and (not spec.class_tokens or spec.fc_norm):
@@ -69,9 +67,12 @@ def reader(
         ):
             if number not in layers:
                 continue
-            tokens = model.norm(tokens)  # (B, T, D)
+            if cfg.last_norm:
+                tokens = model.norm(tokens)  # (B, T, D)
             patches = tokens[:, spec.class_tokens :]  # (B, N, D)
-            mean = model.fc_norm(patches.mean(dim=1))  # (B, D)
+            mean = patches.mean(dim=1)  # (B, D)
+            if cfg.last_norm:
+                mean = model.fc_norm(mean)
             token = tokens[:, : spec.class_tokens].mean(dim=1)  # (B, D)
             features = {"patch": patches, "token": token, "avg": mean}
             for kind in kinds:

@@ -91,6 +91,8 @@ PICTURES = {  # file in a run's folder -> title and description
     PER_CLASS_PICTURE: ("Figures of each class", "a bar for each class"),
 }
 COLUMNS = 2  # of panels
+# folder, protocol, the main figure and its name, numbers of images, accuracy over layers
+Evaluation = tuple[str, str, str, str, list[tuple[int, float]]]
 
 
 class RunLog(NamedTuple):
@@ -190,6 +192,26 @@ def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:
             panel.legend(fontsize=8)
+    return as_png(figure)
+
+
+def draw_layers(evaluations: list[Evaluation]) -> bytes:
+    """A PNG of the top-1 accuracy in percent over an encoder's layers, with a curve for each
+    evaluation of several."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    panel = figure.add_subplot()
+    for name, *_, points in evaluations:
+        if points:
+            panel.plot(*zip(*points, strict=True), marker=".", label=name)
+    panel.set(title="k-NN, top-1 %", xlabel="block after which the features are read, from 0")
+    panel.locator_params(axis="x", integer=True)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return as_png(figure)
+
+
+def as_png(figure: Figure) -> bytes:
+    """The picture as a file of this tool's."""
     content = BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": MARK})
     return content.getvalue()
@@ -207,6 +229,8 @@ def report(run: RunLog) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
+    evaluations = evaluations_of(run.folder)
+    has_layers = any(points for *_, points in evaluations)
     return template.render(
         generator=MARK,
         name=run.name,
@@ -223,18 +247,18 @@ def report(run: RunLog) -> str:
             if (run.folder / name).exists()
         ],
         monitor=[record for record in run.records if record.get("kind") == "monitor"],
-        evaluations=evaluations_of(run.folder),
+        evaluations=evaluations,
+        layers=as_url(draw_layers(evaluations)) if has_layers else None,
         settings=values,
         num_bad=len(bad.read_text(encoding="utf-8").splitlines()) if bad.exists() else 0,
     )
 
 
-def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
-    """Rows about the evaluations of a run's final weights, in folders beside it or beside its own
-    folder: folder, protocol, the main figure and its name, numbers of images."""
+def evaluations_of(folder: Path) -> list[Evaluation]:
+    """The evaluations of a run's final weights, in folders beside it or beside its own folder."""
     weights = folder / "model.safetensors"
     digest = weights_digest(weights) if weights.exists() else "none"
-    found: list[tuple[str, ...]] = []
+    found: list[Evaluation] = []
     near = [*folder.parent.glob("*/results.json"), *folder.parent.parent.glob("*/*/results.json")]
     for path in sorted({path.resolve() for path in near}):
         try:
@@ -246,6 +270,10 @@ def evaluations_of(folder: Path) -> list[tuple[str, ...]]:
                     results["protocol"],
                     f"{results[key]:.2f} ({FIGURES[key]})",
                     f"{results['num_train']:,} / {results['num_samples']:,}",
+                    [
+                        (of_layer["layer"], of_layer["acc1"])
+                        for of_layer in results.get("layers", [])
+                    ],
                 )
                 found.append(row)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,7 +3,7 @@
 An evaluation leaves no image out: each process takes its share, and all of them end together.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -113,20 +113,59 @@ def compute_features(
 
     Args and Raises: as `answers`; InputError on all processes if a feature is not finite.
     """
-    rows = []
-    for source in (data.train, data.val):
-        share = len(range(run.processes.rank, len(source), run.processes.world_size))
-        features = torch.empty(share, backbone.spec.embed_dim)
-        for (_, answer), part in zip(
-            answers(cfg, run, source, crop_pct, backbone.forward_features),
-            features.split(cfg.batch_size),
-            strict=False,  # an empty share has one empty part and no batch
-        ):
-            part.copy_(answer)  # (B, D)
-        check_finite(features)
-        rows.append(features)
+    return compute_layers(cfg, run, backbone, data, crop_pct)[0]
+
+
+def compute_layers(
+    cfg: TrainConfig | KnnConfig,
+    run: Run,
+    backbone: VisionTransformer,
+    data: LabelledData,
+    crop_pct: float | None,
+    layers: Sequence[int] = (-1,),
+) -> list[Features]:
+    """The same after each of some blocks, of which the last one is the backbone's last, in one pass
+    over the images.
+
+    Args: as `compute_features`; layers are counted from 0.
+    """
+    train, val = (
+        share_of_features(cfg, run, backbone, source, crop_pct, layers)
+        for source in (data.train, data.val)
+    )
     train_labels, val_labels = map(torch.from_numpy, (data.train.labels, data.val.labels))
-    return Features(rows[0], train_labels, gather_rows(rows[1], len(data.val)), val_labels)
+    return [
+        Features(of_train, train_labels, gather_rows(of_val, len(data.val)), val_labels)
+        for of_train, of_val in zip(train, val, strict=True)
+    ]
+
+
+def share_of_features(
+    cfg: TrainConfig | KnnConfig,
+    run: Run,
+    backbone: VisionTransformer,
+    source: LabelledSource,
+    crop_pct: float | None,
+    layers: Sequence[int] = (-1,),
+) -> Tensor:
+    """The features `(layers, n, D)` float32 of this process's share of `source`, on the CPU. Args
+    and Raises: as `compute_layers`."""
+
+    def forward(images: Tensor) -> Tensor:
+        if len(layers) == 1:
+            return backbone.forward_features(images)[None]  # (1, B, D)
+        return backbone.forward_layers(images, layers)  # (layers, B, D)
+
+    share = len(range(run.processes.rank, len(source), run.processes.world_size))
+    features = torch.empty(len(layers), share, backbone.spec.embed_dim)
+    for (_, answer), part in zip(
+        answers(cfg, run, source, crop_pct, forward),
+        features.split(cfg.batch_size, dim=1),
+        strict=False,  # an empty share has one empty part and no batch
+    ):
+        part.copy_(answer)
+    check_finite(features)
+    return features
 
 
 def check_finite(features: Tensor) -> None:

@@ -21,6 +21,9 @@ class Origin(NamedTuple):
     """What features were computed from: the weights, the data set and how the model was read.
 
     sha256: of the weights' file, None for an untrained model.
+    layer: the block after which they were read, counted from 0; -1 is the last, in files of earlier
+        versions.
+    last_norm: whether they passed the weights' last norm.
     """
 
     checkpoint: str
@@ -29,26 +32,31 @@ class Origin(NamedTuple):
     readout: str
     img_size: int | tuple[int, int]
     class_names: list[str]
+    layer: int = -1
+    last_norm: bool = True
 
 
 def check_folders(
-    cfg: KnnConfig, digests: Iterable[Callable[[], str | None]], folders: list[Path]
+    cfg: KnnConfig, targets: Iterable[tuple[Callable[[], str | None], int, Path]]
 ) -> None:
-    """Makes the folder for the features of each checkpoint, before any compute.
+    """Makes the folders for features, before any compute.
 
     Features of the same weights, read alike, are computed anew: the same command goes on.
 
     Args:
-        digests: for each folder, what gives the sha256 of its checkpoint.
+        targets: for each folder what gives the sha256 of its checkpoint, its layer counted from 0,
+            and the folder.
 
     Raises: InputError if one cannot be written or holds other features.
     """
-    for digest, folder in zip(digests, folders, strict=True):
+    for digest, layer, folder in targets:
         check_writable("save_path", folder)
         if (folder / FEATURES_FILE).exists():
             origin = load_features(folder, "save_path")[1]
-            found = (origin.sha256, origin.dataset, origin.readout)
-            if found != (digest(), cfg.dataset, cfg.global_pool):
+            found = (origin.sha256, origin.dataset, origin.readout, origin.last_norm)
+            is_of_layer = origin.layer == layer or (origin.layer,) == cfg.layer
+            readout = (cfg.global_pool, cfg.last_norm)
+            if not is_of_layer or found != (digest(), cfg.dataset, *readout):
                 raise InputError(
                     f"save_path: {folder / FEATURES_FILE} holds other features: remove it, or name "
                     f"another folder"

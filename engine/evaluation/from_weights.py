@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.evaluation.objective import HEAD_NAMES, Objective
 from engine.run.initial import compare_pixels
 from models.blocks import init_weights
-from models.build import build_model, classifier_spec, dense_spec, mae_spec
+from models.build import build_model, classifier_spec, dense_spec, layers_of, mae_spec
 from models.dense import DenseTransformer
 from models.lora import add_lora, freeze_blocks
 from models.mae import MaskedAutoencoder
@@ -52,13 +52,15 @@ def build_finetuned(
     if cfg.finetune is None:
         return _build(cfg, num_classes, _class_tokens(cfg), fc_norm), None
     tensors, info = _read(cfg, cfg.finetune)
+    last_norm = True
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
-        fc_norm = bool(info.known("fc_norm"))
+        fc_norm, last_norm = bool(info.known("fc_norm")), info.known("last_norm") is not False
         readout = attentive_readout(info)
         pool = "avg" if readout else info.known("global_pool")  # both read the patch tokens
         _check_same("global_pool", cfg.global_pool, pool, cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
         _compare_names(info, objective.names)
+    readout["last_norm"] = last_norm
     class_tokens = _class_tokens(cfg, cfg.finetune, info)
     model = _build(cfg, num_classes, class_tokens, fc_norm, readout)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
@@ -128,21 +130,33 @@ def build_frozen(
     cfg: FrozenConfig, weights: str, num_classes: int
 ) -> tuple[VisionTransformer, str | None]:
     """The frozen model of `weights`, in eval mode, for its features: they pass the norm that the
-    weights hold, and the head is not used. Also the sha256 of the weights.
+    weights hold, and the head is not used. Also the sha256 of the weights. Where the settings name
+    inner layers it ends after the last of them, and has no norm with `last_norm` false.
 
     The word random is an untrained model, as pretraining starts from, and has no sha256.
 
     Raises: InputError if the weights do not fit the settings.
     """
+    last_norm = cfg.last_norm if isinstance(cfg, KnnConfig | LinclsConfig) else True
     if weights == RANDOM_WEIGHTS:
-        model, sha256 = _build(cfg, num_classes, _class_tokens(cfg), fc_norm=False), None
+        class_tokens = _class_tokens(cfg)
+        model, sha256 = (
+            _build(cfg, num_classes, class_tokens, False, {"last_norm": last_norm}),
+            None,
+        )
         init_weights(model)
     else:
         tensors, info = _read(cfg, weights)
-        class_tokens, fc_norm = _class_tokens(cfg, weights, info), bool(info.known("fc_norm"))
-        readout = attentive_readout(info) if isinstance(cfg, ExplainConfig) else {}
+        readout: dict[str, object] = {}
+        if isinstance(cfg, ExplainConfig):
+            readout, last_norm = attentive_readout(info), info.known("last_norm") is not False
+        readout["last_norm"] = last_norm
+        class_tokens = _class_tokens(cfg, weights, info)
+        fc_norm = bool(info.known("fc_norm")) and last_norm
         model, sha256 = _build(cfg, num_classes, class_tokens, fc_norm, readout), info.sha256
         load_into_classifier(model, tensors, info, weights, uses_head=False)
+    if isinstance(cfg, KnnConfig | LinclsConfig):
+        _end_after(model, 1 + max(layers_of(cfg)))
     return model.eval().requires_grad_(False), sha256
 
 
@@ -180,6 +194,14 @@ def _build(
         cfg, num_classes=num_classes, class_tokens=class_tokens, fc_norm=fc_norm, **(readout or {})
     )
     return build_model(spec)
+
+
+def _end_after(model: VisionTransformer, depth: int) -> None:
+    """Drops the blocks after the first `depth`, in place."""
+    if depth < len(model.blocks):
+        logger.info("blocks %d to %d dropped: they are not read", depth, len(model.blocks) - 1)
+    model.blocks = model.blocks[:depth]
+    model.spec = replace(model.spec, depth=depth)
 
 
 def _read(cfg: PixelConfig, weights: str) -> tuple[dict[str, Tensor], WeightsInfo]:

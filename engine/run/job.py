@@ -223,7 +223,8 @@ def check_resumable(
     if saved is not None:
         old = {"images": saved.data, "finetune": f"weights of sha256 {saved.weights}"}
         new = {"images": identity.data, "finetune": f"weights of sha256 {identity.weights}"}
-        theirs = spec_from_dict(saved.model_args).as_dict()  # with fields that it has not yet
+        # an older checkpoint lacks fields, which had their defaults
+        theirs = spec_from_dict(saved.model_args).as_dict()
         changes = differences(old | theirs, new | identity.model_args)
         changes += changed_settings(saved.config, cfg, skip={"size", *identity.model_args})
         if changes:

@@ -40,6 +40,7 @@ ADAPTED = (
     "drop_path_rate",
     "probe_queries",
     "probe_dim",
+    "last_norm",
 )
 TARGET = ("norm_pix_loss", "target", "target_cutoff")  # what the decoder predicts
 TRAINING_ONLY = ("mask_ratio", "pred_ratio", *TARGET)
@@ -75,7 +76,10 @@ def load_into_classifier(
     ):
         tensors, info = as_encoder(tensors, info)
     problems = _differences(info, spec, ADAPTED)
-    if info.known("fc_norm") and not spec.fc_norm:
+    needs_norm = spec.last_norm and not spec.fc_norm
+    if needs_norm and info.known("last_norm") is False:
+        problems.append("it has no last norm: set last_norm false, or fine-tune with avg")
+    if info.known("fc_norm") and needs_norm:
         problems.append(
             "it was trained with global_pool avg: it holds fc_norm, which follows the mean, and no "
             "norm, which the settings' readout needs; set global_pool avg"
@@ -90,6 +94,9 @@ def load_into_classifier(
     if spec.fc_norm and not info.known("fc_norm"):
         dropped += ("norm.",)
         logger.info("norm dropped: fc_norm after the mean takes its place and starts fresh")
+    if not spec.last_norm and info.known("last_norm") is not False:
+        dropped += ("norm.", "fc_norm.")
+        logger.info("last norm dropped: the readout takes the tokens without it")
     num_classes = info.known("num_classes") or 0
     log_head = logger.info if uses_head else logger.debug
     if not num_classes:

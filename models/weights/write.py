@@ -83,6 +83,8 @@ def _timm(tensors: dict[str, Tensor], info: WeightsInfo) -> Contents:
     several = info.spec.class_tokens > 1
     is_mae = isinstance(info.spec, MAESpec)
     spec = encoder_spec(info.spec, "avg" if several else None) if is_mae else info.spec
+    if info.known("last_norm") is False:
+        _require("timm's VisionTransformer", info, ["it needs last_norm true"])
     if several:
         if getattr(spec, "global_pool", None) == "token":
             _require("timm", info, ["its readout token is the first one, not the mean of several"])

@@ -47,7 +47,15 @@ def test_loss_and_every_gradient_equal_transformers_in_float64(norm_pix_loss):
 
 
 @pytest.mark.parametrize("fused_from", [512, 0])  # tokens: explicit and fused attention
-@pytest.mark.parametrize("readout", [*READOUTS, {"num_classes": 0}])
+@pytest.mark.parametrize(
+    "readout",
+    [
+        *READOUTS,
+        {"num_classes": 0},
+        {"last_norm": False},
+        {"last_norm": False, "global_pool": "avg", "fc_norm": None},
+    ],
+)
 def test_logits_and_features_equal_timm_in_float64_for_each_readout(
     monkeypatch, readout, fused_from
 ):

@@ -127,7 +127,8 @@ def assert_named(message, *words):
     "fields",
     [MAE, NO_TOKEN, TOKEN_LEAVES, CROSS, FUSED, CROSS | {"decoder_fusion": 2}]
     + [MAE | {"img_size": (16, 32), "patch_size": (4, 8)}]
-    + [VIT | readout | {"drop_path_rate": 0.25} for readout in READOUTS],
+    + [VIT | readout | {"drop_path_rate": 0.25} for readout in READOUTS]
+    + [VIT | {"last_norm": False}],
 )
 @pytest.mark.parametrize("kind", ["checkpoint", "weights"])
 def test_own_files_say_everything(tmp_path, fields, kind):
@@ -422,6 +423,7 @@ def test_a_foreign_encoder_becomes_a_file_that_records_its_grid(tmp_path):
         (CROSS, "mae", ["decoder self"]),
         (FUSED, "mae", ["decoder_fusion 0"]),
         (FUSED, "huggingface", ["decoder_fusion 0"]),
+        (VIT | {"last_norm": False}, "timm", ["last_norm true"]),
         (MAE, "onnx", ["mae, timm, huggingface, safetensors", "'onnx'"]),
     ],
 )

@@ -4,10 +4,11 @@
 import re
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from util.errors import where
 from util.settings.base import (
+    LARGEST,
     AdamWConfig,
     AugmentConfig,
     CheckpointingConfig,
@@ -34,6 +35,7 @@ from util.settings.base import (
 from util.settings.dense import DenseDataConfig, DenseModelConfig
 from util.settings.pretrain import PretrainConfig
 
+Layer = Annotated[int, Ge(-LARGEST), Le(LARGEST)]
 RANDOM_WEIGHTS = "random"  # the value of `finetune` for an untrained model
 # What best.safetensors follows if nothing else is asked for, and by what probes are chosen.
 MAIN_METRIC = {
@@ -67,6 +69,16 @@ class ClassifierConfig(ModelConfig):
         "avg",
         "Input of the classifier: the mean of the patch tokens (avg) or of the class tokens "
         "(token).",
+    )
+
+
+class LastNormConfig(Settings):
+    """Readout of a frozen encoder"""
+
+    last_norm: bool = setting(
+        True,
+        "Whether the tokens that are read pass the weights' last norm, those of inner layers as "
+        "well.",
     )
 
 
@@ -352,7 +364,13 @@ class FinetuneConfig(
 
 
 class LinclsConfig(
-    ScheduleConfig, ClassifierConfig, AugmentConfig, LossConfig, CompileConfig, TrainRunConfig
+    ScheduleConfig,
+    ClassifierConfig,
+    LastNormConfig,
+    AugmentConfig,
+    LossConfig,
+    CompileConfig,
+    TrainRunConfig,
 ):
     """Linear classification"""
 
@@ -365,6 +383,11 @@ class LinclsConfig(
         "Weights to evaluate, of any kind that models/README.md lists, or the word random for an "
         "untrained model.",
         may_change=True,  # the resume compares the weights' sha256 instead
+    )
+    layer: Layer = setting(
+        -1,
+        "Block whose tokens are read, counted from 0, or from -1 backwards; the later ones are "
+        "dropped.",
     )
     eval_epochs: Count = setting(
         10, "Epochs between two evaluations; the last epoch always has one."
@@ -387,8 +410,17 @@ class LinclsConfig(
         "Width of what the queries of an attentive probe gather together, as a share of the "
         "encoder's width; less trains fewer parameters.",
     )
-    optimizer: Literal["sgd", "lars"] = setting(
-        "sgd", "Optimiser: SGD with Nesterov momentum, or LARS."
+    optimizer: Literal["sgd", "lars", "lbfgs"] = setting(
+        "sgd",
+        "Optimiser: SGD with Nesterov momentum, LARS, or L-BFGS, which fits a logistic regression "
+        "to features that are computed once, without augmentation; no setting of the schedule "
+        "matters then.",
+    )
+    lbfgs_c: tuple[Positive, ...] = setting(
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
+        "Inverse L2 penalties of optimizer lbfgs (scikit-learn's C, on standardised features); of "
+        "several, a tenth of the training set, held out, chooses one, with which all training "
+        "images are fitted.",
     )
     momentum: OpenShare = setting(0.9, "Momentum of either optimiser.")
     weight_decay: PositiveOrZero = setting(0.0, "Weight decay of the classifiers' weight matrices.")
@@ -421,13 +453,32 @@ class LinclsConfig(
                 "global_pool avg",
             ),
             (
+                self.probe == "attentive" and self.optimizer == "lbfgs",
+                "probe attentive learns what it gathers from the patches, step by step: optimizer "
+                "lbfgs, which fits one feature of each image, is for probe linear",
+            ),
+            (
                 len(set(self.lr)) < len(self.lr),
                 f"lr names a rate twice: {' '.join(f'{lr:g}' for lr in self.lr)}",
+            ),
+            (
+                len(set(self.lbfgs_c)) < len(self.lbfgs_c),
+                f"lbfgs_c names a number twice: {' '.join(f'{c:g}' for c in self.lbfgs_c)}",
+            ),
+            (
+                self.optimizer == "lbfgs" and self.purpose != "multiclass",
+                "optimizer lbfgs fits one class to each image: not with task segment, and "
+                f"objective multiclass alone, got {self.purpose}",
+            ),
+            (
+                self.task == "segment" and not self.last_norm,
+                "last_norm false goes with task classify: the model of task segment, which is "
+                "written in the end, has a norm",
             ),
         )
 
 
-class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
+class KnnConfig(ClassifierConfig, LastNormConfig, LabelledDataConfig, CompileConfig, RunConfig):
     """k-NN"""
 
     task: Literal["classify", "segment"] = setting(
@@ -445,6 +496,11 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
     )
     ks: tuple[Count, ...] = setting(
         (10, 20, 100, 200), "Numbers of neighbours, of which the first is the reported one."
+    )
+    layer: tuple[Layer, ...] = setting(
+        (-1,),
+        "Blocks whose tokens are read, counted from 0, or from -1 backwards, all in one pass over "
+        "the images; the later ones are dropped.",
     )
     temperature: Annotated[float, Ge(0.01)] = setting(
         0.07, "Temperature of a neighbour's vote, exp(cosine similarity / temperature)."
@@ -483,6 +539,15 @@ class KnnConfig(ClassifierConfig, LabelledDataConfig, CompileConfig, RunConfig):
                 self.save_path is not None and self.load_path is not None,
                 "save_path and load_path exclude each other: the features are there already",
             ),
+            (
+                self.load_path is not None and (self.layer != (-1,) or not self.last_norm),
+                "load_path holds features of one readout: leave layer and last_norm out",
+            ),
+            (
+                self.task == "segment" and len(self.layer) > 1,
+                f"layer names {len(self.layer)} blocks, and task segment reads one",
+            ),
+            (not self.layer, "layer is empty: name a block, the last one is -1"),
         )
 
 

@@ -1,14 +1,11 @@
 """The settings of the tools that draw, embed and predict (see `util/settings/base.py`); they read
 a recipe's YAML as the stages do."""
 
-from typing import Annotated, Literal
-
-from annotated_types import Ge, Le
+from typing import Literal
 
 from util.errors import where
 from util.settings.base import (
     BUNDLED,
-    LARGEST,
     Count,
     CountOrZero,
     DatasetConfig,
@@ -22,7 +19,7 @@ from util.settings.base import (
     ShowConfig,
     setting,
 )
-from util.settings.evaluation import ClassifierConfig, EvalCropConfig
+from util.settings.evaluation import ClassifierConfig, EvalCropConfig, LastNormConfig, Layer
 from util.settings.pretrain import AutoencoderConfig, MaskConfig
 
 
@@ -200,7 +197,7 @@ class ApplyConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
         )
 
 
-class EmbedConfig(ApplyConfig):
+class EmbedConfig(LastNormConfig, ApplyConfig):
     """Features"""
 
     output: Literal["image", "patch"] = setting(
@@ -211,10 +208,10 @@ class EmbedConfig(ApplyConfig):
         "Feature of an image: the mean of the patch tokens (avg) or of the class tokens (token), "
         "or both, as two arrays.",
     )
-    layer: tuple[Annotated[int, Ge(-LARGEST), Le(LARGEST)], ...] = setting(
+    layer: tuple[Layer, ...] = setting(
         (-1,),
-        "Blocks whose tokens are taken, counted from 0, or from -1 backwards; each passes the "
-        "model's last norm.",
+        "Blocks whose tokens are taken, counted from 0, or from -1 backwards, in one pass over the "
+        "images.",
     )
     normalize: bool = setting(False, "Whether features are divided by their L2 norm.")
 
