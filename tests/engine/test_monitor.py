@@ -318,6 +318,7 @@ SHAPES = {
     "no class token": ("--class_tokens", "0", "--decoder_class_token", "false"),
     "not square": ("--img_size", 24, 40, "--patch_size", 4, 8, "--class_tokens", 3),
     "pixels": ("--norm_pix_loss", "false", "--mask_ratio", 0.5),
+    "mixed layers, low frequencies": ("--decoder_fusion", 2, "--target", "lowpass"),
 }
 
 

@@ -201,6 +201,8 @@ def test_a_file_name_that_is_no_text(weights, tmp_path):
         ("--patch_size 8 7", "patch_size"),
         ("--img_size 64", "img_size"),
         ("--decoder_depth 2", "decoder_depth"),
+        ("--decoder_fusion 2", "decoder_fusion"),
+        ("--target lowpass", "target"),
         ("--in_chans 1 --mean 0.5 --std 0.5", "in_chans"),
     ],
 )
