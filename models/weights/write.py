@@ -29,12 +29,8 @@ from util.files import write_whole
 Contents = bytes | dict[str, bytes]  # of a file, or of the files of a folder by their names
 # Fields of which the tensors do not depend, or which their names show.
 NOT_IN_WEIGHTS = ("pred_ratio", "fc_norm", "drop_path_rate", "target", "target_cutoff")
-NOT_IN_TIMM = (
-    "drop_path_rate",
-    "probe_queries",
-    "probe_dim",
-    "class_tokens",
-)  # of training, or dropped
+# Fields that timm does not have, or says in other words.
+NOT_IN_TIMM = ("drop_path_rate", "probe_queries", "probe_dim", "class_tokens", "last_norm")
 logger = logging.getLogger(__name__)
 
 

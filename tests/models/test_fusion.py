@@ -37,7 +37,7 @@ def latent_and_layers(model: MaskedAutoencoder) -> tuple[torch.Tensor, list[torc
     return model.forward_encoder(model.patchify(images), ids[:, : model.num_kept]), layers
 
 
-@pytest.mark.parametrize("changes", [{}, {"class_token": False, "decoder_class_token": False}])
+@pytest.mark.parametrize("changes", [{}, {"class_tokens": 0, "decoder_class_token": False}])
 def test_the_standard_decoder_reads_one_mix_of_projected_layers(changes):
     model = build(DEEP | changes)
     latent, layers = latent_and_layers(model)
