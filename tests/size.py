@@ -14,10 +14,10 @@ from pathlib import Path
 
 MAX_LINE = 100  # characters
 BUDGET = {
-    "product statements": 9900,
-    "test statements": 13000,
-    "statements that main_pretrain imports": 5450,
-    "statements that engine.optim imports": 60,
+    "product statements": 10550,
+    "test statements": 14450,
+    "statements that main_pretrain imports": 5900,
+    "statements that engine.optim imports": 100,
     "`cfg: Any` in product code": 0,
     "`Any` in product code": 70,
     f"lines past {MAX_LINE} characters": 0,
