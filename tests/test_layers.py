@@ -1,5 +1,6 @@
 """Inner layers of a frozen encoder, with and without its last norm, against blocks that are
-listened to: k-NN and `tools/embed.py` over several, linear classification on one, and its files."""
+listened to: k-NN and `tools/embed.py` over several, linear and attentive classification on one, and
+its files."""
 
 import logging
 from pathlib import Path
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 from dense_runs import few_scenes, on_scenes
-from runs import CLASSES, launch, log_lines, normalised, pictures, pretraining, results_of
+from runs import (
+    ATTENTIVE,
+    CLASSES,
+    launch,
+    log_lines,
+    normalised,
+    pictures,
+    pretrain_pictures,
+    pretraining,
+    results_of,
+)
 from safetensors.torch import load_file
 from test_knn import brute_force
 
@@ -22,7 +33,7 @@ from models.vit import VisionTransformer
 from models.weights.own import read_header
 from models.weights.read import read_weights
 from models.weights.write import write_weights
-from tools import embed, plot_run, predict
+from tools import embed, plot_run, predict, vit_explain
 from util.errors import InputError
 
 FEATURES = "features.safetensors"
@@ -35,16 +46,22 @@ def knn(data: Path, output: Path, weights: object, *more) -> dict:
     return main_knn.main(pictures(data, output, *more, training=False))
 
 
-def by_hooks(weights: Path, images: torch.Tensor, last_norm: bool) -> list[torch.Tensor]:
-    """The mean over the patch tokens after each block of the encoder of hubconf."""
+def patches_by_hooks(weights: Path, images: torch.Tensor, last_norm: bool) -> list[torch.Tensor]:
+    """The patch tokens `(B, N, D)` after each block of the encoder of hubconf."""
     model = hubconf.encoder(str(weights))
     tokens: list[torch.Tensor] = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, __, out: tokens.append(out))
     with torch.no_grad():
         model(images)
-        found = [model.norm(x) if last_norm else x for x in tokens]
-    return [x[:, 1:].mean(dim=1) for x in found]  # after the class token
+        # of the two norms it has one
+        found = [model.fc_norm(model.norm(x)) if last_norm else x for x in tokens]
+    return [x[:, model.class_tokens :] for x in found]
+
+
+def by_hooks(weights: Path, images: torch.Tensor, last_norm: bool) -> list[torch.Tensor]:
+    """The mean over the patch tokens after each block, of an encoder without `fc_norm`."""
+    return [x.mean(dim=1) for x in patches_by_hooks(weights, images, last_norm)]
 
 
 @NORMS
@@ -155,6 +172,53 @@ def test_a_classifier_of_an_inner_layer_is_a_shorter_model(tmp_path, data, weigh
         init = ["--init", path, "--depth", 1, "--stop_epoch", 1]
         main_pretrain.main(pretraining(data, tmp_path / "again", *init))
         assert "norm.weight" in load_file(tmp_path / "again" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm"), [("pretrained", "norm"), ("pretrained", None), ("tuned", "fc_norm")]
+)
+def test_an_attentive_probe_of_an_inner_layer_gathers_the_patches_after_it(
+    tmp_path, data, weights, kind, norm
+):
+    """Plain lines on the tokens after the first block give the logits of its file, a shorter model
+    with the probe's queries, which `--eval`, `--reader probe` and k-NN take."""
+    if kind == "tuned":  # of three class tokens, none of which is gathered
+        more = ["--class_tokens", 3, "--stop_epoch", 1]
+        weights = pretrain_pictures(data, tmp_path / "three", *more) / "model.safetensors"
+        more = ["--finetune", weights, "--stop_epoch", 1]
+        main_finetune.main(pictures(data, tmp_path / "tuned", *more))
+        weights = tmp_path / "tuned" / "model.safetensors"
+    last_norm = ["--last_norm", str(norm is not None).lower()]
+    more = ["--finetune", weights, "--layer", 0, *last_norm, *ATTENTIVE, "--lr", 0.3, 3]
+    results = main_lincls.main(pictures(data, tmp_path / "probe", *more))
+    path = tmp_path / "probe" / "model.safetensors"
+    ours, images = load_file(path), normalised(data / "val")
+    fields = read_header(path)["model_args"]
+    assert (fields["depth"], fields["global_pool"]) == (1, "attentive")
+    assert {n.split(".")[0] for n in ours if "norm" in n.split(".")[0]} == {norm} - {None}
+    patches = patches_by_hooks(weights, images, norm is not None)[0]  # (B, N, D)
+    attention = (patches @ ours["pool.queries"].T / 32**0.5).softmax(dim=1)  # (B, N, M)
+    values = (patches @ ours["pool.values"].T).unflatten(2, (4, -1))  # (B, N, M, E / M)
+    gathered = (attention[..., None] * values).sum(dim=1).flatten(1)  # (B, E)
+    logits = torch.nn.functional.linear(gathered, ours["head.weight"], ours["head.bias"])
+    with torch.no_grad():
+        found = hubconf.classifier(str(path))(images)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    hits = logits.argmax(dim=1) == torch.arange(3).repeat_interleave(20)
+    assert results["correct1"] == hits.sum() > 30  # 20 is chance
+    shorter = ["--finetune", path, "--depth", 1]
+    evaluated = main_finetune.main(pictures(data, tmp_path / "eval", "--eval", *shorter))
+    assert evaluated["correct1"] == results["correct1"]
+    words = [*shorter, "--image_path", data / "val" / "nought" / "040.png", "--reader", "probe"]
+    words += ["--size", "debug", "--patch_size", 4, "--img_size", 28, "--in_chans", 1]
+    words += ["--mean", 0.1307, "--std", 0.3081, "--device", "cpu", "--save_path", tmp_path / "x"]
+    vit_explain.main([str(word) for word in words])
+    (drawn,) = (tmp_path / "x").glob("*_probe.npy")
+    expected = attention[0].mean(dim=1).view(7, 7).numpy()
+    np.testing.assert_allclose(np.load(drawn), expected, rtol=0, atol=1e-6)
+    of_file = knn(data, tmp_path / "knn", *shorter[1:], *last_norm)
+    same = knn(data, tmp_path / "same", weights, "--layer", 0, *last_norm)
+    assert of_file["acc1_by_k"] == same["acc1_by_k"]
 
 
 @pytest.mark.parametrize("stage", [main_knn, main_lincls])
