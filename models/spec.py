@@ -189,6 +189,7 @@ class MAESpec(EncoderSpec):
 
     def problems(self) -> list[str]:
         """What is wrong with this model, one line each."""
+        longest = max(pair(self.img_size))
         return [
             *super().problems(),
             *where(*_width_rows("decoder_", self.decoder_embed_dim, self.decoder_num_heads)),
@@ -230,6 +231,11 @@ class MAESpec(EncoderSpec):
                 (
                     self.target_cutoff is not None and not 0 < self.target_cutoff <= 1,
                     f"target_cutoff must be in (0, 1], got {self.target_cutoff}",
+                ),
+                (
+                    self.target == "lowpass" and (self.target_cutoff or 1) * longest < 2,
+                    f"target_cutoff {self.target_cutoff} leaves less than one period of an image "
+                    f"of {longest} pixels: take {2 / longest:.3g} or more",
                 ),
             ),
         ]
@@ -283,7 +289,7 @@ class ClassifierSpec(EncoderSpec):
                 and dim is not None
                 and (queries < 1 or dim < 1 or dim % queries),
                 f"probe_queries {queries} must be 1 or more and divide the width of the probe's "
-                f"values, {dim}",
+                f"values, embed_dim * probe_value_ratio = {dim}",
             ),
             (
                 reads_token and not self.class_tokens,

@@ -55,9 +55,11 @@ def reader(
     spec, layers = model.spec, block_numbers(cfg.layer, len(model.blocks))
     pool = "patch" if cfg.output == "patch" else cfg.pool
     kinds = ["avg", "token"] if pool == "both" else [pool]
-    if "token" in kinds and (not spec.class_tokens or spec.fc_norm):
+    if "token" in kinds and (not spec.class_tokens or (spec.fc_norm and cfg.last_norm)):
         lack = "norm for it" if spec.class_tokens else "class token"
         raise InputError(f"pool {cfg.pool}: {cfg.finetune} has no {lack}, use --pool avg")
+    if cfg.last_norm and not spec.last_norm:
+        raise InputError(f"last_norm: {cfg.finetune} has no last norm, use --last_norm false")
 
     def embed(images: Tensor) -> Answers:
         """Arrays `(B, D)`, or `(B, N, D)` of patches, of normalised images `(B, C, H, W)`."""

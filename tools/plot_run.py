@@ -39,20 +39,20 @@ ACCURACIES = {  # key in log.jsonl -> legend
     "acc1": "validation",
     "val_acc1": "validation",
     "ema_acc1": "moving average",
-    "held_out_acc1": "held out",
+    "held_out_acc1": "held-out",
     "knn_acc1": "10-NN",
     "probe_acc1": "linear",
 }
 LOSS = {
-    "loss": "",
+    "loss": "training",
     "val_loss": "validation",
-    "held_out_loss": "held out",
+    "held_out_loss": "held-out",
     "seen_loss": "fixed training images",
 }
 COMPARED = {"loss": LOSS, "top-1 %": ACCURACIES}
 OF_ONE_RUN = COMPARED | {
-    "mean average precision": {"map": "", "val_map": "", "held_out_map": "held out"},
-    "RMSE": {"rmse": "", "val_rmse": "", "held_out_rmse": "held out"},
+    "mean average precision": {"map": "", "val_map": "", "held_out_map": "held-out"},
+    "RMSE": {"rmse": "", "val_rmse": "", "held_out_rmse": "held-out"},
     "mean IoU, %": {"miou": "", "val_miou": "", "ema_miou": "moving average"},
     "average precision, %": {"box_ap": "boxes", "mask_ap": "masks", "ema_box_ap": "moving average"},
     "PSNR of reconstructions, dB": {"psnr": ""},
@@ -89,6 +89,16 @@ PICTURES = {  # file in a run's folder -> title and description
     ),
     PREDICTIONS_PICTURE: ("Predictions", "image, truth, prediction"),
     PER_CLASS_PICTURE: ("Figures of each class", "a bar for each class"),
+}
+MONITORED = {  # key in log.jsonl -> head of a column
+    "knn_acc1": "10-NN, top-1 %",
+    "probe_acc1": "linear, top-1 %",
+    "psnr": "PSNR, dB",
+    "held_out_loss": "held-out loss",
+    "seen_loss": "loss of training images",
+    "effective_rank": "effective rank",
+    "dead_share": "dead dimensions, %",
+    "monitor_s": "cost, s",
 }
 COLUMNS = 2  # of panels
 # folder, protocol, the main figure and its name, numbers of images, accuracy over layers
@@ -189,6 +199,8 @@ def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
                     )
         panel.set(title=title, xlabel="epoch")
         panel.locator_params(axis="x", integer=True)
+        if "dead" in title:  # so that a curve of zeros is one
+            panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:
             panel.legend(fontsize=8)
@@ -229,6 +241,7 @@ def report(run: RunLog) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
+    monitor = [record for record in run.records if record.get("kind") == "monitor"]
     evaluations = evaluations_of(run.folder)
     has_layers = any(points for *_, points in evaluations)
     return template.render(
@@ -246,7 +259,12 @@ def report(run: RunLog) -> str:
             for name, words in PICTURES.items()
             if (run.folder / name).exists()
         ],
-        monitor=[record for record in run.records if record.get("kind") == "monitor"],
+        monitor=monitor,
+        columns={
+            key: words
+            for key, words in MONITORED.items()
+            if any(record.get(key) is not None for record in monitor)
+        },
         evaluations=evaluations,
         layers=as_url(draw_layers(evaluations)) if has_layers else None,
         settings=values,
@@ -265,15 +283,18 @@ def evaluations_of(folder: Path) -> list[Evaluation]:
             results = read_results(path)
             if results["sha256"] == digest:
                 key = next((key for key in MAIN_METRIC.values() if key in results), "acc1")
+                layers = results.get("layers", [])
+                how = results["protocol"]
+                if layers:
+                    how += f", best of {len(layers)} layers: {results['layer']}"
+                if not results.get("last_norm", True):
+                    how += ", without the last norm"
                 row = (
                     os.path.relpath(path.parent, folder.parent),
-                    results["protocol"],
+                    how,
                     f"{results[key]:.2f} ({FIGURES[key]})",
                     f"{results['num_train']:,} / {results['num_samples']:,}",
-                    [
-                        (of_layer["layer"], of_layer["acc1"])
-                        for of_layer in results.get("layers", [])
-                    ],
+                    [(of_layer["layer"], of_layer["acc1"]) for of_layer in layers],
                 )
                 found.append(row)
         except (OSError, ValueError, KeyError, TypeError) as error:

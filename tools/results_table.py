@@ -15,7 +15,7 @@ from util.errors import InputError, run_cli
 
 ROWS = {
     "knn": "{k}-NN",
-    "lincls": "linear, lr {lr:g}",
+    "lincls": "{how}",
     "finetune": "fine-tuning / from scratch",
     "segment": "fine-tuning / from scratch",
     "detect": "fine-tuning / from scratch",
@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         images = f"{pretrained['num_train']:,} / {pretrained['num_samples']:,}"
         for figure in [figure for figure in FIGURES if figure in pretrained]:
             both = {"pretrained": pretrained[figure], "untrained": untrained[figure]}
-            title = f"{ROWS[stage].format(**pretrained)}, {FIGURES[figure]}"
+            how = str(pretrained.get("protocol", ""))
+            if "lr" in pretrained:  # of a probe; logistic regression has none
+                how = f"{how.split()[0]}, lr {pretrained['lr']:g}"
+            title = f"{ROWS[stage].format(**pretrained, how=how)}, {FIGURES[figure]}"
             values = "  ".join(f"{both[kind]:>{len(kind)}.2f}" for kind in both)
             print(f"{title:<36}  {values}  {images:>18}")
             table.setdefault(stage, both)

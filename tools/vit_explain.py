@@ -95,6 +95,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         class_tokens = model.class_tokens
         # For a class, the rows that the head reads: a token that it ignores has a gradient of 0.
         reader = cfg.reader or ("token" if cfg.category_index is None else cfg.global_pool)
+        if model.pool is not None and cfg.reader is None:
+            reader = "avg"
+            print(
+                "an attentive probe reads the patches: --reader probe draws what its queries take"
+            )
         for name, image in images.items():
             shown = fit(image)
             pixels = normalize(shown[None])

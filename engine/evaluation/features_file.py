@@ -84,6 +84,11 @@ def load_features(path: Path, setting: str = "load_path") -> tuple[Features, Ori
     Raises: InputError if there is no such file, or another one.
     """
     if path.is_dir():
+        if folders := sorted(path.glob(f"layer*/{FEATURES_FILE}")):
+            raise InputError(
+                f"{setting}: {path} has a folder of features for each layer: name one, as "
+                f"{folders[0].parent}"
+            )
         path = path / FEATURES_FILE
     try:
         with safetensors.safe_open(path, framework="pt") as file:

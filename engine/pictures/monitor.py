@@ -97,7 +97,7 @@ class Monitor:
         self.batches = fixed_batches(dataset, source, indices)
         if self.batches:
             count = sum(len(batch.images) for batch in self.batches)
-            which = "training images, as there are no others" if held_out is None else "held out"
+            which = "training images, as there are no others" if held_out is None else "held-out"
             logger.info("monitor: loss and features of %d images (%s)", count, which)
         records = read_log(run.output_dir / "log.jsonl") if is_shown else []
         observed = [record for record in records if record.get("kind") == "monitor"]

@@ -14,7 +14,7 @@ from models.mae import MaskedAutoencoder
 from models.masks import Mask
 
 REMOVED = 0.5  # grey of a removed patch
-LOSS = "Loss and PSNR count removed patches only; the predictions of visible ones are untrained."
+LOSS = "PSNR counts removed patches only; those of visible ones are trained only by visible_weight."
 CAPTIONS = {  # by `norm_pix_loss`: what a reader has to know about pictures of predictions
     True: "The model predicts normalised pixels; "
     f"each patch's mean and variance are the original's. {LOSS}",

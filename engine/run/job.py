@@ -25,7 +25,7 @@ from engine.schedule import Plan, choose_accum_iter, plan_run
 from models.spec import ModelSpec, spec_from_dict
 from util.dist import all_gather, autocast_dtype, broadcast, from_main
 from util.errors import InputError
-from util.settings.evaluation import FinetuneConfig
+from util.settings.evaluation import FinetuneConfig, LinclsConfig
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import changed_settings, differences
 
@@ -154,7 +154,10 @@ def begin(
     )
     check_resumable(run.output_dir, cfg, saved, identity)
     world_size = run.processes.world_size
-    plan = plan_run(cfg, len(source), world_size, choose_accum_iter(cfg, world_size, saved))
+    # a fit by lbfgs takes all images at once, whatever the batch
+    is_fit = isinstance(cfg, LinclsConfig) and cfg.optimizer == "lbfgs"
+    accum_iter = choose_accum_iter(cfg, world_size, None if is_fit else saved)
+    plan = plan_run(cfg, len(source), world_size, accum_iter)
     step = 0 if saved is None else saved.step
     is_finished = step >= plan.stop_step and broadcast(result.exists())
     if step > plan.stop_step and not is_finished:

@@ -35,7 +35,7 @@ def without_schedule(cfg: LinclsConfig, batch_size: int | None = None) -> Lincls
     if cfg.optimizer != "lbfgs":
         return cfg
     update = {name: LinclsConfig.model_fields[name].default for name in UNUSED}
-    size = min(cfg.batch_size, max(1, batch_size or cfg.batch_size))
+    size = cfg.batch_size if batch_size is None else max(1, batch_size)  # an epoch is one step
     return cfg.model_copy(update=update | {"epochs": 1, "warmup_epochs": 0.0, "batch_size": size})
 
 
@@ -64,14 +64,14 @@ def fit_on_features(
             found = probes(features[judges])[0].argmax(dim=1)  # (n,)
             right = add_up((found == labels[judges]).sum())
             accuracies[c] = 100 * int(right) / int(is_held_out.sum())
-            logger.info("C %g: held_out top-1 %.2f %%", c, accuracies[c])
+            logger.info("C %g: held-out top-1 %.2f %%", c, accuracies[c])
     best = max(accuracies, key=accuracies.__getitem__, default=cfg.lbfgs_c[0])
     if accuracies and best in (min(cfg.lbfgs_c), max(cfg.lbfgs_c)):
         logger.warning("C %g is at an end of lbfgs_c: others beyond it may be better", best)
     steps = fit_probe(task, probes, features, labels, best)
     logger.info("C %g: fitted to all %d images in %d iterations", best, len(task.train), steps)
     curve = [{"c": c, "held_out_acc1": accuracy} for c, accuracy in accuracies.items()]
-    return {"c": best, "num_held_out": int(is_held_out.sum()), "curve": curve}
+    return {"c": best, "iterations": steps, "num_held_out": int(is_held_out.sum()), "curve": curve}
 
 
 def fit_probe(
@@ -103,5 +103,10 @@ def fit_probe(
     )
     probes.load_state_dict({"weights.0": weight, "biases.0": bias}, strict=False)
     if steps >= MAX_ITER:
-        logger.warning("C %g: not converged in %d iterations", c, MAX_ITER)
+        logger.warning(
+            "C %g: not converged in %d iterations; its accuracy is usually right, its coefficients "
+            "are not exact, and smaller values of lbfgs_c converge",
+            c,
+            MAX_ITER,
+        )
     return steps

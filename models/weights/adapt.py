@@ -78,7 +78,10 @@ def load_into_classifier(
     problems = _differences(info, spec, ADAPTED)
     needs_norm = spec.last_norm and not spec.fc_norm
     if needs_norm and info.known("last_norm") is False:
-        problems.append("it has no last norm: set last_norm false, or fine-tune with avg")
+        problems.append(
+            "it has no last norm: read it with last_norm false (k-NN, linear classification), or "
+            "fine-tune it with global_pool avg"
+        )
     if info.known("fc_norm") and needs_norm:
         problems.append(
             "it was trained with global_pool avg: it holds fc_norm, which follows the mean, and no "

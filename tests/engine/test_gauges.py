@@ -124,7 +124,7 @@ def test_without_labels_they_are_measured_on_what_there_is(tmp_path, has_val):
     assert all({name, *NAMES} < record.keys() for record in observations(folder))
     assert not any(other in record for record in observations(folder))
     assert len(re.findall(rf"{text} [01]\.\d{{3}}", log)) == 3
-    assert f"loss and features of 50 images ({'held out' if has_val else 'training images'}" in log
+    assert f"loss and features of 50 images ({'held-out' if has_val else 'training images'}" in log
     before, after = (losses_of(folder)[place][name] for place in (0, -1))
     assert after < before
 

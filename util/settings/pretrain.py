@@ -154,7 +154,7 @@ class MonitorConfig(ShowConfig):
         500,
         "Number of validation images, or of training images if there are none, on which the "
         "monitor measures the loss, the effective rank of the features and their dead dimensions, "
-        "without labels; 0 is off.",
+        "without labels; 0 is off, and below 2 nothing differs.",
         may_change=True,
     )
 
@@ -219,6 +219,10 @@ class PretrainConfig(
                 self.crop == "simple" and min(pair(self.img_size)) <= SIMPLE_PADDING,
                 f"crop simple mirrors {SIMPLE_PADDING} pixels, and img_size {self.img_size} has no "
                 "more",
+            ),
+            (
+                self.monitor_gauges == 1,
+                "monitor_gauges must be 0 or at least 2: one image's features differ from none",
             ),
             (
                 self.monitor_probe and not self.monitor_knn,

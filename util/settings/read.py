@@ -176,7 +176,7 @@ def _expected(schema: dict[str, Any]) -> str:
     bounds = [
         f"{sign} {schema[word]:.10g}"
         for word, sign in SIGNS.items()
-        if schema.get(word, LARGEST) != LARGEST
+        if abs(schema.get(word, LARGEST)) != LARGEST
     ]
     return f"{NOUNS[schema['type']]} {' and '.join(bounds)}".rstrip()
 
