@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.blocks import LAYER_NORM_EPS, init_weights
 from models.heads.detection import DetectionHead
 from models.heads.segmentation import FpnHead, LinearHead, to_pixels
-from models.spec import DenseSpec
+from models.spec import DenseSpec, checked_spec
 from models.vit import PatchEncoder, draw_normal
 
 
@@ -26,7 +26,7 @@ class DenseTransformer(PatchEncoder):
     """
 
     def __init__(self, **fields: Any):
-        spec = DenseSpec(**fields).checked()
+        spec = checked_spec(DenseSpec, fields)
         super().__init__(spec, spec.drop_path_rate)
         self.spec = spec
         self.norm = nn.LayerNorm(spec.embed_dim, eps=LAYER_NORM_EPS)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from models.blocks import LAYER_NORM_EPS, Block, Encoder, init_weights, patchify
 from models.pos_embed import sincos_pos_embed
-from models.spec import MAESpec
+from models.spec import MAESpec, checked_spec
 
 # Beginnings of the names of the tensors that an encoder does not have.
 DECODER_NAMES = ("decoder_", "mask_token")
@@ -37,11 +37,11 @@ PAPER_CUTOFF = 40 / 112
 
 class LayerFusion(nn.Module):
     """What a decoder reads in place of the encoder's last layer: learned mixes of `count` layers,
-    evenly spaced and the last one among them, each before the encoder's `norm`.
+    the first, the last, and evenly spaced ones between, each before the encoder's `norm`.
 
     For the standard decoder it is one mix, whose weights are a softmax and equal at the start, of
     the last layer and a linear projection of each other one. Source: arXiv 2308.00261, with the
-    layers of its public configuration (of 12 and a count of 6: the 2nd, 4th, ..., 12th).
+    layers of its public configuration (of 12 and a count of 6: the 1st, 3rd, ..., 9th and 12th).
 
     For the cross decoder it is one mix for each decoder block, of layers as they are, with weights
     of any sign. Source: inter-block attention of arXiv 2401.14391, whose public code also mixes
@@ -51,7 +51,8 @@ class LayerFusion(nn.Module):
     def __init__(self, spec: MAESpec):
         super().__init__()
         count, width = spec.decoder_fusion, spec.embed_dim
-        self.layers = [spec.depth * (place + 1) // count for place in range(count)]  # from 1
+        between = (1 + spec.depth * place // count for place in range(count - 1))
+        self.layers = [*between, spec.depth]  # counted from 1
         is_cross = spec.decoder == "cross"
         shape = (spec.decoder_depth, count) if is_cross else (count,)
         self.weight = nn.Parameter(torch.zeros(shape))
@@ -98,7 +99,7 @@ class MaskedAutoencoder(Encoder):
     """
 
     def __init__(self, **fields: Any):
-        spec = MAESpec(**fields).checked()
+        spec = checked_spec(MAESpec, fields)
         super().__init__(spec)
         self.spec = spec
         self.in_chans = spec.in_chans

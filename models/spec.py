@@ -10,7 +10,7 @@ Shapes: `N` patches, `K` kept patches, `M` predicted patches.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from util.errors import InputError, where
 from util.settings.base import pair as pair  # others take it from here
@@ -55,7 +55,12 @@ def kind_problems(
     return where(
         (
             kind == "block" and not fits,
-            f"mask_block {block} does not divide the grid of {rows} x {columns} patches",
+            f"mask_block {block} does not divide the grid of {rows} x {columns} patches (large "
+            "rectangles, for any grid, are mask blockwise)",
+        ),
+        (
+            kind == "block" and fits and block**2 == total,
+            f"mask_block {block} makes one square of all {rows} x {columns} patches",
         ),
         (
             kind == "grid" and stride is None,
@@ -379,6 +384,7 @@ class DenseSpec(EncoderSpec):
 
 
 ModelSpec = MAESpec | ClassifierSpec | DenseSpec
+SpecT = TypeVar("SpecT", MAESpec, ClassifierSpec, DenseSpec)
 
 
 def encoder_spec(
@@ -408,13 +414,25 @@ def block_numbers(layers: Collection[int], depth: int) -> list[int]:
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> ModelSpec:
-    """The record that `as_dict` turned into plain values. Raises: TypeError for other fields."""
-    if "class_token" in values:  # older files say true or false
+    """The record that `as_dict` turned into plain values, or the one that a constructor's keywords
+    describe. Raises: TypeError for other fields."""
+    if "class_token" in values:  # of an earlier version, true or false
         values = dict(values)
         values["class_tokens"] = int(values.pop("class_token"))
     if "decoder_embed_dim" in values:
         return MAESpec(**values)
     return DenseSpec(**values) if "task" in values else ClassifierSpec(**values)
+
+
+def checked_spec(kind: type[SpecT], fields: Mapping[str, Any]) -> SpecT:
+    """The specification of this kind that a constructor's keywords describe. Raises: TypeError for
+    other keywords, InputError with all problems."""
+    spec = spec_from_dict(fields)
+    if not isinstance(spec, kind):
+        raise TypeError(
+            f"these are the fields of a {type(spec).__name__}, not of a {kind.__name__}"
+        )
+    return spec.checked()
 
 
 def _width_rows(part: str, embed_dim: int, num_heads: int) -> list[tuple[object, str]]:

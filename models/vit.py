@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.blocks import LAYER_NORM_EPS, Encoder, init_weights, patchify
 from models.heads.attentive import AttentivePool
 from models.pos_embed import resize_pos_embed, sincos_pos_embed
-from models.spec import ClassifierSpec, EncoderSpec
+from models.spec import ClassifierSpec, EncoderSpec, checked_spec
 
 
 class PatchEncoder(Encoder):
@@ -73,7 +73,7 @@ class VisionTransformer(PatchEncoder):
     """
 
     def __init__(self, **fields: Any):
-        spec = ClassifierSpec(**fields).checked()
+        spec = checked_spec(ClassifierSpec, fields)
         super().__init__(spec, spec.drop_path_rate)
         self.spec = spec
         self.global_pool = spec.global_pool

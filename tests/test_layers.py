@@ -164,7 +164,7 @@ def test_a_classifier_of_an_inner_layer_is_a_shorter_model(tmp_path, data, weigh
         knn(data, tmp_path / "same", weights, "--layer", 0, *norm)["acc1_by_k"]
     )
     if not last_norm:  # what needs a norm says so, and training starts a fresh one
-        with pytest.raises(InputError, match="set last_norm false"):
+        with pytest.raises(InputError, match="read it with last_norm false"):
             knn(data, tmp_path / "no", path, "--depth", 1)
         with pytest.raises(InputError, match="needs last_norm true"):
             write_weights(*read_weights(path), tmp_path / "timm.safetensors", "timm")

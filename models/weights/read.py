@@ -171,13 +171,20 @@ def _join_class_tokens(
         return joined
     joined["cls_token"] = torch.cat(tokens, dim=1)  # (1, class tokens, D)
     count, table = joined["cls_token"].shape[1], tensors["pos_embed"]  # (1, rows + N, D)
-    rows = count
-    for possible in (0, tokens[0].shape[1], count):
-        patches = max(table.shape[1] - possible, 0)
-        p, q = tensors["patch_embed.proj.weight"].shape[2:]
-        wanted = img_size and (img_size[0] // p) * (img_size[1] // q)
-        if patches == (wanted or math.isqrt(patches) ** 2):
-            rows = possible
+    p, q = tensors["patch_embed.proj.weight"].shape[2:]
+    wanted = img_size and (img_size[0] // p) * (img_size[1] // q)
+    fitting = [
+        possible
+        for possible in sorted({0, tokens[0].shape[1], count})
+        if (patches := table.shape[1] - possible) > 0
+        and patches == (wanted or math.isqrt(patches) ** 2)
+    ]
+    if len(fitting) > 1:
+        raise InputError(
+            f"its position table of {table.shape[1]} rows may have {fitting[0]} or {fitting[1]} of "
+            "class tokens and registers: give img_size"
+        )
+    rows = fitting[0] if fitting else count
     zeros = table.new_zeros(1, count - rows, table.shape[2])
     joined["pos_embed"] = torch.cat([table[:, :rows], zeros, table[:, rows:]], dim=1)
     return joined

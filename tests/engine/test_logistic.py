@@ -138,6 +138,14 @@ def test_a_fit_that_was_cut_before_its_results_is_done_again(
     assert_same_run(tmp_path, finished[0])
 
 
+def test_neither_batch_nor_schedule_matters_to_a_run_that_goes_on(
+    tmp_path, data, weights, finished
+):
+    folder, results, _ = finished
+    for size in (7, 500):
+        assert fitted(data, folder, weights, "--batch_size", size, "--lr", 3) == results
+
+
 def test_one_c_and_few_images(tmp_path, data, weights):
     """Fewer than in a batch, all of which are fitted; classes are weighed if that is asked for."""
     more = ["--lbfgs_c", 0.1, "--batch_size", 500]

@@ -195,6 +195,42 @@ def test_timm_with_registers(tmp_path, no_embed_class, class_token, registers, i
     torch.testing.assert_close(model(pictures), theirs(pictures), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("img_size", "registers"), [(48, 8), (80, 8), (48, 4)])
+def test_the_rows_of_tokens_are_found_in_a_small_table_or_asked_for(tmp_path, img_size, registers):
+    """Also where the table, less the tokens, would be a square grid, too."""
+    theirs = TimmViT(
+        img_size=img_size,
+        patch_size=16,
+        embed_dim=48,
+        depth=1,
+        num_heads=3,
+        num_classes=0,
+        reg_tokens=registers,
+        no_embed_class=True,
+    )
+    path = tmp_path / "a.pth"
+    torch.save(theirs.state_dict(), path)
+    rows = (img_size // 16) ** 2
+    fitting = [n for n in (0, 1, 1 + registers) if n < rows and (rows - n) ** 0.5 % 1 == 0]
+    if len(fitting) > 1:
+        with pytest.raises(
+            InputError, match=f"table of {rows} rows may have 0 or .* give img_size"
+        ):
+            read_weights(path)
+    stated = (img_size, img_size) if len(fitting) > 1 else None
+    tensors, info = read_weights(path, stated)
+    assert info.spec.img_size == img_size
+    torch.testing.assert_close(tensors["pos_embed"][:, 1 + registers :], theirs.pos_embed)
+
+
+def test_constructors_know_the_earlier_keyword():
+    plain = {name: value for name, value in MAE.items() if name != "class_tokens"}
+    fields = plain | {"class_token": False, "decoder_class_token": False}
+    assert MaskedAutoencoder(**fields).spec.class_tokens == 0
+    with pytest.raises(TypeError, match="not of a ClassifierSpec"):
+        VisionTransformer(**fields)
+
+
 def test_layer_scale_in_half_precision_keeps_small_numbers(tmp_path):
     """1e-5 times 0.02 is below what float16 can hold well."""
     model = VisionTransformer(**VIT | {"num_classes": 0})

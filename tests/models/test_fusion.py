@@ -45,7 +45,7 @@ def test_the_standard_decoder_reads_one_mix_of_projected_layers(changes):
     shares = torch.tensor(logits, dtype=torch.float64).exp()
     shares /= shares.sum()
     mixed = shares[2] * layers[4]  # the last one as it is
-    for place, layer in ((0, layers[0]), (1, layers[2])):
+    for place, layer in ((0, layers[0]), (1, layers[1])):
         project = model.decoder_fusion.proj[place]
         mixed = mixed + shares[place] * (layer @ project.weight.T + project.bias)
     expected = F.layer_norm(mixed, (48,), model.norm.weight, model.norm.bias, 1e-6)
@@ -57,7 +57,7 @@ def test_each_block_of_the_cross_decoder_reads_a_mix_of_its_own():
     latent, layers = latent_and_layers(model)
     assert latent.shape == (4, 2, 5, 48)
     for place, weights in enumerate(model.decoder_fusion.weight.tolist()):
-        mixed = sum(w * layers[n] for w, n in zip(weights, (0, 2, 4), strict=True))
+        mixed = sum(w * layers[n] for w, n in zip(weights, (0, 1, 4), strict=True))
         expected = F.layer_norm(mixed, (48,), model.norm.weight, model.norm.bias, 1e-6)
         torch.testing.assert_close(latent[place], expected, rtol=0, atol=1e-9)
 
@@ -77,9 +77,9 @@ def test_gradients_of_the_mix_are_finite_differences(fields):
 
 @pytest.mark.parametrize(
     ("depth", "count", "layers"),
-    [(12, 6, [2, 4, 6, 8, 10, 12]), (12, 5, [2, 4, 7, 9, 12]), (5, 5, [1, 2, 3, 4, 5])],
+    [(12, 6, [1, 3, 5, 7, 9, 12]), (12, 5, [1, 3, 5, 8, 12]), (5, 5, [1, 2, 3, 4, 5])],
 )
-def test_layers_are_evenly_spaced_and_the_last_one_is_among_them(depth, count, layers):
+def test_the_first_the_last_and_evenly_spaced_layers_are_mixed(depth, count, layers):
     spec = MAESpec(**MAE | {"depth": depth, "decoder_fusion": count})
     assert LayerFusion(spec).layers == layers
 

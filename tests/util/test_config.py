@@ -75,6 +75,13 @@ def flags(values: dict) -> list[str]:
     return words
 
 
+@pytest.mark.parametrize(("value", "number"), [("true", 1), ("false", 0)])
+def test_a_recipe_of_an_earlier_version_says_class_token(recipe, value, number):
+    path = recipe(f"class_token: {value}\ndecoder_class_token: {value}")
+    cfg = load_config(PretrainConfig, "pretrain", [*DIGITS, "--config", path])
+    assert cfg.class_tokens == number and type(cfg.class_tokens) is int
+
+
 @settings(deadline=None, database=None, max_examples=30)
 @given(two_below=VALUES, below=VALUES, file=VALUES, line=VALUES)
 def test_precedence_is_defaults_then_base_then_yaml_then_command_line(

@@ -212,6 +212,8 @@ def _read_file(name: str, num_more: int = MAX_BASE_FILES) -> dict[str, Values]:
         raise InputError(
             f"config {name} cannot be read: {' '.join(str(error).split())}", settings=("config",)
         ) from error
+    if isinstance(content.get("class_token"), bool):  # of an earlier version
+        content.setdefault("class_tokens", int(content.pop("class_token")))
     base = content.pop("base", None)
     below = {} if base is None else _read_file(str(path.parent / str(base)), num_more - 1)
     return below | {str(path): content}
