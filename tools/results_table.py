@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         images = f"{pretrained['num_train']:,} / {pretrained['num_samples']:,}"
         for figure in [figure for figure in FIGURES if figure in pretrained]:
             both = {"pretrained": pretrained[figure], "untrained": untrained[figure]}
-            how = str(pretrained.get("protocol", ""))
+            how = pretrained.get("protocol", "")
             if "lr" in pretrained:  # of a probe; logistic regression has none
                 how = f"{how.split()[0]}, lr {pretrained['lr']:g}"
             title = f"{ROWS[stage].format(**pretrained, how=how)}, {FIGURES[figure]}"

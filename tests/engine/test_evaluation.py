@@ -405,11 +405,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
             save_features(folder, some_features(), ORIGIN)
 
 
+PROBE = {"protocol": "attentive classification", "num_train": 3600, "num_samples": 1000}
 RESULTS = {
     "knn": {"acc1": 97.45, "k": 10, "num_train": 4000, "num_samples": 1000},
     "knn_untrained": {"acc1": 8.0, "k": 10, "num_train": 4000, "num_samples": 1000},
-    "lincls": {"acc1": 93.333, "lr": 0.1, "num_train": 3600, "num_samples": 1000},
-    "lincls_untrained": {"acc1": 60.5, "lr": 3.0, "num_train": 3600, "num_samples": 1000},
+    "lincls": PROBE | {"acc1": 93.333, "lr": 0.1},
+    "lincls_untrained": PROBE | {"acc1": 60.5, "lr": 3.0},
     "finetune": {"acc1": 100.0, "num_train": 4000, "num_samples": 1000},
     "finetune_untrained": {"acc1": 91.254, "num_train": 4000, "num_samples": 1000},
 }
@@ -437,6 +438,12 @@ def test_the_table_of_results(tmp_path, capsys):
     }
     lines = capsys.readouterr().out.splitlines()
     assert "93.33" in lines[2] and "3,600 / 1,000" in lines[2] and len(lines) == 4
+    assert lines[2].startswith("attentive, lr 0.1, top-1 ")
+    fit = {name: value for name, value in RESULTS["lincls"].items() if name != "lr"}
+    fit["protocol"] = "logistic regression by L-BFGS"
+    write_results(tmp_path / "lincls" / "results.json", fit)
+    results_table.main([str(tmp_path)])
+    assert "logistic regression by L-BFGS, top-1" in capsys.readouterr().out
     (tmp_path / "lincls_untrained" / "results.json").unlink()
     with pytest.raises(InputError, match=f"{tmp_path}/lincls_untrained/results.json"):
         results_table.main([str(tmp_path)])
