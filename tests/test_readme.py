@@ -170,7 +170,9 @@ def trained(stage: str, recipe: str | None, images: Path, clone: Path) -> Path:
             recipe = str(path)
     config = [] if recipe is None else ["--config", recipe]
     data = ["--data_path", str(images), "--dataset", "folder", "--download", "false"]
-    more = ["--output_dir", str(clone / "trained"), *(DECODER if stage == "pretrain" else [])]
+    more = ["--output_dir", str(clone / "trained")]
+    if stage == "pretrain":  # a recipe of linear classification names an optimiser of its own
+        more += [*DECODER, "--optimizer", "adamw"]
     main = importlib.import_module(f"main_{stage}").main
     main([*config, *data, *SMALL, *ONE_STEP, *more, *smaller_images(config)])
     return clone / "trained"
