@@ -178,11 +178,48 @@ def test_pretraining_has_the_losses_of_the_cpu(device, on_cpu, tmp_path, more, b
 
 
 @pytest.mark.parametrize(
+    ("more", "bound"),
+    [
+        (("--optimizer", "muon"), 2e-2),  # whose directions are computed in bf16
+        (
+            [
+                "--mask",
+                "green",
+                "--class_tokens",
+                "3",
+                "--decoder_fusion",
+                "2",
+                "--target",
+                "lowpass",
+                "--crop",
+                "simple",
+                "--visible_weight",
+                "0.1",
+                "--monitor_epochs",
+                "1",
+            ],
+            1e-3,
+        ),
+        (("--decoder", "cross", "--pred_ratio", 0.5, "--decoder_fusion", 2), 1e-3),
+    ],
+)
+def test_options_of_the_method_have_the_losses_of_the_cpu(device, tmp_path, more, bound):
+    fp32 = ("--precision", "fp32")
+    there = pretrain(tmp_path / "there", device, *fp32, *more)
+    here = pretrain(tmp_path / "here", torch.device("cpu"), *fp32, *more)
+    print(f"{' '.join(map(str, more))}: losses within {furthest(there, here):.2g} of the CPU's")
+    assert furthest(there, here) < bound
+
+
+@pytest.mark.parametrize(
     ("stage", "more"),
     [
         (main_finetune, ("--lr", 0.03, "--clip_grad", 1, "--drop_path_rate", 0)),
         (main_lincls, ("--lr", 0.1, 1.0)),
+        (main_lincls, ("--lr", 0.1, 1.0, "--probe", "attentive", "--probe_queries", 4)),
+        (main_lincls, ("--optimizer", "lbfgs", "--lbfgs_c", 0.01, 0.1)),
         (main_knn, ("--ks", 5)),
+        (main_knn, ("--ks", 5, "--layer", 0, -1)),
     ],
 )
 def test_evaluations_have_the_accuracy_of_the_cpu(device, data, weights, tmp_path, stage, more):
