@@ -154,7 +154,7 @@ class MonitorConfig(ShowConfig):
         500,
         "Number of validation images, or of training images if there are none, on which the "
         "monitor measures the loss, the effective rank of the features and their dead dimensions, "
-        "without labels; 0 is off, and below 2 nothing differs.",
+        "without labels; 0 is off, others are at least 2.",
         may_change=True,
     )
 
