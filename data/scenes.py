@@ -1,8 +1,9 @@
 """Scenes of real digits, for segmentation and detection without a download (`dataset:
 digits_scenes`).
 
-Each scene shows several of the 5,000 MNIST digits that a package carries (`data/known_sets.py`), in
-several sizes, that cover one another in part, before a background of strokes from other digits. The
+Each scene shows several of the 5,000 MNIST digits that a package carries (`data/known_sets.py`) as
+stickers: the stroke, and around it a wide grey outline that belongs to the digit. Stickers have
+several sizes and cover one another in part, before a background of strokes from other digits. The
 scenes are pure functions of their index; those for training show training digits only.
 
 Shapes: `n` digits of a scene, `H` and `W` height and width, both SIDE.
@@ -27,13 +28,14 @@ from util.rng import derive_seed
 
 SIDE = 64  # pixels of a scene
 NUM_SCENES = {"train": 4000, "val": 500}
-DIGITS = (1, 4)  # fewest and most in a scene
-DIGIT_SIDES = (24, 40)  # pixels of a digit's square
+DIGITS = (1, 3)  # fewest and most in a scene
+DIGIT_SIDES = (30, 44)  # pixels of a digit's square
 STROKES = (3, 8)  # fewest and most pieces of other digits in the background
 STROKE_SIDES = (6, 13)  # pixels of a piece
-PIXELS = 40  # fewest of a digit's stroke
-VISIBLE = 0.8  # smallest share of a digit's pixels that no later one covers
-ON_STROKE = 100  # a pixel from which on it belongs to its digit
+OUTLINE = 3  # pixels around a stroke, of MNIST's 28 x 28
+SHADES = (60, 120)  # darkest and brightest outline
+VISIBLE = 0.75  # smallest share of a sticker's pixels that no later one covers
+ON_STICKER = 100  # a pixel of the widened stroke from which on it belongs to its sticker
 VERSION = 1  # of the scenes: other scenes are other data
 
 
@@ -48,46 +50,48 @@ class Scene:
 
 
 @cache
-def bold_digits(is_train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The digits of a split, `(n, 28, 28)` uint8, and their classes `(n,)`. Strokes are a pixel
-    wider on either side than MNIST's, so that they are more than edges in a scene."""
+def stickers(is_train: bool) -> tuple[Tensor, np.ndarray]:
+    """The digits of a split as two channels, their stroke and the same stroke widened by OUTLINE,
+    `(n, 2, 28, 28)` uint8, and their classes `(n,)`."""
     images, classes = read_mnist5k(is_train)
-    wider = F.max_pool2d(torch.from_numpy(images).float(), kernel_size=3, stride=1, padding=1)
-    return wider[:, 0].to(torch.uint8).numpy(), classes
+    strokes = torch.from_numpy(images).float()
+    wide = F.max_pool2d(strokes, kernel_size=2 * OUTLINE + 1, stride=1, padding=OUTLINE)
+    return torch.cat([strokes, wide], dim=1).to(torch.uint8), classes
 
 
 @lru_cache(maxsize=1)  # image and annotation are read one after the other
 def compose(is_train: bool, index: int) -> Scene:
     """The scene of this index."""
-    images, classes = bold_digits(is_train)
+    digits, classes = stickers(is_train)
     random = np.random.default_rng(derive_seed(VERSION, is_train, index))
-    canvas = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    image = np.zeros((SIDE, SIDE), dtype=np.uint8)
     for _ in range(random.integers(*STROKES, endpoint=True)):
         height, width = random.integers(*STROKE_SIDES, endpoint=True, size=2)
         top, left = random.integers(4, 24 - height), random.integers(4, 24 - width)
-        piece = images[random.integers(len(images)), top : top + height, left : left + width]
+        strokes = digits[random.integers(len(digits)), 0].numpy()
+        piece = strokes[top : top + height, left : left + width]
         row, column = random.integers(SIDE - height), random.integers(SIDE - width)
-        place = canvas[row : row + height, column : column + width]
+        place = image[row : row + height, column : column + width]
         np.maximum(place, piece * random.uniform(0.4, 1.0), out=place, casting="unsafe")
-    image, owner = canvas, np.full((SIDE, SIDE), -1)  # which digit a pixel belongs to
+    owner = np.full((SIDE, SIDE), -1)  # which sticker a pixel belongs to
     labels: list[int] = []
     sizes: list[int] = []
     wanted = random.integers(*DIGITS, endpoint=True)
-    for _ in range(4 * wanted):  # tries: one may cover too much of an earlier digit
+    for _ in range(4 * wanted):  # tries: one may cover too much of an earlier sticker
         if len(labels) == wanted:
             break
-        chosen = random.integers(len(images))
+        chosen = random.integers(len(digits))
         side = int(random.integers(*DIGIT_SIDES, endpoint=True))
         row, column = random.integers(0, SIDE - side, size=2, endpoint=True)
-        digit = resize(torch.from_numpy(images[chosen, None]), (side, side), "bilinear")[0].numpy()
-        digit = (digit * random.uniform(0.7, 1.0)).astype(np.uint8)
+        stroke, wide = resize(digits[chosen], (side, side), "bilinear").numpy()
+        is_sticker = wide >= ON_STICKER
         part = np.s_[row : row + side, column : column + side]
         after = owner.copy()
-        after[part][digit >= ON_STROKE] = len(labels)
+        after[part][is_sticker] = len(labels)
         visible = np.bincount(after[after >= 0], minlength=len(labels) + 1)
-        if visible[-1] >= PIXELS and (visible[:-1] >= VISIBLE * np.array(sizes)).all():
-            # a digit covers what is behind its stroke, and its soft edge is the brighter of both
-            image[part] = np.where(digit >= ON_STROKE, digit, np.maximum(image[part], digit))
+        shade = random.integers(*SHADES, endpoint=True)
+        if (visible[:-1] >= VISIBLE * np.array(sizes)).all():
+            image[part] = np.where(is_sticker, np.maximum(stroke, shade), image[part])
             owner = after
             labels.append(int(classes[chosen]))
             sizes.append(int(visible[-1]))

@@ -7,7 +7,7 @@ from pycocotools.mask import decode
 
 from data.images import PixelFormat
 from data.known_sets import read_mnist5k
-from data.scenes import NUM_SCENES, SIDE, SceneMasks, SceneObjects, bold_digits, compose
+from data.scenes import NUM_SCENES, SHADES, SIDE, SceneMasks, SceneObjects, compose, stickers
 
 GREY = PixelFormat(1)
 SCENES = [(is_train, index) for is_train in (True, False) for index in range(40)]
@@ -20,30 +20,33 @@ def test_a_scene_is_a_pure_function_of_its_split_and_index():
     assert len({image.tobytes() for image in first}) == len(SCENES)
 
 
-def test_the_strokes_of_one_to_four_digits_are_where_the_masks_say():
+def test_one_to_three_stickers_are_where_the_masks_say():
     counts = set()
     for scene in (compose(*scene) for scene in SCENES):
         counts.add(len(scene.labels))
         assert scene.masks.shape == (len(scene.labels), SIDE, SIDE)
         assert scene.masks.sum(axis=0).max() == 1  # no pixel is of two digits
-        assert scene.masks.sum(axis=(1, 2)).min() >= 32
-        assert scene.image[scene.masks.any(axis=0)].min() >= 100 * 0.7  # bright strokes
-    assert counts == {1, 2, 3, 4}
+        for mask in scene.masks:
+            of_sticker = scene.image[mask]
+            assert SHADES[0] <= of_sticker.min() <= SHADES[1]  # its outline, and no background
+            assert of_sticker.max() > 150  # its stroke
+    assert counts == {1, 2, 3}
 
 
 def test_scenes_show_digits_of_their_own_split_only(monkeypatch):
     asked = []
-    monkeypatch.setattr("data.scenes.bold_digits", lambda t: asked.append(t) or bold_digits(t))
+    monkeypatch.setattr("data.scenes.stickers", lambda t: asked.append(t) or stickers(t))
     for is_train in (True, False):
         compose.__wrapped__(is_train, 7)
     assert asked == [True, False]
     for is_train in (True, False):
-        digits, classes = bold_digits(is_train)
+        digits, classes = stickers(is_train)
         images, labels = read_mnist5k(is_train)
         assert np.array_equal(classes, labels)
-        padded = np.pad(images[:, 0], ((0, 0), (1, 1), (1, 1)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded[:50], (3, 3), axis=(1, 2))
-        assert np.array_equal(digits[:50], windows.max(axis=(3, 4)))
+        assert np.array_equal(digits[:, :1], images)
+        padded = np.pad(images[:50, 0], ((0, 0), (3, 3), (3, 3)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (7, 7), axis=(1, 2))
+        assert np.array_equal(digits[:50, 1], windows.max(axis=(3, 4)))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
