@@ -52,15 +52,13 @@ def build_finetuned(
     if cfg.finetune is None:
         return _build(cfg, num_classes, _class_tokens(cfg), fc_norm), None
     tensors, info = _read(cfg, cfg.finetune)
-    last_norm = True
     if cfg.eval:  # uses the file's own readout, while training with avg starts a fresh fc_norm
-        fc_norm, last_norm = bool(info.known("fc_norm")), info.known("last_norm") is not False
-        readout = attentive_readout(info)
-        pool = "avg" if readout else info.known("global_pool")  # both read the patch tokens
+        fc_norm, readout = bool(info.known("fc_norm")), readout_of(info)
+        # both read the patch tokens
+        pool = "avg" if "probe_queries" in readout else info.known("global_pool")
         _check_same("global_pool", cfg.global_pool, pool, cfg.finetune)
         _check_same("objective", cfg.objective, info.objective, cfg.finetune)
         _compare_names(info, objective.names)
-    readout["last_norm"] = last_norm
     class_tokens = _class_tokens(cfg, cfg.finetune, info)
     model = _build(cfg, num_classes, class_tokens, fc_norm, readout)
     fresh = load_into_classifier(model, tensors, info, cfg.finetune)
@@ -137,22 +135,18 @@ def build_frozen(
 
     Raises: InputError if the weights do not fit the settings.
     """
-    last_norm = cfg.last_norm if isinstance(cfg, KnnConfig | LinclsConfig) else True
+    readout: dict[str, object] = {}
+    if isinstance(cfg, KnnConfig | LinclsConfig):
+        readout = {"last_norm": cfg.last_norm}
     if weights == RANDOM_WEIGHTS:
-        class_tokens = _class_tokens(cfg)
-        model, sha256 = (
-            _build(cfg, num_classes, class_tokens, False, {"last_norm": last_norm}),
-            None,
-        )
+        model, sha256 = _build(cfg, num_classes, _class_tokens(cfg), False, readout), None
         init_weights(model)
     else:
         tensors, info = _read(cfg, weights)
-        readout: dict[str, object] = {}
         if isinstance(cfg, ExplainConfig):
-            readout, last_norm = attentive_readout(info), info.known("last_norm") is not False
-        readout["last_norm"] = last_norm
+            readout = readout_of(info)
         class_tokens = _class_tokens(cfg, weights, info)
-        fc_norm = bool(info.known("fc_norm")) and last_norm
+        fc_norm = bool(info.known("fc_norm") and readout.get("last_norm", True))
         model, sha256 = _build(cfg, num_classes, class_tokens, fc_norm, readout), info.sha256
         load_into_classifier(model, tensors, info, weights, uses_head=False)
     if isinstance(cfg, KnnConfig | LinclsConfig):
@@ -175,11 +169,14 @@ def build_autoencoder(cfg: MaeVisConfig, weights: str, mask_ratio: float) -> Mas
     return model.eval().requires_grad_(False)
 
 
-def attentive_readout(info: WeightsInfo) -> dict[str, object]:
-    """The fields of a classifier's attentive readout; of any other weights none."""
+def readout_of(info: WeightsInfo) -> dict[str, object]:
+    """The fields of a classifier's own readout that no setting names: whether it has a last norm,
+    and those of an attentive one."""
+    of_norm: dict[str, object] = {"last_norm": info.known("last_norm") is not False}
     if info.known("global_pool") != "attentive":
-        return {}
-    return {name: info.known(name) for name in ("global_pool", "probe_queries", "probe_dim")}
+        return of_norm
+    names = ("global_pool", "probe_queries", "probe_dim")
+    return of_norm | {name: info.known(name) for name in names}
 
 
 def _build(

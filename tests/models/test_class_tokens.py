@@ -171,21 +171,22 @@ def test_features_of_pixio_and_of_dinov2_with_registers(tmp_path, project, layou
         torch.testing.assert_close(default, expected["avg"], rtol=0, atol=1e-5)
 
 
+def timm_vit(**fields) -> TimmViT:
+    """A small one that reads the mean of its patches."""
+    common = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5, "global_pool": "avg"}
+    return TimmViT(**common | fields)
+
+
 @pytest.mark.parametrize("no_embed_class", [True, False])
 @pytest.mark.parametrize(("class_token", "registers"), [(True, 2), (False, 4), (True, 0)])
 @pytest.mark.parametrize("init_values", [None, 0.3])
 def test_timm_with_registers(tmp_path, no_embed_class, class_token, registers, init_values):
-    theirs = TimmViT(
+    theirs = timm_vit(
         img_size=(32, 48),
         patch_size=8,
-        embed_dim=48,
-        depth=2,
-        num_heads=3,
-        num_classes=5,
         class_token=class_token,
         reg_tokens=registers,
         no_embed_class=no_embed_class,
-        global_pool="avg",
         init_values=init_values,
     )
     torch.save(randomized(theirs).state_dict(), tmp_path / "a.pth")
@@ -198,16 +199,7 @@ def test_timm_with_registers(tmp_path, no_embed_class, class_token, registers, i
 @pytest.mark.parametrize(("img_size", "registers"), [(48, 8), (80, 8), (48, 4)])
 def test_the_rows_of_tokens_are_found_in_a_small_table_or_asked_for(tmp_path, img_size, registers):
     """Also where the table, less the tokens, would be a square grid, too."""
-    theirs = TimmViT(
-        img_size=img_size,
-        patch_size=16,
-        embed_dim=48,
-        depth=1,
-        num_heads=3,
-        num_classes=0,
-        reg_tokens=registers,
-        no_embed_class=True,
-    )
+    theirs = timm_vit(img_size=img_size, patch_size=16, reg_tokens=registers, no_embed_class=True)
     path = tmp_path / "a.pth"
     torch.save(theirs.state_dict(), path)
     rows = (img_size // 16) ** 2
