@@ -21,7 +21,7 @@ from data.sampler import SampleKey
 from data.scenes import Scenes
 from data.sources import ArraySource, FolderSource, ImageSource, check_folder
 from util.errors import DataError
-from util.settings.tools import ApplyConfig
+from util.settings.tools import EncodeConfig
 
 
 def read_list(path: Path) -> list[str]:
@@ -38,7 +38,7 @@ def read_list(path: Path) -> list[str]:
     return [os.fsdecode(line) for line in lines]
 
 
-def open_images(cfg: ApplyConfig, pixels: PixelFormat) -> ImageSource:
+def open_images(cfg: EncodeConfig, pixels: PixelFormat) -> ImageSource:
     """The images that the settings name. Raises: InputError if they are not there."""
     path, has_split = Path(cfg.data_path or ""), cfg.split != "all"
     if cfg.dataset == "digits_scenes":

@@ -44,13 +44,14 @@ from util.errors import InputError, LocalInputError, where
 from util.files import printable, write_output
 from util.settings.base import DataConfig
 from util.settings.read import lasting_settings
-from util.settings.tools import ApplyConfig, PredictConfig
+from util.settings.tools import ApplyConfig, EncodeConfig, PredictConfig
 
 PART_BATCHES, PART_BYTES = 64, 2**28  # a part has at most so many
 TIMEOUT = 30.0  # minutes between two batches
 KEPT = "kept"  # the tensor of a part that holds the numbers of its images
 Answers = dict[str, Tensor]
 CfgT = TypeVar("CfgT", bound=ApplyConfig)
+EncodeT = TypeVar("EncodeT", bound=EncodeConfig)
 logger = logging.getLogger(__name__)
 
 
@@ -179,7 +180,7 @@ def summary(
 
 
 def load_model(
-    cfg: ApplyConfig, uses_head: bool
+    cfg: EncodeConfig, uses_head: bool
 ) -> tuple[VisionTransformer | DenseTransformer, WeightsInfo]:
     """The model of a file of weights, as that describes it, for the images' size of the settings.
 
@@ -203,7 +204,7 @@ def load_model(
     return model, info
 
 
-def with_weights(cfg: CfgT, info: WeightsInfo) -> CfgT:
+def with_weights(cfg: EncodeT, info: WeightsInfo) -> EncodeT:
     """The settings, with what the weights record where nothing is stated. Raises: InputError if
     mean or std do not fit the weights' channels."""
     recorded = {"mean": info.mean, "std": info.std, "img_size": info.spec.img_size, **info.pixels}

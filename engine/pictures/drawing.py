@@ -54,12 +54,14 @@ def enlarged(picture: np.ndarray, longest: int) -> np.ndarray:
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def heat_over(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """The picture, blended half and half with a heat map whose colours run from its lowest to its
-    highest value."""
+def heat_over(
+    picture: np.ndarray, heat: np.ndarray, limits: tuple[float, float] | None = None
+) -> np.ndarray:
+    """The picture, blended half and half with a heat map whose colours run from the lower to the
+    upper limit; None is its lowest and highest value."""
     from matplotlib import colormaps  # here, as importing matplotlib takes long
 
-    low, high = float(heat.min()), float(heat.max())
+    low, high = limits or (float(heat.min()), float(heat.max()))
     values = torch.from_numpy((heat - low) / ((high - low) or 1.0)).float()[None, None]
     smooth = F.interpolate(values, size=picture.shape[:2], mode="bilinear")[0, 0]  # (H, W)
     colors = colormaps[COLORS](smooth.numpy(), bytes=True)[..., :3]

@@ -4,7 +4,6 @@ are cores, beside Pillow with torchvision's transforms."""
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from PIL import Image
@@ -61,7 +60,7 @@ def benchmark_loader(images: str, packed: str | None, rounds: int) -> Iterator[t
         paths = [[folder.name(n % len(folder)) for n in batch] for batch in places]
         # processes stay for the next round
         make = partial(DataLoader, num_workers=workers, persistent_workers=workers > 0)
-        loaders: dict[str, Any] = {PILLOW: make(PillowImages(), batch_sampler=paths)}
+        loaders: dict[str, DataLoader[object]] = {PILLOW: make(PillowImages(), batch_sampler=paths)}
         for name, source in sources.items():
             dataset = PretrainDataset(
                 source=source,

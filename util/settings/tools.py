@@ -142,7 +142,7 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
         )
 
 
-class ApplyConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
+class EncodeConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
     """Weights and images"""
 
     finetune: PathText | None = setting(
@@ -160,9 +160,6 @@ class ApplyConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
     )
     split: Literal["all", "train", "val"] = setting(
         "all", "Split of the data set to take; all takes every image below data_path."
-    )
-    output_file: PathText | None = setting(
-        None, "File to write, which must not be there yet.", may_change=True
     )
     img_size: Count | tuple[Count, Count] | None = setting(
         None, "Side of the images in pixels, or height and width; null is that of the weights."
@@ -182,9 +179,6 @@ class ApplyConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
         "Precision of the model's arithmetic, by autocast where it is bf16 or fp16; auto is bf16 "
         "on a device that computes it fast, else fp16 on CUDA, else fp32.",
     )
-    strict: bool = setting(
-        False, "Whether the exit code is 1 if an image could not be read.", may_change=True
-    )
 
     def problems(self) -> list[str]:
         return where(
@@ -193,7 +187,54 @@ class ApplyConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
                 self.data_path is None and self.dataset not in BUNDLED,
                 "data_path is needed: give --data_path PATH",
             ),
-            (self.output_file is None, "output_file is needed: give --output_file PATH"),
+        )
+
+
+class SeeFeaturesConfig(LastNormConfig, ShowConfig, EncodeConfig):
+    """Pictures of features"""
+
+    beside: tuple[PathText, ...] = setting(
+        (),
+        "More weights, whose features are drawn on the same images; the word random is the model "
+        "of finetune, untrained.",
+    )
+    layer: Layer = setting(
+        -1, "Block whose tokens are taken, counted from 0, or from -1 backwards."
+    )
+    num_images: Count = setting(8, "Number of images that are shown, evenly spaced.")
+    num_compared: Count = setting(
+        2000,
+        "Number of images, evenly spaced, among which neighbours are searched, and that map.png "
+        "shows.",
+    )
+    num_neighbours: Count = setting(6, "Number of neighbours of each image that is shown.")
+    patch: tuple[CountOrZero, CountOrZero] | None = setting(
+        None,
+        "Row and column, counted from 0, of the patch of the first image to which others are "
+        "compared; null is the middle one.",
+    )
+    remove_position: bool = setting(
+        False,
+        "Whether patches.png and similar.png show features less the mean of their place over all "
+        "images.",
+    )
+    save_path: PathText = setting("output/features", "Folder to which the pictures are written.")
+    seed: Seed = setting(0, "Seed of random weights, clusters and UMAP.")
+
+
+class ApplyConfig(EncodeConfig):
+    """Result"""
+
+    output_file: PathText | None = setting(
+        None, "File to write, which must not be there yet.", may_change=True
+    )
+    strict: bool = setting(
+        False, "Whether the exit code is 1 if an image could not be read.", may_change=True
+    )
+
+    def problems(self) -> list[str]:
+        return super().problems() + where(
+            (self.output_file is None, "output_file is needed: give --output_file PATH")
         )
 
 
