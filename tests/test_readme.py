@@ -50,7 +50,7 @@ WEIGHTS = {
 # How a command is run: as the first kind whose pattern is found in it. `elsewhere` are tests of
 # their own, which make these commands small in other ways.
 KINDS = {
-    "elsewhere": r"make quickstart|sbatch |tools/cifar10\.sh",
+    "elsewhere": r"make quickstart|sbatch |tools/cifar10(_options)?\.sh",
     "benchmark": r"tools/benchmark\.py",
     "download": r"--download",
     "installation": r"-m (venv|pip) ",
@@ -127,7 +127,7 @@ def clone(images, tmp_path, monkeypatch) -> Path:
         labels = f"{number % 2},{number // 2 % 2},{image.parent.parent.name}"
         rows.append(f"{image.relative_to(images)},{labels}")
     (tmp_path / "path" / "labels.csv").write_text("\n".join(rows))
-    monkeypatch.setattr("data.scenes.NUM_SCENES", {"train": 40, "val": 6})
+    monkeypatch.setattr("data.scenes.NUM_SCENES", {"train": 200, "val": 6})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -75,15 +75,47 @@ def test_cifar10_follows_the_loss_curve(cifar10_jpeg, tmp_path):
     assert all(ours < 1.03 * reference for ours, reference in zip(losses, REFERENCE, strict=True))
 
 
-def test_the_cifar10_benchmark_on_2000_images(cifar10_jpeg, tmp_path):
-    """The README's benchmark in its short form: every stage on real images, ending in the table of
-    its results."""
+@pytest.fixture(scope="module")
+def few(cifar10_jpeg, tmp_path_factory):
+    """2,000 training and 500 validation images of CIFAR-10."""
+    few = tmp_path_factory.mktemp("few")
     for split, per_class in (("train", 200), ("val", 50)):
         for folder in sorted((cifar10_jpeg / split).iterdir()):
-            (tmp_path / "few" / split / folder.name).mkdir(parents=True)
+            (few / split / folder.name).mkdir(parents=True)
             for image in sorted(folder.iterdir())[:per_class]:
-                (tmp_path / "few" / split / folder.name / image.name).symlink_to(image)
-    benchmark = ["sh", str(ROOT / "tools/cifar10.sh"), str(tmp_path / "few"), str(tmp_path / "out")]
+                (few / split / folder.name / image.name).symlink_to(image)
+    return few
+
+
+def test_options_of_cifar10_on_2000_images(few, tmp_path):
+    """The table of options in its short form: rows of figures that the runs left, each above
+    chance, of two seeds; the same command has nothing left to do."""
+    script = ["sh", str(ROOT / "tools/cifar10_options.sh"), str(few), str(tmp_path)]
+    options = {"OPTIONS": "recipe tokens8 random", "SEEDS": "0 1", "EPOCHS": "2", "PROBE": "2"}
+    result = run(script, **options, ROUNDS="1", SUBSET="1024")
+    assert result.returncode == 0, result.stderr
+    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()[-3:]]
+    assert [row[0] for row in rows] == options["OPTIONS"].split()
+    for name, *cells in rows:
+        for readout, cell in zip(("knn", "linear", "attentive"), cells, strict=False):
+            files = [tmp_path / name / f"seed{seed}" / readout / "results.json" for seed in (0, 1)]
+            zero, one = (read_results(file)["acc1"] for file in files)
+            assert cell == f"{(zero + one) / 2:.2f} ({zero:.2f}, {one:.2f})"
+            assert min(zero, one) > 14  # chance is 10
+            assert zero != one
+    assert rows[0][4] == "1.00 x"
+    assert float(rows[1][4].removesuffix(" x")) > 1
+    again = run(script, **options)
+    assert again.returncode == 0, again.stderr
+    assert [row[:4] for row in rows] == [
+        line.strip("| ").split(" | ")[:4] for line in again.stdout.splitlines()[-3:]
+    ]
+
+
+def test_the_cifar10_benchmark_on_2000_images(few, tmp_path):
+    """The README's benchmark in its short form: every stage on real images, ending in the table of
+    its results."""
+    benchmark = ["sh", str(ROOT / "tools/cifar10.sh"), str(few), str(tmp_path / "out")]
     result = run(benchmark, PRETRAIN_EPOCHS="8", EVAL_EPOCHS="3", SUBSET="1000")
     assert result.returncode == 0, result.stderr
     names = [

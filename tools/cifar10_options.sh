@@ -1,0 +1,90 @@
+#!/bin/sh
+# Options of pretraining on CIFAR-10, each alone beside the recipe as it is and beside random
+# weights: pretrains, evaluates the frozen encoders, and prints a table.
+# The same command continues where it stopped.
+#
+#   sh tools/cifar10_options.sh /path/to/cifar10 output/cifar10_options
+#
+# The first folder holds train/ and val/ with a folder of images per class, or
+# cifar-10-binary.tar.gz. These variables make it shorter:
+#   OPTIONS  which options; default all: recipe block2 green grid tokens8 fusion3 lowpass visible
+#            muon random
+#   SEEDS    default "0 1"
+#   EPOCHS   epochs of pretraining, at least 2; default 8
+#   PROBE    epochs of the attentive probe; default 5
+#   ROUNDS   rounds in which every option pretrains on SUBSET images twice, in turn, for the times
+#            of a step; default 0, as nothing else should run on the machine meanwhile
+#   SUBSET   default 8192
+set -eu
+export NGPU="${NGPU:-1}"  # the recipes' batch sizes are for one process
+[ $# -eq 2 ] || { echo "error: usage: sh tools/cifar10_options.sh DATA OUTPUT" >&2; exit 2; }
+root=$(dirname "$0")/..
+. "$root/util/launch.sh"
+data=$1
+output=$2
+dataset=cifar10
+if [ -d "$data/train" ]; then dataset=folder; fi
+OPTIONS=${OPTIONS:-recipe block2 green grid tokens8 fusion3 lowpass visible muon random}
+SEEDS=${SEEDS:-0 1}
+EPOCHS=${EPOCHS:-8}
+PROBE=${PROBE:-5}
+
+# arguments_of OPTION
+arguments_of() {
+  case $1 in
+    recipe) ;;
+    block2) echo --mask block --mask_block 2 ;;
+    green | grid) echo --mask "$1" ;;
+    tokens8) echo --class_tokens 8 ;;
+    fusion3) echo --decoder_fusion 3 ;;
+    lowpass) echo --target lowpass --crop simple ;;
+    visible) echo --visible_weight 0.1 ;;
+    muon) echo --optimizer muon ;;
+    *) fail "OPTIONS has no '$1'" ;;
+  esac
+}
+
+# run STAGE CONFIG FOLDER ARGUMENTS...: unless it has finished
+run() {
+  stage=$1
+  config=$root/cfgs/$2/ViT-Ti_CIFAR10.yaml
+  folder=$output/$3
+  shift 3
+  [ ! -e "$folder/results.json" ] || return 0
+  sh "$root/run_$stage.sh" --config "$config" --dataset $dataset --data_path "$data" \
+    --output_dir "$folder" "$@"
+}
+
+for seed in $SEEDS; do
+  for option in $OPTIONS; do
+    runs=$option/seed$seed
+    if [ "$option" = random ]; then
+      set -- --finetune random --class_tokens 1 --seed "$seed"
+    else
+      arguments=$(arguments_of "$option")
+      # shellcheck disable=SC2086
+      run pretrain pretrain "$runs/pretrain" --epochs "$EPOCHS" --warmup_epochs 1 \
+        --monitor_epochs 0 --seed "$seed" $arguments
+      set -- --finetune "$output/$runs/pretrain/model.safetensors" --seed "$seed"
+    fi
+    run knn finetune "$runs/knn" "$@" --ks 10 --layer 0 1 2 3 4 5
+    run lincls lincls "$runs/linear" "$@" --optimizer lbfgs
+    run lincls lincls "$runs/attentive" "$@" --probe attentive --epochs "$PROBE"
+  done
+done
+
+round=0
+while [ $round -lt "${ROUNDS:-0}" ]; do
+  round=$((round + 1))
+  for option in $OPTIONS; do
+    [ "$option" != random ] || continue
+    arguments=$(arguments_of "$option")
+    # shellcheck disable=SC2086
+    run pretrain pretrain "times/$round/$option" --subset "${SUBSET:-8192}" --epochs 2 --warmup_epochs 1 \
+      --monitor_epochs 0 --log_interval 4 $arguments
+  done
+done
+
+choose_python "$root"
+# shellcheck disable=SC2086
+"$PYTHON" "$root/tools/options_table.py" "$output" $OPTIONS
