@@ -33,7 +33,7 @@ SMALL_PICTURES = shlex.split("--size debug --device cpu")
 SMALLER = {  # by the first pattern that is found in the script's name
     r"run_mae_vis|draw_overview": [*SMALL_PICTURES, *DECODER],
     r"vit_explain": SMALL_PICTURES,
-    r"embed|predict": ["--device", "cpu", "--num_workers", "0"],
+    r"embed|predict|see_features": ["--device", "cpu", "--num_workers", "0"],
     # The width of a large recipe's decoder stays, as its weights are not read again.
     r"_pretrain\.": [*SMALL, *ONE_STEP, "--decoder_depth", "1"],
     r"_(finetune|lincls)\.": [*SMALL, *ONE_STEP],
