@@ -55,6 +55,9 @@ run() {
     --output_dir "$folder" "$@"
 }
 
+for option in $OPTIONS; do  # before any compute
+  [ "$option" = random ] || arguments_of "$option" >/dev/null
+done
 for seed in $SEEDS; do
   for option in $OPTIONS; do
     runs=$option/seed$seed
