@@ -5,7 +5,7 @@ PY = .venv/bin/python
 # Each worker is one torch thread, so that results do not depend on the machine's core count.
 PYTEST = $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal
 TEST_WORKERS ?= 2
-SCENES_TIME = about an hour on 2 CPU cores (estimated)
+SCENES_TIME = about 45 minutes on 2 CPU cores (the sum of its parts)
 QUICKSTART_TIME = 3 to 5 minutes on 2 CPU cores, after the installation
 TEST_TIME = 3 to 5 minutes on 2 CPU cores, after the installation
 
