@@ -11,27 +11,10 @@
 #   EVAL_EPOCHS      epochs of linear classification and of fine-tuning; default 10
 #   SUBSET           training images of fine-tuning, a fixed choice; default 10000
 set -eu
-export NGPU="${NGPU:-1}"  # the recipes' batch sizes are for one process
-[ $# -eq 2 ] || { echo "error: usage: sh tools/cifar10.sh DATA OUTPUT" >&2; exit 2; }
-root=$(dirname "$0")/..
-. "$root/util/launch.sh"
-data=$1
-output=$2
-dataset=cifar10
-if [ -d "$data/train" ]; then dataset=folder; fi
+. "$(dirname "$0")/cifar10_runs.sh"
 PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-16}
 EVAL_EPOCHS=${EVAL_EPOCHS:-10}
 SUBSET=${SUBSET:-10000}
-
-# run STAGE CONFIG FOLDER ARGUMENTS...
-run() {
-  stage=$1
-  config=$root/cfgs/$2/ViT-Ti_CIFAR10.yaml
-  folder=$output/$3
-  shift 3
-  sh "$root/run_$stage.sh" --config "$config" --dataset $dataset --data_path "$data" \
-    --output_dir "$folder" "$@"
-}
 
 run pretrain pretrain pretrain --epochs "$PRETRAIN_EPOCHS"
 weights=$output/pretrain/model.safetensors

@@ -16,14 +16,7 @@
 #            of a step; default 0, as nothing else should run on the machine meanwhile
 #   SUBSET   default 8192
 set -eu
-export NGPU="${NGPU:-1}"  # the recipes' batch sizes are for one process
-[ $# -eq 2 ] || { echo "error: usage: sh tools/cifar10_options.sh DATA OUTPUT" >&2; exit 2; }
-root=$(dirname "$0")/..
-. "$root/util/launch.sh"
-data=$1
-output=$2
-dataset=cifar10
-if [ -d "$data/train" ]; then dataset=folder; fi
+. "$(dirname "$0")/cifar10_runs.sh"
 OPTIONS=${OPTIONS:-recipe block2 green grid tokens8 fusion3 lowpass visible muon random}
 SEEDS=${SEEDS:-0 1}
 EPOCHS=${EPOCHS:-8}
@@ -44,15 +37,9 @@ arguments_of() {
   esac
 }
 
-# run STAGE CONFIG FOLDER ARGUMENTS...: unless it has finished
-run() {
-  stage=$1
-  config=$root/cfgs/$2/ViT-Ti_CIFAR10.yaml
-  folder=$output/$3
-  shift 3
-  [ ! -e "$folder/results.json" ] || return 0
-  sh "$root/run_$stage.sh" --config "$config" --dataset $dataset --data_path "$data" \
-    --output_dir "$folder" "$@"
+# finish STAGE CONFIG FOLDER ARGUMENTS...: runs what has no results yet
+finish() {
+  [ -e "$output/$3/results.json" ] || run "$@"
 }
 
 for option in $OPTIONS; do  # before any compute
@@ -70,9 +57,9 @@ for seed in $SEEDS; do
         --monitor_epochs 0 --seed "$seed" $arguments
       set -- --finetune "$output/$runs/pretrain/model.safetensors" --seed "$seed"
     fi
-    run knn finetune "$runs/knn" "$@" --ks 10 --layer 0 1 2 3 4 5
-    run lincls lincls "$runs/linear" "$@" --optimizer lbfgs
-    run lincls lincls "$runs/attentive" "$@" --probe attentive --epochs "$PROBE"
+    finish knn finetune "$runs/knn" "$@" --ks 10 --layer 0 1 2 3 4 5
+    finish lincls lincls "$runs/linear" "$@" --optimizer lbfgs
+    finish lincls lincls "$runs/attentive" "$@" --probe attentive --epochs "$PROBE"
   done
 done
 

@@ -64,7 +64,6 @@ from util.settings.tools import SeeFeaturesConfig
 
 PICTURES = ("patches", "similar", "neighbours", "map")
 CLUSTERS = 10
-ROUNDS = 20  # of k-means
 MOST_GROUPS = 20  # folders that have colours of their own
 INLIERS = (0.01, 0.99)  # quantiles of a direction that are drawn as none and all of a colour
 CHARACTERS = 22  # of a text above a picture
@@ -138,7 +137,8 @@ def see(cfg: SeeFeaturesConfig, weights: str | None, processes: Processes) -> Se
     def encode(images: Tensor) -> Tensor:
         """`(B, C, H, W)` -> the features of the patches `(B, N, D)`."""
         tokens = next(islice(model.iterate_tokens(images), block, None))
-        tokens = model.norm(tokens) if cfg.last_norm else tokens
+        if cfg.last_norm:  # of a classifier that reads the mean through fc_norm, that one
+            tokens = model.fc_norm(model.norm(tokens))
         return tokens[:, model.spec.class_tokens :].float()
 
     fit = EvalTransform(cfg.img_size, cfg.crop_pct)
@@ -303,17 +303,12 @@ def in_two_dimensions(means: Tensor, seed: int) -> tuple[np.ndarray, str]:
 
 def clusters(means: Tensor, seed: int) -> list[int]:
     """The number of the cluster of each feature `(m, D)`, by k-means."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = means[torch.randperm(len(means), generator=generator)[:CLUSTERS]]
-    for _ in range(ROUNDS):
-        nearest = torch.cdist(means, centres).argmin(dim=1)
-        centres = torch.stack(
-            [
-                means[nearest == number].mean(dim=0) if (nearest == number).any() else centre
-                for number, centre in enumerate(centres)
-            ]
-        )
-    return nearest.tolist()
+    from sklearn.cluster import KMeans  # here, as importing it takes long
+
+    found = KMeans(min(CLUSTERS, len(means)), random_state=seed, n_init=3).fit_predict(
+        means.numpy()
+    )
+    return found.tolist()
 
 
 def groups_of(seen: Seen) -> list[str]:

@@ -73,7 +73,11 @@ def test_pictures_of_two_models(tmp_path, data, weights, seen):
     order = (alike @ alike[30]).argsort(descending=True).tolist()
     assert order[0] == 30
     searched = []
-    picture = lambda place: searched.append(place) or trained.picture(place)  # noqa: E731
+
+    def picture(place: int) -> np.ndarray:
+        searched.append(place)
+        return trained.picture(place)
+
     one = Seen(**{**trained.__dict__, "picture": picture, "shown": [30]})
     draw_neighbours([one], 5)
     assert searched == order[:6]
