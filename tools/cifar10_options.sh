@@ -11,16 +11,17 @@
 #            muon random
 #   SEEDS    default "0 1"
 #   EPOCHS   epochs of pretraining, at least 2; default 8
-#   PROBE    epochs of the attentive probe; default 5
-#   ROUNDS   rounds in which every option pretrains on SUBSET images twice, in turn, for the times
-#            of a step; default 0, as nothing else should run on the machine meanwhile
-#   SUBSET   default 8192
+#   SUBSET   training images of the linear and the attentive probe, a fixed choice; default 10000
+#   PROBE    epochs of the attentive probe; default 10
+#   ROUNDS   rounds in which every option pretrains on the 5,000 digits of mnist5k for two epochs, in
+#            turn, for the times of a step; default 0, as nothing else should run meanwhile
 set -eu
 . "$(dirname "$0")/cifar10_runs.sh"
 OPTIONS=${OPTIONS:-recipe block2 green grid tokens8 fusion3 lowpass visible muon random}
 SEEDS=${SEEDS:-0 1}
 EPOCHS=${EPOCHS:-8}
-PROBE=${PROBE:-5}
+SUBSET=${SUBSET:-10000}
+PROBE=${PROBE:-10}
 
 # arguments_of OPTION
 arguments_of() {
@@ -58,6 +59,7 @@ for seed in $SEEDS; do
       set -- --finetune "$output/$runs/pretrain/model.safetensors" --seed "$seed"
     fi
     finish knn finetune "$runs/knn" "$@" --ks 10 --layer 0 1 2 3 4 5
+    set -- "$@" --subset "$SUBSET"
     finish lincls lincls "$runs/linear" "$@" --optimizer lbfgs
     finish lincls lincls "$runs/attentive" "$@" --probe attentive --epochs "$PROBE"
   done
@@ -70,7 +72,7 @@ while [ $round -lt "${ROUNDS:-0}" ]; do
     [ "$option" != random ] || continue
     arguments=$(arguments_of "$option")
     # shellcheck disable=SC2086
-    run pretrain pretrain "times/$round/$option" --subset "${SUBSET:-8192}" --epochs 2 --warmup_epochs 1 \
+    run pretrain pretrain "times/$round/$option" --dataset mnist5k --epochs 2 --warmup_epochs 1 \
       --monitor_epochs 0 --log_interval 4 $arguments
   done
 done

@@ -428,12 +428,18 @@ def test_a_disk_that_is_full_when_a_line_is_logged_is_one_clear_line(tmp_path):
 
 @pytest.mark.parametrize(
     "able, expected",
-    [({"avx512_bf16": True}, torch.bfloat16), ({"avx512_bf16": False}, None), (None, None)],
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False}, None),
+        ({"avx512_bf16": True, "avx512_fp16": True}, None),
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": True}, torch.bfloat16),
+        (None, None),
+    ],
 )
 def test_auto_precision_of_a_cpu_is_bf16_only_where_that_is_known_to_be_fast(
     able, expected, monkeypatch
 ):
-    """torch 2.9 cannot tell what a CPU can do."""
+    """torch 2.9 cannot tell what a CPU can do; a virtual machine may hide the matrix unit."""
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     if able is not None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
