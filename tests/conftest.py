@@ -4,12 +4,15 @@ import os
 import shutil
 import signal
 import tarfile
+from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from packs import pack
+from playwright.sync_api import Page, sync_playwright
 from runs import ROOT as ROOT  # others take it from here
 from runs import make_pictures, pretrain_pictures
 
@@ -90,6 +93,40 @@ def tokenless(tmp_path_factory, data) -> Path:
     more = ("--class_tokens", "0", "--decoder_class_token", "false")
     folder = tmp_path_factory.mktemp("tokenless")
     return pretrain_pictures(data, folder, *more) / "model.safetensors"
+
+
+@pytest.fixture
+def browser() -> Iterator[Page]:
+    """A page of headless Chromium, as Debian packages it; skips without. At its end no page may
+    have written an error to the console."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no browser: the package chromium is not installed")
+    errors = []
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = started.new_page(viewport={"width": 1100, "height": 900})
+        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield page
+        started.close()
+    assert errors == []
+
+
+@pytest.fixture
+def violations(browser) -> Callable[[], list[str]]:
+    """What axe-core finds serious or critical on the browser's page: rule and elements."""
+
+    def look() -> list[str]:
+        browser.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
+        found = browser.evaluate("axe.run()")["violations"]
+        return [
+            f"{rule['id']}: {[node['html'] for node in rule['nodes']]}"
+            for rule in found
+            if rule["impact"] in ("serious", "critical")
+        ]
+
+    return look
 
 
 # Examples are drawn anew only when a test changes, so that a failure can be repeated.

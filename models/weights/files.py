@@ -23,6 +23,7 @@ from models.weights.own import CHECKPOINT_VERSION, PIXEL_SETTINGS, decoded, unus
 from util.errors import InputError
 
 WRAPPERS = ("model", "state_dict")  # where a .pth keeps the weights, in this order
+PRETRAINED = Path(__file__).with_name("pretrained")
 OWN_HEADER = ("model_args", "mean", "std")
 SOMETIMES = ("objective", "class_names", *PIXEL_SETTINGS)  # in the headers that need them
 FOLDER_FILES = (  # of Hugging Face's folders; large weights are split into several files
@@ -48,18 +49,26 @@ class RawWeights:
     header: dict[str, Any] = field(default_factory=dict)
 
 
+def pretrained() -> dict[str, Path]:
+    """The names of the weights that come with this project, and their files."""
+    return {path.stem: path for path in sorted(PRETRAINED.glob("*.safetensors"))}
+
+
 def weights_files(path: Path) -> list[Path]:
-    """The files behind a path: itself, or the weights of a Hugging Face folder (several if they
-    are split).
+    """The files behind a path: itself, the weights of a Hugging Face folder (several if they are
+    split), or the file of pretrained weights that comes with this project under that name.
 
     Raises: InputError for a path that does not exist or a folder of another kind.
     """
     if path.is_file():
         return [path]
+    if not path.exists() and (known := pretrained().get(str(path))):
+        return [known]
+    if not path.exists():
+        names = " ".join(pretrained())
+        raise InputError(f"{path}: there is no such file; weights that come with this are: {names}")
     if not path.is_dir():
-        raise InputError(
-            f"{path}: {'not a regular file' if path.exists() else 'there is no such file'}"
-        )
+        raise InputError(f"{path}: not a regular file")
     found = [sorted(path.glob(pattern)) for pattern in FOLDER_FILES]
     files = next((files for files in found if files), None)
     if files is None or not (path / "config.json").is_file():
