@@ -2,6 +2,7 @@
 
     python tools/convert_checkpoint.py SRC --describe
     python tools/convert_checkpoint.py SRC DST --format huggingface
+    python tools/convert_checkpoint.py SRC DST --format safetensors --half
     python tools/convert_checkpoint.py SRC DST --format onnx --images FOLDER
 
 SRC is a file or Hugging Face folder of any kind that models/README.md lists. What a foreign file
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> WeightsInfo:
         help="File, or for huggingface folder, to write; it must not exist.",
     )
     parser.add_argument("--format", choices=[*FORMATS, *GRAPHS], help="Format of DST.")
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="Round the weights to fp16, for a file of half the size; not for a graph.",
+    )
     parser.add_argument(
         "--describe", action="store_true", help="Say what SRC holds and write nothing."
     )
@@ -94,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> WeightsInfo:
     wanted = [args.target, args.format]
     if any(wanted) if args.describe else not all(wanted):
         raise InputError("give either --describe, or DST and --format")
+    if args.half and args.format not in FORMATS:
+        raise InputError(f"--half goes with --format {', '.join(FORMATS)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     tensors, info = read_weights(args.source, tuple(args.img_size) if args.img_size else None)
     sys.stdout.write(f"{info}\n")
@@ -129,10 +137,19 @@ def main(argv: Sequence[str] | None = None) -> WeightsInfo:
             else f"largest difference to PyTorch, on {what}: {difference:.2g}\n"
         )
     elif args.target:
-        write_weights(tensors, info, args.target, args.format)
+        write_weights(in_half(tensors) if args.half else tensors, info, args.target, args.format)
     if args.target:
         sys.stdout.write(f"wrote {args.target}\n")
     return info
+
+
+def in_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with floats rounded to fp16. Raises: InputError for values past its range."""
+    halves = {n: t.half() if t.is_floating_point() else t for n, t in tensors.items()}
+    past = [n for n, t in halves.items() if not torch.equal(t.isfinite(), tensors[n].isfinite())]
+    if past:
+        raise InputError(f"--half: fp16 ends at 65504, and {' '.join(past)} has larger values")
+    return halves
 
 
 def example(

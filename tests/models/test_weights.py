@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -942,6 +943,18 @@ def test_damaged_files_are_one_clear_error_or_still_whole(tmp_path, form):
     assert refused > 10
 
 
+def test_weights_that_come_with_the_project_have_names(tmp_path, monkeypatch):
+    (tmp_path / "pretrained").mkdir()
+    own = own_file(tmp_path / "pretrained", built(MAE), "tiny.safetensors")
+    monkeypatch.setattr(weights_files, "PRETRAINED", own.parent)
+    monkeypatch.chdir(tmp_path)
+    assert read_weights("tiny")[1] == read_weights(own)[1] and weights_digest("tiny")
+    assert hub("autoencoder", "tiny").spec == built(MAE).spec
+    assert_named(refusal(read_weights, "tina"), "tina: there is no such file", "tiny")
+    (tmp_path / "tiny").touch()  # a file of the user's own comes first
+    assert_named(refusal(read_weights, "tiny"), "tiny: not a", "an empty file")
+
+
 # The tool
 
 
@@ -959,6 +972,22 @@ def test_the_tool_describes_and_converts(tmp_path, capsys):
     assert read_weights(target)[1].kind == "MAE (autoencoder)"
 
 
+def test_half_of_the_bytes_are_the_same_model_rounded_once(tmp_path):
+    source, target = own_file(tmp_path, built(MAE)), tmp_path / "half"
+    convert(source, target, "--format", "safetensors", "--half")
+    (whole, of_whole), (half, of_half) = read_weights(source), read_weights(target)
+    same(half, {name: tensor.half() for name, tensor in whole.items()})
+    assert replace(of_half, sha256=of_whole.sha256) == of_whole
+    model = hub("autoencoder", target)
+    same(dict(model.state_dict()), {name: tensor.float() for name, tensor in half.items()})
+    large = built(MAE)
+    large.blocks[0].mlp.fc1.weight.data.mul_(1e6)
+    source = own_file(tmp_path, large, "large.safetensors")
+    said = refusal(convert, source, tmp_path / "none", "--format", "safetensors", "--half")
+    assert_named(said, "65504", "blocks.0.mlp.fc1.weight")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -966,6 +995,7 @@ def test_the_tool_describes_and_converts(tmp_path, capsys):
         (["a", "b"], ["--describe", "--format"]),
         (["a", "b", "--format", "mae", "--describe"], ["--describe", "--format"]),
         (["a", "b", "--format", "keras"], ["'keras'"]),
+        (["a", "b", "--format", "onnx", "--half"], ["--half", "safetensors"]),
         (["none", "--describe"], ["none", "no such file"]),
         ([], ["SRC"]),
     ],
