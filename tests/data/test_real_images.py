@@ -91,7 +91,7 @@ def test_options_of_cifar10_on_2000_images(few, tmp_path):
     """The table of options in its short form, of random weights alone: its row has the figures that
     the runs of two seeds left, and the same command has nothing left to do."""
     script = ["sh", str(ROOT / "tools/cifar10_options.sh"), str(few), str(tmp_path)]
-    options = {"OPTIONS": "random", "SEEDS": "0 1", "PROBE": "1"}
+    options = {"OPTIONS": "random", "SEEDS": "0 1", "PROBE": "1", "SUBSET": "1000"}
     result = run(script, **options)
     assert result.returncode == 0, result.stderr
     name, *cells = result.stdout.splitlines()[-1].strip("| ").split(" | ")
