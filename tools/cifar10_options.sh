@@ -13,7 +13,7 @@
 #   EPOCHS   epochs of pretraining, at least 2; default 8
 #   SUBSET   training images of the linear and the attentive probe, a fixed choice; default 10000
 #   PROBE    epochs of the attentive probe; default 10
-#   ROUNDS   rounds in which every option pretrains on the 5,000 digits of mnist5k for two epochs, in
+#   ROUNDS   rounds in which every option pretrains on the 4,000 digits of mnist5k for two epochs, in
 #            turn, for the times of a step; default 0, as nothing else should run meanwhile
 set -eu
 . "$(dirname "$0")/cifar10_runs.sh"
