@@ -1163,6 +1163,18 @@ engine/tasks/linear_fit.py engine/test_logistic.py
 test_the_stage_is_that_of_scikit_learn_on_images_seen_once
 -fit_probe(task, probes, features[~judges], labels[~judges], c)
 +fit_probe(task, probes, features, labels, c)
+
+330 notebook: the digits reach the model without its mean and standard deviation
+tools/notebooks/first_look.ipynb tools/test_notebooks.py
+test_the_notebook_prints_what_the_weights_can_do
+-((pixels - encoder.mean) / encoder.std).split(100)
++pixels.split(100)
+
+331 pictures: side by side, the pictures of all images stand in one row
+tools/run_mae_vis.py tools/test_mae_vis.py
+test_images_stand_side_by_side_without_the_prediction_of_visible_patches
+-for row in rows] for column in labels]
++for row in rows for column in labels]]
 """
 
 

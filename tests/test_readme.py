@@ -22,6 +22,7 @@ from test_datasets import cifar_rows, publish, server  # noqa: F401  (a fixture)
 from tools import benchmark, pack_dataset
 
 READMES = sorted(path for path in ROOT.glob("**/README.md") if "/.venv" not in str(path))
+READMES.append(ROOT / "data/FIRST_DATASET.md")
 RECIPES = sorted(path for path in ROOT.glob("cfgs/**/*.yaml") if "quickstart" not in path.parts)
 CLONE = ("cfgs", "models", "engine", "data", "util", "tools", "tests", "*.py", "*.sh")
 
@@ -112,7 +113,7 @@ def clone(images, tmp_path, monkeypatch) -> Path:
     for pattern in CLONE:
         for path in ROOT.glob(pattern):
             (tmp_path / path.name).symlink_to(path)
-    for name in ("train/data", "data", "imagenet", "images", "cifar10"):
+    for name in ("train/data", "data", "imagenet", "images", "cifar10", "photographs"):
         (tmp_path / "path" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "path" / name).symlink_to(images)
     training, validation = (
@@ -144,6 +145,10 @@ def given(line: str, images: Path, clone: Path) -> list[str]:
                 put(trained(stage, recipe, images, clone) / "model.safetensors", clone / word)
         if word.endswith("path/runs"):
             put(trained("pretrain", None, images, clone), Path(word) / "one")
+        elif word.endswith("photographs/pretrain") and "plot_run" in line:
+            put(trained("pretrain", None, images, clone), Path(word))
+        elif word == "cifar10-tiny":  # in its place a model of the size that is tested
+            put(trained("pretrain", recipe, images, clone) / "model.safetensors", clone / word)
         elif word.endswith(("/packed", "/train/*.tar")) and "--side" not in words:
             folder = Path(word) if word.endswith("packed") else Path(word).parent.parent
             pack_dataset.main([str(images), str(folder), "--workers", "1"])
@@ -187,7 +192,9 @@ def small(words: list[str]) -> list[str]:
 
 
 def smaller_images(words: list[str]) -> list[str]:
-    """Of recipes whose images are large."""
+    """Of recipes whose images are large, and of commands that state a size: that of the weights."""
+    if "--img_size" in words:
+        return ["--img_size", "32"]
     is_large = any(re.search("/(segment|detect)/", word) for word in words)
     return ["--img_size", "64"] if is_large else []
 

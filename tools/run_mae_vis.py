@@ -8,7 +8,8 @@ For each image, --mask_ratio and --seed it writes four PNGs: original, masked, p
 pasted (the visible patches, with the prediction in the gaps); and grid.png with all of them and the
 PSNR of the removed patches. --img_path takes several images and folders; without it the images are
 validation images of the data set. --mask is random, block, grid, green or blockwise. An image is
-resized to cover img_size, and its centre is cropped.
+resized to cover img_size, and its centre is cropped. --layout columns puts the images of grid.png
+side by side, without the prediction of visible patches; so is figures/front.png of the README.
 """
 
 from collections.abc import Sequence
@@ -79,8 +80,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
                 f"PSNR {psnr[full_name]:.2f} dB"
             )
             print(labels[-1])
-    write_png(grid, draw_grid(rows, COLUMNS, labels, caption_of(model)))
-    print(f"wrote {grid} and {len(COLUMNS) * len(rows)} single pictures beside it")
+    titles: Sequence[str] = COLUMNS
+    if cfg.layout == "columns":
+        titles = [f"PSNR {value:.2f} dB" for value in psnr.values()]
+        labels = [column for column in COLUMNS if column != "prediction"]
+        rows = [[row[COLUMNS.index(column)] for row in rows] for column in labels]
+    write_png(grid, draw_grid(rows, titles, labels, caption_of(model)))
+    print(f"wrote {grid} and {len(COLUMNS) * len(tasks)} single pictures beside it")
     return {"grid": grid, "psnr": psnr}
 
 

@@ -115,6 +115,24 @@ def test_the_pictures_are_what_the_saved_model_makes_of_the_image(
     assert f"{expected.psnr.item():.2f} dB" in printed
 
 
+def test_images_stand_side_by_side_without_the_prediction_of_visible_patches(weights, tmp_path):
+    files = [noise(tmp_path / name, seed) for seed, name in enumerate(("a.png", "b.png"))]
+    draw(weights, tmp_path / "out", "--img_path", *files, "--layout", "columns")
+    assert names_in(tmp_path / "out") == pictures_of("a", "b")
+    grid = read(tmp_path / "out" / "grid.png")
+    found = {
+        (name, column): places(grid, enlarged(read(tmp_path / f"out/{name}_{column}.png"), CELL))
+        for name in "ab"
+        for column in COLUMNS
+    }
+    assert found.pop(("a", "prediction")) == found.pop(("b", "prediction")) == []
+    at = {key: place for key, (place,) in found.items()}  # (top, left) of each picture
+    for column in ("original", "masked", "pasted"):
+        assert at["a", column][0] == at["b", column][0]
+        assert at["a", column][1] == at["a", "original"][1] < at["b", column][1]
+    assert at["a", "original"] < at["a", "masked"] < at["a", "pasted"]
+
+
 def test_each_image_ratio_and_seed_has_its_own_mask(weights, tmp_path):
     same = [noise(tmp_path / name, 3) for name in ("a.png", "b.png")]
     more = ["--mask_ratio", 0.5, 0.75, "--seed", 0, 1, 2]

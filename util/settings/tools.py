@@ -47,6 +47,9 @@ class MaeVisConfig(AutoencoderConfig, MaskConfig, PixelConfig, PictureConfig):
         (0.75,), "Shares of the patches that are removed, with a picture for each."
     )
     seed: tuple[Seed, ...] = setting((0,), "Seeds of the masks, with a picture for each.")
+    layout: Literal["rows", "columns"] = setting(
+        "rows", "What each image of grid.png is: a row, or a column of fewer pictures."
+    )
 
     def problems(self) -> list[str]:
         return where(
