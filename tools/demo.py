@@ -1,0 +1,373 @@
+"""A page in the browser that shows what a model makes of a photograph: what it paints over the gaps
+of a mask, where it attends, which images it finds alike, and which class it sees.
+
+    python tools/demo.py --model_path /path/to/pretrain/model
+
+Without `--model_path` it takes weights that come with this project. `--index` is a file of
+tools/embed.py from the same weights, among whose images neighbours are searched. The page is for
+browsers of this machine alone unless `--share_on` says otherwise. What is uploaded lies in a
+temporary folder, which is removed at the end.
+"""
+
+import base64
+import html
+import io
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data.images import BadImageError
+from engine.pictures.drawing import heat_over, to_picture
+from engine.pictures.one_image import MOST_BYTES, Seen, Viewer, open_viewer, painted_mask
+from engine.pictures.reconstruction import REMOVED, caption_of
+from models.masks import KINDS, Mask, draw_mask
+from util.dist import init_processes
+from util.errors import InputError, run_cli
+from util.rng import MASK, generator
+from util.settings.evaluation import STAGE_CONFIGS
+from util.settings.read import load_config
+from util.settings.tools import DemoConfig
+
+if TYPE_CHECKING:
+    import gradio
+
+HERE = Path(__file__).parent
+PHOTOGRAPHS = sorted((HERE / "photographs").glob("*.jpg"))
+NUM_NEIGHBOURS, NUM_CLASSES = 8, 5  # that are shown at most
+OLDEST = 3600  # seconds after which what was uploaded is removed
+SMALL = 96  # pixels: up to here the pixels of a picture are shown as squares
+
+
+class Choice(NamedTuple):
+    """What a visitor looks at: the image, the patch whose attention is shown (None is the class
+    token's), and the files of the neighbours."""
+
+    seen: Seen
+    patch: int | None
+    neighbours: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serves the page until it is interrupted."""
+    cfg = load_config(DemoConfig, "demo", argv, siblings=STAGE_CONFIGS)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with init_processes(cfg.device) as processes, tempfile.TemporaryDirectory() as uploads:
+        check_gradio(uploads)
+        check_port(cfg)
+        page = build_page(open_viewer(cfg, processes.device), cfg)
+        page.launch(
+            server_name=cfg.share_on,
+            server_port=cfg.port,
+            share=False,
+            ssr_mode=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=MOST_BYTES,
+            footer_links=[],
+            theme=own_theme(),
+            css=(HERE / "demo.css").read_text(encoding="utf-8"),
+        )
+        try:
+            print(f"The page is at http://{cfg.share_on}:{cfg.port}/ until Ctrl-C.", flush=True)
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
+
+
+def check_gradio(uploads: str) -> None:
+    """Imports gradio, which asks nobody over the network, and writes to the folder `uploads`.
+
+    Raises: InputError where it is not installed.
+    """
+    os.environ |= {
+        "GRADIO_TEMP_DIR": uploads,
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise InputError("the demo page needs gradio: pip install -e .[demo]") from error
+
+
+def check_port(cfg: DemoConfig) -> None:
+    """Raises: InputError if no page can be offered there."""
+    try:
+        socket.create_server((cfg.share_on, cfg.port)).close()
+    except OSError as error:
+        raise InputError(
+            f"port {cfg.port} of share_on {cfg.share_on} cannot be used "
+            f"({error.strerror or error}): give another --port",
+            settings=("port", "share_on"),
+        ) from error
+
+
+def own_theme() -> "gradio.themes.Base":
+    """Without fonts of other servers."""
+    import gradio as gr
+
+    return gr.themes.Default(
+        font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+    )
+
+
+def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
+    """The page: what a visitor chooses, and beside it what the model makes of that."""
+    import gradio as gr
+
+    active = partial(gr.HTML, js_on_load=(HERE / "demo.js").read_text(encoding="utf-8"))
+    listen = partial(
+        gr.on, show_progress="hidden", trigger_mode="always_last", api_visibility="private"
+    )
+    draws, finds, names = viewer.autoencoder, viewer.index, viewer.classifier
+    depth = len(viewer.encoder.blocks)
+
+    def draw(kind: str, ratio: float, seed: float | None) -> Mask | str:
+        """The mask, or why there is none."""
+        grid = viewer.encoder.grid_size if draws is None else draws.grid_size
+        try:
+            return draw_mask(kind, grid, ratio, generator(int(seed or 0), MASK, 0), cfg.mask_block)
+        except InputError as error:
+            return str(error)
+
+    def choose(path: Path, mask: Mask | str, layer: float) -> list[object]:
+        """All parts of the page for another image."""
+        try:
+            seen = viewer.see(path)
+        except (OSError, BadImageError) as error:
+            said = html.escape(f"This image cannot be shown: it {error}")
+            raise gr.Error(said, print_exception=False) from error
+        near = viewer.neighbours(seen, NUM_NEIGHBOURS) if finds else []
+        choice = Choice(seen, None, [name for name, _ in near])
+        return [
+            choice,
+            mask,
+            show_reconstruction(viewer, cfg, seen, mask) if draws else "",
+            show_attention(viewer, cfg, choice, int(layer)),
+            show_neighbours(viewer, cfg, near),
+            show_classes(viewer.classes(seen)[:NUM_CLASSES]) if names else "",
+        ]
+
+    def begin(kind: str, ratio: float, seed: float | None, layer: float) -> list[object]:
+        return choose(PHOTOGRAPHS[0], draw(kind, ratio, seed), layer)
+
+    def choose_photograph(mask: Mask, layer: float, event: gr.EventData) -> list[object]:
+        return choose(PHOTOGRAPHS[int(event.number)], mask, layer)
+
+    def choose_neighbour(
+        choice: Choice, mask: Mask, layer: float, event: gr.EventData
+    ) -> list[object]:
+        return choose(Path(choice.neighbours[int(event.number)]), mask, layer)
+
+    def choose_file(path: str, mask: Mask, layer: float) -> list[object]:
+        return choose(Path(path), mask, layer)
+
+    def redraw(
+        choice: Choice, kind: str, ratio: float, seed: float | None
+    ) -> tuple[Mask | str, str]:
+        mask = draw(kind, ratio, seed)
+        return mask, show_reconstruction(viewer, cfg, choice.seen, mask)
+
+    def paint(choice: Choice, event: gr.EventData) -> tuple[Mask | str, str]:
+        assert draws is not None, "there is nothing to paint on without it"
+        mask: Mask | str
+        try:
+            mask = painted_mask([int(patch) for patch in event.removed], draws.num_patches)
+        except InputError as error:
+            mask = str(error)
+        return mask, show_reconstruction(viewer, cfg, choice.seen, mask)
+
+    def attend(choice: Choice, layer: float) -> str:
+        return show_attention(viewer, cfg, choice, int(layer))
+
+    def choose_patch(choice: Choice, layer: float, event: gr.EventData) -> tuple[Choice, str]:
+        choice = choice._replace(patch=int(event.number))
+        return choice, attend(choice, layer)
+
+    title = "What a masked autoencoder sees"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(OLDEST, OLDEST)) as page:
+        choice, mask = gr.State(), gr.State()
+        gr.HTML(show_title(title, cfg, viewer))
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                photographs = active(show_photographs())
+                upload = gr.File(label="An image of your own", height=140)
+                with gr.Accordion("Camera", open=False):
+                    camera = gr.Image(
+                        sources=["webcam"], type="filepath", image_mode=None, label="Camera"
+                    )
+                with gr.Group(visible=draws is not None):
+                    kind = gr.Radio([*KINDS], value="random", label="Mask")
+                    ratio = gr.Slider(0.05, 0.95, 0.75, step=0.01, label="Share that is removed")
+                    seed = gr.Number(0, label="Seed of the mask", precision=0, minimum=0)
+                layer = gr.Slider(
+                    0, depth - 1, depth - 1, step=1, label="Layer of the heads", visible=depth > 1
+                )
+            with gr.Column(scale=3, min_width=300):
+                strip, heads = active(visible=draws is not None), active()
+                classes = gr.HTML(visible=names is not None)
+                near = active(visible=finds is not None)
+        controls, parts = [kind, ratio, seed], [choice, mask, strip, heads, near, classes]
+        listen(page.load, begin, [*controls, layer], parts)
+        listen(photographs.select, choose_photograph, [mask, layer], parts)
+        listen(upload.upload, choose_file, [upload, mask, layer], parts)
+        listen(camera.input, choose_file, [camera, mask, layer], parts)
+        listen(near.select, choose_neighbour, [choice, mask, layer], parts)
+        redraws = [kind.input, ratio.input, seed.input]
+        listen(redraws, redraw, [choice, *controls], [mask, strip])
+        listen(strip.input, paint, choice, [mask, strip])
+        listen(heads.select, choose_patch, [choice, layer], [choice, heads])
+        listen(layer.input, attend, [choice, layer], heads)
+    return page
+
+
+def show_title(title: str, cfg: DemoConfig, viewer: Viewer) -> str:
+    """The head of the page: the model, and what is off."""
+    spec = viewer.encoder.spec
+    rows, columns = viewer.encoder.grid_size
+    height, width = viewer.encoder.img_size
+    model = (
+        f"{Path(cfg.model_path).name}: {viewer.info.kind}, {spec.depth} blocks of width "
+        f"{spec.embed_dim}, images of {width} x {height} pixels in {columns} x {rows} patches."
+    )
+    off = "".join(f"<li>{escaped(text)}</li>" for text in viewer.lacks)
+    return f"<h1>{title}</h1><p>{escaped(model)}</p>" + (f"<ul>{off}</ul>" if off else "")
+
+
+def show_photographs() -> str:
+    """Buttons of the photographs that come with the tool."""
+    buttons = []
+    for number, path in enumerate(PHOTOGRAPHS):
+        with Image.open(path) as image:
+            picture = np.asarray(image.resize((96, 96)))
+        buttons.append(button(number, figure(picture, path.stem)))
+    return section("Photographs", f'<div class="mae-buttons">{"".join(buttons)}</div>')
+
+
+def show_reconstruction(viewer: Viewer, cfg: DemoConfig, seen: Seen, mask: Mask | str) -> str:
+    """The image, the mask to paint on, the prediction, and both together; where there is no mask,
+    why."""
+    assert viewer.autoencoder is not None, "the page has no such part without one"
+    original = to_picture(seen.covering.float() / 255, cfg.show_channels)
+    removed = [] if isinstance(mask, str) else mask.ids_shuffle[mask.kept :].tolist()
+    gone = cells(viewer.autoencoder.grid_size, "cell", dict.fromkeys(removed, "mae-gone"))
+    painted = figure(original, "masked: paint here", gone)
+    parts, said = [figure(original, "original"), painted], str(mask)
+    if not isinstance(mask, str):
+        found, ssim = viewer.reconstruct(seen, mask)
+        for name in ("prediction", "pasted"):
+            picture = to_picture(getattr(found, name), cfg.show_channels)
+            parts.append(figure(picture, name))
+        said = (
+            f"PSNR of the removed patches {found.psnr:.2f} dB, SSIM of the pasted picture "
+            f"{ssim:.3f}, {len(removed)} of {len(mask.ids_shuffle)} patches removed."
+        )
+    hint = "Paint with the mouse or a finger: from a visible patch it removes, from a grey one it "
+    hint += f"shows again. {caption_of(viewer.autoencoder)}"
+    return section("Reconstruction", strip(parts), said, hint)
+
+
+def show_attention(viewer: Viewer, cfg: DemoConfig, choice: Choice, layer: int) -> str:
+    """The image to choose a patch on, the rollout, and what each head of a layer attends to."""
+    grid, patch = viewer.encoder.grid_size, choice.patch
+    picture = to_picture(choice.seen.cropped.float() / 255, cfg.show_channels)
+    heads = viewer.heads(choice.seen, layer, patch)  # (heads, N)
+    maps = {
+        "rollout over all layers": viewer.rollout(choice.seen),
+        f"layer {layer}, mean of heads": heads.mean(dim=0),
+        **{f"head {number}": each for number, each in enumerate(heads)},
+    }
+    parts = [figure(picture, "click a patch", cells(grid, "pick", {patch: "mae-from"}))]
+    for name, values in maps.items():
+        parts.append(figure(heat_over(picture, values.view(grid).numpy()), name))
+    if patch is not None:
+        said = f"Heads: from the patch in row {patch // grid[1]}, column {patch % grid[1]}."
+    else:
+        said = f"Heads: from the {'class token' if viewer.encoder.class_tokens else 'mean patch'}."
+    hint = "Red is the highest value of a map and blue its lowest."
+    return section("Attention", strip(parts[:3]), said, hint) + strip(parts[3:], "mae-small")
+
+
+def show_neighbours(viewer: Viewer, cfg: DemoConfig, near: list[tuple[str, float]]) -> str:
+    """Buttons of the nearest images of the index; those whose files are not there cannot be
+    chosen."""
+    buttons = []
+    for number, (name, distance) in enumerate(near):
+        image = viewer.thumbnail(name)
+        blank = np.full((8, 8, 3), round(255 * REMOVED), np.uint8)
+        picture = blank if image is None else to_picture(image, cfg.show_channels)
+        label = f"{distance:.3g}: {'/'.join(Path(name).parts[-2:])}"
+        buttons.append(button(number, figure(picture, label), name, image is not None))
+    hint = "Cosine distance of the features, and the image's name. Click one to look at it."
+    return section("Nearest images", f'<div class="mae-buttons">{"".join(buttons)}</div>', "", hint)
+
+
+def show_classes(classes: list[tuple[str, float]]) -> str:
+    """Names and probabilities, or values, as bars."""
+    rows = [
+        f'<tr><th scope="row">{escaped(name)}</th><td>{value:.3g}</td><td><span class="mae-bar" '
+        f'style="width:{100 * min(max(value, 0), 1):.1f}%"></span></td></tr>'
+        for name, value in classes
+    ]
+    return section("Classes", f'<table class="mae-classes">{"".join(rows)}</table>')
+
+
+def section(title: str, content: str, said: str = "", hint: str = "") -> str:
+    """A part of the page, with what changes and what explains it below."""
+    texts = f'<p aria-live="polite">{escaped(said)}</p>' if said else ""
+    texts += f'<p class="mae-hint">{escaped(hint)}</p>' if hint else ""
+    return f"<h2>{title}</h2>{content}{texts}"
+
+
+def strip(figures: list[str], kind: str = "") -> str:
+    """Figures beside one another, as many as there is room for."""
+    return f'<div class="mae-strip {kind}">{"".join(figures)}</div>'
+
+
+def button(number: int, content: str, title: str = "", is_active: bool = True) -> str:
+    """A button that tells the page its number."""
+    state = f'data-pick="{number}"' if is_active else "disabled"
+    return f'<button type="button" {state} title="{escaped(title)}">{content}</button>'
+
+
+def figure(picture: np.ndarray, title: str, over: str = "") -> str:
+    """A picture with its title, and what lies over it."""
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, format="PNG")
+    data = base64.b64encode(content.getvalue()).decode()
+    kind = "mae-pixels" if max(picture.shape) <= SMALL else ""
+    image = f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{escaped(title)}">'
+    return (
+        f'<figure><div class="mae-over">{image}{over}</div>'
+        f"<figcaption>{escaped(title)}</figcaption></figure>"
+    )
+
+
+def cells(grid: tuple[int, int], event: str, marks: dict[int | None, str]) -> str:
+    """The patches, to lie over a picture, and to be chosen ("pick") or painted ("cell"); some have
+    marks."""
+    spans = (
+        f'<span data-{event}="{number}" class="{marks.get(number, "")}"></span>'
+        for number in range(grid[0] * grid[1])
+    )
+    return f'<div class="mae-cells" style="--columns:{grid[1]}">{"".join(spans)}</div>'
+
+
+def escaped(text: str) -> str:
+    """A text for a page whose templates take braces, backquotes and $ for their own."""
+    marks = {ord(mark): f"&#{ord(mark)};" for mark in "{}`$\\"}
+    return html.escape(text.encode(errors="replace").decode()).translate(marks)
+
+
+if __name__ == "__main__":
+    run_cli(main)
