@@ -113,11 +113,14 @@ def check_port(cfg: DemoConfig) -> None:
 
 
 def own_theme() -> "gradio.themes.Base":
-    """Without fonts of other servers."""
+    """Without fonts of other servers, and with enough contrast of small texts."""
     import gradio as gr
 
-    return gr.themes.Default(
+    theme = gr.themes.Default(
         font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+    )
+    return theme.set(
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300"
     )
 
 
@@ -221,6 +224,7 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
         listen(page.load, begin, [*controls, layer], parts)
         listen(photographs.select, choose_photograph, [mask, layer], parts)
         listen(upload.upload, choose_file, [upload, mask, layer], parts)
+        listen(upload.upload, None, None, upload, js="() => null")  # is ready for another one
         listen(camera.input, choose_file, [camera, mask, layer], parts)
         listen(near.select, choose_neighbour, [choice, mask, layer], parts)
         redraws = [kind.input, ratio.input, seed.input]
@@ -306,7 +310,7 @@ def show_neighbours(viewer: Viewer, cfg: DemoConfig, near: list[tuple[str, float
         image = viewer.thumbnail(name)
         blank = np.full((8, 8, 3), round(255 * REMOVED), np.uint8)
         picture = blank if image is None else to_picture(image, cfg.show_channels)
-        label = f"{distance:.3g}: {'/'.join(Path(name).parts[-2:])}"
+        label = f"{distance:.4f}: {'/'.join(Path(name).parts[-2:])}"
         buttons.append(button(number, figure(picture, label), name, image is not None))
     hint = "Cosine distance of the features, and the image's name. Click one to look at it."
     return section("Nearest images", f'<div class="mae-buttons">{"".join(buttons)}</div>', "", hint)

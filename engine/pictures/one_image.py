@@ -144,7 +144,8 @@ class Viewer:
         read = feature_reader(self.cfg, self.encoder, self.info)[0]
         call = on_pixels(read, self.cfg, self.cfg.precision, self.device)
         (feature,) = call(seen.cropped[None]).values()  # (1, D)
-        distances = 1 - self.index.features @ F.normalize(feature[0].float().cpu(), dim=0)  # (n,)
+        similarity = self.index.features @ F.normalize(feature[0].float().cpu(), dim=0)  # (n,)
+        distances = (1 - similarity).clamp(min=0)
         nearest = distances.topk(min(count, len(distances)), largest=False)
         return [
             (self.index.names[number], distance)
