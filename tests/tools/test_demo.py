@@ -256,7 +256,8 @@ def test_unusual_images_are_read_by_the_projects_reader(weights, tmp_path, conte
 def serve(tmp_path) -> Iterator[Callable[..., str]]:
     """Starts the page with these flags and returns its address. At the end Ctrl-C ends it as it
     ends every tool, and the temporary folder is gone."""
-    (tmp_path / "temporary").mkdir()
+    for name in ("temporary", "elsewhere"):
+        (tmp_path / name).mkdir()
     started = []
 
     def start(*flags: object) -> str:
@@ -265,7 +266,7 @@ def serve(tmp_path) -> Iterator[Callable[..., str]]:
         process = subprocess.Popen(
             command(*words, script="tools/demo.py"),
             env=environment(TMPDIR=str(tmp_path / "temporary")),
-            cwd=tmp_path,
+            cwd=tmp_path / "elsewhere",
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -282,7 +283,7 @@ def serve(tmp_path) -> Iterator[Callable[..., str]]:
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
         assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted")
-    assert [*(tmp_path / "temporary").iterdir()] == []
+    assert [*(tmp_path / "temporary").iterdir(), *(tmp_path / "elsewhere").iterdir()] == []
 
 
 def sources(page: Page, part: str) -> list[str]:
@@ -397,6 +398,15 @@ def test_a_classifier_has_a_page_without_reconstructions(classifier, images, ser
     shares = viewer.classes(viewer.see(demo.PHOTOGRAPHS[0]))
     rows = browser.locator(".mae-classes tr").all_inner_texts()
     assert [row.split() for row in rows] == [[name, f"{share:.3g}"] for name, share in shares]
+
+
+def test_make_installs_what_the_page_needs_and_starts_it():
+    printed = run(["make", "--dry-run", "--always-make", "demo", "DEMO=--port 8000"]).stdout
+    lines = printed.splitlines()
+    assert lines.index(".venv/bin/python -m pip install --quiet -e '.[demo]'") > lines.index(
+        ".venv/bin/python -m pip install -r requirements.txt"
+    )
+    assert lines[-1] == ".venv/bin/python tools/demo.py --port 8000"
 
 
 @pytest.mark.long
