@@ -1173,8 +1173,8 @@ test_bad_files_are_refused_before_they_are_decoded
 302 demo: a file's name is a part of the page
 tools/demo.py tools/test_demo.py
 test_a_visitor_uploads_paints_and_looks
--return html.escape(text.encode(errors="replace").decode()).translate(marks)
-+return text.encode(errors="replace").decode()
+-autoescape=True
++autoescape=False
 """
 
 

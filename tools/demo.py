@@ -19,17 +19,18 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import jinja2
 import numpy as np
 from PIL import Image
 
 from data.images import BadImageError
 from engine.pictures.drawing import heat_over, to_picture
 from engine.pictures.one_image import MOST_BYTES, Seen, Viewer, open_viewer, painted_mask
-from engine.pictures.reconstruction import REMOVED, caption_of
+from engine.pictures.reconstruction import caption_of
 from models.masks import KINDS, Mask, draw_mask
 from util.dist import init_processes
 from util.errors import InputError, run_cli
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 PHOTOGRAPHS = sorted((HERE / "photographs").glob("*.jpg"))
 NUM_NEIGHBOURS, NUM_CLASSES = 8, 5  # that are shown at most
+UPLOADS = "mae-demo-"  # the temporary folder's name begins so
 OLDEST = 3600  # seconds after which what was uploaded is removed
-SMALL = 96  # pixels: up to here the pixels of a picture are shown as squares
 
 
 class Choice(NamedTuple):
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serves the page until it is interrupted."""
     cfg = load_config(DemoConfig, "demo", argv, siblings=STAGE_CONFIGS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with init_processes(cfg.device) as processes, tempfile.TemporaryDirectory() as uploads:
+    with (
+        init_processes(cfg.device) as processes,
+        tempfile.TemporaryDirectory(prefix=UPLOADS) as uploads,
+    ):
         check_gradio(uploads)
         check_port(cfg)
         page = build_page(open_viewer(cfg, processes.device), cfg)
@@ -143,10 +147,10 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
         except InputError as error:
             return str(error)
 
-    def choose(path: Path, mask: Mask | str, layer: float) -> list[object]:
+    def choose(path: str | Path, mask: Mask | str, layer: float) -> list[object]:
         """All parts of the page for another image."""
         try:
-            seen = viewer.see(path)
+            seen = viewer.see(Path(path))
         except (OSError, BadImageError) as error:
             said = html.escape(f"This image cannot be shown: it {error}")
             raise gr.Error(said, print_exception=False) from error
@@ -158,7 +162,7 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
             show_reconstruction(viewer, cfg, seen, mask) if draws else "",
             show_attention(viewer, cfg, choice, int(layer)),
             show_neighbours(viewer, cfg, near),
-            show_classes(viewer.classes(seen)[:NUM_CLASSES]) if names else "",
+            render("classes", classes=viewer.classes(seen)[:NUM_CLASSES]) if names else "",
         ]
 
     def begin(kind: str, ratio: float, seed: float | None, layer: float) -> list[object]:
@@ -170,10 +174,7 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
     def choose_neighbour(
         choice: Choice, mask: Mask, layer: float, event: gr.EventData
     ) -> list[object]:
-        return choose(Path(choice.neighbours[int(event.number)]), mask, layer)
-
-    def choose_file(path: str, mask: Mask, layer: float) -> list[object]:
-        return choose(Path(path), mask, layer)
+        return choose(choice.neighbours[int(event.number)], mask, layer)
 
     def redraw(
         choice: Choice, kind: str, ratio: float, seed: float | None
@@ -197,13 +198,24 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
         choice = choice._replace(patch=int(event.number))
         return choice, attend(choice, layer)
 
+    begin("random", 0.75, 0, depth - 1)  # so that the first visitor does not wait for imports
     title = "What a masked autoencoder sees"
+    opened = [(path.stem, Image.open(path)) for path in PHOTOGRAPHS]
+    items = [(name, name, np.asarray(image.resize((96, 96)))) for name, image in opened]
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(OLDEST, OLDEST)) as page:
         choice, mask = gr.State(), gr.State()
-        gr.HTML(show_title(title, cfg, viewer))
+        gr.HTML(
+            render(
+                "title",
+                title=title,
+                name=Path(cfg.model_path).name,
+                viewer=viewer,
+                spec=viewer.encoder.spec,
+            )
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                photographs = active(show_photographs())
+                photographs = active(render("buttons", title="Photographs", items=items, hint=""))
                 upload = gr.File(label="An image of your own", height=140)
                 with gr.Accordion("Camera", open=False):
                     camera = gr.Image(
@@ -223,9 +235,9 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
         controls, parts = [kind, ratio, seed], [choice, mask, strip, heads, near, classes]
         listen(page.load, begin, [*controls, layer], parts)
         listen(photographs.select, choose_photograph, [mask, layer], parts)
-        listen(upload.upload, choose_file, [upload, mask, layer], parts)
+        listen(upload.upload, choose, [upload, mask, layer], parts)
         listen(upload.upload, None, None, upload, js="() => null")  # is ready for another one
-        listen(camera.input, choose_file, [camera, mask, layer], parts)
+        listen(camera.input, choose, [camera, mask, layer], parts)
         listen(near.select, choose_neighbour, [choice, mask, layer], parts)
         redraws = [kind.input, ratio.input, seed.input]
         listen(redraws, redraw, [choice, *controls], [mask, strip])
@@ -235,142 +247,83 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
     return page
 
 
-def show_title(title: str, cfg: DemoConfig, viewer: Viewer) -> str:
-    """The head of the page: the model, and what is off."""
-    spec = viewer.encoder.spec
-    rows, columns = viewer.encoder.grid_size
-    height, width = viewer.encoder.img_size
-    model = (
-        f"{Path(cfg.model_path).name}: {viewer.info.kind}, {spec.depth} blocks of width "
-        f"{spec.embed_dim}, images of {width} x {height} pixels in {columns} x {rows} patches."
-    )
-    off = "".join(f"<li>{escaped(text)}</li>" for text in viewer.lacks)
-    return f"<h1>{title}</h1><p>{escaped(model)}</p>" + (f"<ul>{off}</ul>" if off else "")
-
-
-def show_photographs() -> str:
-    """Buttons of the photographs that come with the tool."""
-    buttons = []
-    for number, path in enumerate(PHOTOGRAPHS):
-        with Image.open(path) as image:
-            picture = np.asarray(image.resize((96, 96)))
-        buttons.append(button(number, figure(picture, path.stem)))
-    return section("Photographs", f'<div class="mae-buttons">{"".join(buttons)}</div>')
-
-
 def show_reconstruction(viewer: Viewer, cfg: DemoConfig, seen: Seen, mask: Mask | str) -> str:
     """The image, the mask to paint on, the prediction, and both together; where there is no mask,
     why."""
     assert viewer.autoencoder is not None, "the page has no such part without one"
-    original = to_picture(seen.covering.float() / 255, cfg.show_channels)
-    removed = [] if isinstance(mask, str) else mask.ids_shuffle[mask.kept :].tolist()
-    gone = cells(viewer.autoencoder.grid_size, "cell", dict.fromkeys(removed, "mae-gone"))
-    painted = figure(original, "masked: paint here", gone)
-    parts, said = [figure(original, "original"), painted], str(mask)
+    removed, painted, said = [], {}, str(mask)
     if not isinstance(mask, str):
+        removed = mask.ids_shuffle[mask.kept :].tolist()
         found, ssim = viewer.reconstruct(seen, mask)
         for name in ("prediction", "pasted"):
-            picture = to_picture(getattr(found, name), cfg.show_channels)
-            parts.append(figure(picture, name))
+            painted[name] = to_picture(getattr(found, name), cfg.show_channels)
         said = (
             f"PSNR of the removed patches {found.psnr:.2f} dB, SSIM of the pasted picture "
             f"{ssim:.3f}, {len(removed)} of {len(mask.ids_shuffle)} patches removed."
         )
-    hint = "Paint with the mouse or a finger: from a visible patch it removes, from a grey one it "
-    hint += f"shows again. {caption_of(viewer.autoencoder)}"
-    return section("Reconstruction", strip(parts), said, hint)
+    return render(
+        "reconstruction",
+        original=to_picture(seen.covering.float() / 255, cfg.show_channels),
+        grid=viewer.autoencoder.grid_size,
+        removed=removed,
+        painted=painted,
+        said=said,
+        caption=caption_of(viewer.autoencoder),
+    )
 
 
 def show_attention(viewer: Viewer, cfg: DemoConfig, choice: Choice, layer: int) -> str:
     """The image to choose a patch on, the rollout, and what each head of a layer attends to."""
-    grid, patch = viewer.encoder.grid_size, choice.patch
-    picture = to_picture(choice.seen.cropped.float() / 255, cfg.show_channels)
-    heads = viewer.heads(choice.seen, layer, patch)  # (heads, N)
-    maps = {
-        "rollout over all layers": viewer.rollout(choice.seen),
-        f"layer {layer}, mean of heads": heads.mean(dim=0),
-        **{f"head {number}": each for number, each in enumerate(heads)},
-    }
-    parts = [figure(picture, "click a patch", cells(grid, "pick", {patch: "mae-from"}))]
-    for name, values in maps.items():
-        parts.append(figure(heat_over(picture, values.view(grid).numpy()), name))
-    if patch is not None:
-        said = f"Heads: from the patch in row {patch // grid[1]}, column {patch % grid[1]}."
-    else:
-        said = f"Heads: from the {'class token' if viewer.encoder.class_tokens else 'mean patch'}."
-    hint = "Red is the highest value of a map and blue its lowest."
-    return section("Attention", strip(parts[:3]), said, hint) + strip(parts[3:], "mae-small")
+    grid = viewer.encoder.grid_size
+    image = to_picture(choice.seen.cropped.float() / 255, cfg.show_channels)
+    heads = viewer.heads(choice.seen, layer, choice.patch)  # (heads, N)
+    rows = [viewer.rollout(choice.seen), heads.mean(dim=0), *heads]
+    rollout, mean, *others = (heat_over(image, row.view(grid).numpy()) for row in rows)
+    return render(
+        "attention",
+        grid=grid,
+        image=image,
+        patch=choice.patch,
+        layer=layer,
+        class_tokens=viewer.encoder.class_tokens,
+        rollout=rollout,
+        mean=mean,
+        heads=others,
+    )
 
 
 def show_neighbours(viewer: Viewer, cfg: DemoConfig, near: list[tuple[str, float]]) -> str:
     """Buttons of the nearest images of the index; those whose files are not there cannot be
     chosen."""
-    buttons = []
-    for number, (name, distance) in enumerate(near):
+    items = []
+    for name, distance in near:
         image = viewer.thumbnail(name)
-        blank = np.full((8, 8, 3), round(255 * REMOVED), np.uint8)
-        picture = blank if image is None else to_picture(image, cfg.show_channels)
-        label = f"{distance:.4f}: {'/'.join(Path(name).parts[-2:])}"
-        buttons.append(button(number, figure(picture, label), name, image is not None))
+        picture = None if image is None else to_picture(image, cfg.show_channels)
+        items.append((name, f"{distance:.4f}: {'/'.join(Path(name).parts[-2:])}", picture))
     hint = "Cosine distance of the features, and the image's name. Click one to look at it."
-    return section("Nearest images", f'<div class="mae-buttons">{"".join(buttons)}</div>', "", hint)
+    return render("buttons", title="Nearest images", items=items, hint=hint)
 
 
-def show_classes(classes: list[tuple[str, float]]) -> str:
-    """Names and probabilities, or values, as bars."""
-    rows = [
-        f'<tr><th scope="row">{escaped(name)}</th><td>{value:.3g}</td><td><span class="mae-bar" '
-        f'style="width:{100 * min(max(value, 0), 1):.1f}%"></span></td></tr>'
-        for name, value in classes
-    ]
-    return section("Classes", f'<table class="mae-classes">{"".join(rows)}</table>')
+def render(part: str, **values: object) -> str:
+    """A part of the page, by its name in the template, with all texts escaped."""
+    return template().render(part=part, **values)
 
 
-def section(title: str, content: str, said: str = "", hint: str = "") -> str:
-    """A part of the page, with what changes and what explains it below."""
-    texts = f'<p aria-live="polite">{escaped(said)}</p>' if said else ""
-    texts += f'<p class="mae-hint">{escaped(hint)}</p>' if hint else ""
-    return f"<h2>{title}</h2>{content}{texts}"
+@cache
+def template() -> jinja2.Template:
+    """The parts of the page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["png"] = data_uri
+    return environment.get_template("demo.html.jinja")
 
 
-def strip(figures: list[str], kind: str = "") -> str:
-    """Figures beside one another, as many as there is room for."""
-    return f'<div class="mae-strip {kind}">{"".join(figures)}</div>'
-
-
-def button(number: int, content: str, title: str = "", is_active: bool = True) -> str:
-    """A button that tells the page its number."""
-    state = f'data-pick="{number}"' if is_active else "disabled"
-    return f'<button type="button" {state} title="{escaped(title)}">{content}</button>'
-
-
-def figure(picture: np.ndarray, title: str, over: str = "") -> str:
-    """A picture with its title, and what lies over it."""
+def data_uri(picture: np.ndarray) -> str:
+    """A picture, uint8 `(H, W, 3)`, within a page."""
     content = io.BytesIO()
     Image.fromarray(picture).save(content, format="PNG")
-    data = base64.b64encode(content.getvalue()).decode()
-    kind = "mae-pixels" if max(picture.shape) <= SMALL else ""
-    image = f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{escaped(title)}">'
-    return (
-        f'<figure><div class="mae-over">{image}{over}</div>'
-        f"<figcaption>{escaped(title)}</figcaption></figure>"
-    )
-
-
-def cells(grid: tuple[int, int], event: str, marks: dict[int | None, str]) -> str:
-    """The patches, to lie over a picture, and to be chosen ("pick") or painted ("cell"); some have
-    marks."""
-    spans = (
-        f'<span data-{event}="{number}" class="{marks.get(number, "")}"></span>'
-        for number in range(grid[0] * grid[1])
-    )
-    return f'<div class="mae-cells" style="--columns:{grid[1]}">{"".join(spans)}</div>'
-
-
-def escaped(text: str) -> str:
-    """A text for a page whose templates take braces, backquotes and $ for their own."""
-    marks = {ord(mark): f"&#{ord(mark)};" for mark in "{}`$\\"}
-    return html.escape(text.encode(errors="replace").decode()).translate(marks)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 if __name__ == "__main__":

@@ -76,7 +76,6 @@ class Viewer:
     there, which `lacks` says in a sentence each.
 
     cfg: the settings of the features, with what the weights record.
-    mask_block: of the mask "block".
     """
 
     cfg: EmbedConfig
