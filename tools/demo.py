@@ -46,6 +46,7 @@ HERE = Path(__file__).parent
 PHOTOGRAPHS = sorted((HERE / "photographs").glob("*.jpg"))
 NUM_NEIGHBOURS, NUM_CLASSES = 8, 5  # that are shown at most
 UPLOADS = "mae-demo-"  # the temporary folder's name begins so
+MOST_VISITORS = 16  # whose images are kept in memory
 OLDEST = 3600  # seconds after which what was uploaded is removed
 
 
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prevent_thread_lock=True,
             quiet=True,
             max_file_size=MOST_BYTES,
+            state_session_capacity=MOST_VISITORS,
             footer_links=[],
             theme=own_theme(),
             css=(HERE / "demo.css").read_text(encoding="utf-8"),

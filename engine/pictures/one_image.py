@@ -194,11 +194,11 @@ def open_viewer(cfg: DemoConfig, device: torch.device) -> Viewer:
         tensors, info, cfg.model_path, uses_head=False, img_size=embed.img_size
     )
     lacks, autoencoder, classifier = [], None, None
-    unknown = ", ".join(sorted(info.unknown.intersection(ASKED_FOR)))
+    unknown = " ".join(f"--{name}" for name in sorted(info.unknown.intersection(ASKED_FOR)))
     if not isinstance(info.spec, MAESpec):
         lacks.append("Reconstruction is off: these weights have no decoder.")
     elif unknown:
-        lacks.append(f"Reconstruction is off: the weights do not tell {unknown}, which are flags.")
+        lacks.append(f"Reconstruction is off: give {unknown}, which the weights do not tell.")
     else:
         autoencoder = load_autoencoder(tensors, info, cfg.model_path).to(device)
     is_checkpoint = info.kind.startswith("this project's checkpoint")
