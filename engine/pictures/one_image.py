@@ -5,7 +5,6 @@ Shapes: `C` channels, `H` and `W` height and width, `N` patches, `T` tokens, `D`
 """
 
 import json
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +40,6 @@ from util.settings.tools import DemoConfig, EmbedConfig
 
 MOST_BYTES = 20 * 2**20  # of a file
 MOST_PIXELS = 32_000_000  # of one channel of a file
-SSIM_SIDE = 11  # pixels of the structural similarity's window
 
 
 UNREADABLE = (  # what readers of damaged or foreign features raise
@@ -109,14 +107,11 @@ class Viewer:
         return pair((self.autoencoder or self.encoder).spec.img_size)
 
     def reconstruct(self, seen: Seen, mask: Mask) -> tuple[Reconstruction, float]:
-        """The reconstruction, and the structural similarity of its `pasted` to the original (NaN
-        for images that are smaller than its window)."""
+        """The reconstruction, and the structural similarity of its `pasted` to the original."""
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
         assert self.autoencoder is not None, "the page offers no mask without one"
         found = reconstruct(self.autoencoder, seen.covering, mask, self.normalize)
-        if min(self.covered_size) < SSIM_SIDE:
-            return found, math.nan
         pasted, original = (image[None].cpu() for image in (found.pasted, found.original))
         similarity = ssim(pasted, original, data_range=1.0)
         assert isinstance(similarity, Tensor), "no picture of it was asked for"
