@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -149,13 +150,14 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
         except InputError as error:
             return str(error)
 
-    def choose(path: str | Path, mask: Mask | str, layer: float) -> list[object]:
+    def choose(path: str | Path, mask: Mask | str | None, layer: float) -> list[object]:
         """All parts of the page for another image."""
         try:
             seen = viewer.see(Path(path))
         except (OSError, BadImageError) as error:
             said = html.escape(f"This image cannot be shown: it {error}")
             raise gr.Error(said, print_exception=False) from error
+        mask = mask or draw("random", 0.75, 0)  # there is none if nothing could be shown yet
         near = viewer.neighbours(seen, NUM_NEIGHBOURS) if finds else []
         choice = Choice(seen, None, [name for name, _ in near])
         return [
@@ -200,7 +202,8 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
         choice = choice._replace(patch=int(event.number))
         return choice, attend(choice, layer)
 
-    begin("random", 0.75, 0, depth - 1)  # so that the first visitor does not wait for imports
+    with suppress(gr.Error):  # of weights for other images than photographs
+        begin("random", 0.75, 0, depth - 1)  # so that the first visitor does not wait for imports
     title = "What a masked autoencoder sees"
     opened = [(path.stem, Image.open(path)) for path in PHOTOGRAPHS]
     items = [(name, name, np.asarray(image.resize((96, 96)))) for name, image in opened]

@@ -407,6 +407,20 @@ def test_a_classifier_has_a_page_without_reconstructions(classifier, images, ser
     assert [row.split() for row in rows] == [[name, f"{share:.3g}"] for name, share in shares]
 
 
+def test_weights_for_four_channels_have_a_page_that_waits_for_a_file(tmp_path):
+    more = {"in_chans": 4, "mean": (0.5,) * 4, "std": (0.2,) * 4}
+    weights = saved(tmp_path / "w.safetensors", PretrainConfig(**SMALL | more))
+    viewer = viewer_of(weights)
+    with pytest.raises(BadImageError, match="has 3 channels"):
+        viewer.see(demo.PHOTOGRAPHS[0])
+    demo.build_page(viewer, DemoConfig())
+    np.save(tmp_path / "image.npy", np.full((40, 40, 4), 51, np.uint8))
+    seen = viewer.see(tmp_path / "image.npy")
+    found = viewer.reconstruct(seen, painted_mask([0], 16))[0]
+    assert found.original.shape == (4, 32, 32)
+    torch.testing.assert_close(found.original, torch.full((4, 32, 32), 0.2))
+
+
 def test_make_installs_what_the_page_needs_and_starts_it():
     printed = run(["make", "--dry-run", "--always-make", "demo", "DEMO=--port 8000"]).stdout
     lines = printed.splitlines()
