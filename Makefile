@@ -13,11 +13,13 @@ VERSIONS_TIME = 10 to 30 minutes on 2 CPU cores, and 14 GB of disk
 # For a Python that is not on the PATH: make test-versions PYTHON313=/path/to/python3.13
 PYTHON313 ?= python3.13
 
-.PHONY: help quickstart quickstart-time scenes test test-time test-long test-all test-versions lint clean
+.PHONY: help demo quickstart quickstart-time scenes test test-time test-long test-all test-versions lint clean
 
 help:
 	@echo "make quickstart  Install, pretrain on 4,000 digits that come with a package, evaluate, draw."
 	@echo "                 Takes $(QUICKSTART_TIME)."
+	@echo "make demo        Install, then start a page on this machine that shows what a model sees in"
+	@echo "                 photographs. Flags of tools/demo.py: make demo DEMO='--model_path FILE'."
 	@echo "make scenes      Segment and detect digits in scenes made of them. Takes $(SCENES_TIME)."
 	@echo "make test        Install, then run the tests that a newcomer needs."
 	@echo "                 Takes $(TEST_TIME)."
@@ -97,6 +99,13 @@ scenes: .venv/.run
 	  $$run $(SCENE_WEIGHTS) && $${run}_untrained --layer_decay 1 || exit 1; \
 	done
 	$(PY) tools/results_table.py $(SCENES)
+
+.venv/.demo: .venv/.run
+	$(PY) -m pip install --quiet -e '.[demo]'
+	@touch $@
+
+demo: .venv/.demo
+	$(PY) tools/demo.py $(DEMO)
 
 test: test-time .venv/.dev
 	$(PYTEST) -m "not long and not gpu"

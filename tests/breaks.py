@@ -1175,6 +1175,23 @@ tools/run_mae_vis.py tools/test_mae_vis.py
 test_images_stand_side_by_side_without_the_prediction_of_visible_patches
 -for row in rows] for column in labels]
 +for row in rows for column in labels]]
+300 demo: what is painted is kept, and the rest removed
+engine/pictures/one_image.py tools/test_demo.py
+test_a_painted_mask_removes_what_was_painted_and_psnr_and_ssim_are_of_the_pictures
+-return Mask(torch.tensor([*kept, *sorted(gone)]), len(kept))
++return Mask(torch.tensor([*sorted(gone), *kept]), len(gone))
+
+301 demo: an upload is decoded before its size is known
+engine/pictures/one_image.py tools/test_demo.py
+test_bad_files_are_refused_before_they_are_decoded
+-            check_pixels(image.height, image.width)
++            pass
+
+302 demo: a file's name is a part of the page
+tools/demo.py tools/test_demo.py
+test_a_visitor_uploads_paints_and_looks
+-autoescape=True
++autoescape=False
 """
 
 

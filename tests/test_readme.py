@@ -51,7 +51,7 @@ WEIGHTS = {
 # How a command is run: as the first kind whose pattern is found in it. `elsewhere` are tests of
 # their own, which make these commands small in other ways.
 KINDS = {
-    "elsewhere": r"make quickstart|sbatch |tools/cifar10(_options)?\.sh",
+    "elsewhere": r"(make |tools/)(quickstart|demo)|sbatch |tools/cifar10(_options)?\.sh",
     "benchmark": r"tools/benchmark\.py",
     "download": r"--download",
     "installation": r"-m (venv|pip) ",
@@ -60,7 +60,7 @@ KINDS = {
     "eight GPUs": r"NGPU=8 ",
     "one process": r"",
 }
-ELSEWHERE = ("quickstart", "slurm", "real_images")
+ELSEWHERE = ("demo", "quickstart", "slurm", "real_images")
 
 
 def fenced(readme: Path, language: str = "") -> list[str]:

@@ -14,19 +14,15 @@ import json
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
-from torch.nn import functional as F
 
 from data.parquet import import_parquet
-from engine.evaluation.apply import Answers, Parts, apply_model
-from models.spec import block_numbers
-from models.vit import VisionTransformer
-from models.weights.info import WeightsInfo
-from util.errors import InputError, run_cli
+from engine.evaluation.apply import Parts, apply_model
+from engine.evaluation.readers import feature_reader
+from util.errors import run_cli
 from util.settings.evaluation import STAGE_CONFIGS
 from util.settings.read import load_config
 from util.settings.tools import EmbedConfig
@@ -41,50 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     write = WRITERS[Path(cfg.output_file).suffix]
     if write is write_parquet:
         import_parquet()  # says what is missing before any compute
-    return apply_model(cfg, False, reader, write)
-
-
-def reader(
-    cfg: EmbedConfig, model: VisionTransformer, info: WeightsInfo
-) -> tuple[Callable[[Tensor], Answers], int]:
-    """What reads the features that the settings ask for off the model, and the bytes of those of
-    an image. An array is called avg, token or patch, and after its layer if there are several.
-
-    Raises: InputError for a layer or class token that the model does not have.
-    """
-    spec, layers = model.spec, block_numbers(cfg.layer, len(model.blocks))
-    pool = "patch" if cfg.output == "patch" else cfg.pool
-    kinds = ["avg", "token"] if pool == "both" else [pool]
-    if "token" in kinds and (not spec.class_tokens or (spec.fc_norm and cfg.last_norm)):
-        lack = "norm for it" if spec.class_tokens else "class token"
-        raise InputError(f"pool {cfg.pool}: {cfg.finetune} has no {lack}, use --pool avg")
-    if cfg.last_norm and not spec.last_norm:
-        raise InputError(f"last_norm: {cfg.finetune} has no last norm, use --last_norm false")
-
-    def embed(images: Tensor) -> Answers:
-        """Arrays `(B, D)`, or `(B, N, D)` of patches, of normalised images `(B, C, H, W)`."""
-        found = {}
-        for number, tokens in zip(
-            range(layers[-1] + 1), model.iterate_tokens(images), strict=False
-        ):
-            if number not in layers:
-                continue
-            if cfg.last_norm:
-                tokens = model.norm(tokens)  # (B, T, D)
-            patches = tokens[:, spec.class_tokens :]  # (B, N, D)
-            mean = patches.mean(dim=1)  # (B, D)
-            if cfg.last_norm:
-                mean = model.fc_norm(mean)
-            token = tokens[:, : spec.class_tokens].mean(dim=1)  # (B, D)
-            features = {"patch": patches, "token": token, "avg": mean}
-            for kind in kinds:
-                name = f"{kind}_layer{number}" if len(layers) > 1 else kind
-                feature = features[kind]
-                found[name] = F.normalize(feature.float(), dim=-1) if cfg.normalize else feature
-        return found
-
-    rows = spec.num_patches if cfg.output == "patch" else 1
-    return embed, 4 * spec.embed_dim * rows * len(kinds) * len(layers)
+    return apply_model(cfg, False, feature_reader, write)
 
 
 def write_safetensors(parts: Parts, path: Path) -> None:

@@ -13,71 +13,25 @@ tools/embed.py does; the same command goes on where a killed one stopped.
 
 import csv
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from engine.evaluation.apply import Answers, Parts, apply_model
-from models.vit import VisionTransformer
-from models.weights.info import WeightsInfo
-from util.errors import InputError, run_cli
-from util.files import printable
+from engine.evaluation.apply import Parts, apply_model
+from engine.evaluation.readers import Head, head_of, output_reader
+from util.errors import run_cli
 from util.settings.evaluation import STAGE_CONFIGS
 from util.settings.read import load_config
 from util.settings.tools import PredictConfig
 
 
-class Head(NamedTuple):
-    """What a classifier's outputs mean.
-
-    objective: multiclass, multilabel, or regression, whose outputs are in the data's unit.
-    names: of the outputs.
-    """
-
-    objective: str
-    names: list[str]
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Writes the predictions; returns what `apply_model` does."""
     cfg = load_config(PredictConfig, "predict", argv, siblings=STAGE_CONFIGS)
-    return apply_model(cfg, True, classifier, partial(write_csv, cfg))
-
-
-def classifier(
-    cfg: PredictConfig, model: VisionTransformer, info: WeightsInfo
-) -> tuple[Callable[[Tensor], Answers], int]:
-    """What makes logits of normalised images, and the bytes of those of an image."""
-    objective = head_of(info).objective  # before any compute
-
-    def classify(images: Tensor) -> Answers:
-        if objective != "regression":
-            return {"logits": model(images)}
-        features = model.forward_features(images).float()  # (B, D)
-        # half precision would round numbers far from 0, as years are
-        with torch.autocast(images.device.type, enabled=False):
-            return {"logits": model.head(features)}
-
-    return classify, 4 * model.spec.num_classes
-
-
-def head_of(info: WeightsInfo) -> Head:
-    """What the weights record of their outputs: this project's files do, others have classes that
-    are called by their numbers.
-
-    Raises: InputError if that does not fit the number of outputs.
-    """
-    num_outputs = info.known("num_classes")
-    names = info.class_names or map(str, range(num_outputs))
-    head = Head(info.objective or "multiclass", [printable(name) for name in names])
-    if len(head.names) != num_outputs:
-        raise InputError(f"finetune has {num_outputs} outputs, and its header says {head}")
-    return head
+    return apply_model(cfg, True, output_reader, partial(write_csv, cfg))
 
 
 def write_csv(cfg: PredictConfig, parts: Parts, path: Path) -> None:

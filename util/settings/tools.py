@@ -1,7 +1,9 @@
 """The settings of the tools that draw, embed and predict (see `util/settings/base.py`); they read
 a recipe's YAML as the stages do."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from util.errors import where
 from util.settings.base import (
@@ -17,6 +19,7 @@ from util.settings.base import (
     Seed,
     ShareBelowOne,
     ShowConfig,
+    Text,
     setting,
 )
 from util.settings.evaluation import ClassifierConfig, EvalCropConfig, LastNormConfig, Layer
@@ -287,3 +290,43 @@ class PredictConfig(ApplyConfig):
     eval_mode: Literal["whole", "slide"] = setting(
         "whole", "How weights for segmentation see an image: see fine-tuning's eval_mode."
     )
+
+
+class DemoConfig(ShowConfig, EvalCropConfig, DeviceConfig):
+    """Demo page"""
+
+    model_path: PathText = setting(
+        "cifar10-tiny",
+        "Weights, of any kind that models/README.md lists, or the name of weights that come with "
+        "this project.",
+    )
+    index: PathText | None = setting(
+        None,
+        "Features of one kind, written by tools/embed.py from the same weights, among which "
+        "neighbours are searched; images are read as they were for it.",
+    )
+    num_heads: Count | None = setting(
+        None, "Number of attention heads, for weights that do not tell it."
+    )
+    decoder_num_heads: Count | None = setting(
+        None, "Number of the decoder's attention heads, for weights that do not tell it."
+    )
+    norm_pix_loss: bool | None = setting(
+        None,
+        "Whether the decoder predicts patches normalised by their own mean and variance, for "
+        "weights that do not tell it.",
+    )
+    mask_block: Count = setting(
+        2, "Side of the squares of mask block, in patches; it must divide the grid of patches."
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto",
+        "Precision of features and classes, by autocast where it is bf16 or fp16; auto is bf16 on "
+        "a device that computes it fast, else fp16 on CUDA, else fp32.",
+    )
+    share_on: Text = setting(
+        "127.0.0.1",
+        "Address of this machine on which the page is offered: 127.0.0.1 is for browsers of this "
+        "machine alone, 0.0.0.0 for everybody who reaches it.",
+    )
+    port: Annotated[int, Ge(1), Le(65535)] = setting(7860, "Port of the page.")
