@@ -1175,6 +1175,7 @@ tools/run_mae_vis.py tools/test_mae_vis.py
 test_images_stand_side_by_side_without_the_prediction_of_visible_patches
 -for row in rows] for column in labels]
 +for row in rows for column in labels]]
+
 300 demo: what is painted is kept, and the rest removed
 engine/pictures/one_image.py tools/test_demo.py
 test_a_painted_mask_removes_what_was_painted_and_psnr_and_ssim_are_of_the_pictures
