@@ -9,7 +9,6 @@ drawn are read completely. The page holds all of it as JSON, which its script sh
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +31,6 @@ MOST_ROWS = 20_000
 MOST_DRAWN = 100  # runs with curves, the newest
 MOST_POINTS = 100  # of a curve
 MOST_CHARACTERS = 200  # of a value
-LARGEST_NUMBER = sys.float_info.max
 RESULTS = {"model.safetensors", "results.json"}  # of which a finished run has one at least
 NAMES = {  # in results.json -> the setting that it comes from, or a name of its own
     "checkpoint": "finetune",
@@ -178,11 +176,9 @@ def last_values(path: Path) -> dict[str, object]:
 def read_settings(path: Path) -> dict[str, Cell]:
     """The settings of a config.yaml. Raises: OSError, ValueError, AttributeError,
     yaml.YAMLError."""
-    settings: dict[str, Cell] = {}
     # One by one, as most runs share most of them, and reading YAML is slow.
-    for entry in re.split(r"\n(?=\w+:)", path.read_text(encoding="utf-8")):
-        settings |= read_entry(entry)
-    return settings
+    entries = re.split(r"\n(?=\w+:)", path.read_text(encoding="utf-8"))
+    return {name: value for entry in entries for name, value in read_entry(entry).items()}
 
 
 @lru_cache(maxsize=10_000)
@@ -213,7 +209,7 @@ def number(value: object) -> int | float | None:
     """The value if it is a finite number, as JSON has them, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) <= LARGEST_NUMBER else None
+    return value if abs(value) < 1e308 else None
 
 
 def cell(value: object) -> Cell:
@@ -222,7 +218,5 @@ def cell(value: object) -> Cell:
         return number(value)
     if isinstance(value, list):
         value = " ".join(map(str, value))
-    text = "null" if value is None else str(value)
-    if isinstance(value, bool):
-        text = text.lower()
+    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
