@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Path | list[Path]]:
     }
     made: dict[str, Path | list[Path]] = {"curves": curves, "reports": [*contents][1:]}
     if len(compared) > 1:
-        compared |= {run.folder: compared[run.folder] | {"report.html"} for run in runs}
+        for run in runs:
+            compared[run.folder] = compared.get(run.folder, frozenset()) | {"report.html"}
         contents[comparison] = compare_runs(compared, comparison.parent, COMPARED_FIGURES)
         made["compare"] = comparison
     write_pages(contents)

@@ -70,6 +70,11 @@ def test_real_runs_show_their_figures_and_the_settings_that_differ(tmp_path, dat
         words: last[key] for words, key in titles.items()
     }
     assert rows["two"]["mean training loss"] == log_lines(two)[-1]["epoch_loss"]
+    (knn / "results.json").rename(knn / "eval.json")  # as --eval leaves it
+    assert table_of(data_of(tmp_path)) == rows
+    (one / "eval.json").write_text('{"acc1": 1}')  # which may be of other weights
+    assert table_of(data_of(tmp_path)) == rows
+    (knn / "eval.json").rename(knn / "results.json")
     assert (rows["one"]["mask_ratio"], rows["two"]["mask_ratio"]) == (0.75, 0.5)
     assert (rows["one"]["clip_grad"], rows["two"]["clip_grad"]) == ("null", 1.0)
     assert {"lr", "epochs", "output_dir", "seed", "data_path"}.isdisjoint(found["columns"])

@@ -1,9 +1,9 @@
 """compare.html: the settings that differ between runs and their final figures, as a table to sort,
 filter and export, and the runs' curves.
 
-A run is a folder with a log.jsonl or, as after k-NN, with a results.json alone. The figures are
-read from the end of a log, so that ten thousand runs take seconds; only the logs whose curves are
-drawn are read completely. The page holds all of it as JSON, which its script shows.
+A run is a folder with a log.jsonl or, as after an evaluation, results.json or eval.json alone. The
+figures are read from the end of a log, so that ten thousand runs take seconds; only the logs whose
+curves are drawn are read completely. The page holds all of it as JSON, which its script shows.
 """
 
 import json
@@ -54,11 +54,11 @@ def find_folders(paths: Sequence[Path]) -> dict[Path, frozenset[str]]:
         Path(folder): frozenset(files)
         for path in paths
         for folder, _, files in os.walk(path.resolve())
-        if not {"log.jsonl", "results.json"}.isdisjoint(files)
+        if not {"log.jsonl", "results.json", "eval.json"}.isdisjoint(files)
     }
     if not found:
         raise InputError(
-            f"{' '.join(map(str, paths))} holds no run: there is no log.jsonl and no results.json"
+            f"{' '.join(map(str, paths))} holds no run: no log.jsonl, results.json or eval.json"
         )
     return dict(sorted(found.items()))
 
@@ -128,7 +128,9 @@ def read_row(
     """What the files of a run's folder say, by the heads of columns; a file that cannot be read
     says nothing."""
     logged = contents(last_values, folder / "log.jsonl") if "log.jsonl" in files else {}
-    results = contents(read_results, folder / "results.json") if "results.json" in files else {}
+    is_alone = "log.jsonl" not in files  # else eval.json may be about other weights
+    path = folder / ("eval.json" if is_alone and "results.json" not in files else "results.json")
+    results = contents(read_results, path) if path.name in files else {}
     settings = contents(read_settings, folder / "config.yaml") if "config.yaml" in files else {}
     settings.pop("output_dir", None)  # the run's name says it
     found = {titles[key]: number(v) for key, v in (logged | results).items() if key in titles}
@@ -138,7 +140,7 @@ def read_row(
         **{words: value for words, value in found.items() if value is not None},
         "run": folder.relative_to(common).as_posix(),
         "protocol": cell(results.get("protocol", "")) or None,
-        "state": "not finished" if files.isdisjoint(RESULTS) else "finished",
+        "state": "finished" if is_alone or files & RESULTS else "not finished",
         "epoch": number(logged.get("epoch")),
     }
 
