@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
         model, sha256 = from_main(task.build)
         origin = {"checkpoint": cfg.finetune, "sha256": sha256, "dataset": cfg.dataset}
         if cfg.eval:
+            run.records.track(cfg)
             scores = task.evaluate(spread_model(model, run.device).eval())
             shown = ("acc1",) if "acc1" in scores.scalars else scores.shown
             logger.info("%s: %d images, %s", cfg.finetune, scores.num_samples, scores.text(*shown))

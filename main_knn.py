@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
             raise InputError(
                 f"output_dir {run.output_dir} holds a training run: give k-NN another --output_dir"
             )
+        run.records.track(cfg)
         if cfg.load_path is not None:
             features, origin = load_features(Path(cfg.load_path))
             check_origin(cfg, origin)

@@ -220,6 +220,7 @@ LEAVES = {
     r"convert_checkpoint": "path/converted*",
     r"embed": "output/features.npz",
     r"predict": "output/predictions.csv",
+    r"plot_run.*--compare": "**/compare.html",
     r"plot_run": "**/report.html",
     r"": "output/**/*.png",
 }

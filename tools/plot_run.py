@@ -6,7 +6,9 @@ An argument is a run's folder, or any folder above runs. It writes the curves of
 to --save_path (default: curves.png in the folder that the runs have in common), and report.html
 into each run's folder: figures, curves, reconstructions with attention, the monitor's figures, the
 evaluations of the run's weights that lie in folders beside it, and the settings. The run may still
-be training.
+be training. Of several runs it also writes compare.html into the folder that they have in common:
+a table of the settings that differ and the final figures, and curves; of more than 100 runs, and
+with --compare, only that.
 """
 
 import base64
@@ -30,6 +32,7 @@ from engine.pictures.drawing import (
 )
 from engine.run.records import read_log, read_results
 from models.weights.files import weights_digest
+from tools.plotting.compare import compare_runs, find_folders
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 from util.settings.evaluation import MAIN_METRIC
@@ -82,6 +85,7 @@ FIGURES = {  # key in log.jsonl -> words at the head of the page
     "box_ap": "box AP, %",
     "mask_ap": "mask AP, %",
 }
+COMPARED_FIGURES = FIGURES | {"epoch_loss": "mean training loss"}  # also titles of curves
 PICTURES = {  # file in a run's folder -> title and description
     MONITOR_PICTURE: (
         "Reconstructions and attention rollout",
@@ -101,6 +105,7 @@ MONITORED = {  # key in log.jsonl -> head of a column
     "monitor_s": "cost, s",
 }
 COLUMNS = 2  # of panels
+MOST_REPORTS = 100  # a page and its pictures take about a second each
 # folder, protocol, the main figure and its name, numbers of images, accuracy over layers
 Evaluation = tuple[str, str, str, str, list[tuple[int, float]]]
 
@@ -118,8 +123,8 @@ class RunLog(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Path | list[Path]]:
-    """Writes the picture and the pages; returns their paths, `curves` and `reports`. Raises:
-    InputError."""
+    """Writes the picture and the pages; returns their paths, `curves`, `reports` and, of several
+    runs, `compare`. Raises: InputError."""
     parser = LineParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "runs", metavar="OUTPUT", nargs="+", type=Path, help="a run's folder, or one above runs"
@@ -127,7 +132,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Path | list[Path]]:
     parser.add_argument(
         "--save_path", type=Path, metavar="PNG", help="file of the curves of all runs"
     )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help=f"write compare.html alone, as for more than {MOST_REPORTS} runs",
+    )
     args = parser.parse_args(argv)
+    compared = find_folders(args.runs)
+    comparison = Path(os.path.commonpath(compared)) / "compare.html"
+    if args.compare or len(compared) > MOST_REPORTS:
+        if not args.compare:
+            print(f"{len(compared)} runs: compare.html alone; curves and pages are of fewer runs")
+        write_pages({comparison: compare_runs(compared, comparison.parent, COMPARED_FIGURES)})
+        return {"compare": comparison}
     found = dict.fromkeys(folder.resolve() for path in args.runs for folder in find_runs(path))
     common = Path(os.path.commonpath(found))
     above = {common: common.parent.parent}  # a run that has no other beside it, or else common
@@ -144,11 +161,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Path | list[Path]]:
     contents |= {  # names need not be UTF-8
         run.folder / "report.html": report(run).encode(errors="xmlcharrefreplace") for run in runs
     }
+    made: dict[str, Path | list[Path]] = {"curves": curves, "reports": [*contents][1:]}
+    if len(compared) > 1:
+        for run in runs:
+            compared[run.folder] = compared.get(run.folder, frozenset()) | {"report.html"}
+        contents[comparison] = compare_runs(compared, comparison.parent, COMPARED_FIGURES)
+        made["compare"] = comparison
+    write_pages(contents)
+    return made
+
+
+def write_pages(contents: dict[Path, bytes]) -> None:
+    """Writes files in place of this tool's own. Raises: InputError if one is somebody else's."""
     check_replaceable(*contents)
     for path, content in contents.items():
         write_output(path, partial(Path.write_bytes, data=content))
         print(f"wrote {path}")
-    return {"curves": curves, "reports": [*contents][1:]}
 
 
 def find_runs(path: Path) -> list[Path]:

@@ -35,6 +35,7 @@ PROGRESS_FILES = (
     "config.yaml",
     "log.jsonl",
     "tb",
+    "tracking.json",
     "bad_samples.jsonl",
     "bad_steps.jsonl",
     "monitor.png",

@@ -2,8 +2,9 @@
 results.json.
 
 A record is a line of log.jsonl with a `kind` ("train", "epoch", "val" or "monitor"), a `step` and
-values. Its numbers are also curves in TensorBoard, and a sentence about it goes to log.txt and the
-terminal. results.json says what an evaluation measured, and of which weights.
+values. Its numbers are also curves in TensorBoard and, by `tracking.py`, in a service. A sentence
+about it goes to log.txt and the terminal. results.json says what an evaluation measured, and of
+which weights.
 """
 
 import json
@@ -19,8 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from engine.run.tracking import FINAL, Tracker
 from util.files import write_text, writing
-from util.settings.base import TrainRunConfig
+from util.settings.base import RunConfig, TrainRunConfig
 
 Kind = Literal["train", "epoch", "val", "monitor"]
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Records:
         self.folder = folder
         self.is_main = is_main
         self.tensorboard: Any = None
+        self.tracker: Tracker | None = None
         self.settings: dict[str, object] = {}  # for TensorBoard's page of finished runs
         self.last_step = 0
         self.bar = tqdm(disable=True)
@@ -56,10 +59,16 @@ class Records:
             settings = cfg.model_dump(mode="json")
             if settings["stop_epoch"] in (None, settings["epochs"]):
                 self.settings = settings
+        self.track(cfg, step)
         # None shows the bar on a terminal only
         self.bar = tqdm(
             initial=step, total=total_steps, unit="step", dynamic_ncols=True, disable=None
         )
+
+    def track(self, cfg: RunConfig, step: int = 0) -> None:
+        """Begins to track the run by the service that the settings name, or goes on from `step`."""
+        if self.is_main and cfg.track:
+            self.tracker = Tracker(self.folder, cfg, as_scalars(cfg.model_dump(mode="json")), step)
 
     def write(self, kind: Kind, step: int, values: dict[str, float], line: str) -> None:
         """Writes `values` to log.jsonl and TensorBoard, and `line` to log.txt and the terminal."""
@@ -69,10 +78,13 @@ class Records:
         path = self.folder / "log.jsonl"
         with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **without_nan(values)}) + "\n")
+        scalars = {f"{kind}/{name}": value for name, value in values.items() if name != "epoch"}
         if self.tensorboard is not None:
             with writing(self.folder / "tb"):
-                for name in [name for name in values if name != "epoch"]:
-                    self.tensorboard.add_scalar(f"{kind}/{name}", values[name], step)
+                for name, value in scalars.items():
+                    self.tensorboard.add_scalar(name, value, step)
+        if self.tracker is not None:
+            self.tracker.log(kind, step, scalars)
         logger.info(line)
 
     def write_picture(self, name: str, picture: np.ndarray, step: int) -> None:
@@ -87,13 +99,10 @@ class Records:
 
     def write_settings(self, metrics: Mapping[str, object]) -> None:
         """Writes the settings with a finished run's figures to TensorBoard, whose HParams page
-        compares runs."""
-        settings = {
-            name: value
-            if isinstance(value, bool | int | float)
-            else str(value).encode(errors="replace").decode()
-            for name, value in self.settings.items()
-        }
+        compares runs, and the figures to the tracking service."""
+        if self.tracker is not None:
+            self.tracker.log(FINAL, self.last_step, metrics)
+        settings = as_scalars(self.settings)
         if settings:
             with writing(self.folder / "tb"):
                 self.tensorboard.add_hparams(
@@ -103,6 +112,8 @@ class Records:
     def close(self) -> None:
         """Closes the progress bar and the curves."""
         self.bar.close()
+        if self.tracker is not None:
+            self.tracker.close()
         if self.tensorboard is not None:
             try:
                 self.tensorboard.close()
@@ -178,6 +189,16 @@ def drop_records(path: Path, step: int, pending: set[Kind]) -> None:
                 or (record["step"] == step > 0 and record["kind"] not in pending)
             ],
         )
+
+
+def as_scalars(settings: Mapping[str, object]) -> dict[str, bool | int | float | str]:
+    """The settings as services take them: all but numbers as text."""
+    return {
+        name: value
+        if isinstance(value, bool | int | float)
+        else str(value).encode(errors="replace").decode()
+        for name, value in settings.items()
+    }
 
 
 def without_nan(values: Mapping[str, object]) -> dict[str, Any]:

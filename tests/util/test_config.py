@@ -363,7 +363,7 @@ def test_the_settings_that_a_resumed_run_may_change():
     device timeout output_dir data_path download parallel log_interval save_minutes save_epochs
     keep_last keep_every tensorboard max_bad_steps num_workers prefetch_factor batch_size accum_iter
     total_batch_size stop_epoch monitor_epochs monitor_images monitor_knn monitor_probe
-    monitor_gauges compile compile_backend checkpointing init show_channels monitor_gauges
+    monitor_gauges track compile compile_backend checkpointing init show_channels monitor_gauges
     """
     others = dict.fromkeys(PretrainConfig.model_fields, "another value")
     changed = {text.split(":")[0] for text in changed_settings(others, load(), skip=set())}

@@ -7,6 +7,7 @@ flag and (for models) the constructor's keyword.
 """
 
 import math
+from importlib.util import find_spec
 from typing import Annotated, Literal, TypeVar, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -140,6 +141,19 @@ class RunConfig(DeviceConfig):
         "was doing, in minutes.",
         may_change=True,
     )
+    track: Literal["wandb", "mlflow"] | None = setting(
+        None,
+        "Service that gets the run's scalars, settings and name, besides log.jsonl and "
+        "TensorBoard: Weights & Biases or MLflow; none is off.",
+        may_change=True,
+    )
+
+    def problems(self) -> list[str]:
+        # without a file it is a folder that happens to have the name
+        is_absent = self.track and getattr(find_spec(self.track), "origin", None) is None
+        return super().problems() + where(
+            (is_absent, f"track {self.track} is not installed: pip install -e .[{self.track}]")
+        )
 
 
 class TrainRunConfig(RunConfig):

@@ -1,0 +1,167 @@
+"""Tracking by Weights & Biases or MLflow (the setting `track`), beside log.jsonl and TensorBoard.
+
+A run's scalars, its settings and its name are sent, nothing else: no code, git state, environment,
+console output or pictures. A resumed run goes on with its record, which tracking.json names.
+Whatever a service raises switches tracking off with a warning; the training goes on.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from util.files import printable, write_text
+from util.settings.base import RunConfig
+
+FINAL = "final"  # the kind of the figures of a run that has come to its end
+PROJECT = "mae"  # unless the environment names another
+ENVIRONMENT = {  # unless it says something else already
+    "WANDB_ERROR_REPORTING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # the local one, which needs no data base
+    # a server that does not answer is given up after a minute, not after many
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+FINISH_TIMEOUT = 60.0  # seconds that the end of a run waits for uploads
+logger = logging.getLogger(__name__)
+Scalars = Mapping[str, object]  # numbers
+Values = Mapping[str, bool | int | float | str]
+
+
+class Wandb:
+    """A run of Weights & Biases; WANDB_MODE=offline keeps it in the run's folder, for `wandb sync`.
+
+    Each record is a row with its own `step`, as W&B drops what comes late for its own counter.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Values, known_id: str | None):
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=name,
+            dir=folder,
+            id=known_id,
+            resume="allow",
+            reinit="create_new",  # not a run that is open in this process already
+            config=dict(settings),
+            allow_val_change=True,
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                save_code=False,
+                x_disable_machine_info=True,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
+                host="",
+                username="",
+                program="",
+                finish_timeout=FINISH_TIMEOUT,
+            ),
+        )
+        self.id = self.run.id
+        self.run.define_metric("*", step_metric="step")
+        place = Path(self.run.dir).parent if self.run.offline else self.run.url
+        logger.info("tracked by wandb: %s", place)
+
+    def log(self, values: Scalars, step: int) -> None:
+        self.run.log({**values, "step": step})
+
+    def close(self, is_done: bool) -> None:
+        self.run.finish(exit_code=0 if is_done else 1)
+
+
+class Mlflow:
+    """A run of MLflow, where MLFLOW_TRACKING_URI says or else in the run's folder."""
+
+    def __init__(self, folder: Path, name: str, settings: Values, known_id: str | None):
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+        self.client, self.metric = MlflowClient(tracking_uri=where), Metric
+        if known_id is None:
+            project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+            experiment = self.client.get_experiment_by_name(project)
+            of = experiment.experiment_id if experiment else self.client.create_experiment(project)
+            self.id = self.client.create_run(of, run_name=name).info.run_id
+            rows = [Param(key, str(value)) for key, value in settings.items()]
+            for first in range(0, len(rows), 100):  # MLflow takes no more at once
+                self.client.log_batch(self.id, params=rows[first : first + 100])
+        else:
+            self.id = known_id
+            self.client.update_run(self.id, status="RUNNING")
+        logger.info("tracked by mlflow: %s, run %s", where, self.id)
+
+    def log(self, values: Scalars, step: int) -> None:
+        now = int(time.time() * 1000)
+        rows = [
+            self.metric(name, value, now, step)
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        ]
+        self.client.log_batch(self.id, metrics=rows)
+
+    def close(self, is_done: bool) -> None:
+        self.client.set_terminated(self.id, status="FINISHED" if is_done else "KILLED")
+
+
+SERVICES: dict[str, type[Wandb] | type[Mlflow]] = {"wandb": Wandb, "mlflow": Mlflow}
+
+
+class Tracker:
+    """Sends a run's scalars to the service that `cfg.track` names. For the main process.
+
+    A run that goes on from `step` goes on with its record, if it has one: what a killed run sent
+    after its last checkpoint is not sent again. A run that begins has a new record.
+    """
+
+    def __init__(self, folder: Path, cfg: RunConfig, settings: Values, step: int = 0):
+        self.path, self.name = folder / "tracking.json", str(cfg.track)
+        self.service: Wandb | Mlflow | None = None
+        self.sent: dict[str, int] = {}  # the last step of each kind
+        known_id = None
+        with self._guarded():
+            for name, value in ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            if step and self.path.exists():
+                known = json.loads(self.path.read_text(encoding="utf-8"))
+                if known["service"] == self.name:
+                    known_id, self.sent = known["id"], known["steps"]
+            name = "/".join(folder.resolve().parts[-2:]).encode(errors="replace").decode()
+            self.service = SERVICES[self.name](folder, name, settings, known_id)
+
+    def log(self, kind: str, step: int, values: Scalars) -> None:
+        """Sends a record's scalars, unless the service has them already."""
+        if self.service is not None and step > self.sent.get(kind, -1):
+            with self._guarded():
+                self.service.log(values, step)
+                self.sent[kind] = step
+                if kind != FINAL:  # which an evaluation sends, that may lie in a run's folder
+                    known = {"service": self.name, "id": self.service.id, "steps": self.sent}
+                    write_text(self.path, json.dumps(known))
+
+    def close(self) -> None:
+        """Says that the run has ended, and whether it came to its end."""
+        if self.service is not None:
+            with self._guarded():
+                self.service.close(FINAL in self.sent)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  (no error of a service may end a run)
+            logger.warning(
+                "%s failed, and this run is tracked no longer; log.jsonl has all records: %s",
+                self.name,
+                printable(str(error))[:300] or type(error).__name__,
+            )
+            self.service = None
