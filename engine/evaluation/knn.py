@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.evaluation.features import Features
+from engine.evaluation.features import TOP, Features, Guesses
 from util.dist import Processes, all_gather
 
 QUERIES, ROWS = 256, 2**14
@@ -41,11 +41,44 @@ def rank_labels(
     every process; `features.train` is this process's share of the training rows. A k above the
     number of training images takes all of them.
     """
+    ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for k, votes, labels in votes_by_k(features, num_classes, ks, temperature, processes):
+        ranks[k].append(rank_of_label(votes, labels))
+    return {k: torch.cat(parts) for k, parts in ranks.items()}
+
+
+def rank_and_guess(
+    features: Features,
+    num_classes: int,
+    ks: tuple[int, ...],
+    temperature: float,
+    processes: Processes,
+) -> tuple[dict[int, Tensor], Guesses]:
+    """The same, and what the neighbours of the first k vote for."""
+    ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
+    guesses = []
+    for k, votes, labels in votes_by_k(features, num_classes, ks, temperature, processes):
+        ranks[k].append(rank_of_label(votes, labels))
+        if k == ks[0]:
+            guesses.append(guessed(votes, labels))
+    parts = map(torch.cat, zip(*guesses, strict=True))
+    return {k: torch.cat(of_k) for k, of_k in ranks.items()}, Guesses(*parts)
+
+
+def votes_by_k(
+    features: Features,
+    num_classes: int,
+    ks: tuple[int, ...],
+    temperature: float,
+    processes: Processes,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each k with the votes of so many neighbours, `(Q, C)` float64, and the labels `(Q,)`, for one
+    part of the queries after the other: one tensor of votes that grows, to be read at once. As
+    `rank_labels` otherwise."""
     queries = F.normalize(features.val.to(processes.device), dim=1)  # (Q, D)
     most = min(max(ks), len(features.train_labels))
     places = torch.arange(len(features.train_labels))[processes.rank :: processes.world_size]
     nearest = nearest_keys(features.train, places, queries, most).cpu()  # (Q, K)
-    ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
     for of_share, labels in zip(
         nearest.split(QUERIES), features.val_labels.split(QUERIES), strict=True
     ):
@@ -55,8 +88,7 @@ def rank_labels(
         for count, votes in enumerate(votes_by_count, start=1):
             for k in ks:
                 if count == min(k, most):
-                    ranks[k].append(rank_of_label(votes, labels))
-    return {k: torch.cat(parts) for k, parts in ranks.items()}
+                    yield k, votes, labels
 
 
 def nearest_keys(rows: Tensor, places: Tensor, queries: Tensor, k: int) -> Tensor:
@@ -99,6 +131,18 @@ def growing_votes(
     votes = torch.zeros(len(keys), num_classes, dtype=torch.float64)
     for place in range(keys.shape[1]):
         yield votes.scatter_add_(1, labels[:, place, None], weights[:, place, None])
+
+
+def guessed(votes: Tensor, labels: Tensor) -> Guesses:
+    """The classes with most of the votes `(Q, C)`, and their shares of all votes as
+    probabilities."""
+    shares, classes = (votes / votes.sum(dim=1, keepdim=True)).sort(
+        dim=1, descending=True, stable=True
+    )
+    shares, classes = shares[:, :TOP], classes[:, :TOP]
+    classes = torch.where(shares > 0, classes, votes.shape[1])
+    of_truth = votes.gather(1, labels[:, None])[:, 0] / votes.sum(dim=1)
+    return Guesses(labels, classes, shares.float(), of_truth.float())
 
 
 def rank_of_label(votes: Tensor, labels: Tensor) -> Tensor:
