@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from engine.parallel import check_speed
+from engine.pictures.history import drop_pictures
 from engine.run.checkpoint import checkpoint_steps, set_aside_damaged
 from engine.run.records import Kind, Records, drop_records, logging_to, write_results
 from util.dist import Processes, broadcast, init_processes
@@ -41,6 +42,7 @@ PROGRESS_FILES = (
     "bad_samples.jsonl",
     "bad_steps.jsonl",
     "monitor.png",
+    "monitor",
     "predictions.png",
     "per_class.png",
 )
@@ -195,6 +197,7 @@ def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kin
         path.unlink(missing_ok=True)
     write_text(folder / "config.yaml", dump_config(cfg))
     drop_records(folder / "log.jsonl", step, pending)
+    drop_pictures(folder, step)
 
 
 @contextmanager

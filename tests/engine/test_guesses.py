@@ -154,10 +154,10 @@ def test_two_processes_write_the_same_bytes(stage, tmp_path, weights):
     Training adds up in another order on two processes, so its model is one that both evaluate."""
     data = make_pictures(tmp_path / "pictures", val=19)  # 57 images: unequal shares
     module, script, _ = STAGES[stage]
-    more = ["--batch_size", 1, "--epochs", 1] if stage != "knn" else ["--batch_size", 1]
+    more = {"finetune": ["--eval", "--batch_size", 1], "knn": ["--batch_size", 1]}.get(stage, [])
     if stage == "finetune":
         module.main(arguments(stage, data, tmp_path / "model", weights, "--epochs", 1))
-        weights, more = tmp_path / "model" / "model.safetensors", ["--eval", "--batch_size", 1]
+        weights = tmp_path / "model" / "model.safetensors"
     module.main(arguments(stage, data, tmp_path / "one", weights, *more))
     launched = launch(arguments(stage, data, tmp_path / "two", weights, *more), 2, script)
     assert launched.returncode == 0, launched.stderr
