@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.annotated import AnnotatedData, open_annotated_data
 from data.labels import LabelledData, take_subset
 from data.on_device import place_on_device
@@ -30,7 +32,7 @@ from engine.evaluation.features import Features, Guesses, compute_layers
 from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
 from engine.evaluation.from_weights import build_frozen
 from engine.evaluation.guesses import save_guesses
-from engine.evaluation.knn import rank_and_guess
+from engine.evaluation.knn import rank_labels
 from engine.evaluation.patch_knn import build_memory, by_neighbours
 from engine.evaluation.segmentation import SegmentationEvaluator
 from engine.parallel import compile_features, spread_model
@@ -211,9 +213,8 @@ def classify(
 ) -> tuple[Results, Guesses]:
     """Results of a search among the training features of all processes."""
     class_names, num_train = origin.class_names, len(features.train_labels)
-    ranks, guesses = rank_and_guess(
-        features, len(class_names), cfg.ks, cfg.temperature, run.processes
-    )
+    parts: list[Guesses] = []
+    ranks = rank_labels(features, len(class_names), cfg.ks, cfg.temperature, run.processes, parts)
     labels, reported = features.val_labels, ranks[cfg.ks[0]]
     acc1 = {str(k): 100 * int((of_k == 0).sum()) / len(labels) for k, of_k in ranks.items()}
     results: Results = {
@@ -242,7 +243,7 @@ def classify(
         accuracies(results),
     )
     warn_of_few(cfg, num_train, "training images")
-    return results, guesses
+    return results, Guesses(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def described(origin: Origin, *without: str) -> Results:

@@ -267,7 +267,7 @@ def report(run: RunLog) -> str:
         },
         reports=reports_of(run.folder),
         bins=BINS,
-        thumbnail=lambda picture: as_url(Image.fromarray(picture), SMALL),
+        as_url=as_url,
         curves=[
             lines(title, curves, "epoch", floor="dead" in title)
             for title, keys in OF_ONE_RUN.items()
@@ -312,7 +312,9 @@ def history_of(run: RunLog) -> list[tuple[str, str]]:
 def evaluations_of(folder: Path) -> list[Evaluation]:
     """The evaluations of a run's final weights, in folders beside it or beside its own folder."""
     weights = folder / "model.safetensors"
-    digest = weights_digest(weights) if weights.exists() else "none"
+    if not weights.exists():
+        return []
+    digest = weights_digest(weights)
     found: list[Evaluation] = []
     near = [*folder.parent.glob("*/results.json"), *folder.parent.parent.glob("*/*/results.json")]
     for path in sorted({path.resolve() for path in near}):

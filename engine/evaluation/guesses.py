@@ -110,6 +110,8 @@ def open_guessed_images(settings: Mapping[str, object], names: list[str]) -> Lab
 
     Raises: InputError if they are not there any more, or others are.
     """
+    if not settings:
+        raise InputError("saved features were evaluated, without the images at hand")
     common = {name: settings[name] for name in settings.keys() - {"in_chans", "seed"}}
     cfg = LabelledDataConfig(**common)  # type: ignore[arg-type]
     pixels = pixel_format(cfg, int(str(settings["in_chans"])))

@@ -34,51 +34,20 @@ def rank_labels(
     ks: tuple[int, ...],
     temperature: float,
     processes: Processes,
+    guesses: list[Guesses] | None = None,
 ) -> dict[int, Tensor]:
     """The rank of each query's own class among the guesses, `(Q,)` int64 for each k: 0 is a hit.
 
     All processes must call, and all get the ranks. `features.val` are the queries, the same on
     every process; `features.train` is this process's share of the training rows. A k above the
-    number of training images takes all of them.
+    number of training images takes all of them. What the neighbours of the first k vote for is
+    added to the list `guesses`, a part of the queries after the other.
     """
-    ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for k, votes, labels in votes_by_k(features, num_classes, ks, temperature, processes):
-        ranks[k].append(rank_of_label(votes, labels))
-    return {k: torch.cat(parts) for k, parts in ranks.items()}
-
-
-def rank_and_guess(
-    features: Features,
-    num_classes: int,
-    ks: tuple[int, ...],
-    temperature: float,
-    processes: Processes,
-) -> tuple[dict[int, Tensor], Guesses]:
-    """The same, and what the neighbours of the first k vote for."""
-    ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
-    guesses = []
-    for k, votes, labels in votes_by_k(features, num_classes, ks, temperature, processes):
-        ranks[k].append(rank_of_label(votes, labels))
-        if k == ks[0]:
-            guesses.append(guessed(votes, labels))
-    parts = map(torch.cat, zip(*guesses, strict=True))
-    return {k: torch.cat(of_k) for k, of_k in ranks.items()}, Guesses(*parts)
-
-
-def votes_by_k(
-    features: Features,
-    num_classes: int,
-    ks: tuple[int, ...],
-    temperature: float,
-    processes: Processes,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each k with the votes of so many neighbours, `(Q, C)` float64, and the labels `(Q,)`, for one
-    part of the queries after the other: one tensor of votes that grows, to be read at once. As
-    `rank_labels` otherwise."""
     queries = F.normalize(features.val.to(processes.device), dim=1)  # (Q, D)
     most = min(max(ks), len(features.train_labels))
     places = torch.arange(len(features.train_labels))[processes.rank :: processes.world_size]
     nearest = nearest_keys(features.train, places, queries, most).cpu()  # (Q, K)
+    ranks: dict[int, list[Tensor]] = {k: [] for k in ks}
     for of_share, labels in zip(
         nearest.split(QUERIES), features.val_labels.split(QUERIES), strict=True
     ):
@@ -88,7 +57,10 @@ def votes_by_k(
         for count, votes in enumerate(votes_by_count, start=1):
             for k in ks:
                 if count == min(k, most):
-                    yield k, votes, labels
+                    ranks[k].append(rank_of_label(votes, labels))
+                    if k == ks[0] and guesses is not None:
+                        guesses.append(guessed(votes, labels))
+    return {k: torch.cat(parts) for k, parts in ranks.items()}
 
 
 def nearest_keys(rows: Tensor, places: Tensor, queries: Tensor, k: int) -> Tensor:

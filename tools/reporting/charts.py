@@ -33,6 +33,8 @@ def lines(
 
     def draw(panel: Axes) -> None:
         for style, (words, points) in enumerate(curves.items()):
+            if not points:
+                continue
             few = [*points[:: -(-len(points) // MOST_POINTS)], *points[-1:]]
             panel.plot(
                 *zip(*few, strict=True),
@@ -42,6 +44,7 @@ def lines(
             )
         if log_x:
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
         else:
             panel.locator_params(axis="x", integer=True)
         if floor:
@@ -54,22 +57,20 @@ def lines(
     return as_svg(title, draw)
 
 
-def reliability(bins: Sequence[tuple[int, float, float]]) -> Markup:
-    """Accuracy over confidence: for each bin of equal width its number of images, and their mean
-    confidence and accuracy; an empty bin has no bar. The line is where both are equal."""
+def reliability(accuracy: np.ndarray, shares: np.ndarray) -> Markup:
+    """Accuracy over confidence in bins of equal width, and the share of the images in each, all in
+    percent. The line is where accuracy and confidence are equal."""
+    width = 100 / len(shares)
+    edges = width * np.arange(len(shares))
 
     def draw(panel: Axes) -> None:
-        counts = np.array([count for count, _, _ in bins])
-        edges = np.arange(len(bins)) / len(bins)
-        heights = [100 * accuracy if count else 0 for count, _, accuracy in bins]
-        panel.bar(100 * edges, heights, width=100 / len(bins), align="edge", edgecolor=INK, lw=0.5)
-        shares = 100 * counts / max(1, counts.sum())
-        panel.step([*100 * edges, 100], [*shares, shares[-1]], where="post", color="C1")
-        panel.plot([0, 100], [0, 100], color=INK, linestyle="--", lw=1)
-        panel.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", title="Calibration")
-        panel.legend(["share of all images, %", "as right as confident", "accuracy, %"], fontsize=8)
+        panel.bar(edges, accuracy, width, align="edge", edgecolor=INK, lw=0.5, label="accuracy, %")
+        panel.stairs(shares, [*edges, 100], color="C1", lw=1.5, label="share of all images, %")
+        panel.plot([0, 100], [0, 100], "--", color=INK, lw=1, label="as right as confident")
+        panel.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %")
+        panel.legend(fontsize=8)
 
-    return as_svg("Calibration: accuracy over confidence", draw)
+    return as_svg("Accuracy over confidence", draw)
 
 
 def matrix(counts: np.ndarray) -> Markup:
