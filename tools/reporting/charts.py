@@ -105,4 +105,5 @@ def as_svg(
         r' id="[A-Za-z]+[\w.]*_\d+"',
     ):
         text = re.sub(needless, "", text, flags=re.DOTALL)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))  # noqa: S704 (matplotlib escapes its texts)
+    named = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return Markup(named)  # noqa: S704 (matplotlib escapes its texts)

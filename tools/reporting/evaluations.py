@@ -44,7 +44,11 @@ NAMES = {  # figure in results.json -> words, where they are not its own name
     "iou": "IoU, %",
     "acc": "accuracy, %",
     "box_ap": "box AP, %",
+    "box_ap50": "box AP at IoU 0.50, %",
+    "box_ap75": "box AP at IoU 0.75, %",
     "mask_ap": "mask AP, %",
+    "mask_ap50": "mask AP at IoU 0.50, %",
+    "mask_ap75": "mask AP at IoU 0.75, %",
 }
 FIGURES = (*dict.fromkeys(name for names in METRICS.values() for name in names), "loss")
 UNBOUNDED = ("mae", "rmse", "r2")  # have no bar
@@ -107,7 +111,7 @@ def charts_of(results: Mapping, other: Mapping) -> list[Markup]:
         x, *names = curve[0]
         words = {"lr": "learning rate per 256 images", "c": "C, inverse L2 penalty"}[x]
         curves = {
-            name.replace("held_out_", "held-out ").replace("val_", "validation "): [
+            name.replace("held_out_", "held-out, ").replace("val_", "validation, "): [
                 (point[x], point[name]) for point in curve if point[name] is not None
             ]
             for name in names
