@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
             run.records.track(cfg)
             scores = task.evaluate(spread_model(model, run.device).eval())
             shown = ("acc1",) if "acc1" in scores.scalars else scores.shown
+            task.keep(scores)
             logger.info("%s: %d images, %s", cfg.finetune, scores.num_samples, scores.text(*shown))
             return run.finish(
                 {"protocol": "evaluation", **origin, **scores.as_dict(task.class_names)},
@@ -134,6 +135,8 @@ def evaluate_epoch(
     values = {"epoch": float(epoch), **scores.logged}
     line = f"epoch {epoch} {scores.text(*scores.shown, *{metric}.difference(scores.shown))}"
     results = scores.as_dict(task.class_names)
+    if state.step == job.plan.stop_step:
+        task.keep(scores)
     if state.ema is not None:
         model = state.ema.module
         scores = task.evaluate(model)

@@ -22,18 +22,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.annotated import AnnotatedData, open_annotated_data
 from data.labels import LabelledData, take_subset
 from data.on_device import place_on_device
 from engine.evaluation.classification import open_labelled_data, percent_by_class
-from engine.evaluation.features import Features, compute_layers
+from engine.evaluation.features import Features, Guesses, compute_layers
 from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
 from engine.evaluation.from_weights import build_frozen
+from engine.evaluation.guesses import save_guesses
 from engine.evaluation.knn import rank_labels
 from engine.evaluation.patch_knn import build_memory, by_neighbours
 from engine.evaluation.segmentation import SegmentationEvaluator
 from engine.parallel import compile_features, spread_model
-from engine.run.folder import Run, open_run
+from engine.run.folder import GUESSES_FILE, Run, open_run
 from engine.start import read_knn
 from models.build import layers_of
 from models.vit import VisionTransformer
@@ -46,6 +49,9 @@ from util.settings.evaluation import RANDOM_WEIGHTS, KnnConfig
 WEIGHTS_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 DIGITS = re.compile(r"(\d+)")
 Results = dict[str, Any]
+Found = tuple[
+    Results, Guesses | None
+]  # and what the neighbours say of each image, if it has a class
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +72,8 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
             features, origin = load_features(Path(cfg.load_path))
             check_origin(cfg, origin)
             share = features.train[run.processes.rank :: run.processes.world_size]
-            return run.finish(classify(cfg, run, features._replace(train=share), origin))
+            found = classify(cfg, run, features._replace(train=share), origin)
+            return finish(cfg, run, found, origin.class_names, None)
 
         assert cfg.finetune is not None, "the settings require weights"
         checkpoints, layers = list_weights(cfg.finetune), layers_of(cfg)
@@ -86,14 +93,32 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
         data = open_annotated_data(cfg) if cfg.task == "segment" else open_images(cfg, run)
         for checkpoint in checkpoints[1:]:  # finds a broken file before the others are evaluated
             from_main(partial(read_weights, checkpoint))
-        table = [
-            evaluate_checkpoint(cfg, run, checkpoint, data, folders) for checkpoint in checkpoints
-        ]
-        if len(table) == 1:
-            return run.finish(table[0])
-        for row in table:
-            logger.info("%-*s  %s", max(map(len, checkpoints)), row["checkpoint"], accuracies(row))
-        return run.finish({**table[-1], "checkpoints": table})
+        table = []
+        for checkpoint in checkpoints:
+            results, guesses = evaluate_checkpoint(cfg, run, checkpoint, data, folders)
+            table.append(results)
+        if len(table) > 1:
+            for row in table:
+                name = row["checkpoint"]
+                logger.info("%-*s  %s", max(map(len, checkpoints)), name, accuracies(row))
+            results = {**results, "checkpoints": table}
+        return finish(cfg, run, (results, guesses), data.class_names, data)
+
+
+def finish(
+    cfg: KnnConfig,
+    run: Run,
+    found: Found,
+    class_names: list[str],
+    data: LabelledData | AnnotatedData | None,
+) -> Results:
+    """Writes results and guesses, of the images of `data` if they are at hand; returns the
+    results."""
+    results, guesses = found
+    if guesses is not None and run.processes.is_main:
+        source = data.val if isinstance(data, LabelledData) else None
+        save_guesses(run.output_dir / GUESSES_FILE, guesses, class_names, cfg, source)
+    return run.finish(results)
 
 
 def open_images(cfg: KnnConfig, run: Run) -> LabelledData:
@@ -111,7 +136,7 @@ def evaluate_checkpoint(
     checkpoint: str,
     data: LabelledData | AnnotatedData,
     folders: dict[tuple[str, int], Path],
-) -> Results:
+) -> Found:
     """Results of the frozen model of `checkpoint`, of several layers those of the best, with the
     figures of all of them as a list under `layers`. Writes its features into the folder of each
     layer, if there is one."""
@@ -130,7 +155,7 @@ def evaluate_checkpoint(
         last_norm=cfg.last_norm,
     )
     if isinstance(data, AnnotatedData):
-        return segment(cfg, run, model, data, origin)
+        return segment(cfg, run, model, data, origin), None
     results = []
     found = compute_layers(cfg, run, model, data, cfg.crop_pct, layers)
     for layer, features in zip(layers, found, strict=True):
@@ -144,12 +169,13 @@ def evaluate_checkpoint(
         results.append(classify(cfg, run, features, origin))
     if len(layers) == 1:
         return results[0]
-    best = max(results, key=lambda of_layer: of_layer["acc1"])  # of equals the first
-    for of_layer in results:
+    best, guesses = max(results, key=lambda of_layer: of_layer[0]["acc1"])  # of equals the first
+    for of_layer, _ in results:
         mark = "  the best" if of_layer is best else ""
         logger.info("layer %2d  %s%s", of_layer["layer"], accuracies(of_layer), mark)
     figures = ("layer", "correct1", "acc1", "acc5", "acc1_by_k")
-    return {**best, "layers": [{name: row[name] for name in figures} for row in results]}
+    layers_found = [{name: row[name] for name in figures} for row, _ in results]
+    return {**best, "layers": layers_found}, guesses
 
 
 def segment(
@@ -183,10 +209,13 @@ def segment(
     return results
 
 
-def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> Results:
+def classify(
+    cfg: KnnConfig, run: Run, features: Features, origin: Origin
+) -> tuple[Results, Guesses]:
     """Results of a search among the training features of all processes."""
     class_names, num_train = origin.class_names, len(features.train_labels)
-    ranks = rank_labels(features, len(class_names), cfg.ks, cfg.temperature, run.processes)
+    parts: list[Guesses] = []
+    ranks = rank_labels(features, len(class_names), cfg.ks, cfg.temperature, run.processes, parts)
     labels, reported = features.val_labels, ranks[cfg.ks[0]]
     acc1 = {str(k): 100 * int((of_k == 0).sum()) / len(labels) for k, of_k in ranks.items()}
     results: Results = {
@@ -215,7 +244,7 @@ def classify(cfg: KnnConfig, run: Run, features: Features, origin: Origin) -> Re
         accuracies(results),
     )
     warn_of_few(cfg, num_train, "training images")
-    return results
+    return results, Guesses(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def described(origin: Origin, *without: str) -> Results:

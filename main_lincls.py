@@ -129,6 +129,8 @@ def evaluate_epoch(
         for probe in range(len(lrs))
     ]
     best = scores["val"][chosen]
+    if job.state.step == job.plan.stop_step:
+        task.keep(best)
     figures = {f"val_{name}": value for name, value in best.scalars.items()}
     values = {"epoch": float(epoch), "val_loss": best.loss, **figures, **curve[chosen]}
     said = "  ".join(f"{split} {found[chosen].text(metric)}" for split, found in scores.items())

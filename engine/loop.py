@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from engine.optim import StepFn, optimizer_step, set_lr, update_ema
-from engine.parallel import on_device, wrap_model
+from engine.parallel import on_device, peak_memory, wrap_model
 from engine.run.batches import Batches
 from engine.run.faults import BadSamples, BadSteps
 from engine.run.job import Job
@@ -172,6 +172,7 @@ def log_epoch(job: Job) -> None:
     """Records the mean loss of an epoch and begins the next one's."""
     epoch, (loss, _, _) = job.epochs_done, job.state.epoch_meter.read()
     job.state.epoch_losses.append(loss)
-    values = {"epoch": float(epoch), "epoch_loss": loss}
+    memory = peak_memory(job.run.device) / 1e9
+    values = {"epoch": float(epoch), "epoch_loss": loss, "memory_gb": memory}
     line = f"epoch {epoch} done  mean loss {loss:.4f}"
     job.run.records.write("epoch", job.state.step, values, line)

@@ -11,7 +11,9 @@ are `DTensor`s.
 """
 
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -47,6 +49,15 @@ def asks_for_shards(cfg: RunConfig, processes: Processes) -> bool:
             "parallel fsdp goes with precision bf16 or fp32, not fp16: use another, or parallel ddp"
         )
     return True
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held since its start: tensors on a CUDA device, else all
+    of the process's memory, without its loader processes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def check_speed(cfg: RunConfig, processes: Processes) -> None:

@@ -14,7 +14,7 @@ from engine.run.records import read_log, read_results
 
 # Settings hold the folder's name and other things that may differ; records hold times.
 MAY_DIFFER = ("config",)
-TIMES = {"images_per_s", "data_wait", "eta_s", "monitor_s"}
+TIMES = {"images_per_s", "data_wait", "eta_s", "monitor_s", "memory_gb"}
 
 
 def leaves(value: Any, where: str) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def test_eval_takes_the_weights_named_and_not_what_lies_in_the_folder(tmp_path, 
     here = evaluate(data, folder, other)
     assert here["loss"] != results["loss"] and here["checkpoint"] == str(other)
     assert here == evaluate(data, tmp_path / "elsewhere", other)
-    assert changed_files(folder, before) == {"log.txt", "eval.json"}
+    assert changed_files(folder, before) == {"log.txt", "eval.json", "eval_predictions.npz"}
 
 
 # --- settings that shape the model and the training

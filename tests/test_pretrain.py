@@ -4,6 +4,7 @@ what it refuses."""
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 from dataclasses import fields, replace
@@ -95,6 +96,9 @@ def test_a_run_learns_and_fills_its_folder(finished):
     assert epochs == pytest.approx(
         [np.mean([s["loss"] for s in steps[:62]]), np.mean([s["loss"] for s in steps[62:]])]
     )
+    memory = [line["memory_gb"] for line in lines if "memory_gb" in line]
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    assert len(memory) == 2 and 0.2 < memory[0] <= memory[1] <= now
     assert "epoch 2 done" in (folder / "log.txt").read_text()
 
 

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import jinja2
 import yaml
 from matplotlib.figure import Figure
+from PIL import Image
 
+from engine.pictures.choose import spread
 from engine.pictures.drawing import (
     MARK,
     MONITOR_PICTURE,
@@ -30,14 +32,17 @@ from engine.pictures.drawing import (
     PREDICTIONS_PICTURE,
     check_replaceable,
 )
+from engine.pictures.history import kept_pictures
 from engine.run.records import read_log, read_results
 from models.weights.files import weights_digest
-from tools.plotting.compare import compare_runs, find_folders
+from tools.reporting.charts import lines
+from tools.reporting.compare import compare_runs, find_folders
+from tools.reporting.evaluations import BINS, FILES, reports_of
 from util.errors import InputError, LineParser, run_cli
 from util.files import write_output
 from util.settings.evaluation import MAIN_METRIC
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = Path(__file__).with_name("reporting") / "report.html.jinja"
 ACCURACIES = {  # key in log.jsonl -> legend
     "acc1": "validation",
     "val_acc1": "validation",
@@ -65,6 +70,7 @@ OF_ONE_RUN = COMPARED | {
     "gradient norm": {"grad_norm": ""},
     "images per second": {"images_per_s": ""},
     "share of time waiting for data": {"data_wait": ""},
+    "peak memory, GB": {"memory_gb": ""},
 }
 FIGURES = {  # key in log.jsonl -> words at the head of the page
     "epoch_loss": "mean training loss of the last epoch",
@@ -76,6 +82,7 @@ FIGURES = {  # key in log.jsonl -> words at the head of the page
     "psnr": "PSNR of reconstructions, dB",
     "held_out_loss": "held-out loss",
     "effective_rank": "effective rank of the features",
+    "dead_share": "dead dimensions of the features, %",
     "map": "mean average precision",
     "val_map": "mean average precision",
     "rmse": "RMSE",
@@ -106,12 +113,16 @@ MONITORED = {  # key in log.jsonl -> head of a column
 }
 COLUMNS = 2  # of panels
 MOST_REPORTS = 100  # a page and its pictures take about a second each
+SMALL, LONGEST = 160, 2400  # pixels of a mistake's picture, and of any
+MOST_BYTES = 2_400_000  # of the pictures over time
+LAYERS = "block after which the features are read, from 0"
 # folder, protocol, the main figure and its name, numbers of images, accuracy over layers
 Evaluation = tuple[str, str, str, str, list[tuple[int, float]]]
 
 
 class RunLog(NamedTuple):
-    """A run's folder, its name in pictures, and the records of its log.jsonl."""
+    """A run's folder, its name in pictures, and the records of its log.jsonl, none of an evaluation
+    without training."""
 
     folder: Path
     name: str
@@ -152,16 +163,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Path | list[Path]]:
         RunLog(
             folder,
             folder.relative_to(above.get(folder, common)).as_posix(),
-            read_records(folder / "log.jsonl"),
+            read_records(log) if (log := folder / "log.jsonl").exists() else [],
         )
         for folder in found
     ]
     curves = args.save_path or common / "curves.png"
-    contents = {curves: draw(runs, COMPARED)}
+    trained = [run for run in runs if run.records]
+    contents = {curves: draw(trained, COMPARED)} if trained else {}
     contents |= {  # names need not be UTF-8
         run.folder / "report.html": report(run).encode(errors="xmlcharrefreplace") for run in runs
     }
-    made: dict[str, Path | list[Path]] = {"curves": curves, "reports": [*contents][1:]}
+    reports = [run.folder / "report.html" for run in runs]
+    made: dict[str, Path | list[Path]] = {"curves": curves, "reports": reports}
     if len(compared) > 1:
         for run in runs:
             compared[run.folder] = compared.get(run.folder, frozenset()) | {"report.html"}
@@ -180,13 +193,29 @@ def write_pages(contents: dict[Path, bytes]) -> None:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The folder itself if it is a run's, else the runs below it. Raises: InputError if there is
-    none."""
-    logs = [path / "log.jsonl"] if (path / "log.jsonl").is_file() else path.rglob("log.jsonl")
-    found = sorted(log.parent for log in logs if log.is_file())
+    """The folder itself if it is a run's, with or without training, else the runs below it. Raises:
+    InputError if there is none."""
+    if is_run(path):
+        return [path]
+    found = sorted(folder for name, *_ in os.walk(path) if is_run(folder := Path(name)))
     if not found:
-        raise InputError(f"{path} is no run's folder and holds none: there is no log.jsonl")
+        raise InputError(
+            f"{path} is no run's folder and holds none: there is no log.jsonl or results.json"
+        )
     return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has left its log in the folder, or an evaluation its results."""
+    if (folder / "log.jsonl").is_file():
+        return True
+    for name in filter(lambda name: (folder / name).is_file(), FILES):
+        try:
+            if "protocol" in read_results(folder / name):
+                return True
+        except (ValueError, TypeError):
+            continue  # a file of others
+    return False
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -235,21 +264,6 @@ def draw(runs: Sequence[RunLog], panels: dict[str, dict[str, str]]) -> bytes:
     return as_png(figure)
 
 
-def draw_layers(evaluations: list[Evaluation]) -> bytes:
-    """A PNG of the top-1 accuracy in percent over an encoder's layers, with a curve for each
-    evaluation of several."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    panel = figure.add_subplot()
-    for name, *_, points in evaluations:
-        if points:
-            panel.plot(*zip(*points, strict=True), marker=".", label=name)
-    panel.set(title="k-NN, top-1 %", xlabel="block after which the features are read, from 0")
-    panel.locator_params(axis="x", integer=True)
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    return as_png(figure)
-
-
 def as_png(figure: Figure) -> bytes:
     """The picture as a file of this tool's."""
     content = BytesIO()
@@ -271,21 +285,30 @@ def report(run: RunLog) -> str:
     )
     monitor = [record for record in run.records if record.get("kind") == "monitor"]
     evaluations = evaluations_of(run.folder)
-    has_layers = any(points for *_, points in evaluations)
+    layers = {name: points for name, *_, points in evaluations if points}
+    history = history_of(run)
     return template.render(
         generator=MARK,
         name=run.name,
-        step=run.records[-1]["step"],
-        epoch=run.records[-1]["epoch"],
         state=state_of(run, values.get("epochs")),
         figures={
             words: run.series(key)[-1][1] for key, words in FIGURES.items() if run.series(key)
         },
-        curves=as_url(draw([run], OF_ONE_RUN)),
+        reports=reports_of(run.folder),
+        bins=BINS,
+        as_url=as_url,
+        curves=[
+            lines(title, curves, "epoch", floor="dead" in title)
+            for title, keys in OF_ONE_RUN.items()
+            if (
+                curves := {words: run.series(key) for key, words in keys.items() if run.series(key)}
+            )
+        ],
+        history=history,
         pictures=[
-            (f"picture-{Path(name).stem}", *words, as_url((run.folder / name).read_bytes()))
+            (f"picture-{Path(name).stem}", *words, as_url(Image.open(run.folder / name)))
             for name, words in PICTURES.items()
-            if (run.folder / name).exists()
+            if (run.folder / name).exists() and not (history and name == MONITOR_PICTURE)
         ],
         monitor=monitor,
         columns={
@@ -294,16 +317,33 @@ def report(run: RunLog) -> str:
             if any(record.get(key) is not None for record in monitor)
         },
         evaluations=evaluations,
-        layers=as_url(draw_layers(evaluations)) if has_layers else None,
+        layers=lines("k-NN, top-1 %", layers, LAYERS) if layers else None,
         settings=values,
         num_bad=len(bad.read_text(encoding="utf-8").splitlines()) if bad.exists() else 0,
     )
 
 
+def history_of(run: RunLog) -> list[tuple[str, str]]:
+    """The pictures of the monitor over time, each with its epoch in words and inside the page; of
+    many an evenly spaced choice, so that the page stays small."""
+    epochs = {record["step"]: record["epoch"] for record in run.records}
+    kept = kept_pictures(run.folder)
+    total = sum(path.stat().st_size for path in kept.values())
+    places = spread(len(kept), max(2, int(len(kept) * MOST_BYTES / max(total, MOST_BYTES))))
+    found = []
+    for step in [[*kept][place] for place in places]:
+        words = f"epoch {epochs[step]:g}" if step in epochs else f"step {step}"
+        content = base64.b64encode(kept[step].read_bytes()).decode()
+        found.append((words, f"data:image/webp;base64,{content}"))
+    return found
+
+
 def evaluations_of(folder: Path) -> list[Evaluation]:
     """The evaluations of a run's final weights, in folders beside it or beside its own folder."""
     weights = folder / "model.safetensors"
-    digest = weights_digest(weights) if weights.exists() else "none"
+    if not weights.exists():
+        return []
+    digest = weights_digest(weights)
     found: list[Evaluation] = []
     near = [*folder.parent.glob("*/results.json"), *folder.parent.parent.glob("*/*/results.json")]
     for path in sorted({path.resolve() for path in near}):
@@ -331,16 +371,23 @@ def evaluations_of(folder: Path) -> list[Evaluation]:
 
 
 def state_of(run: RunLog, epochs: float | None) -> str:
-    """Whether a run of so many epochs has ended, and how."""
+    """How far a run of so many epochs is, and whether it has ended, and how."""
+    if not run.records:
+        return "evaluation without training"
+    place = f"step {run.records[-1]['step']}, epoch {run.records[-1]['epoch']:.4g}"
     if not (run.folder / "model.safetensors").exists():
-        return "not finished"
+        return f"{place}, not finished"
     is_whole = epochs is None or run.records[-1]["epoch"] >= epochs
-    return "finished" if is_whole else f"stopped, of {epochs} epochs"
+    return f"{place}, finished" if is_whole else f"{place}, stopped, of {epochs} epochs"
 
 
-def as_url(png: bytes) -> str:
-    """A picture inside the page itself."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def as_url(picture: Image.Image, longest: int = LONGEST) -> str:
+    """A picture inside the page itself, without loss if it is small; not above so many pixels."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((longest, longest))
+    content = BytesIO()
+    picture.save(content, format="WEBP", quality=85, lossless=max(picture.size) <= SMALL)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 if __name__ == "__main__":

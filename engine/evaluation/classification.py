@@ -9,7 +9,7 @@ Shapes: `B` batch, `H` heads that share their images, `C` classes.
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from data.labels import (
     build_table_data,
     check_num_classes,
 )
-from engine.evaluation.features import answers
+from engine.evaluation.features import TOP, Guesses, answers
+from engine.evaluation.guesses import save_guesses
 from engine.evaluation.metrics import (
     Figures,
     multiclass_figures,
@@ -31,7 +32,7 @@ from engine.evaluation.metrics import (
     regression_figures,
 )
 from engine.evaluation.objective import Objective
-from engine.run.folder import Run
+from engine.run.folder import EVAL_GUESSES_FILE, GUESSES_FILE, Run
 from engine.run.records import without_nan
 from util.dist import all_gather, first_process_first, from_main, gather_rows
 from util.settings.evaluation import METRICS, FinetuneConfig, KnnConfig, LinclsConfig
@@ -94,12 +95,14 @@ class ClassScores(Scores):
 
     correct1, correct5: images whose class is the first, or among the first five.
     class_correct, class_total: images per class, in the order of the labels.
+    guesses: what it says of each image, on the main process.
     """
 
     correct1: int
     correct5: int
     class_correct: list[int]
     class_total: list[int]
+    guesses: Guesses | None = field(default=None, compare=False, repr=False)
 
     @property
     def scalars(self) -> dict[str, float]:
@@ -186,9 +189,11 @@ class Evaluator:
             num_heads, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
         )
         # What the scores need of each image, a part for each batch, after one of no image: the five
-        # most probable classes (H, 5), and outputs (H, C).
-        first = min(5, num_classes)
+        # most probable classes (H, 5), their probabilities and that of the truth (H, 6), and
+        # outputs (H, C).
+        first = min(TOP, num_classes)
         classes = [torch.empty(0, num_heads, first, dtype=torch.int64, device=device)]
+        probabilities = [torch.empty(0, num_heads, first + 1, device=device)]
         outputs = [torch.empty(0, num_heads, num_classes, device=device)]
         for own, logits in answers(self.cfg, self.run, self.source, self.cfg.crop_pct, classify):
             logits = logits.float().view(num_heads, len(own), num_classes)  # (H, B, C)
@@ -198,6 +203,10 @@ class Evaluator:
                 best = logits.topk(first, dim=-1).indices  # (H, B, 5)
                 # logits that are not finite name no class: such an image counts as wrong
                 is_finite = logits.isfinite().all(dim=-1, keepdim=True)
+                named = torch.cat([best, own.expand(num_heads, -1)[:, :, None]], dim=-1)
+                of_named = logits.gather(-1, named) - logits.logsumexp(dim=-1, keepdim=True)
+                of_named = torch.where(is_finite, of_named.exp(), 0.0)  # (H, B, 6)
+                probabilities.append(of_named.transpose(0, 1))
                 best = torch.where(is_finite, best, num_classes)
                 classes.append(best.transpose(0, 1))
             losses += torch.stack(
@@ -212,16 +221,22 @@ class Evaluator:
         total = len(self.source)
         rows = [
             gather_rows(torch.cat(parts), total if are_kept else 0, everywhere=False)
-            for parts, are_kept in ((classes, is_multiclass), (outputs, keeps))
+            for parts, are_kept in (
+                (classes, is_multiclass),
+                (probabilities, is_multiclass),
+                (outputs, keeps),
+            )
         ]
         if not keeps:
             logger.info("no AUROC and average precision: more than %d logits", MOST_LOGITS)
         return from_main(lambda: [self.scores(head, loss, *rows) for head, loss in enumerate(sums)])
 
-    def scores(self, head: int, loss: float, classes: Tensor, outputs: Tensor) -> Scores:
+    def scores(
+        self, head: int, loss: float, classes: Tensor, probabilities: Tensor, outputs: Tensor
+    ) -> Scores:
         """The scores of one head on all images, from the sum of their losses and of each head the
-        most probable classes `(n, H, 5)` and the outputs `(n, H, C)`, of which there are none if
-        they are too many."""
+        most probable classes `(n, H, 5)`, their probabilities with that of the truth `(n, H, 6)`
+        and the outputs `(n, H, C)`, of which there are none if they are too many."""
         name, count = self.objective.name, len(self.source)
         labels = torch.from_numpy(self.source.labels)
         # 64 bits and sorting are fast on CUDA
@@ -244,4 +259,13 @@ class Evaluator:
             correct5=int((best == labels[:, None]).sum()),
             class_correct=labels[is_right].bincount(minlength=num_classes).tolist(),
             class_total=labels.bincount(minlength=num_classes).tolist(),
+            guesses=Guesses(labels, best, probabilities[:, head, :-1], probabilities[:, head, -1]),
         )
+
+    def keep(self, scores: Scores) -> None:
+        """Writes what a classifier said of each image into the run's folder, if each has one
+        class."""
+        if self.run.processes.is_main and isinstance(scores, ClassScores) and scores.guesses:
+            is_eval = isinstance(self.cfg, FinetuneConfig) and self.cfg.eval
+            path = self.run.output_dir / (EVAL_GUESSES_FILE if is_eval else GUESSES_FILE)
+            save_guesses(path, scores.guesses, self.objective.names, self.cfg, self.source)

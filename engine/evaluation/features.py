@@ -23,6 +23,7 @@ from util.settings.base import PixelConfig
 from util.settings.evaluation import KnnConfig
 
 Answer = TypeVar("Answer")
+TOP = 5  # classes that are kept of what a classifier says of an image
 
 
 class Features(NamedTuple):
@@ -36,6 +37,22 @@ class Features(NamedTuple):
     train_labels: Tensor
     val: Tensor
     val_labels: Tensor
+
+
+class Guesses(NamedTuple):
+    """The most probable classes of each image, all on the CPU.
+
+    labels: `(n,)` int64, their own classes.
+    classes: `(n, K)` int64, the most probable first, K at most TOP; the number of classes stands
+        for none, as for logits that are not finite.
+    probabilities: `(n, K)` float32 of these, 0 of none. of_truth: `(n,)` float32, of the image's
+        own class.
+    """
+
+    labels: Tensor
+    classes: Tensor
+    probabilities: Tensor
+    of_truth: Tensor
 
 
 def on_pixels(

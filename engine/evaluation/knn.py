@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.evaluation.features import Features
+from engine.evaluation.features import TOP, Features, Guesses
 from util.dist import Processes, all_gather
 
 QUERIES, ROWS = 256, 2**14
@@ -34,12 +34,14 @@ def rank_labels(
     ks: tuple[int, ...],
     temperature: float,
     processes: Processes,
+    guesses: list[Guesses] | None = None,
 ) -> dict[int, Tensor]:
     """The rank of each query's own class among the guesses, `(Q,)` int64 for each k: 0 is a hit.
 
     All processes must call, and all get the ranks. `features.val` are the queries, the same on
     every process; `features.train` is this process's share of the training rows. A k above the
-    number of training images takes all of them.
+    number of training images takes all of them. What the neighbours of the first k vote for is
+    added to the list `guesses`, a part of the queries after the other.
     """
     queries = F.normalize(features.val.to(processes.device), dim=1)  # (Q, D)
     most = min(max(ks), len(features.train_labels))
@@ -56,6 +58,8 @@ def rank_labels(
             for k in ks:
                 if count == min(k, most):
                     ranks[k].append(rank_of_label(votes, labels))
+                    if k == ks[0] and guesses is not None:
+                        guesses.append(guessed(votes, labels))
     return {k: torch.cat(parts) for k, parts in ranks.items()}
 
 
@@ -99,6 +103,18 @@ def growing_votes(
     votes = torch.zeros(len(keys), num_classes, dtype=torch.float64)
     for place in range(keys.shape[1]):
         yield votes.scatter_add_(1, labels[:, place, None], weights[:, place, None])
+
+
+def guessed(votes: Tensor, labels: Tensor) -> Guesses:
+    """The classes with most of the votes `(Q, C)`, and their shares of all votes as
+    probabilities."""
+    shares, classes = (votes / votes.sum(dim=1, keepdim=True)).sort(
+        dim=1, descending=True, stable=True
+    )
+    shares, classes = shares[:, :TOP], classes[:, :TOP]
+    classes = torch.where(shares > 0, classes, votes.shape[1])
+    of_truth = votes.gather(1, labels[:, None])[:, 0] / votes.sum(dim=1)
+    return Guesses(labels, classes, shares.float(), of_truth.float())
 
 
 def rank_of_label(votes: Tensor, labels: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from engine.evaluation.logistic import fit_linear
 from engine.parallel import unsharded_model
 from engine.pictures.choose import spread, validation_source
 from engine.pictures.drawing import MONITOR_PICTURE, draw_grid, heat_over, to_picture
+from engine.pictures.history import keep_picture
 from engine.pictures.reconstruction import COLUMNS, caption_of, reconstruct
 from engine.pictures.rollout import rollout
 from engine.run.folder import Run
@@ -177,6 +178,7 @@ class Monitor:
         caption = f"{caption_of(model)} {ATTENTION}"
         picture = draw_grid(rows, [*COLUMNS, "attention"], labels, caption)
         self.run.records.write_picture(MONITOR_PICTURE, picture, step)
+        keep_picture(self.run.output_dir, picture, step)
         return sum(psnr) / len(psnr)
 
     def classify(self, model: MaskedAutoencoder, data: LabelledData) -> dict[str, float]:

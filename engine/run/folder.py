@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from engine.parallel import check_speed
+from engine.pictures.history import drop_pictures
 from engine.run.checkpoint import checkpoint_steps, set_aside_damaged
 from engine.run.records import Kind, Records, drop_records, logging_to, write_results
 from util.dist import Processes, broadcast, init_processes
@@ -30,7 +32,9 @@ from util.settings.pretrain import PretrainConfig
 from util.settings.read import dump_config
 
 TrainConfig = PretrainConfig | FinetuneConfig | LinclsConfig
-RESULT_FILES = ("model.safetensors", "best.safetensors", "results.json")
+# What a classifier said of each image: beside results.json, and beside eval.json
+GUESSES_FILE, EVAL_GUESSES_FILE = "predictions.npz", "eval_predictions.npz"
+RESULT_FILES = ("model.safetensors", "best.safetensors", GUESSES_FILE, "results.json")
 PROGRESS_FILES = (
     "config.yaml",
     "log.jsonl",
@@ -39,11 +43,12 @@ PROGRESS_FILES = (
     "bad_samples.jsonl",
     "bad_steps.jsonl",
     "monitor.png",
+    "monitor",
     "predictions.png",
     "per_class.png",
 )
 OWN_NAME = re.compile(
-    r"checkpoint-\d{8,}\.pth(\.sha256)?|eval\.json|"
+    r"checkpoint-\d{8,}\.pth(\.sha256)?|eval\.json|eval_predictions\.npz|"
     + "|".join(map(re.escape, RESULT_FILES + PROGRESS_FILES))
 )
 # Settings that a config.yaml may have more or less, as other versions write it; stages differ by 20
@@ -160,8 +165,10 @@ def claim(folder: Path, cfg: RunConfig, stack: ExitStack) -> None:
     check_writable("output_dir", folder)
     if isinstance(cfg, KnnConfig):
         lost = _results_of_others(folder / "results.json", "k-NN")
+        lost += _guesses_of_others(folder / GUESSES_FILE)
     elif isinstance(cfg, FinetuneConfig) and cfg.eval:
         lost = _results_of_others(folder / "eval.json", "evaluation")
+        lost += _guesses_of_others(folder / EVAL_GUESSES_FILE)
     else:
         stack.enter_context(locked(folder))
         lost = _weights_to_start_from(folder, cfg)
@@ -191,6 +198,7 @@ def take_over_folder(folder: Path, cfg: TrainConfig, step: int, pending: set[Kin
         path.unlink(missing_ok=True)
     write_text(folder / "config.yaml", dump_config(cfg))
     drop_records(folder / "log.jsonl", step, pending)
+    drop_pictures(folder, step)
 
 
 @contextmanager
@@ -253,3 +261,14 @@ def _results_of_others(path: Path, protocol: str) -> list[str]:
     """The name of a file of results unless it is not there or of this protocol."""
     is_own = not path.exists() or f'"protocol": "{protocol}' in path.read_text(errors="replace")
     return [] if is_own else [path.name]
+
+
+def _guesses_of_others(path: Path) -> list[str]:
+    """The name of a file of predictions unless it is not there or one of this project's."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return [] if "of_truth.npy" in file.namelist() else [path.name]
+    except FileNotFoundError:
+        return []
+    except (OSError, zipfile.BadZipFile):
+        return [path.name]

@@ -67,6 +67,10 @@ class LinearTask(Protocol):
         the images that choose among them, `held_out`. All processes must call, and all get them.
         Raises: DataError."""
 
+    def keep(self, scores: Scores) -> None:
+        """Writes what a probe said of each validation image into the run's folder, if each has one
+        class."""
+
     def weights(self, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
         """For a file of the frozen model with the probe `(C, D)`, `(C,)`: the tensors of its head,
         and what the header says beside its specification."""
@@ -119,6 +123,9 @@ class LinearImages:
             for split, evaluator in self.evaluators.items()
         }
 
+    def keep(self, scores: Scores) -> None:
+        self.evaluators["val"].keep(scores)
+
     def weights(self, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
         return self.objective.head_in_unit(weight, bias), self.objective.header()
 
@@ -169,6 +176,9 @@ class LinearSegmentation:
             )
             for split, evaluator in self.evaluators.items()
         }
+
+    def keep(self, scores: Scores) -> None:
+        pass
 
     def weights(self, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
         head = {"head.classify.weight": weight[:, :, None, None], "head.classify.bias": bias}

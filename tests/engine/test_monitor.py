@@ -40,6 +40,7 @@ from engine.evaluation.features import compute_features
 from engine.evaluation.logistic import DECAY, fit_linear
 from engine.pictures import monitor as module
 from engine.pictures.drawing import CELL, enlarged, heat_over
+from engine.pictures.history import MOST, drop_pictures, keep_picture, kept_pictures
 from engine.pictures.monitor import Monitor, knn_data
 from engine.pictures.reconstruction import reconstruct
 from engine.pictures.rollout import rollout
@@ -193,6 +194,9 @@ def test_a_stopped_run_goes_on_and_repeats_no_observation(tmp_path, data):
     assert [event.step for event in images] == [0, 10, 20, 40, 50]
     last = decode_image(images[-1].encoded_image_string, PixelFormat(3)).permute(1, 2, 0).numpy()
     assert (last == np.asarray(Image.open(tmp_path / "monitor.png"))).all()
+    kept = kept_pictures(tmp_path)  # for the slider of the run's page, nearly the same pixels
+    assert [*kept] == [0, 10, 20, 40, 50]
+    assert np.abs(last.astype(int) - np.asarray(Image.open(kept[50]))).mean() < 8
     psnr = [record["psnr"] for record in observations(tmp_path)]
     assert [event.value for event in events.Scalars("monitor/psnr")] == pytest.approx(psnr)
     assert len({event.encoded_image_string for event in images}) == len(set(psnr)) == 5
@@ -473,3 +477,24 @@ def test_two_processes_see_what_one_sees(tmp_path):
         assert ours["psnr"] == pytest.approx(theirs["psnr"], abs=1e-3)
         assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-5)
     assert_same_but_settings(tmp_path / "two", tmp_path / "off")
+
+
+def test_pictures_over_time_are_few_and_spread(tmp_path):
+    """The first and the newest stay, and so do files of others."""
+    picture = np.zeros((4, 4, 3), np.uint8)
+    (tmp_path / "monitor").mkdir()
+    for name in ("mine.webp", "1.webp", "99999999.txt"):
+        (tmp_path / "monitor" / name).write_bytes(b"mine")
+    for step in range(0, 1000, 5):
+        keep_picture(tmp_path, picture, step)
+        kept = [*kept_pictures(tmp_path)]
+        assert len(kept) == min(MOST, step // 5 + 1) and (kept[0], kept[-1]) == (0, step)
+    gaps = np.diff(kept)
+    assert gaps.max() <= 2 * 1000 / MOST
+    (tmp_path / "monitor" / "00000005.webp.tmp").touch()
+    drop_pictures(tmp_path, 500)
+    assert [*kept_pictures(tmp_path)] == [step for step in kept if step <= 500]
+    others = {path.name for path in (tmp_path / "monitor").iterdir()} - {
+        f"{step:08d}.webp" for step in kept
+    }
+    assert others == {"mine.webp", "1.webp", "99999999.txt"}

@@ -14,7 +14,7 @@ from runs import log_lines, pictures, pretrain_pictures, results_of
 
 import main_knn
 from tools import plot_run
-from tools.plotting import compare
+from tools.reporting import compare
 from util.errors import InputError
 from util.settings.pretrain import PretrainConfig
 from util.settings.read import dump_config

@@ -49,7 +49,8 @@ def load_config(
 
     `checks` return the problems that need knowledge of other packages (a model's geometry), as
     `Settings.problems` does. `siblings` are the classes of the other stages, whose settings are
-    skipped in a file, which may be for several stages, and refused as flags. `--help` and `--print_config` print and exit with 0.
+    skipped in a file, which may be for several stages, and refused as flags. `--help` and
+    `--print_config` print and exit with 0.
 
     Raises: InputError with every problem, one per line, and the names of the settings.
     """

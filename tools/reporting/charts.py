@@ -1,0 +1,109 @@
+"""Small charts as SVG inside a page, whose text and axes have the page's colour, light or dark."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
+
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#010203"  # stands for the page's colour of text
+STYLE = {
+    "svg.fonttype": "none",  # texts stay texts
+    "font.size": 9,
+    "text.parse_math": False,  # a name may hold a $
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+} | dict.fromkeys(
+    ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+)
+MOST_POINTS = 500  # of a curve: more are not seen
+Points = Sequence[tuple[float, float]]
+
+
+def lines(
+    title: str, curves: Mapping[str, Points], xlabel: str, log_x: bool = False, floor: bool = False
+) -> Markup:
+    """Curves by their names in the legend; the x axis has whole numbers, or a logarithmic scale;
+    with `floor` the y axis begins at 0."""
+
+    def draw(panel: Axes) -> None:
+        for style, (words, points) in enumerate(curves.items()):
+            if not points:
+                continue
+            few = [*points[:: -(-len(points) // MOST_POINTS)], *points[-1:]]
+            panel.plot(
+                *zip(*few, strict=True),
+                label=words,
+                linestyle=("-", "--", ":", "-.")[style % 4],
+                marker="." if len(points) < 30 else None,
+            )
+        if log_x:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
+        else:
+            panel.locator_params(axis="x", integer=True)
+        if floor:
+            panel.set_ylim(bottom=0)
+        panel.set(title=title, xlabel=xlabel)
+        panel.grid(alpha=0.25)
+        if any(curves):
+            panel.legend(fontsize=8)
+
+    return as_svg(title, draw)
+
+
+def reliability(accuracy: np.ndarray, shares: np.ndarray) -> Markup:
+    """Accuracy over confidence in bins of equal width, and the share of the images in each, all in
+    percent. The line is where accuracy and confidence are equal."""
+    width = 100 / len(shares)
+    edges = width * np.arange(len(shares))
+
+    def draw(panel: Axes) -> None:
+        panel.bar(edges, accuracy, width, align="edge", edgecolor=INK, lw=0.5, label="accuracy, %")
+        panel.stairs(shares, [*edges, 100], color="C1", lw=1.5, label="share of all images, %")
+        panel.plot([0, 100], [0, 100], "--", color=INK, lw=1, label="as right as confident")
+        panel.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %")
+        panel.legend(fontsize=8)
+
+    return as_svg("Accuracy over confidence", draw)
+
+
+def matrix(counts: np.ndarray) -> Markup:
+    """A confusion matrix `(C, C)` as a picture, the share of each row in colour."""
+
+    def draw(panel: Axes) -> None:
+        shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+        panel.imshow(shares**0.5, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+        panel.set(xlabel="predicted class, by its number", ylabel="true class")
+
+    return as_svg("Confusion matrix", draw, (5, 5))
+
+
+def as_svg(
+    label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.4, 3.0)
+) -> Markup:
+    """What `draw` puts on axes, as an SVG element of the page's width that screen readers call
+    `label`."""
+    with rc_context(STYLE | {"svg.hashsalt": label}):  # type: ignore[arg-type]
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        content = StringIO()
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    text = content.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    # what only a file of its own needs, and names of elements that every chart has
+    for needless in (
+        r"<metadata>.*?</metadata>",
+        r' xmlns(:xlink)?="[^"]*"',
+        r'(?<=pt") height="[^"]*"',
+        r' width="[\d.]*pt"',
+        r' id="[A-Za-z]+[\w.]*_\d+"',
+    ):
+        text = re.sub(needless, "", text, flags=re.DOTALL)
+    named = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return Markup(named)  # noqa: S704 (matplotlib escapes its texts)
