@@ -35,7 +35,7 @@ def encoder(
     """The encoder, without a decoder or head: images `(B, C, H, W)` -> features `(B, D)`.
 
     Args:
-        weights: file of weights, or a Hugging Face folder.
+        weights: file of weights, a Hugging Face folder, or a name as "cifar10-tiny".
         global_pool: "avg" or "token"; None is the readout of a classifier ("avg" of an attentive
             one), and for any other file the class tokens if there are any.
         num_heads: attention heads, for a file that does not tell them.

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from models.build import classifier_config_problems, mae_config_problems
 from util.errors import InputError, run_cli
+from util.files import pretrained
 from util.settings.base import Settings
 from util.settings.evaluation import (
     RANDOM_WEIGHTS,
@@ -82,6 +83,6 @@ def with_paths(cfg: SettingsT) -> SettingsT:
         values["data_path"] = None
     for name in ("finetune", "load_path", "data_path", "labels"):
         path = values.get(name)
-        if path not in (None, RANDOM_WEIGHTS) and not os.access(path, os.F_OK):
+        if path not in (None, RANDOM_WEIGHTS, *pretrained()) and not os.access(path, os.F_OK):
             raise InputError(f"{name} {path} does not exist", settings=(name,))
     return cfg

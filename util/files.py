@@ -1,5 +1,5 @@
-"""Paths as users write them; files that appear complete or not at all, because they are written
-under a temporary name, flushed to disk and renamed."""
+"""Paths as users write them, names of weights among them; files that appear complete or not at all,
+because they are written under a temporary name, flushed to disk and renamed."""
 
 import errno
 import fcntl
@@ -15,9 +15,15 @@ from typing import TextIO
 from util.errors import LocalInputError
 
 logger = logging.getLogger(__name__)
+PRETRAINED = Path(__file__).parents[1] / "models" / "weights" / "pretrained"
 TEMPORARY = ".tmp"  # ending of a file that is still being written
 # How file systems say that they cannot flush a folder, or not open it for that
 UNFLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR)
+
+
+def pretrained() -> dict[str, Path]:
+    """The names of the weights that come with this project, and their files."""
+    return {path.stem: path for path in sorted(PRETRAINED.glob("*.safetensors"))}
 
 
 def expand_path(path: str) -> str:

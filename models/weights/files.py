@@ -21,9 +21,9 @@ from torch import Tensor
 
 from models.weights.own import CHECKPOINT_VERSION, PIXEL_SETTINGS, decoded, unusual_pixels
 from util.errors import InputError
+from util.files import pretrained
 
 WRAPPERS = ("model", "state_dict")  # where a .pth keeps the weights, in this order
-PRETRAINED = Path(__file__).with_name("pretrained")
 OWN_HEADER = ("model_args", "mean", "std")
 SOMETIMES = ("objective", "class_names", *PIXEL_SETTINGS)  # in the headers that need them
 FOLDER_FILES = (  # of Hugging Face's folders; large weights are split into several files
@@ -47,11 +47,6 @@ class RawWeights:
     tensors: dict[str, Tensor]
     source: str
     header: dict[str, Any] = field(default_factory=dict)
-
-
-def pretrained() -> dict[str, Path]:
-    """The names of the weights that come with this project, and their files."""
-    return {path.stem: path for path in sorted(PRETRAINED.glob("*.safetensors"))}
 
 
 def weights_files(path: Path) -> list[Path]:

@@ -41,6 +41,7 @@ from models.weights.own import own_bytes, read_header
 from models.weights.read import read_weights
 from models.weights.write import FORMATS, write_weights
 from tools import convert_checkpoint
+from util import files
 from util.errors import InputError
 
 NO_TOKEN = MAE | {"class_tokens": 0, "decoder_class_token": False}
@@ -946,7 +947,7 @@ def test_damaged_files_are_one_clear_error_or_still_whole(tmp_path, form):
 def test_weights_that_come_with_the_project_have_names(tmp_path, monkeypatch):
     (tmp_path / "pretrained").mkdir()
     own = own_file(tmp_path / "pretrained", built(MAE), "tiny.safetensors")
-    monkeypatch.setattr(weights_files, "PRETRAINED", own.parent)
+    monkeypatch.setattr(files, "PRETRAINED", own.parent)
     monkeypatch.chdir(tmp_path)
     assert read_weights("tiny")[1] == read_weights(own)[1] and weights_digest("tiny")
     assert hub("autoencoder", "tiny").spec == built(MAE).spec

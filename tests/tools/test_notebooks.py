@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import resize
 
 from data.known_sets import read_mnist5k
 from hubconf import encoder
-from models.weights.files import pretrained
+from util.files import pretrained
 from util.settings.pretrain import PretrainConfig
 
 NOTEBOOK = ROOT / "tools/notebooks/first_look.ipynb"
