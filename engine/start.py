@@ -83,6 +83,7 @@ def with_paths(cfg: SettingsT) -> SettingsT:
         values["data_path"] = None
     for name in ("finetune", "load_path", "data_path", "labels"):
         path = values.get(name)
-        if path not in (None, RANDOM_WEIGHTS, *pretrained()) and not os.access(path, os.F_OK):
+        is_name = path in (RANDOM_WEIGHTS, *pretrained())
+        if path is not None and not is_name and not os.access(path, os.F_OK):
             raise InputError(f"{name} {path} does not exist", settings=(name,))
     return cfg

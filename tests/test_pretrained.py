@@ -9,9 +9,11 @@ from runs import results_of
 
 import main_knn
 import main_lincls
+from engine.start import with_paths
 from models.spec import MAESpec
 from models.weights.read import read_weights
 from util.files import PRETRAINED, pretrained
+from util.settings.evaluation import KnnConfig
 
 MARGIN = 0.3  # points of accuracy
 STAGES = {"10-NN": main_knn.main, "logistic regression": main_lincls.main}
@@ -27,6 +29,7 @@ def test_each_has_a_decoder_and_is_small(name):
     assert isinstance(info.spec, MAESpec) and not info.unknown and info.mean and info.std
     assert Path(PRETRAINED / f"{name}.safetensors").stat().st_size < 8e6
     assert told(name)["sha256"] == info.sha256
+    assert with_paths(KnnConfig(finetune=name, dataset="mnist5k")).finetune == name
 
 
 @pytest.mark.long
