@@ -1239,8 +1239,8 @@ test_votes_are_shares_and_equal_ones_go_to_the_lower_label
 311 predictions: those of the last probe are kept, not of the chosen one
 main_lincls.py engine/test_guesses.py
 test_stored_predictions_give_the_accuracy_exactly
--task.keep(best)
-+task.keep(scores["val"][-1])
+-keep_guesses(task.evaluators["val"], best)
++keep_guesses(task.evaluators["val"], scores["val"][-1])
 
 312 report: the calibration error is that of all images together
 tools/reporting/evaluations.py tools/test_evaluation_pages.py

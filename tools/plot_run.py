@@ -19,7 +19,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from PIL import Image
 
 from engine.pictures.choose import spread
@@ -33,28 +32,29 @@ from engine.pictures.history import kept_pictures
 from engine.run.records import read_log, read_results
 from models.weights.files import weights_digest
 from tools.reporting.charts import Curve, lines, picture
-from tools.reporting.compare import compare_runs
+from tools.reporting.compare import compare_runs, read_settings
 from tools.reporting.evaluations import BINS, LAYERS, reports_of
 from tools.reporting.runs import FIGURES, contents, find_folders, number, render
-from util.errors import InputError, LineParser, run_cli
+from util.errors import InputError, LineParser, run_cli, where
 from util.files import printable, write_output
 from util.settings.evaluation import MAIN_METRIC
 
-ACCURACIES = {  # key in log.jsonl -> legend
-    "acc1": "validation",
-    "val_acc1": "validation",
-    "ema_acc1": "moving average",
-    "held_out_acc1": "held-out",
-    "knn_acc1": "10-NN",
-    "probe_acc1": "linear",
+COMPARED = {  # title of a panel -> key in log.jsonl -> legend
+    "loss": {
+        "loss": "training",
+        "val_loss": "validation",
+        "held_out_loss": "held-out",
+        "seen_loss": "fixed training images",
+    },
+    "top-1 %": {
+        "acc1": "validation",
+        "val_acc1": "validation",
+        "ema_acc1": "moving average",
+        "held_out_acc1": "held-out",
+        "knn_acc1": "10-NN",
+        "probe_acc1": "linear",
+    },
 }
-LOSS = {
-    "loss": "training",
-    "val_loss": "validation",
-    "held_out_loss": "held-out",
-    "seen_loss": "fixed training images",
-}
-COMPARED = {"loss": LOSS, "top-1 %": ACCURACIES}
 OF_ONE_RUN = COMPARED | {
     "mean average precision": {"map": "", "val_map": "", "held_out_map": "held-out"},
     "RMSE": {"rmse": "", "val_rmse": "", "held_out_rmse": "held-out"},
@@ -90,6 +90,7 @@ MONITORED = {  # key in log.jsonl -> head of a column
 MOST_REPORTS = 100  # a page and its pictures take about a second each
 SMALL, LONGEST = 160, 2400  # pixels of a mistake's picture, and of any
 MOST_PICTURES, MOST_BYTES = 30, 2_400_000  # of the pictures over time
+URL = "data:image/webp;base64,"  # beginning of a picture inside the page
 # folder, protocol, the main figure and its name, numbers of images, accuracy over layers
 Evaluation = tuple[str, str, str, str, list[tuple[int, float]]]
 
@@ -168,10 +169,7 @@ def write_pages(pages: dict[Path, bytes]) -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a log.jsonl, without a last one that is still being written. Raises:
     InputError if there are none, or others than a run's."""
-    try:
-        records = read_log(path)
-    except UnicodeDecodeError:
-        records = []
+    records = contents(read_log, path, list)
     are_of_a_run = (isinstance(r, dict) and {"step", "epoch"} <= r.keys() for r in records)
     if not records or not all(are_of_a_run):
         raise InputError(f"{path} holds no records of a run, or none yet")
@@ -197,7 +195,7 @@ def report(run: RunLog) -> bytes:
     """The page about a run."""
     settings = run.folder / "config.yaml"
     bad = run.folder / "bad_samples.jsonl"
-    values = contents(read_yaml, settings, dict) if settings.exists() else {}
+    values = contents(read_settings, settings, dict) if settings.exists() else {}
     monitor = [record for record in run.records if record.get("kind") == "monitor"]
     evaluations = evaluations_of(run.folder)
     layers = {name: points for name, *_, points in evaluations if points}
@@ -246,12 +244,13 @@ def history_of(run: RunLog) -> list[tuple[str, str]]:
     total = sum(path.stat().st_size for path in kept.values())
     most = min(MOST_PICTURES, int(len(kept) * MOST_BYTES / max(total, MOST_BYTES)))
     places = spread(len(kept), max(2, most))
-    found = []
-    for step in [[*kept][place] for place in places]:
-        words = f"epoch {epochs[step]:g}" if step in epochs else f"step {step}"
-        content = base64.b64encode(kept[step].read_bytes()).decode()
-        found.append((words, f"data:image/webp;base64,{content}"))
-    return found
+    return [
+        (
+            f"epoch {epochs[step]:g}" if step in epochs else f"step {step}",
+            URL + base64.b64encode(kept[step].read_bytes()).decode(),
+        )
+        for step in [[*kept][place] for place in places]
+    ]
 
 
 def evaluations_of(folder: Path) -> list[Evaluation]:
@@ -268,24 +267,21 @@ def evaluations_of(folder: Path) -> list[Evaluation]:
         if results.get("sha256") != digest or not figures:
             continue
         layers = results.get("layers", [])
-        how = results["protocol"]
-        if layers:
-            how += f", best of {len(layers)} layers: {results['layer']}"
-        if not results.get("last_norm", True):
-            how += ", without the last norm"
-        row = (
-            os.path.relpath(path.parent, folder.parent),
-            how,
-            f"{results[figures[0]]:.2f} ({FIGURES[figures[0]]})",
-            f"{results['num_train']:,} / {results['num_samples']:,}",
-            [(of_layer["layer"], of_layer["acc1"]) for of_layer in layers],
+        how = where(
+            (True, results["protocol"]),
+            (layers, f"best of {len(layers)} layers: {results.get('layer')}"),
+            (not results.get("last_norm", True), "without the last norm"),
         )
-        found.append(row)
+        found.append(
+            (
+                os.path.relpath(path.parent, folder.parent),
+                ", ".join(how),
+                f"{results[figures[0]]:.2f} ({FIGURES[figures[0]]})",
+                f"{results['num_train']:,} / {results['num_samples']:,}",
+                [(of_layer["layer"], of_layer["acc1"]) for of_layer in layers],
+            )
+        )
     return found
-
-
-def read_yaml(path: Path) -> object:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def state_of(run: RunLog, epochs: float | None) -> str:
@@ -305,7 +301,7 @@ def as_url(picture: Image.Image, longest: int = LONGEST) -> str:
     picture.thumbnail((longest, longest))
     content = BytesIO()
     picture.save(content, format="WEBP", quality=85, lossless=max(picture.size) <= SMALL)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return URL + base64.b64encode(content.getvalue()).decode()
 
 
 if __name__ == "__main__":

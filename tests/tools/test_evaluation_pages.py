@@ -107,7 +107,7 @@ def test_pages_of_evaluations_stand_beside_the_untrained_model(output):
         ours, theirs = (results_of(output / of)["acc1"] for of in (name, f"{name}_untrained"))
         cells = [f"{value:.2f}" for value in (ours, theirs)] + [f"{ours - theirs:+.2f}"]
         row = "top-1 %</td>" + "".join(f'<td class="number">{cell}</td>' for cell in cells)
-        assert row in page
+        assert row in page and ("top-1 %, k = 20</td>" in page) == (name == "knn")
         assert page.count("<li><img") == min(12, 60 - results_of(output / name)["correct1"])
         assert len(page) < LIMIT and "Their pictures are not there" not in page
     (report,) = evaluations.reports_of(output / "knn")

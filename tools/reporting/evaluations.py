@@ -29,12 +29,6 @@ PER_CLASS = "per_class"  # beginning of keys in results.json
 FIGURES = (*dict.fromkeys(name for names in METRICS.values() for name in names), "loss")
 UNBOUNDED = ("mae", "rmse", "r2")  # have no bar
 LAYERS = "block after which the features are read, from 0"
-NEIGHBOURS = "k, number of neighbours"
-CHARTS = {  # key in results.json -> title, and title of the x axis
-    "layers": ("top-1 % over layers", LAYERS),
-    "acc1_by_k": ("top-1 % over k", NEIGHBOURS),
-    "miou_by_k": ("mean IoU, %, over k", NEIGHBOURS),
-}
 BINS = 15  # of the calibration, of equal width, as in arXiv 1706.04599
 MOST_CELLS, MOST_CLASSES = 20, 1000  # of a confusion matrix on the page, and of one that is counted
 MISTAKES, CONFUSIONS = 12, 10  # that are shown
@@ -54,12 +48,12 @@ def report_of(folder: Path, name: str) -> Report:
     if not results:
         return {}
     other, other_guesses = read_evaluation(beside, name)
-    figures = [figure for figure in FIGURES if figure in results]
+    figures, before = figures_of(results), figures_of(other)
     report: Report = {
         "title": str(results.get("protocol", "evaluation")),
         "file": name,
         "untrained": beside.name if other else None,
-        "figures": [(NAMES.get(key, key), results[key], other.get(key)) for key in figures],
+        "figures": [(words, value, before.get(words)) for words, value in figures.items()],
         "details": {
             key: value
             for key, value in results.items()
@@ -69,10 +63,10 @@ def report_of(folder: Path, name: str) -> Report:
     }
     if guesses is None:
         return report | classes_of(results, other)
-    before = {} if other_guesses is None else by_class(other_guesses)
+    untrained = {} if other_guesses is None else by_class(other_guesses)
     return (
         report
-        | classes_of(by_class(guesses), before)
+        | classes_of(by_class(guesses), untrained)
         | calibration_of(guesses)
         | mistakes_of(guesses)
     )
@@ -87,8 +81,17 @@ def read_evaluation(folder: Path, name: str) -> tuple[dict, GuessesFile | None]:
     return results, load_guesses(guesses) if "acc1" in results and guesses.exists() else None
 
 
+def figures_of(results: Mapping) -> dict[str, float | None]:
+    """The figures by their names on the page, those of k-NN for each k."""
+    return {NAMES.get(key, key): results[key] for key in FIGURES if key in results} | {
+        f"{NAMES[key]}, k = {k}": value
+        for key in ("acc1", "miou")
+        for k, value in results.get(f"{key}_by_k", {}).items()
+    }
+
+
 def charts_of(results: Mapping, other: Mapping) -> list[Markup]:
-    """Curves over learning rates or C, over layers, and over k."""
+    """Curves over learning rates or C, and over layers."""
     found = []
     curve = results.get("curve", [])
     if len(curve) > 1:
@@ -101,18 +104,13 @@ def charts_of(results: Mapping, other: Mapping) -> list[Markup]:
             for name in names
         }
         found.append(lines("Which probe is best", curves, words, log_x=True))
-    for key, (title, words) in CHARTS.items():
-        both = {"this model": points_of(results, key), "untrained": points_of(other, key)}
-        if len(both["this model"]) > 1:
-            found.append(lines(title, both, words, log_x=words == NEIGHBOURS))
+    layers = {
+        model: [(row["layer"], row["acc1"]) for row in of_one.get("layers", [])]
+        for model, of_one in {"this model": results, "untrained": other}.items()
+    }
+    if layers["this model"]:
+        found.append(lines("top-1 % over layers", layers, LAYERS))
     return found
-
-
-def points_of(results: Mapping, key: str) -> list[tuple[int, float]]:
-    """A figure over layers, or over k; no points if it was not measured."""
-    if key == "layers":
-        return [(row["layer"], row["acc1"]) for row in results.get(key, [])]
-    return sorted((int(k), value) for k, value in results.get(key, {}).items())
 
 
 def classes_of(results: Mapping, other: Mapping) -> Report:
@@ -143,8 +141,13 @@ def classes_of(results: Mapping, other: Mapping) -> Report:
         for name in names
     ]
     rows.sort(key=lambda row: (row[3] is None, row[3]))
-    report: Report = {"columns": columns, "classes": rows, "names": names, "has_bar": has_bar}
-    report["unit"] = "pixels" if "miou" in results else "images"
+    report: Report = {
+        "columns": columns,
+        "classes": rows,
+        "names": names,
+        "has_bar": has_bar,
+        "unit": "pixels" if "miou" in results else "images",
+    }
     if 0 < len(confusion) <= MOST_CELLS:
         report["cells"] = confusion.tolist()
     if len(confusion):
