@@ -18,6 +18,7 @@ from engine.evaluation.features import Guesses
 from engine.evaluation.guesses import load_guesses, save_guesses
 from engine.evaluation.metrics import Figures, segmentation_figures
 from engine.pictures.drawing import write_png
+from engine.pictures.history import keep_picture
 from tools import plot_run
 from tools.reporting import evaluations
 from util.errors import InputError
@@ -169,6 +170,13 @@ def test_many_classes_stay_small(tmp_path):
     page = page_of(tmp_path / "run")
     assert len(page) < LIMIT and "What is confused most often" in page
     assert page.count('<span class="bar">') == 1000 and "without the images at hand" in page
+
+
+def test_of_many_pictures_over_time_the_page_has_a_few(tmp_path):
+    for step in range(40):
+        keep_picture(tmp_path, np.zeros((4, 4, 3), np.uint8), step)
+    found = plot_run.history_of(plot_run.RunLog(tmp_path, "run", [{"step": 39, "epoch": 3.0}]))
+    assert len(found) == 30 and (found[0][0], found[-1][0]) == ("step 0", "epoch 3")
 
 
 def test_segmentation_and_detection_have_pages(tmp_path):
