@@ -6,7 +6,6 @@ Shapes: `n` images, `K` of the most probable classes.
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -93,7 +92,7 @@ def load_guesses(path: Path) -> GuessesFile:
         texts = {name: json.loads(arrays[name].tobytes()) for name in ("class_names", "settings")}
         names = [os.fsdecode(name) for name in arrays["names"].tolist()]
         return GuessesFile(**arrays | texts | {"names": names})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         raise InputError(f"{path} holds no complete predictions of a run: {error}") from error
 
 
