@@ -49,9 +49,8 @@ from util.settings.evaluation import RANDOM_WEIGHTS, KnnConfig
 WEIGHTS_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 DIGITS = re.compile(r"(\d+)")
 Results = dict[str, Any]
-Found = tuple[
-    Results, Guesses | None
-]  # and what the neighbours say of each image, if it has a class
+# and what the neighbours say of each image, None if its pixels have classes
+Found = tuple[Results, Guesses | None]
 logger = logging.getLogger(__name__)
 
 

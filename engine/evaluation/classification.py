@@ -262,10 +262,14 @@ class Evaluator:
             guesses=Guesses(labels, best, probabilities[:, head, :-1], probabilities[:, head, -1]),
         )
 
-    def keep(self, scores: Scores) -> None:
-        """Writes what a classifier said of each image into the run's folder, if each has one
-        class."""
-        if self.run.processes.is_main and isinstance(scores, ClassScores) and scores.guesses:
-            is_eval = isinstance(self.cfg, FinetuneConfig) and self.cfg.eval
-            path = self.run.output_dir / (EVAL_GUESSES_FILE if is_eval else GUESSES_FILE)
-            save_guesses(path, scores.guesses, self.objective.names, self.cfg, self.source)
+
+def keep_guesses(evaluator: object, scores: Scores) -> None:
+    """Writes what a classifier said of each image that `evaluator` knows into the run's folder, if
+    each has one class. Only the main process does."""
+    if isinstance(evaluator, Evaluator) and isinstance(scores, ClassScores) and scores.guesses:
+        run, cfg = evaluator.run, evaluator.cfg
+        is_eval = isinstance(cfg, FinetuneConfig) and cfg.eval
+        path = run.output_dir / (EVAL_GUESSES_FILE if is_eval else GUESSES_FILE)
+        if run.processes.is_main:
+            names = evaluator.objective.names
+            save_guesses(path, scores.guesses, names, cfg, evaluator.source)

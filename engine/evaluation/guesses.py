@@ -1,14 +1,13 @@
 """What a classifier says of each validation image: the most probable classes, in a file of the
 run's folder from which `tools/plot_run.py` draws.
 
-Shapes: `n` images, `K` of the most probable classes, as
-`Guesses` has them.
+Shapes: `n` images, `K` of the most probable classes.
 """
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,12 +74,9 @@ def save_guesses(
         "class_names": as_bytes(class_names),
         "settings": as_bytes(settings),
     }
-
-    def write(target: Path) -> None:
-        with target.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-    write_output(path, write)
+    content = BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    write_output(path, lambda target: target.write_bytes(content.getvalue()))
 
 
 def as_bytes(value: object) -> np.ndarray:
@@ -96,7 +92,7 @@ def load_guesses(path: Path) -> GuessesFile:
         texts = {name: json.loads(arrays[name].tobytes()) for name in ("class_names", "settings")}
         names = [os.fsdecode(name) for name in arrays["names"].tolist()]
         return GuessesFile(**arrays | texts | {"names": names})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         raise InputError(f"{path} holds no complete predictions of a run: {error}") from error
 
 

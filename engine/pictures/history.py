@@ -1,5 +1,4 @@
-"""The pictures that a run drew of itself over time: a few in its folder, for the slider of its
-page."""
+"""The pictures that a run drew of itself over time, in its folder, for the slider of its page."""
 
 import re
 from pathlib import Path
@@ -10,25 +9,18 @@ from PIL import Image
 from util.files import TEMPORARY, write_output, writing
 
 FOLDER = "monitor"  # in the folder of a run
-MOST = 30  # pictures that are kept
 QUALITY = 80  # of WebP, from 0 to 100
 OWN_NAME = re.compile(rf"\d{{8,}}\.webp({re.escape(TEMPORARY)})?")
 
 
 def keep_picture(folder: Path, picture: np.ndarray, step: int) -> None:
     """Writes a picture, uint8 `(H, W, 3)`, as `monitor/<step, 8 digits>.webp` into a run's folder.
-    Beyond MOST the one goes whose neighbours are nearest to each other, never the first or the
-    newest. Raises: LocalInputError where it cannot be written."""
+    Raises: LocalInputError where it cannot be written."""
     path = folder / FOLDER / f"{step:08d}.webp"
-    image = Image.fromarray(picture)
     with writing(path.parent):
         path.parent.mkdir(exist_ok=True)
-        write_output(path, lambda target: image.save(target, format="WEBP", quality=QUALITY))
-        kept = kept_pictures(folder)
-        while len(kept) > MOST:
-            steps = [*kept]
-            spans = {steps[i]: steps[i + 1] - steps[i - 1] for i in range(1, len(steps) - 1)}
-            kept.pop(min(spans, key=spans.__getitem__)).unlink()
+    image = Image.fromarray(picture)
+    write_output(path, lambda target: image.save(target, format="WEBP", quality=QUALITY))
 
 
 def kept_pictures(folder: Path) -> dict[int, Path]:

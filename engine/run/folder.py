@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from util.settings.read import dump_config
 TrainConfig = PretrainConfig | FinetuneConfig | LinclsConfig
 # What a classifier said of each image: beside results.json, and beside eval.json
 GUESSES_FILE, EVAL_GUESSES_FILE = "predictions.npz", "eval_predictions.npz"
+GUESSES_MARK = b"of_truth.npy"  # an array in them
 RESULT_FILES = ("model.safetensors", "best.safetensors", GUESSES_FILE, "results.json")
 PROGRESS_FILES = (
     "config.yaml",
@@ -164,15 +164,17 @@ def claim(folder: Path, cfg: RunConfig, stack: ExitStack) -> None:
     """
     check_writable("output_dir", folder)
     if isinstance(cfg, KnnConfig):
-        lost = _results_of_others(folder / "results.json", "k-NN")
-        lost += _guesses_of_others(folder / GUESSES_FILE)
+        lost = _unless_own(folder / "results.json", b'"protocol": "k-NN')
+        lost += _unless_own(folder / GUESSES_FILE, GUESSES_MARK)
     elif isinstance(cfg, FinetuneConfig) and cfg.eval:
-        lost = _results_of_others(folder / "eval.json", "evaluation")
-        lost += _guesses_of_others(folder / EVAL_GUESSES_FILE)
+        lost = _unless_own(folder / "eval.json", b'"protocol": "evaluation')
+        lost += _unless_own(folder / EVAL_GUESSES_FILE, GUESSES_MARK)
     else:
         stack.enter_context(locked(folder))
         lost = _weights_to_start_from(folder, cfg)
-        if not checkpoint_steps(folder):
+        if checkpoint_steps(folder):
+            lost += _unless_own(folder / GUESSES_FILE, GUESSES_MARK)
+        else:
             lost += _files_of_others(folder, cfg)
     if lost:
         raise InputError(
@@ -257,18 +259,6 @@ def _files_of_others(folder: Path, cfg: RunConfig) -> list[str]:
     return [n for n in RESULT_FILES + PROGRESS_FILES if (folder / n).exists() and n not in own]
 
 
-def _results_of_others(path: Path, protocol: str) -> list[str]:
-    """The name of a file of results unless it is not there or of this protocol."""
-    is_own = not path.exists() or f'"protocol": "{protocol}' in path.read_text(errors="replace")
-    return [] if is_own else [path.name]
-
-
-def _guesses_of_others(path: Path) -> list[str]:
-    """The name of a file of predictions unless it is not there or one of this project's."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return [] if "of_truth.npy" in file.namelist() else [path.name]
-    except FileNotFoundError:
-        return []
-    except (OSError, zipfile.BadZipFile):
-        return [path.name]
+def _unless_own(path: Path, mark: bytes) -> list[str]:
+    """The name of a file unless it is not there or holds the mark of this project's own."""
+    return [] if not path.exists() or mark in path.read_bytes() else [path.name]

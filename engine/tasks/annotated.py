@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from data.annotated import AnnotatedDataset, open_annotated_data
 from data.joint import joint_transform
 from data.transforms import PixelNormalizer
-from engine.evaluation.classification import Scores
 from engine.evaluation.from_weights import build_dense
 from engine.pictures.choose import spread
 from engine.pictures.predictions import NUM_EXAMPLES, Example, Examples
@@ -34,9 +33,6 @@ class AnnotatedTask:
 
     def samples(self) -> AnnotatedDataset:
         return AnnotatedDataset(self.train, joint_transform(self.cfg), self.cfg.seed)
-
-    def keep(self, scores: Scores) -> None:
-        pass
 
     def examples(self, model: nn.Module) -> Examples:
         places = spread(len(self.val), NUM_EXAMPLES)

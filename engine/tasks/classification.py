@@ -46,9 +46,6 @@ class Classification:
         (scores,) = self.evaluator(model)
         return scores
 
-    def keep(self, scores: Scores) -> None:
-        self.evaluator.keep(scores)
-
     def examples(self, model: nn.Module) -> None:
         return None
 

@@ -4,6 +4,7 @@ for pixels.
 Shapes: `B` batch, `H` probes, `C` classes, `D` width, `h` and `w` rows and columns of patches.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, Protocol
@@ -67,9 +68,9 @@ class LinearTask(Protocol):
         the images that choose among them, `held_out`. All processes must call, and all get them.
         Raises: DataError."""
 
-    def keep(self, scores: Scores) -> None:
-        """Writes what a probe said of each validation image into the run's folder, if each has one
-        class."""
+    @property
+    def evaluators(self) -> Mapping[str, object]:
+        """What scores the images of each split."""
 
     def weights(self, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
         """For a file of the frozen model with the probe `(C, D)`, `(C,)`: the tensors of its head,
@@ -123,9 +124,6 @@ class LinearImages:
             for split, evaluator in self.evaluators.items()
         }
 
-    def keep(self, scores: Scores) -> None:
-        self.evaluators["val"].keep(scores)
-
     def weights(self, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
         return self.objective.head_in_unit(weight, bias), self.objective.header()
 
@@ -176,9 +174,6 @@ class LinearSegmentation:
             )
             for split, evaluator in self.evaluators.items()
         }
-
-    def keep(self, scores: Scores) -> None:
-        pass
 
     def weights(self, weight: Tensor, bias: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
         head = {"head.classify.weight": weight[:, :, None, None], "head.classify.bias": bias}

@@ -43,9 +43,9 @@ class Task(Protocol):
         """The figures on the validation images of a model in eval mode. All processes must call,
         and all get them. Raises: DataError if an image or what belongs to it cannot be read."""
 
-    def keep(self, scores: Scores) -> None:
-        """Writes what a classifier said of each validation image into the run's folder; other
-        tasks write nothing."""
+    @property
+    def evaluator(self) -> object:
+        """What scores the validation images."""
 
     def examples(self, model: nn.Module) -> "Examples | None":
         """Some validation images with the truth and what a model in eval mode says of them, for

@@ -120,6 +120,23 @@ def test_predictions_of_others_are_not_overwritten(stage, tmp_path, data, weight
         load_guesses(path)
 
 
+def test_a_damaged_file_is_one_line(tmp_path):
+    """Wherever a bit of it flips, it is read or refused."""
+    path, count = tmp_path / "predictions.npz", 20
+    classes = torch.arange(5).repeat(count, 1)
+    guesses = Guesses(torch.arange(count) % 7, classes, torch.rand(count, 5), torch.rand(count))
+    save_guesses(path, guesses, [*"abcdefg"], KnnConfig(), None)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            load_guesses(path)
+        except InputError:
+            refused += 1
+    assert refused > len(whole) / 7 / 2
+
+
 def test_the_file_is_small_and_holds_names_that_are_no_text(tmp_path):
     """As many images and classes as ImageNet has for validation."""
     count = 50_000

@@ -109,6 +109,19 @@ def test_a_run_goes_on_beside_its_own_results(tmp_path):
 
 
 @pytest.mark.fault("R27")
+def test_predictions_of_others_beside_a_checkpoint_are_not_removed(tmp_path):
+    """An earlier version wrote none, so they may be the user's."""
+    cfg = killed_run(tmp_path)
+    save_checkpoint(tmp_path, checkpoint(10), keep_last=1)
+    (tmp_path / "predictions.npz").write_bytes(b"mine")
+    refused(cfg, "predictions.npz")
+    (tmp_path / "predictions.npz").write_bytes(b"PK of_truth.npy")
+    with open_run(cfg):
+        take_over_folder(tmp_path, cfg, 10, {"val"})
+    assert not (tmp_path / "predictions.npz").exists()
+
+
+@pytest.mark.fault("R27")
 def test_the_weights_to_start_from_are_never_overwritten(tmp_path):
     """Not even in a folder whose checkpoint would let the run go on."""
     folder = tmp_path / "w"

@@ -59,10 +59,10 @@ def test_real_runs_show_their_figures_and_the_settings_that_differ(tmp_path, dat
     weights = one / "model.safetensors"
     main_knn.main(pictures(data, knn, "--finetune", weights, training=False))
     made = plot_run.main([str(tmp_path)])
-    assert made["compare"] == tmp_path / "compare.html" and len(made["reports"]) == 2
+    assert made["compare"] == tmp_path / "compare.html" and len(made["reports"]) == 3
     found = data_of(tmp_path)
     rows = table_of(found)
-    assert found["links"] == [None, "one/report.html", "two/report.html"]
+    assert found["links"] == [f"{name}/report.html" for name in ("evaluations/knn", "one", "two")]
     last = {k: v for record in log_lines(one) for k, v in record.items()}
     titles = {"mean training loss": "epoch_loss", "10-NN, top-1 %": "knn_acc1"}
     titles |= {"PSNR of reconstructions, dB": "psnr", "held-out loss": "held_out_loss"}
@@ -121,6 +121,21 @@ def test_a_page_is_bounded(tmp_path, monkeypatch):
     assert "Only the first 4 are listed" in page and "the 2 runs of 4 that were written" in page
 
 
+def test_a_page_stands_beside_the_picture_of_the_curves(tmp_path):
+    """And says of a run that it stopped before its last epoch."""
+    for number in range(2):
+        make_run(tmp_path / "runs" / f"{number}", number, epochs=(50, 60)[number])
+        (tmp_path / "runs" / f"{number}" / "model.safetensors").touch()
+    (tmp_path / "pages").mkdir()
+    picture = tmp_path / "pages" / "both.png"
+    made = plot_run.main([str(tmp_path / "runs"), "--save_path", str(picture)])
+    assert made["compare"] == tmp_path / "pages" / "compare.html" and picture.is_file()
+    page = made["compare"].read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert data["links"] == ["../runs/0/report.html", "../runs/1/report.html"]
+    assert [row["state"] for row in table_of(data).values()] == ["finished", "stopped"]
+
+
 def test_many_runs_have_no_pages_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot_run, "MOST_REPORTS", 2)
     for number in range(3):
@@ -153,7 +168,7 @@ def test_files_that_cannot_be_read_leave_blanks(tmp_path, capsys):
     assert [*rows] == [*"0123456"]
     assert [name for name in "0123456" if "epoch" in rows[name]] == [*"3456"]
     assert [name for name in "0123456" if "seed" in rows[name]] == [*"01256"]
-    assert re.findall(r"lacks what .*/(\d)/(?:log|conf|res)", capsys.readouterr().out)[:6]
+    assert re.findall(r"skipped .*/(\d)/(?:log|conf|res)", capsys.readouterr().out)[:6]
     assert "top-1 %" not in rows["6"]
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from engine.evaluation.features import Guesses
 from engine.evaluation.guesses import load_guesses, save_guesses
 from engine.evaluation.metrics import Figures, segmentation_figures
 from engine.pictures.drawing import write_png
+from engine.pictures.history import keep_picture
 from tools import plot_run
 from tools.reporting import evaluations
 from util.errors import InputError
@@ -105,8 +107,8 @@ def test_pages_of_evaluations_stand_beside_the_untrained_model(output):
         page = (output / name / "report.html").read_text()
         ours, theirs = (results_of(output / of)["acc1"] for of in (name, f"{name}_untrained"))
         cells = [f"{value:.2f}" for value in (ours, theirs)] + [f"{ours - theirs:+.2f}"]
-        row = "top-1, %</td>" + "".join(f'<td class="number">{cell}</td>' for cell in cells)
-        assert row in page
+        row = "top-1 %</td>" + "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        assert row in page and ("top-1 %, k = 20</td>" in page) == (name == "knn")
         assert page.count("<li><img") == min(12, 60 - results_of(output / name)["correct1"])
         assert len(page) < LIMIT and "Their pictures are not there" not in page
     (report,) = evaluations.reports_of(output / "knn")
@@ -143,11 +145,38 @@ def test_without_the_images_the_page_says_so(tmp_path, data, weights):
         plot_run.main([str(tmp_path / "run")])
 
 
+def test_predictions_of_an_earlier_task_do_not_count(tmp_path):
+    """A later evaluation in the same folder may leave none, as that of pixels."""
+    write_guesses(tmp_path / "run", 203, 7)
+    results = {"protocol": "k-NN of patches", "miou": 50.0}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    (report,) = evaluations.reports_of(tmp_path / "run")
+    assert report["figures"] == [("mean IoU, %", 50.0, None)] and "error" not in report
+
+
+def test_mistakes_of_deep_images_have_pictures(tmp_path, monkeypatch):
+    """Whose pixels are floats up to 255."""
+    image = torch.tensor([0.0, 100.2, 255.0]).view(1, 1, 3)
+    write_guesses(tmp_path / "run", 203, 7)
+    guesses = load_guesses(tmp_path / "run" / "predictions.npz")._replace(names=["x"] * 203)
+    source = SimpleNamespace(read=lambda place: image)
+    monkeypatch.setattr(evaluations, "open_guessed_images", lambda settings, names: source)
+    (picture, *_), *_ = evaluations.mistakes_of(guesses)["mistakes"]
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 100, 255]
+
+
 def test_many_classes_stay_small(tmp_path):
     write_guesses(tmp_path / "run", 50_000, 1000)
     page = page_of(tmp_path / "run")
-    assert len(page) < LIMIT and 'aria-label="Confusion matrix"' in page
+    assert len(page) < LIMIT and "What is confused most often" in page
     assert page.count('<span class="bar">') == 1000 and "without the images at hand" in page
+
+
+def test_of_many_pictures_over_time_the_page_has_a_few(tmp_path):
+    for step in range(40):
+        keep_picture(tmp_path, np.zeros((4, 4, 3), np.uint8), step)
+    found = plot_run.history_of(plot_run.RunLog(tmp_path, "run", [{"step": 39, "epoch": 3.0}]))
+    assert len(found) == 30 and (found[0][0], found[-1][0]) == ("step 0", "epoch 3")
 
 
 def test_segmentation_and_detection_have_pages(tmp_path):
@@ -176,8 +205,8 @@ def test_results_of_others_are_no_runs(tmp_path):
     (tmp_path / "x").mkdir()
     for content in ("[]", "{", '{"acc": 1}'):
         (tmp_path / "x" / "results.json").write_text(content)
-        with pytest.raises(InputError, match="no run's folder"):
-            plot_run.find_runs(tmp_path)
+        with pytest.raises(InputError, match="holds no run"):
+            plot_run.main([str(tmp_path)])
 
 
 @pytest.mark.long

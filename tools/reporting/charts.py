@@ -1,8 +1,9 @@
-"""Small charts as SVG inside a page, whose text and axes have the page's colour, light or dark."""
+"""Curves, in one picture or as small charts inside a page, whose text and axes have the page's
+colour, light or dark."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from io import StringIO
+from io import BytesIO, StringIO
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -10,51 +11,77 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engine.pictures.drawing import MARK
+
 INK = "#010203"  # stands for the page's colour of text
-STYLE = {
+PLAIN = {"text.parse_math": False}  # a name may hold a $
+STYLE = PLAIN | {
     "svg.fonttype": "none",  # texts stay texts
     "font.size": 9,
-    "text.parse_math": False,  # a name may hold a $
     "legend.frameon": False,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
-} | dict.fromkeys(
-    ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-)
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
+}
 MOST_POINTS = 500  # of a curve: more are not seen
+COLUMNS = 2  # of the picture
 Points = Sequence[tuple[float, float]]
+Curve = tuple[str, Points, int, int]  # words of the legend, points, numbers of colour and dashes
 
 
-def lines(
-    title: str, curves: Mapping[str, Points], xlabel: str, log_x: bool = False, floor: bool = False
-) -> Markup:
-    """Curves by their names in the legend; the x axis has whole numbers, or a logarithmic scale;
-    with `floor` the y axis begins at 0."""
+def add_curves(
+    panel: Axes,
+    title: str,
+    curves: Sequence[Curve],
+    xlabel: str = "epoch",
+    log_x: bool = False,
+    floor: bool = False,
+) -> None:
+    """Draws curves on axes; the x axis has whole numbers, or a logarithmic scale; with `floor` the
+    y axis begins at 0."""
+    for words, points, color, dashes in curves:
+        few = [*points[:: -(-len(points) // MOST_POINTS)], *points[-1:]]
+        panel.plot(
+            *zip(*few, strict=True),
+            label=words,
+            color=f"C{color}",
+            linestyle=("-", "--", ":", "-.")[dashes % 4],
+            marker="." if len(points) < 30 else None,
+        )
+    if log_x:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+    else:
+        panel.locator_params(axis="x", integer=True)
+    if floor:
+        panel.set_ylim(bottom=0)
+    panel.set(title=title, xlabel=xlabel)
+    panel.grid(alpha=0.3)
+    if panel.get_legend_handles_labels()[1]:
+        panel.legend(fontsize=8)
 
-    def draw(panel: Axes) -> None:
-        for style, (words, points) in enumerate(curves.items()):
-            if not points:
-                continue
-            few = [*points[:: -(-len(points) // MOST_POINTS)], *points[-1:]]
-            panel.plot(
-                *zip(*few, strict=True),
-                label=words,
-                linestyle=("-", "--", ":", "-.")[style % 4],
-                marker="." if len(points) < 30 else None,
-            )
-        if log_x:
-            panel.set_xscale("log")
-            panel.xaxis.set_major_formatter("{x:g}")
-        else:
-            panel.locator_params(axis="x", integer=True)
-        if floor:
-            panel.set_ylim(bottom=0)
-        panel.set(title=title, xlabel=xlabel)
-        panel.grid(alpha=0.25)
-        if any(curves):
-            panel.legend(fontsize=8)
 
-    return as_svg(title, draw)
+def picture(panels: Mapping[str, Sequence[Curve]]) -> bytes:
+    """A PNG, with the mark of this project's tools, of curves over epochs in a panel for each
+    title."""
+    rows = -(-len(panels) // COLUMNS)
+    content = BytesIO()
+    with rc_context(PLAIN):  # type: ignore[arg-type]
+        figure = Figure(figsize=(11, 3.4 * rows))
+        figure.set_layout_engine("constrained", h_pad=0.1)
+        for place, (title, curves) in enumerate(panels.items(), start=1):
+            add_curves(figure.add_subplot(rows, COLUMNS, place), title, curves)
+        figure.savefig(content, format="png", dpi=110, metadata={"Software": MARK})
+    return content.getvalue()
+
+
+def lines(title: str, curves: Mapping[str, Points], xlabel: str, **more: bool) -> Markup:
+    """Curves by their names in the legend, those that have points; `more` as `add_curves` has
+    it."""
+    drawn = [(words, points, n, n) for n, (words, points) in enumerate(curves.items()) if points]
+    return as_svg(title, lambda panel: add_curves(panel, title, drawn, xlabel, **more))
 
 
 def reliability(accuracy: np.ndarray, shares: np.ndarray) -> Markup:
@@ -73,24 +100,11 @@ def reliability(accuracy: np.ndarray, shares: np.ndarray) -> Markup:
     return as_svg("Accuracy over confidence", draw)
 
 
-def matrix(counts: np.ndarray) -> Markup:
-    """A confusion matrix `(C, C)` as a picture, the share of each row in colour."""
-
-    def draw(panel: Axes) -> None:
-        shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-        panel.imshow(shares**0.5, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-        panel.set(xlabel="predicted class, by its number", ylabel="true class")
-
-    return as_svg("Confusion matrix", draw, (5, 5))
-
-
-def as_svg(
-    label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.4, 3.0)
-) -> Markup:
+def as_svg(label: str, draw: Callable[[Axes], None]) -> Markup:
     """What `draw` puts on axes, as an SVG element of the page's width that screen readers call
     `label`."""
     with rc_context(STYLE | {"svg.hashsalt": label}):  # type: ignore[arg-type]
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(4.4, 3.0), layout="constrained")
         draw(figure.add_subplot())
         content = StringIO()
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})

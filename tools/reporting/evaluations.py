@@ -18,62 +18,42 @@ from engine.evaluation.guesses import GuessesFile, load_guesses, open_guessed_im
 from engine.pictures.drawing import to_picture
 from engine.run.folder import EVAL_GUESSES_FILE, GUESSES_FILE
 from engine.run.records import read_results
-from tools.reporting.charts import lines, matrix, reliability
+from tools.reporting.charts import lines, reliability
+from tools.reporting.runs import NAMES, RESULTS, contents
 from util.errors import InputError
 from util.settings.evaluation import METRICS
 
-FILES = {"results.json": GUESSES_FILE, "eval.json": EVAL_GUESSES_FILE}
+GUESSES = dict(zip(RESULTS, (GUESSES_FILE, EVAL_GUESSES_FILE), strict=True))
 UNTRAINED = "_untrained"  # ending of the folder of the same evaluation of an untrained model
 PER_CLASS = "per_class"  # beginning of keys in results.json
-NAMES = {  # figure in results.json -> words, where they are not its own name
-    "": "top-1, %",
-    "acc1": "top-1, %",
-    "acc5": "top-5, %",
-    "balanced_acc": "balanced accuracy",
-    "kappa_quadratic": "kappa, quadratic",
-    "auroc": "AUROC",
-    "ap": "average precision",
-    "map": "mean average precision",
-    "f1": "F1",
-    "mae": "MAE",
-    "rmse": "RMSE",
-    "r2": "R²",
-    "miou": "mean IoU, %",
-    "pixel_acc": "pixels right, %",
-    "mean_acc": "mean accuracy of classes, %",
-    "iou": "IoU, %",
-    "acc": "accuracy, %",
-    "box_ap": "box AP, %",
-    "box_ap50": "box AP at IoU 0.50, %",
-    "box_ap75": "box AP at IoU 0.75, %",
-    "mask_ap": "mask AP, %",
-    "mask_ap50": "mask AP at IoU 0.50, %",
-    "mask_ap75": "mask AP at IoU 0.75, %",
-}
 FIGURES = (*dict.fromkeys(name for names in METRICS.values() for name in names), "loss")
 UNBOUNDED = ("mae", "rmse", "r2")  # have no bar
+LAYERS = "block after which the features are read, from 0"
 BINS = 15  # of the calibration, of equal width, as in arXiv 1706.04599
-MOST_CELLS, MOST_PIXELS = 20, 1000  # classes of a confusion matrix in numbers, and as a picture
+MOST_CELLS, MOST_CLASSES = 20, 1000  # of a confusion matrix on the page, and of one that is counted
 MISTAKES, CONFUSIONS = 12, 10  # that are shown
 Report = dict[str, object]  # what the template shows, without what an evaluation has not
 
 
 def reports_of(folder: Path) -> list[Report]:
-    """The evaluations that lie in a run's folder. Raises: InputError if a file is damaged."""
-    return [report_of(folder, name) for name in FILES if (folder / name).exists()]
+    """The evaluations that lie in a run's folder. Raises: InputError if a file of predictions is
+    damaged."""
+    return [report for name in RESULTS if (report := report_of(folder, name))]
 
 
 def report_of(folder: Path, name: str) -> Report:
-    """The evaluation of one file of results."""
+    """The evaluation of one file of results; nothing if it is not there."""
     beside = folder.with_name(folder.name + UNTRAINED)
     results, guesses = read_evaluation(folder, name)
+    if not results:
+        return {}
     other, other_guesses = read_evaluation(beside, name)
-    figures = [figure for figure in FIGURES if figure in results]
+    figures, before = figures_of(results), figures_of(other)
     report: Report = {
         "title": str(results.get("protocol", "evaluation")),
         "file": name,
         "untrained": beside.name if other else None,
-        "figures": [(NAMES.get(key, key), results[key], other.get(key)) for key in figures],
+        "figures": [(words, value, before.get(words)) for words, value in figures.items()],
         "details": {
             key: value
             for key, value in results.items()
@@ -83,10 +63,10 @@ def report_of(folder: Path, name: str) -> Report:
     }
     if guesses is None:
         return report | classes_of(results, other)
-    before = {} if other_guesses is None else by_class(other_guesses)
+    untrained = {} if other_guesses is None else by_class(other_guesses)
     return (
         report
-        | classes_of(by_class(guesses), before)
+        | classes_of(by_class(guesses), untrained)
         | calibration_of(guesses)
         | mistakes_of(guesses)
     )
@@ -95,16 +75,23 @@ def report_of(folder: Path, name: str) -> Report:
 def read_evaluation(folder: Path, name: str) -> tuple[dict, GuessesFile | None]:
     """Results and what was said of each image, {} and None for what there is not. Raises:
     InputError."""
-    path = folder / FILES[name]
-    try:
-        results = read_results(folder / name) if (folder / name).exists() else {}
-    except ValueError as error:
-        raise InputError(f"{folder / name} holds no results of an evaluation: {error}") from error
-    return results, load_guesses(path) if results and path.exists() else None
+    results = contents(read_results, folder / name, dict) if (folder / name).exists() else {}
+    guesses = folder / GUESSES[name]
+    # results of another task leave an earlier file of predictions as it is
+    return results, load_guesses(guesses) if "acc1" in results and guesses.exists() else None
+
+
+def figures_of(results: Mapping) -> dict[str, float | None]:
+    """The figures by their names on the page, those of k-NN for each k."""
+    return {NAMES.get(key, key): results[key] for key in FIGURES if key in results} | {
+        f"{NAMES[key]}, k = {k}": value
+        for key in ("acc1", "miou")
+        for k, value in results.get(f"{key}_by_k", {}).items()
+    }
 
 
 def charts_of(results: Mapping, other: Mapping) -> list[Markup]:
-    """Curves over learning rates or C, over layers, and over k."""
+    """Curves over learning rates or C, and over layers."""
     found = []
     curve = results.get("curve", [])
     if len(curve) > 1:
@@ -117,64 +104,59 @@ def charts_of(results: Mapping, other: Mapping) -> list[Markup]:
             for name in names
         }
         found.append(lines("Which probe is best", curves, words, log_x=True))
-    both = {"this model": results, "untrained": other}
     layers = {
-        model: [(row["layer"], row["acc1"]) for row in of_one["layers"]]
-        for model, of_one in both.items()
-        if "layers" in of_one
+        model: [(row["layer"], row["acc1"]) for row in of_one.get("layers", [])]
+        for model, of_one in {"this model": results, "untrained": other}.items()
     }
-    if "this model" in layers:
-        found.append(lines("Top-1 % over layers", layers, "block, counted from 0"))
-    for name in ("acc1_by_k", "miou_by_k"):
-        by_k = {
-            model: sorted((int(k), value) for k, value in of_one.get(name, {}).items())
-            for model, of_one in both.items()
-        }
-        if len(by_k["this model"]) > 1:
-            title = f"{NAMES[name.removesuffix('_by_k')]} over k"
-            found.append(lines(title, by_k, "k, number of neighbours", log_x=True))
+    if layers["this model"]:
+        found.append(lines("top-1 % over layers", layers, LAYERS))
     return found
 
 
 def classes_of(results: Mapping, other: Mapping) -> Report:
-    """The figures of each class, the worst first, and the confusion matrix, as far as there are
+    """The figures of each class, the worst first, and what is confused, as far as there are
     any."""
     per_class = {k: v for k, v in results.items() if k.startswith(PER_CLASS) and v}
     if not per_class:
         return {}
     (key, first), *_ = per_class.items()
-    figures = [name.removeprefix(f"{PER_CLASS}_").removeprefix(PER_CLASS) for name in per_class]
+    figures = [name.removeprefix(PER_CLASS).removeprefix("_") or "acc1" for name in per_class]
+    names, has_bar = [*first], figures[0] not in UNBOUNDED
     columns = [NAMES.get(figure, figure) for figure in figures]
     scale = 1 if "%" in columns[0] else 100  # of a bar in percent
-    before = {} if figures[0] in UNBOUNDED else other.get(key) or {}
+    before = other.get(key) or {}
     confusion = np.array(results.get("confusion", []), dtype=np.int64)  # (C, C), or empty
-    names = [*first]
-    counts = results.get("totals", confusion.sum(axis=1).tolist() if len(confusion) else [])
+    counts = results.get("totals", confusion.reshape(-1, len(names)).sum(axis=1).tolist())
     totals = dict(zip(names, counts, strict=False))
     rows = [
         (
             name,
             totals.get(name),
             [of_classes[name] for of_classes in per_class.values()],
-            None if value is None or figures[0] in UNBOUNDED else scale * value,
-            None if before.get(name) is None else scale * before[name],
+            *(
+                scale * of_one[name] if has_bar and of_one.get(name) is not None else None
+                for of_one in (first, before)
+            ),
         )
-        for name, value in first.items()
+        for name in names
     ]
     rows.sort(key=lambda row: (row[3] is None, row[3]))
-    report: Report = {"columns": columns, "classes": rows, "names": names}
-    report["unit"] = "pixels" if "miou" in results else "images"
+    report: Report = {
+        "columns": columns,
+        "classes": rows,
+        "names": names,
+        "has_bar": has_bar,
+        "unit": "pixels" if "miou" in results else "images",
+    }
+    if 0 < len(confusion) <= MOST_CELLS:
+        report["cells"] = confusion.tolist()
     if len(confusion):
-        if len(confusion) <= MOST_CELLS:
-            report["cells"] = confusion.tolist()
-        else:
-            report["picture"] = matrix(confusion)
-        beside = np.where(np.eye(len(confusion), dtype=bool), 0, confusion).ravel()
-        largest = np.argsort(-beside, kind="stable")[:CONFUSIONS]
+        beside = confusion - np.diag(np.diag(confusion))
+        largest = np.argsort(-beside, axis=None, kind="stable")[:CONFUSIONS].tolist()
         report["confusions"] = [
-            (*(names[part] for part in divmod(place, len(names))), int(beside[place]))
-            for place in largest.tolist()
-            if beside[place]
+            (*(names[part] for part in divmod(place, len(names))), int(beside.flat[place]))
+            for place in largest
+            if beside.flat[place]
         ]
     return report
 
@@ -188,7 +170,7 @@ def by_class(guesses: GuessesFile) -> dict[str, object]:
     right = np.bincount(labels[chosen == labels], minlength=len(names)).tolist()
     found: dict[str, object] = {PER_CLASS: percent_by_class(names, right, totals)}
     found["totals"] = totals
-    if len(names) <= MOST_PIXELS:
+    if len(names) <= MOST_CLASSES:
         counts = np.zeros((len(names), len(names) + 1), dtype=np.int64)
         np.add.at(counts, (labels, chosen), 1)
         found["confusion"] = counts[:, :-1]
@@ -221,7 +203,7 @@ def mistakes_of(guesses: GuessesFile) -> Report:
         source = open_guessed_images(guesses.settings, guesses.names)
         report["mistakes"] = [
             (
-                Image.fromarray(to_picture(source.read(place))),
+                Image.fromarray(to_picture(source.read(place).float() / 255)),
                 guesses.names[place],
                 names[guesses.labels[place]],
                 names[chosen[place]],
