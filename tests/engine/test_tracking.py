@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import math
+import shutil
 import socket
 import struct
 import sys
@@ -153,6 +154,29 @@ def test_a_service_has_the_scalars_of_the_log_once_after_a_cut(
     assert json.loads((tmp_path / "tracking.json").read_text())["id"] == state["id"]
     assert main_pretrain.main(arguments)["step"] == 20  # a finished run is left alone
     assert READERS[service](tmp_path) == found
+
+
+@BOTH
+def test_a_copy_of_a_folder_and_another_service_have_records_of_their_own(
+    service, tmp_path, data, monkeypatch
+):
+    """The original, a copy, and a copy that is tracked by the other service all go on."""
+    other = next(name for name in READERS if name != service)
+    folders = {"one": service, "copy": service, "other": other}
+    arguments = pretraining(data, tmp_path / "one", "--track", service)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 14)
+        main_pretrain.main(arguments)
+    for name in ("copy", "other"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+    first = json.loads((tmp_path / "one" / "tracking.json").read_text())["id"]
+    ids = []
+    for name, by in folders.items():
+        main_pretrain.main([*arguments, "--output_dir", str(tmp_path / name), "--track", by])
+        ids.append(json.loads((tmp_path / name / "tracking.json").read_text())["id"])
+    assert ids[0] == first and len(set(ids)) == 3
+    assert all(len(values) == 1 for values in READERS[service](tmp_path / "one").values())
+    assert min(step for _, step in READERS[other](tmp_path / "other")) == 11
 
 
 def test_nothing_but_scalars_settings_and_the_name_is_sent(tmp_path, data):
