@@ -802,7 +802,7 @@ test_a_part_is_trained_and_the_weights_left_are_plain
 +tensors[f"{stem}weight"] = tensors[f"{stem}weight"] + 0 * product
 
 146 labels: a group's first image may be in another split than its others
-data/labels.py data/test_tables.py
+data/tables.py data/test_tables.py
 test_no_group_is_in_both_splits_and_the_share_is_near
 -        is_val[members[group]] = split
 +        is_val[members[group][1:]] = split
