@@ -1185,8 +1185,8 @@ test_a_painted_mask_removes_what_was_painted_and_psnr_and_ssim_are_of_the_pictur
 301 demo: an upload is decoded before its size is known
 engine/pictures/one_image.py tools/test_demo.py
 test_bad_files_are_refused_before_they_are_decoded
--            check_pixels(image.height, image.width)
-+            pass
+-            if image.height * image.width > MOST_PIXELS:
++            if False:
 
 302 demo: a file's name is a part of the page
 tools/demo.py tools/test_demo.py

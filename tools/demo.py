@@ -175,17 +175,19 @@ def build_page(viewer: Viewer, cfg: DemoConfig) -> "gradio.Blocks":
     first = draw("random", 0.75, 0)
     with suppress(gr.Error):  # of weights for other images than photographs
         choose(PHOTOGRAPHS[0], first, depth - 1)  # the first visitor does not wait for imports
-    title = "What a masked autoencoder sees"
     items = [
         (path.stem, path.stem, np.asarray(Image.open(path).resize((96, 96))))
         for path in PHOTOGRAPHS
     ]
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(OLDEST, OLDEST)) as page:
+    with gr.Blocks(
+        title="What a masked autoencoder sees",
+        analytics_enabled=False,
+        delete_cache=(OLDEST, OLDEST),
+    ) as page:
         # what a visitor looks at: the image, the patch whose attention is shown (None is the class
         # token's), the files of the neighbours, and the mask
         seen, patch, nearest, mask = gr.State(), gr.State(), gr.State([]), gr.State(first)
-        name = Path(cfg.model_path).name
-        gr.HTML(render("title", title=title, name=name, viewer=viewer, spec=viewer.encoder.spec))
+        gr.HTML(render("title", name=Path(cfg.model_path).name, viewer=viewer))
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 photographs = active(render("buttons", title="Photographs", items=items, hint=""))
@@ -272,8 +274,12 @@ def show_neighbours(viewer: Viewer, cfg: DemoConfig, near: list[tuple[str, float
         )
         for (name, distance), image in zip(near, images, strict=True)
     ]
-    hint = "Cosine distance of the features, and the image's name. Click one to look at it."
-    return render("buttons", title="Nearest images", items=items, hint=hint)
+    return render(
+        "buttons",
+        title="Nearest images",
+        items=items,
+        hint="Cosine distance of the features, and the image's name. Click one to look at it.",
+    )
 
 
 def render(part: str, **values: object) -> str:

@@ -33,11 +33,10 @@ from models.weights.info import ASKED_FOR, WeightsInfo, complete
 from models.weights.load import load_autoencoder, load_classifier
 from models.weights.read import read_weights
 from util.errors import InputError, where
-from util.settings.base import pair
 from util.settings.tools import DemoConfig, EmbedConfig
 
 MOST_BYTES = 20 * 2**20  # of a file
-MOST_PIXELS = 32_000_000  # of one channel of a file
+MOST_PIXELS = 32_000_000  # of a photograph; arrays have the limits of `data/arrays.py`
 
 
 class Seen(NamedTuple):
@@ -56,12 +55,14 @@ class Viewer:
     `lacks` says in a sentence each.
 
     cfg: the settings of the features, with what the weights record.
+    cover: resizes images to cover the size of those that are reconstructed.
     normalize: makes pixels what the models take, on their device.
     features, names: `(n, D)` of length 1, of the images of an index, and what these are called.
     """
 
     cfg: EmbedConfig
     info: WeightsInfo
+    cover: EvalTransform
     normalize: PixelNormalizer
     encoder: VisionTransformer
     autoencoder: MaskedAutoencoder | None
@@ -78,12 +79,7 @@ class Viewer:
         cropped = EvalTransform(self.encoder.spec.img_size, self.cfg.crop_pct)(image)
         pixels = self.normalize(cropped[None])
         attentions = [a[0].float().cpu() for a in self.encoder.iterate_attention(pixels)]
-        return Seen(EvalTransform(self.covered_size, 1.0)(image), cropped, attentions)
-
-    @property
-    def covered_size(self) -> tuple[int, int]:
-        """Height and width of images that are reconstructed."""
-        return pair((self.autoencoder or self.encoder).spec.img_size)
+        return Seen(self.cover(image), cropped, attentions)
 
     def reconstruct(self, seen: Seen, mask: Mask) -> tuple[Reconstruction, float]:
         """The reconstruction, and the structural similarity of its `pasted` to the original."""
@@ -125,10 +121,9 @@ class Viewer:
         """The image `(C, H, W)`, in [0, 1], of a name in the index; None if no such file can be
         read."""
         try:
-            image = read_bounded(Path(name), self)
+            return self.cover(read_bounded(Path(name), self)).float() / 255
         except (OSError, BadImageError):
             return None
-        return EvalTransform(self.covered_size, 1.0)(image).float() / 255
 
     def classes(self, seen: Seen) -> list[tuple[str, float]]:
         """The names and probabilities of the classes, the most probable first; of a regression the
@@ -186,8 +181,18 @@ def open_viewer(cfg: DemoConfig, device: torch.device) -> Viewer:
         classifier = load(uses_head=True).to(device)
     except InputError as error:
         lacks.append(f"Classes are off: {error}.")
-    normalize = PixelNormalizer(embed.mean, embed.std, device)
-    return Viewer(embed, info, normalize, encoder, autoencoder, classifier, features, names, lacks)
+    return Viewer(
+        cfg=embed,
+        info=info,
+        cover=EvalTransform((autoencoder or encoder).spec.img_size, 1.0),
+        normalize=PixelNormalizer(embed.mean, embed.std, device),
+        encoder=encoder,
+        autoencoder=autoencoder,
+        classifier=classifier,
+        features=features,
+        names=names,
+        lacks=lacks,
+    )
 
 
 def read_bounded(path: Path, viewer: Viewer) -> Tensor:
@@ -201,18 +206,12 @@ def read_bounded(path: Path, viewer: Viewer) -> Tensor:
     pixels = pixel_format(viewer.cfg, viewer.info.spec.in_chans)
     if not array_kind(encoded, pixels):
         with open_image(BytesIO(encoded)) as image:  # before anything is decoded
-            check_pixels(image.height, image.width)
-    decoded = decode_image(encoded, pixels)
-    check_pixels(*decoded.shape[-2:])
-    return decoded
-
-
-def check_pixels(height: int, width: int) -> None:
-    """Raises: BadImageError for more than MOST_PIXELS."""
-    if height * width > MOST_PIXELS:
-        raise BadImageError(
-            f"has {width} x {height} pixels: {MOST_PIXELS:,} are allowed, so make it smaller"
-        )
+            if image.height * image.width > MOST_PIXELS:
+                raise BadImageError(
+                    f"has {image.width} x {image.height} pixels: {MOST_PIXELS:,} are allowed, so "
+                    "make it smaller"
+                )
+    return decode_image(encoded, pixels)
 
 
 def painted_mask(removed: Collection[int], num_patches: int) -> Mask:

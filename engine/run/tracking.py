@@ -9,6 +9,7 @@ Whatever a service raises switches tracking off with a warning; the training goe
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -133,7 +134,8 @@ class Tracker:
                 known_id, self.sent = stored["id"], stored["steps"]
             title = "/".join(folder.resolve().parts[-2:]).encode(errors="replace").decode()
             self.service = SERVICES[name](folder, title, settings, known_id)
-            logger.info("tracked by %s: %s, run %s", name, self.service.place, self.service.id)
+            place = re.sub("//[^/]*@", "//", self.service.place)  # a password stays out of log.txt
+            logger.info("tracked by %s: %s, run %s", name, place, self.service.id)
 
     def log(self, kind: str, step: int, values: Values) -> None:
         """Sends a record's scalars, unless the service has them already."""
@@ -159,6 +161,6 @@ class Tracker:
             logger.warning(
                 "%s failed, and this run is tracked no longer; log.jsonl has all records: %s",
                 self.name,
-                printable(str(error))[:300] or type(error).__name__,
+                printable(re.sub("//[^/]*@", "//", str(error)))[:300] or type(error).__name__,
             )
             self.service = None

@@ -269,10 +269,11 @@ def test_a_service_that_fails_never_ends_a_run(
 
 
 def test_a_server_that_is_not_there_is_a_warning(tmp_path, data, monkeypatch, caplog):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     pretrain_pictures(data, tmp_path, "--track", "mlflow")
     assert sum("mlflow failed" in record.getMessage() for record in caplog.records) == 1
+    assert "secret" not in (tmp_path / "log.txt").read_text()
 
 
 @BOTH
