@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import shutil
 import socket
 import struct
@@ -45,8 +46,9 @@ def offline(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("SOME_VARIABLE", UNSENT)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("MLFLOW_TRACKING_URI", "WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for name in ("TRACKING_URI", "EXPERIMENT_NAME", "ALLOW_FILE_STORE"):
+        monkeypatch.delenv(f"MLFLOW_{name}", raising=False)
 
 
 def wandb_records(folder: Path) -> list[Any]:
@@ -100,6 +102,7 @@ def of_wandb(folder: Path) -> Rows:
 def of_mlflow(folder: Path) -> Rows:
     from mlflow import MlflowClient
 
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # as a run does, which may be another process
     client = MlflowClient(tracking_uri=(folder / "mlruns").as_uri())
     rows: Rows = {}
     for found in client.search_runs([client.get_experiment_by_name("mae").experiment_id]):

@@ -336,7 +336,7 @@ def test_a_visitor_uploads_paints_and_looks(weights, images, tmp_path, serve, br
     browser.get_by_label("grid").check()
     expect(browser.get_by_text("mask grid keeps one patch")).to_be_visible()
     assert sources(browser, "Reconstruction") == before
-    browser.get_by_label("blockwise").check()
+    changes("Reconstruction", lambda: browser.get_by_label("blockwise").check())
     expect(status).to_contain_text("8 of 16 patches removed")
 
     # a stroke over the second row brings it back or removes it, as its first patch says
