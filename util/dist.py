@@ -164,8 +164,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         # An Intel CPU whose matrix unit a virtual machine hides: a product of its vector unit took
         # 1.7 times as long in bf16 as in fp32. Only Intel's with bf16 have avx512_fp16.
         is_slow = able.get("avx512_fp16") and not able.get("amx_bf16")
-        fast = any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16"))) and not is_slow
-        precision = "bf16" if fast else "fp32"
+        has_bf16 = any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16")))
+        precision = "bf16" if has_bf16 and not is_slow else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 

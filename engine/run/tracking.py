@@ -83,8 +83,9 @@ class Mlflow:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
-        local = (folder / "mlruns").resolve().as_uri()
-        self.place = os.environ.get("MLFLOW_TRACKING_URI") or local
+        self.place = os.environ.get("MLFLOW_TRACKING_URI") or (
+            (folder / "mlruns").resolve().as_uri()
+        )
         self.client, self.metric = MlflowClient(tracking_uri=self.place), Metric
         if known_id is None:
             project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)

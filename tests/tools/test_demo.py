@@ -377,6 +377,13 @@ def test_a_visitor_uploads_paints_and_looks(weights, images, tmp_path, serve, br
     pasted = viewer.reconstruct(viewer.see(other), painted_mask(expected, 16))[0].pasted
     assert np.array_equal(picture_in(sources(browser, "Reconstruction")[3]), to_picture(pasted))
 
+    changes("Reconstruction", browser.get_by_title("cat", exact=True).click)
+    found = viewer.reconstruct(
+        viewer.see(demo.HERE / "photographs/cat.jpg"), painted_mask(expected, 16)
+    )
+    assert np.array_equal(
+        picture_in(sources(browser, "Reconstruction")[3]), to_picture(found[0].pasted)
+    )
     before = sources(browser, "Reconstruction")
     (tmp_path / "script.png").write_bytes(b"#!/bin/sh\necho <b>here</b>\n")
     upload.set_input_files(tmp_path / "script.png")
