@@ -32,11 +32,11 @@ from data.sources import (
     check_format,
     list_folder,
 )
-from data.tables import SHOWN, SPLITS, LabelTable, read_label_table
 from util.errors import DataError, InputError
 from util.rng import SUBSET, generator
-from util.settings.evaluation import TableConfig
 
+SPLITS = ("train", "val")
+SHOWN = 5  # names in a message
 NUM_BINS = 10  # of a regression's targets, each of which is in both parts of a split
 logger = logging.getLogger(__name__)
 
@@ -65,20 +65,6 @@ class ClassFolder(FolderSource):
     def __init__(self, split: Path, class_names: list[str], pixels: PixelFormat):
         super().__init__(split, pixels, prefer_train=False)
         self.labels = folder_labels(self.names, class_names)
-
-
-class TableImages(FolderSource):
-    """The images in some rows of a table, with their labels."""
-
-    def __init__(self, table: LabelTable, rows: np.ndarray, root: Path, pixels: PixelFormat):
-        names = table.names[rows].tolist()
-        super().__init__(root, pixels, prefer_train=False, names=[*map(os.fsdecode, names)])
-        # names are sorted; frames of one file have one label
-        self.labels = table.labels[rows[np.searchsorted(table.names[rows], self.names)]]
-        self.digest = table.digest()
-
-    def fingerprint(self) -> str:
-        return f"{self.digest} {super().fingerprint()}"
 
 
 class Subset(Chosen, LabelledSource):
@@ -128,83 +114,6 @@ def check_num_classes(num_classes: int | None, class_names: list[str]) -> None:
             f"num_classes is {num_classes} and the data has {len(class_names)} classes: leave "
             "num_classes out, or if the recipe has it, give --num_classes null"
         )
-
-
-def build_table_data(
-    cfg: TableConfig, data_path: str | None, pixels: PixelFormat, seed: int
-) -> LabelledData:
-    """Training and validation images of a folder as the table `cfg.labels` says, split by its
-    column or by `seed`.
-
-    Raises: InputError if table or images are not there or wrong, or no image of a class is for
-        training.
-    """
-    root = check_folder(data_path)
-    table = read_label_table(cfg, root)
-    if table.num_left_out:
-        logger.warning(
-            "%s: %d rows say neither train nor val in %s, and are left out",
-            cfg.labels,
-            table.num_left_out,
-            cfg.split_column,
-        )
-    if table.splits is not None:
-        is_val = table.splits == "val"
-    else:
-        assert cfg.val_share is not None, "the settings ask for one of the two"
-        is_val = validation_choice(table.labels, table.groups, cfg.val_share, seed)
-    parts = [np.flatnonzero(rows) for rows in (~is_val, is_val)]
-    if not all(map(len, parts)):
-        raise DataError(
-            f"labels {cfg.labels}: {len(parts[0])} images would be for training and "
-            f"{len(parts[1])} for validation: it needs more images, or more groups"
-        )
-    train, val = (check_format(TableImages(table, rows, root, pixels)) for rows in parts)
-    if cfg.objective == "multiclass":
-        present = set(train.labels.tolist())
-        absent = [name for label, name in enumerate(table.label_names) if label not in present]
-        if absent:
-            raise DataError(
-                f"labels {cfg.labels}: no image for training has the class {absent[:SHOWN]}"
-            )
-    logger.info("%s: %d training and %d validation images", cfg.labels, len(train), len(val))
-    return LabelledData(train, val, table.label_names)
-
-
-def validation_choice(
-    labels: np.ndarray, groups: np.ndarray | None, share: float, seed: int
-) -> np.ndarray:
-    """Which images `(n,)` bool are for validation: about `share` of each stratum, and of groups
-    `(n,)` all images or none. A pure function of its arguments.
-
-    A stratum of one image is for training. Groups are dealt one by one, large ones first, each to
-    the split where the counts of its strata then are nearer to their shares, by chi-square.
-    """
-    kinds = strata(labels)
-    is_val = np.zeros(len(labels), dtype=bool)
-    if groups is None:
-        several = np.flatnonzero(np.bincount(kinds)[kinds] > 1)
-        count = round(share * len(several))
-        if count:
-            is_val[several[stratified_choice(kinds[several], count, seed)]] = True
-        return is_val
-    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-    shuffled = torch.randperm(len(members), generator=generator(seed, SUBSET)).tolist()
-    totals = np.bincount(kinds)
-    goals = np.stack([(1 - share) * totals, share * totals])  # (2, strata)
-    have = np.zeros_like(goals)
-    order = sorted(shuffled, key=lambda group: -len(members[group]))
-    for group in order:
-        found, counts = np.unique(kinds[members[group]], return_counts=True)
-        missing = goals[:, found] - have[:, found]
-        # how much the sum of (have - goal)^2 / goal grows in either split
-        growth = (counts * (counts - 2 * missing) / goals[:, found]).sum(axis=1)
-        split = int(growth[1] < growth[0])
-        have[split, found] += counts
-        is_val[members[group]] = split
-    if not is_val.any() and len(order) > 1:
-        is_val[members[order[-1]]] = True
-    return is_val
 
 
 def strata(labels: np.ndarray) -> np.ndarray:

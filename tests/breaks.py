@@ -802,7 +802,7 @@ test_a_part_is_trained_and_the_weights_left_are_plain
 +tensors[f"{stem}weight"] = tensors[f"{stem}weight"] + 0 * product
 
 146 labels: a group's first image may be in another split than its others
-data/labels.py data/test_tables.py
+data/tables.py data/test_tables.py
 test_no_group_is_in_both_splits_and_the_share_is_near
 -        is_val[members[group]] = split
 +        is_val[members[group][1:]] = split
@@ -1185,8 +1185,8 @@ test_a_painted_mask_removes_what_was_painted_and_psnr_and_ssim_are_of_the_pictur
 301 demo: an upload is decoded before its size is known
 engine/pictures/one_image.py tools/test_demo.py
 test_bad_files_are_refused_before_they_are_decoded
--            check_pixels(image.height, image.width)
-+            pass
+-            if image.height * image.width > MOST_PIXELS:
++            if False:
 
 302 demo: a file's name is a part of the page
 tools/demo.py tools/test_demo.py
@@ -1229,6 +1229,12 @@ engine/run/tracking.py engine/test_tracking.py
 test_evaluations_without_training_send_their_results
 -if kind != FINAL:
 +if True:
+
+326 tracking: a copy of a run's folder goes on with the record of the original
+engine/run/tracking.py engine/test_tracking.py
+test_a_copy_of_a_folder_and_another_service_have_records_of_their_own
+-if self.origin.items() <= stored.items():
++if stored.get("service") == name:
 
 310 predictions: of classes with equal votes the higher label comes first
 engine/evaluation/knn.py engine/test_guesses.py

@@ -161,12 +161,11 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     elif precision == "auto" and device.type == "cpu":
         # torch 2.9 has no public way to tell what a CPU can do
         able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16")))
         # An Intel CPU whose matrix unit a virtual machine hides: a product of its vector unit took
         # 1.7 times as long in bf16 as in fp32. Only Intel's with bf16 have avx512_fp16.
-        if able.get("avx512_fp16") and not able.get("amx_bf16"):
-            fast = False
-        precision = "bf16" if fast else "fp32"
+        is_slow = able.get("avx512_fp16") and not able.get("amx_bf16")
+        has_bf16 = any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16")))
+        precision = "bf16" if has_bf16 and not is_slow else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 

@@ -16,13 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images import pixel_format
-from data.labels import (
-    LabelledData,
-    LabelledSource,
-    build_labelled_data,
-    build_table_data,
-    check_num_classes,
-)
+from data.labels import LabelledData, LabelledSource, build_labelled_data, check_num_classes
+from data.tables import build_table_data
 from engine.evaluation.features import TOP, Guesses, answers
 from engine.evaluation.guesses import save_guesses
 from engine.evaluation.metrics import (

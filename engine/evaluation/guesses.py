@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.images import pixel_format
-from data.labels import LabelledSource, build_labelled_data, build_table_data
+from data.labels import LabelledSource, build_labelled_data
+from data.tables import build_table_data
 from engine.evaluation.features import Guesses
 from util.errors import InputError
 from util.files import write_output

@@ -15,15 +15,18 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from engine.run.tracking import FINAL, Tracker
 from util.files import write_text, writing
 from util.settings.base import RunConfig, TrainRunConfig
 
+if TYPE_CHECKING:
+    from engine.run.tracking import Tracker
+
+FINAL = "final"  # the kind of the figures of a run that has come to its end
 Kind = Literal["train", "epoch", "val", "monitor"]
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,10 @@ class Records:
     def track(self, cfg: RunConfig, step: int = 0) -> None:
         """Begins to track the run by the service that the settings name, or goes on from `step`."""
         if self.is_main and cfg.track:
-            self.tracker = Tracker(self.folder, cfg, as_scalars(cfg.model_dump(mode="json")), step)
+            from engine.run.tracking import Tracker  # here, as most runs are not tracked
+
+            settings = as_scalars(cfg.model_dump(mode="json"))
+            self.tracker = Tracker(self.folder, cfg.track, settings, step)
 
     def write(self, kind: Kind, step: int, values: dict[str, float], line: str) -> None:
         """Writes `values` to log.jsonl and TensorBoard, and `line` to log.txt and the terminal."""

@@ -1,22 +1,23 @@
 """Tracking by Weights & Biases or MLflow (the setting `track`), beside log.jsonl and TensorBoard.
 
 A run's scalars, its settings and its name are sent, nothing else: no code, git state, environment,
-console output or pictures. A resumed run goes on with its record, which tracking.json names.
+console output or pictures. A resumed run goes on with its record, which tracking.json names; a
+copy of its folder has a new one.
 Whatever a service raises switches tracking off with a warning; the training goes on.
 """
 
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.run.records import FINAL
 from util.files import printable, write_text
-from util.settings.base import RunConfig
 
-FINAL = "final"  # the kind of the figures of a run that has come to its end
 PROJECT = "mae"  # unless the environment names another
 ENVIRONMENT = {  # unless it says something else already
     "WANDB_ERROR_REPORTING": "false",
@@ -26,10 +27,8 @@ ENVIRONMENT = {  # unless it says something else already
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-FINISH_TIMEOUT = 60.0  # seconds that the end of a run waits for uploads
 logger = logging.getLogger(__name__)
-Scalars = Mapping[str, object]  # numbers
-Values = Mapping[str, bool | int | float | str]
+Values = Mapping[str, object]  # numbers, or of settings also texts
 
 
 class Wandb:
@@ -63,15 +62,14 @@ class Wandb:
                 host="",
                 username="",
                 program="",
-                finish_timeout=FINISH_TIMEOUT,
+                finish_timeout=60.0,  # seconds that the end of a run waits for uploads
             ),
         )
         self.id = self.run.id
         self.run.define_metric("*", step_metric="step")
-        place = Path(self.run.dir).parent if self.run.offline else self.run.url
-        logger.info("tracked by wandb: %s", place)
+        self.place = str(Path(self.run.dir).parent if self.run.offline else self.run.url)
 
-    def log(self, values: Scalars, step: int) -> None:
+    def log(self, values: Values, step: int) -> None:
         self.run.log({**values, "step": step})
 
     def close(self, is_done: bool) -> None:
@@ -85,8 +83,10 @@ class Mlflow:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
-        where = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
-        self.client, self.metric = MlflowClient(tracking_uri=where), Metric
+        self.place = os.environ.get("MLFLOW_TRACKING_URI") or (
+            (folder / "mlruns").resolve().as_uri()
+        )
+        self.client, self.metric = MlflowClient(tracking_uri=self.place), Metric
         if known_id is None:
             project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             experiment = self.client.get_experiment_by_name(project)
@@ -98,9 +98,8 @@ class Mlflow:
         else:
             self.id = known_id
             self.client.update_run(self.id, status="RUNNING")
-        logger.info("tracked by mlflow: %s, run %s", where, self.id)
 
-    def log(self, values: Scalars, step: int) -> None:
+    def log(self, values: Values, step: int) -> None:
         now = int(time.time() * 1000)
         rows = [
             self.metric(name, value, now, step)
@@ -117,41 +116,42 @@ SERVICES: dict[str, type[Wandb] | type[Mlflow]] = {"wandb": Wandb, "mlflow": Mlf
 
 
 class Tracker:
-    """Sends a run's scalars to the service that `cfg.track` names. For the main process.
+    """Sends a run's scalars to the service of that name. For the main process.
 
     A run that goes on from `step` goes on with its record, if it has one: what a killed run sent
     after its last checkpoint is not sent again. A run that begins has a new record.
     """
 
-    def __init__(self, folder: Path, cfg: RunConfig, settings: Values, step: int = 0):
-        self.path, self.name = folder / "tracking.json", str(cfg.track)
+    def __init__(self, folder: Path, name: str, settings: Values, step: int = 0):
+        self.path, self.name = folder / "tracking.json", name
+        self.origin = {"service": name, "folder": str(folder.resolve())}
         self.service: Wandb | Mlflow | None = None
         self.sent: dict[str, int] = {}  # the last step of each kind
         known_id = None
         with self._guarded():
-            for name, value in ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-            if step and self.path.exists():
-                known = json.loads(self.path.read_text(encoding="utf-8"))
-                if known["service"] == self.name:
-                    known_id, self.sent = known["id"], known["steps"]
-            name = "/".join(folder.resolve().parts[-2:]).encode(errors="replace").decode()
-            self.service = SERVICES[self.name](folder, name, settings, known_id)
+            os.environ |= {**ENVIRONMENT, **os.environ}
+            stored = json.loads(self.path.read_text()) if step and self.path.exists() else {}
+            if self.origin.items() <= stored.items():
+                known_id, self.sent = stored["id"], stored["steps"]
+            title = "/".join(folder.resolve().parts[-2:]).encode(errors="replace").decode()
+            self.service = SERVICES[name](folder, title, settings, known_id)
+            place = re.sub("//[^/]*@", "//", self.service.place)  # a password stays out of log.txt
+            logger.info("tracked by %s: %s, run %s", name, place, self.service.id)
 
-    def log(self, kind: str, step: int, values: Scalars) -> None:
+    def log(self, kind: str, step: int, values: Values) -> None:
         """Sends a record's scalars, unless the service has them already."""
         if self.service is not None and step > self.sent.get(kind, -1):
             with self._guarded():
                 self.service.log(values, step)
                 self.sent[kind] = step
                 if kind != FINAL:  # which an evaluation sends, that may lie in a run's folder
-                    known = {"service": self.name, "id": self.service.id, "steps": self.sent}
+                    known = {**self.origin, "id": self.service.id, "steps": self.sent}
                     write_text(self.path, json.dumps(known))
 
     def close(self) -> None:
         """Says that the run has ended, and whether it came to its end."""
-        if self.service is not None:
-            with self._guarded():
+        with self._guarded():
+            if self.service is not None:
                 self.service.close(FINAL in self.sent)
 
     @contextmanager
@@ -162,6 +162,6 @@ class Tracker:
             logger.warning(
                 "%s failed, and this run is tracked no longer; log.jsonl has all records: %s",
                 self.name,
-                printable(str(error))[:300] or type(error).__name__,
+                printable(re.sub("//[^/]*@", "//", str(error)))[:300] or type(error).__name__,
             )
             self.service = None

@@ -13,7 +13,8 @@ from test_listing import touch
 from test_sampler import global_states
 
 from data.images import PixelFormat
-from data.labels import LabelledData, build_table_data, strata, validation_choice
+from data.labels import LabelledData, strata
+from data.tables import build_table_data, validation_choice
 from util.errors import InputError
 from util.settings.evaluation import TableConfig
 

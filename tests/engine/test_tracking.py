@@ -6,6 +6,8 @@ import importlib.util
 import json
 import logging
 import math
+import os
+import shutil
 import socket
 import struct
 import sys
@@ -44,8 +46,9 @@ def offline(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("SOME_VARIABLE", UNSENT)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("MLFLOW_TRACKING_URI", "WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for name in ("TRACKING_URI", "EXPERIMENT_NAME", "ALLOW_FILE_STORE"):
+        monkeypatch.delenv(f"MLFLOW_{name}", raising=False)
 
 
 def wandb_records(folder: Path) -> list[Any]:
@@ -99,6 +102,7 @@ def of_wandb(folder: Path) -> Rows:
 def of_mlflow(folder: Path) -> Rows:
     from mlflow import MlflowClient
 
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # as a run does, which may be another process
     client = MlflowClient(tracking_uri=(folder / "mlruns").as_uri())
     rows: Rows = {}
     for found in client.search_runs([client.get_experiment_by_name("mae").experiment_id]):
@@ -153,6 +157,29 @@ def test_a_service_has_the_scalars_of_the_log_once_after_a_cut(
     assert json.loads((tmp_path / "tracking.json").read_text())["id"] == state["id"]
     assert main_pretrain.main(arguments)["step"] == 20  # a finished run is left alone
     assert READERS[service](tmp_path) == found
+
+
+@BOTH
+def test_a_copy_of_a_folder_and_another_service_have_records_of_their_own(
+    service, tmp_path, data, monkeypatch
+):
+    """The original, a copy, and a copy that is tracked by the other service all go on."""
+    other = next(name for name in READERS if name != service)
+    folders = {"one": service, "copy": service, "other": other}
+    arguments = pretraining(data, tmp_path / "one", "--track", service)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, 14)
+        main_pretrain.main(arguments)
+    for name in ("copy", "other"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+    first = json.loads((tmp_path / "one" / "tracking.json").read_text())["id"]
+    ids = []
+    for name, by in folders.items():
+        main_pretrain.main([*arguments, "--output_dir", str(tmp_path / name), "--track", by])
+        ids.append(json.loads((tmp_path / name / "tracking.json").read_text())["id"])
+    assert ids[0] == first and len(set(ids)) == 3
+    assert all(len(values) == 1 for values in READERS[service](tmp_path / "one").values())
+    assert min(step for _, step in READERS[other](tmp_path / "other")) == 11
 
 
 def test_nothing_but_scalars_settings_and_the_name_is_sent(tmp_path, data):
@@ -245,10 +272,11 @@ def test_a_service_that_fails_never_ends_a_run(
 
 
 def test_a_server_that_is_not_there_is_a_warning(tmp_path, data, monkeypatch, caplog):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     pretrain_pictures(data, tmp_path, "--track", "mlflow")
     assert sum("mlflow failed" in record.getMessage() for record in caplog.records) == 1
+    assert "secret" not in (tmp_path / "log.txt").read_text()
 
 
 @BOTH

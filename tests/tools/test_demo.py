@@ -203,7 +203,7 @@ def test_an_index_that_does_not_belong_here_is_refused(weights, classifier, imag
 
 def test_a_classifier_has_classes_and_no_reconstruction(classifier, images, tmp_path):
     viewer = viewer_of(classifier)
-    assert viewer.autoencoder is None and ["no decoder" in text for text in viewer.lacks][0]
+    assert viewer.autoencoder is None and any("no decoder" in text for text in viewer.lacks)
     words = ["--finetune", classifier, "--data_path", images / "d.png", "--device", "cpu"]
     words += ["--output_file", tmp_path / "said.csv", "--num_workers", 0, "--topk", 5]
     predict.main([str(word) for word in words])
@@ -332,9 +332,11 @@ def test_a_visitor_uploads_paints_and_looks(weights, images, tmp_path, serve, br
     share = browser.get_by_label("number input for Share that is removed")
     changes("Reconstruction", lambda: (share.fill("0.5"), share.press("Enter")))
     expect(status).to_contain_text("8 of 16 patches removed")
-    changes("Reconstruction", lambda: browser.get_by_label("grid").check())
+    before = sources(browser, "Reconstruction")
+    browser.get_by_label("grid").check()
     expect(browser.get_by_text("mask grid keeps one patch")).to_be_visible()
-    browser.get_by_label("blockwise").check()
+    assert sources(browser, "Reconstruction") == before
+    changes("Reconstruction", lambda: browser.get_by_label("blockwise").check())
     expect(status).to_contain_text("8 of 16 patches removed")
 
     # a stroke over the second row brings it back or removes it, as its first patch says
@@ -375,6 +377,13 @@ def test_a_visitor_uploads_paints_and_looks(weights, images, tmp_path, serve, br
     pasted = viewer.reconstruct(viewer.see(other), painted_mask(expected, 16))[0].pasted
     assert np.array_equal(picture_in(sources(browser, "Reconstruction")[3]), to_picture(pasted))
 
+    changes("Reconstruction", browser.get_by_title("cat", exact=True).click)
+    found = viewer.reconstruct(
+        viewer.see(demo.HERE / "photographs/cat.jpg"), painted_mask(expected, 16)
+    )
+    assert np.array_equal(
+        picture_in(sources(browser, "Reconstruction")[3]), to_picture(found[0].pasted)
+    )
     before = sources(browser, "Reconstruction")
     (tmp_path / "script.png").write_bytes(b"#!/bin/sh\necho <b>here</b>\n")
     upload.set_input_files(tmp_path / "script.png")
@@ -395,9 +404,7 @@ def picture_in(source: str) -> np.ndarray:
 @pytest.mark.long
 def test_a_classifier_has_a_page_without_reconstructions(classifier, images, serve, browser):
     browser.goto(serve("--model_path", classifier))
-    expect(
-        browser.get_by_text("Reconstruction is off: these weights have no decoder")
-    ).to_be_visible()
+    expect(browser.get_by_text("Reconstruction is off: head.safetensors (")).to_be_visible()
     expect(browser.get_by_text("rollout over all layers")).to_be_visible()
     expect(browser.locator(".mae-classes tr")).to_have_count(5)
     expect(browser.get_by_label("number input for Share that is removed")).to_be_hidden()
@@ -413,7 +420,10 @@ def test_weights_for_four_channels_have_a_page_that_waits_for_a_file(tmp_path):
     viewer = viewer_of(weights)
     with pytest.raises(BadImageError, match="has 3 channels"):
         viewer.see(demo.PHOTOGRAPHS[0])
-    demo.build_page(viewer, DemoConfig())
+    page = demo.build_page(viewer, DemoConfig())
+    called = {found.name: found.fn for found in page.fns.values()}
+    mask, strip = called["redraw"](None, "random", 0.5, 3)  # before any image is shown
+    assert (mask.kept, strip, called["attend"](None, None, 1)) == (8, "", "")
     np.save(tmp_path / "image.npy", np.full((40, 40, 4), 51, np.uint8))
     seen = viewer.see(tmp_path / "image.npy")
     found = viewer.reconstruct(seen, painted_mask([0], 16))[0]
@@ -428,6 +438,12 @@ def test_make_installs_what_the_page_needs_and_starts_it():
         ".venv/bin/python -m pip install -r requirements.txt"
     )
     assert lines[-1] == ".venv/bin/python tools/demo.py --port 8000"
+
+
+def test_channels_that_the_weights_do_not_have_are_one_line(weights):
+    with pytest.raises(InputError, match="up to in_chans 3, got 4") as error:
+        viewer_of(weights, "--show_channels", 4)
+    assert error.value.settings == ("show_channels",)
 
 
 @pytest.mark.long
