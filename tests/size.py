@@ -14,8 +14,8 @@ from pathlib import Path
 
 MAX_LINE = 100  # characters
 BUDGET = {
-    "product statements": 10800,
-    "test statements": 14650,
+    "product statements": 11700,
+    "test statements": 15870,
     "statements that main_pretrain imports": 5900,
     "statements that engine.optim imports": 100,
     "`cfg: Any` in product code": 0,
