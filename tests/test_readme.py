@@ -148,6 +148,8 @@ def given(line: str, images: Path, clone: Path) -> list[str]:
             put(trained("pretrain", None, images, clone), Path(word) / "one")
         elif word.endswith("photographs/pretrain") and "plot_run" in line:
             put(trained("pretrain", None, images, clone), Path(word))
+        elif word == "output/photographs":  # of all runs of that page
+            put(trained("pretrain", None, images, clone), Path(word) / "pretrain")
         elif word == "cifar10-tiny":  # in its place a model of the size that is tested
             put(trained("pretrain", recipe, images, clone) / "model.safetensors", clone / word)
         elif word.endswith(("/packed", "/train/*.tar")) and "--side" not in words:
