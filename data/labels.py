@@ -271,7 +271,8 @@ def _with_labels(
     if len(labelled) == len(source):
         return source
     logger.warning(
-        "%s: %d images have no label or lie in no class folder, and are left out",
+        "%s: %d images have no label or lie in no class folder, and are left out where labels are "
+        "needed",
         split,
         len(source) - len(labelled),
     )

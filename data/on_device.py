@@ -88,14 +88,14 @@ class DecodedSource(ImageSource):
                         raise DataError(
                             f"data_on_device needs images of one size, and the first has height "
                             f"and width {height} x {width}, {self.name(index)} "
-                            f"{image.shape[1]} x {image.shape[2]}: resize them, or leave "
-                            "data_on_device out"
+                            f"{image.shape[1]} x {image.shape[2]}: resize them, or give "
+                            "--data_on_device false"
                         )
                     if image.dtype != self.dtype:
                         raise DataError(
                             f"data_on_device needs images of one depth, and the first has "
-                            f"{self.dtype}, {self.name(index)} {image.dtype}: leave "
-                            "data_on_device out"
+                            f"{self.dtype}, {self.name(index)} {image.dtype}: give "
+                            "--data_on_device false"
                         )
                     images[index] = image
         logger.info(
@@ -128,8 +128,8 @@ def place_on_device(
         sizes = " + ".join("{} x {} x {} x {}".format(len(of), *of.shape) for of in placed)
         raise InputError(
             f"data_on_device needs {needed / 1e6:,.1f} MB for {sizes} pixels, and "
-            f"{free / 1e6:,.1f} MB are free on {processes.device}: leave data_on_device out, or "
-            "make the images smaller",
+            f"{free / 1e6:,.1f} MB are free on {processes.device}: give --data_on_device false, "
+            "or make the images smaller",
             settings=("data_on_device",),
         )
     return tuple(cast(SourceT, source) for source in placed)

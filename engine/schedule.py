@@ -47,7 +47,7 @@ def plan_run(cfg: ScheduleConfig, num_images: int, world_size: int, accum_iter: 
         raise InputError(
             f"the data set has {num_images} images and one optimiser step takes {total} "
             f"(batch_size {cfg.batch_size} x {world_size} processes x accum_iter {accum_iter}): "
-            f"use a smaller batch or more images",
+            "lower batch_size and total_batch_size, or take more images",
             settings=("batch_size",),
         )
     steps_per_epoch = num_images // total

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -147,6 +148,8 @@ def given(line: str, images: Path, clone: Path) -> list[str]:
             put(trained("pretrain", None, images, clone), Path(word) / "one")
         elif word.endswith("photographs/pretrain") and "plot_run" in line:
             put(trained("pretrain", None, images, clone), Path(word))
+        elif word == "output/photographs":  # of all runs of that page
+            put(trained("pretrain", None, images, clone), Path(word) / "pretrain")
         elif word == "cifar10-tiny":  # in its place a model of the size that is tested
             put(trained("pretrain", recipe, images, clone) / "model.safetensors", clone / word)
         elif word.endswith(("/packed", "/train/*.tar")) and "--side" not in words:
@@ -305,6 +308,23 @@ def test_commands_of_packages(line, images, clone):
 def test_no_command_is_forgotten():
     assert len(COMMANDS) >= 40 + len(RECIPES) and len(commands("elsewhere")) >= 3
     assert all([*(ROOT / "tests").rglob(f"test_{name}.py")] for name in ELSEWHERE)
+
+
+def test_the_lines_that_lay_out_a_folder(tmp_path):
+    """Every fifth image is held out, below the same folders, whatever its name."""
+    (block,) = [block for readme in READMES for block in fenced(readme, "sh")]
+    for name in ("animals/old ones", "things"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(10):
+            (tmp_path / name / f" {number}.jpg").touch()
+    run(["sh", "-euc", block.replace("/path/to/photographs", shlex.quote(str(tmp_path)))])
+    left = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.jpg")]
+    assert Counter(str(path.parent) for path in left) == {
+        "train/animals/old ones": 8,
+        "val/animals/old ones": 2,
+        "train/things": 8,
+        "val/things": 2,
+    }
 
 
 PYTHON = {"features": (8, 128), "probabilities": (8, 3), "painted": (8, 1, 28, 28)}

@@ -289,6 +289,7 @@ def test_the_usual_transform_keeps_labels_and_images_together(tmp_path, caplog):
     data = read(tmp_path)
     assert data.class_names == names
     assert f"{tmp_path}/train: 1 images" in caplog.text
+    assert "left out where labels are needed" in caplog.text  # pretraining takes them
     assert data.train.fingerprint() != data.val.fingerprint()
     for source in (data.train, data.val):
         dataset = LabelledDataset(source, CropAndFlip(8, 0.2, "bicubic", 0.5), seed=0)

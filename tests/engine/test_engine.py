@@ -66,7 +66,8 @@ def test_plan_by_hand():
 def test_a_data_set_smaller_than_one_step_is_refused_with_the_numbers():
     with pytest.raises(
         InputError,
-        match=r"has 127 images and one optimiser step takes 128 \(batch_size 16 x 2 processes",
+        match=r"has 127 images and one optimiser step takes 128 \(batch_size 16 x 2 processes"
+        r" x accum_iter 4\): lower batch_size and total_batch_size",
     ):
         plan_run(AdamWConfig(batch_size=16), num_images=127, world_size=2, accum_iter=4)
     assert plan_run(AdamWConfig(batch_size=16), 128, 2, 4).steps_per_epoch == 1
