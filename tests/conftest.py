@@ -17,8 +17,10 @@ from runs import ROOT as ROOT  # others take it from here
 from runs import make_pictures, pretrain_pictures
 
 torch.set_num_threads(1)  # results must not depend on the machine's core count
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup, which runs would inherit
-    signal.signal(signal.SIGHUP, lambda *_: None)
+# Runs would inherit that these are ignored, under nohup and in the background of a shell.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
