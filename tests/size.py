@@ -15,7 +15,7 @@ from pathlib import Path
 MAX_LINE = 100  # characters
 BUDGET = {
     "product statements": 11700,
-    "test statements": 15870,
+    "test statements": 15880,
     "statements that main_pretrain imports": 5900,
     "statements that engine.optim imports": 100,
     "`cfg: Any` in product code": 0,
