@@ -40,6 +40,9 @@ class Wandb:
     def __init__(self, folder: Path, name: str, settings: Values, known_id: str | None):
         import wandb
 
+        str(
+            folder
+        ).encode()  # W&B would fail later, and its log with it, at a name that is no UTF-8
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=name,
@@ -115,6 +118,11 @@ class Mlflow:
 SERVICES: dict[str, type[Wandb] | type[Mlflow]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
+def clean(text: str) -> str:
+    """A service's text for log.txt: on one line, and without the password of an address."""
+    return printable(re.sub("//[^/]*@", "//", text))
+
+
 class Tracker:
     """Sends a run's scalars to the service of that name. For the main process.
 
@@ -134,9 +142,12 @@ class Tracker:
             if self.origin.items() <= stored.items():
                 known_id, self.sent = stored["id"], stored["steps"]
             title = "/".join(folder.resolve().parts[-2:]).encode(errors="replace").decode()
-            self.service = SERVICES[name](folder, title, settings, known_id)
-            place = re.sub("//[^/]*@", "//", self.service.place)  # a password stays out of log.txt
-            logger.info("tracked by %s: %s, run %s", name, place, self.service.id)
+            # services cannot write names that are no UTF-8
+            texts = {key: printable(v) for key, v in settings.items() if isinstance(v, str)}
+            self.service = SERVICES[name](folder, title, {**settings, **texts}, known_id)
+            logger.info(
+                "tracked by %s: %s, run %s", name, clean(self.service.place), self.service.id
+            )
 
     def log(self, kind: str, step: int, values: Values) -> None:
         """Sends a record's scalars, unless the service has them already."""
@@ -162,6 +173,6 @@ class Tracker:
             logger.warning(
                 "%s failed, and this run is tracked no longer; log.jsonl has all records: %s",
                 self.name,
-                printable(re.sub("//[^/]*@", "//", str(error)))[:300] or type(error).__name__,
+                clean(str(error))[:300] or type(error).__name__,
             )
             self.service = None

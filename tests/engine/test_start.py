@@ -15,7 +15,7 @@ from engine.start import MALLOPT, SPIN_COUNT, WAITING
     ("stage", "arguments", "code", "said"),
     [
         ("pretrain", "--help", 0, "--mask_ratio"),
-        ("finetune", "--dataset mnist5k --mixup 0.8 --ks 3 --print_config", 0, "mixup: 0.8"),
+        ("finetune", "--dataset mnist5k --mixup 0.8 --print_config", 0, "mixup: 0.8"),
         ("lincls", "--lr fast --finetune random", 2, "lr must be"),
         ("pretrain", "--dataset mnist5k --num_heads 5", 2, "num_heads 5"),
         ("pretrain", "--data_path absent/images", 2, "data_path absent/images does not exist"),
@@ -28,7 +28,7 @@ def test_help_and_refusals_are_answered_before_torch_is_imported(stage, argument
     done = run([script[0], "-X", "importtime", *script[1:]])
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == code and said in "\n".join([done.stdout, *lines])
-    assert len(lines) == (1 if code or "--ks" in arguments else 0)
+    assert len(lines) == bool(code)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "util.settings.read" in imported and not imported & {"torch", "numpy", "timm"}
 
@@ -38,9 +38,9 @@ def test_a_script_that_goes_on_reads_its_settings_once(tmp_path):
     (tmp_path / "file").touch()
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
-    arguments = f"--config {pipe} --dataset mnist5k --ks 3 --output_dir {tmp_path}/file"
+    arguments = f"--config {pipe} --dataset mnist5k --output_dir {tmp_path}/file"
     process = subprocess.Popen(command(*arguments.split()), stderr=subprocess.PIPE, text=True)
-    pipe.write_text("class_tokens: 0\ndecoder_class_token: false\n")
+    pipe.write_text("class_tokens: 0\ndecoder_class_token: false\nks: 3\n")
     said = [line.split()[:2] for line in process.communicate(timeout=60)[1].splitlines()]
     assert process.returncode == 2
     assert said == [["skipped", "settings"], ["error:", "output_dir"]]
