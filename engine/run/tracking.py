@@ -40,9 +40,7 @@ class Wandb:
     def __init__(self, folder: Path, name: str, settings: Values, known_id: str | None):
         import wandb
 
-        str(
-            folder
-        ).encode()  # W&B would fail later, and its log with it, at a name that is no UTF-8
+        str(folder).encode()  # at a name that is no UTF-8, W&B's own log would fail later
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=name,
