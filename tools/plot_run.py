@@ -163,7 +163,7 @@ def write_pages(pages: dict[Path, bytes]) -> None:
     check_replaceable(*pages)
     for path, content in pages.items():
         write_output(path, partial(Path.write_bytes, data=content))
-        print(f"wrote {path}")
+        print(f"wrote {printable(str(path))}")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
