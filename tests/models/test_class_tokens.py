@@ -19,6 +19,7 @@ from transformers import (
 
 import hubconf
 from engine.evaluation.from_weights import build_frozen
+from engine.evaluation.readers import feature_reader
 from models.dense import DenseTransformer
 from models.mae import MaskedAutoencoder
 from models.spec import spec_from_dict
@@ -27,7 +28,6 @@ from models.weights.adapt import load_for_pretraining, load_into_dense
 from models.weights.own import own_bytes
 from models.weights.read import read_weights
 from models.weights.write import write_weights
-from tools import embed
 from util.errors import InputError
 from util.settings.evaluation import KnnConfig
 from util.settings.tools import EmbedConfig
@@ -333,7 +333,7 @@ def test_evaluation_follows_the_number_in_the_weights_and_refuses_another(tmp_pa
     maps = latent[:, 3:].mT.unflatten(2, (4, 4))
     torch.testing.assert_close(dense.forward_map(images()), maps, rtol=0, atol=1e-5)
     embed_cfg = EmbedConfig(finetune=path, data_path="x", output_file="a.npz", pool="both")
-    written = embed.reader(embed_cfg, model, read_weights(path)[1])[0](images())
+    written = feature_reader(embed_cfg, model, read_weights(path)[1])[0](images())
     features = {"token": latent[:, :3].mean(dim=1), "avg": latent[:, 3:].mean(dim=1)}
     torch.testing.assert_close(written, features, rtol=0, atol=1e-5)
     other = cfg.model_copy(update={"class_tokens": 1})
