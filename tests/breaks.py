@@ -483,12 +483,6 @@ test_a_sibling_stages_keys_are_skipped_with_one_line
 -for name, value in values.items() if name not in skipped
 +for name, value in values.items()
 
-350 settings: a flag of another stage is skipped
-util/settings/read.py util/test_config.py
-test_a_sibling_stages_keys_are_skipped_with_one_line
--if name in elsewhere and name not in flags
-+if name in elsewhere
-
 96 settings: of a key that is given twice the last is taken
 util/settings/read.py util/test_config.py
 test_a_file_that_cannot_be_used_is_one_line_that_names_it

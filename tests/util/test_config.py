@@ -197,9 +197,6 @@ def test_a_sibling_stages_keys_are_skipped_with_one_line(recipe, caplog):
     with pytest.raises(InputError) as error:
         load_config(KnnConfig, "knn", [*argv, "--layer_dekay", "1"], siblings=STAGE_CONFIGS)
     assert error.value.settings == ("layer_dekay",)
-    with pytest.raises(InputError, match="mixup is a setting of other stages") as error:
-        load_config(KnnConfig, "knn", [*argv, "--mixup", "1"], siblings=STAGE_CONFIGS)
-    assert error.value.settings == ("mixup",)
 
 
 # Values

@@ -49,8 +49,7 @@ def load_config(
 
     `checks` return the problems that need knowledge of other packages (a model's geometry), as
     `Settings.problems` does. `siblings` are the classes of the other stages, whose settings are
-    skipped in a file, which may be for several stages, and refused as flags. `--help` and
-    `--print_config` print and exit with 0.
+    skipped. `--help` and `--print_config` print and exit with 0.
 
     Raises: InputError with every problem, one per line, and the names of the settings.
     """
@@ -65,8 +64,8 @@ def load_config(
     values = {name: value for content in sources.values() for name, value in content.items()}
     origin = {name: source for source, content in sources.items() for name in content}
 
-    elsewhere = {name for sibling in siblings for name in sibling.model_fields} - schemas.keys()
-    skipped = [name for name in values if name in elsewhere and name not in flags]
+    elsewhere = {name for sibling in siblings for name in sibling.model_fields}
+    skipped = [name for name in values if name in elsewhere - config_class.model_fields.keys()]
     if skipped and os.environ.get("RANK", "0") == "0":
         logger.warning("skipped settings of other stages: %s", ", ".join(skipped))
     try:
@@ -78,9 +77,7 @@ def load_config(
         # By name, as each way in which a value could be legal has an error of its own.
         wrong = {str(found["loc"][0]): found.get("ctx", {}) for found in error.errors()}
         problems = [
-            f"{name} is a setting of other stages only (command line)"
-            if name in elsewhere
-            else f"{name} {_explanation(schemas, name, values[name], context.get('error'))}"
+            f"{name} {_explanation(schemas, name, values[name], context.get('error'))}"
             f" ({origin[name]})"
             for name, context in wrong.items()
         ]
