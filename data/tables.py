@@ -20,12 +20,20 @@ import numpy as np
 import torch
 
 from data.images import PixelFormat
-from data.labels import SHOWN, SPLITS, LabelledData, strata, stratified_choice
+from data.labels import (
+    SHOWN,
+    SPLITS,
+    LabelledData,
+    build_labelled_data,
+    check_num_classes,
+    strata,
+    stratified_choice,
+)
 from data.parquet import import_parquet
 from data.sources import WALK_THREADS, FolderSource, check_folder, check_format
 from util.errors import DataError, InputError
 from util.rng import SUBSET, generator
-from util.settings.evaluation import TableConfig
+from util.settings.evaluation import LabelledDataConfig, TableConfig
 
 YES_OR_NO = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
@@ -73,6 +81,21 @@ class TableImages(FolderSource):
 
     def fingerprint(self) -> str:
         return f"{self.digest} {super().fingerprint()}"
+
+
+def build_data(
+    cfg: LabelledDataConfig, pixels: PixelFormat, seed: int, download: bool, num_classes: int | None
+) -> LabelledData:
+    """Training and validation images that the settings name, with labels from a table if they name
+    one, else from folders or the data set.
+
+    Raises: InputError if they are not there or wrong, or have another number of classes.
+    """
+    if cfg.labels is None:
+        return build_labelled_data(cfg.dataset, cfg.data_path, pixels, download, num_classes)
+    data = build_table_data(cfg, cfg.data_path, pixels, seed)
+    check_num_classes(num_classes, data.class_names)
+    return data
 
 
 def build_table_data(

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images import pixel_format
-from data.labels import LabelledData, LabelledSource, build_labelled_data, check_num_classes
-from data.tables import build_table_data
+from data.labels import LabelledData, LabelledSource
+from data.tables import build_data
 from engine.evaluation.features import TOP, Guesses, answers
 from engine.evaluation.guesses import save_guesses
 from engine.evaluation.metrics import (
@@ -142,14 +142,8 @@ def open_labelled_data(cfg: FinetuneConfig | LinclsConfig | KnnConfig, run: Run)
     """Both splits of the data set that the settings name. Raises: InputError."""
     needs_8_bits = isinstance(cfg, FinetuneConfig) and cfg.needs_8_bits
     pixels = pixel_format(cfg, cfg.in_chans, needs_8_bits)
-    if cfg.labels is not None:
-        data = build_table_data(cfg, cfg.data_path, pixels, cfg.seed)
-        check_num_classes(cfg.num_classes, data.class_names)
-        return data
     with first_process_first(run.processes) if cfg.download else nullcontext():
-        return build_labelled_data(
-            cfg.dataset, cfg.data_path, pixels, cfg.download, cfg.num_classes
-        )
+        return build_data(cfg, pixels, cfg.seed, cfg.download, cfg.num_classes)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.images import pixel_format
-from data.labels import LabelledSource, build_labelled_data
-from data.tables import build_table_data
+from data.labels import LabelledSource
+from data.tables import build_data
 from engine.evaluation.features import Guesses
 from util.errors import InputError
 from util.files import write_output
@@ -112,10 +112,7 @@ def open_guessed_images(settings: Mapping[str, object], names: list[str]) -> Lab
     common = {name: settings[name] for name in settings.keys() - {"in_chans", "seed"}}
     cfg = LabelledDataConfig(**common)  # type: ignore[arg-type]
     pixels = pixel_format(cfg, int(str(settings["in_chans"])))
-    if cfg.labels is not None:
-        source = build_table_data(cfg, cfg.data_path, pixels, int(str(settings["seed"]))).val
-    else:
-        source = build_labelled_data(cfg.dataset, cfg.data_path, pixels, False, None).val
+    source = build_data(cfg, pixels, int(str(settings["seed"])), False, None).val
     found = [short_name(source.name(index), cfg.data_path) for index in range(len(source))]
     if found != names:
         raise InputError(f"data_path {cfg.data_path} holds other validation images by now")

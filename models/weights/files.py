@@ -57,11 +57,14 @@ def weights_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    if not path.exists() and (known := pretrained().get(str(path))):
-        return [known]
     if not path.exists():
-        names = " ".join(pretrained())
-        raise InputError(f"{path}: there is no such file; weights that come with this are: {names}")
+        known = pretrained()
+        if str(path) in known:
+            return [known[str(path)]]
+        raise InputError(
+            f"{path}: there is no such file, and the weights that come with this project are "
+            f"{' '.join(known)}"
+        )
     if not path.is_dir():
         raise InputError(f"{path}: not a regular file")
     found = [sorted(path.glob(pattern)) for pattern in FOLDER_FILES]

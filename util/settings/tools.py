@@ -148,7 +148,20 @@ class ExplainConfig(ClassifierConfig, EvalCropConfig, PictureConfig):
         )
 
 
-class EncodeConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
+class FrozenConfig(EvalCropConfig, DeviceConfig):
+    """Frozen model"""
+
+    num_heads: Count | None = setting(
+        None, "Number of attention heads, for weights that do not tell it."
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto",
+        "Precision of the model's arithmetic, by autocast where it is bf16 or fp16; auto is bf16 "
+        "on a device that computes it fast, else fp16 on CUDA, else fp32.",
+    )
+
+
+class EncodeConfig(FrozenConfig, DatasetConfig):
     """Weights and images"""
 
     finetune: PathText | None = setting(
@@ -170,20 +183,12 @@ class EncodeConfig(EvalCropConfig, DatasetConfig, DeviceConfig):
     img_size: Count | tuple[Count, Count] | None = setting(
         None, "Side of the images in pixels, or height and width; null is that of the weights."
     )
-    num_heads: Count | None = setting(
-        None, "Number of attention heads, for weights that do not tell it."
-    )
     batch_size: Count = setting(128, "Number of images in a batch of one process.")
     num_workers: CountOrZero | None = setting(
         None,
         "Number of loader processes per process; null is the number of cores that it can have, at "
         "most 8.",
         may_change=True,
-    )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "auto",
-        "Precision of the model's arithmetic, by autocast where it is bf16 or fp16; auto is bf16 "
-        "on a device that computes it fast, else fp16 on CUDA, else fp32.",
     )
 
     def problems(self) -> list[str]:
@@ -292,7 +297,7 @@ class PredictConfig(ApplyConfig):
     )
 
 
-class DemoConfig(ShowConfig, EvalCropConfig, DeviceConfig):
+class DemoConfig(ShowConfig, FrozenConfig):
     """Demo page"""
 
     model_path: PathText = setting(
@@ -305,9 +310,6 @@ class DemoConfig(ShowConfig, EvalCropConfig, DeviceConfig):
         "Features of one kind, written by tools/embed.py from the same weights, among which "
         "neighbours are searched; images are read as they were for it.",
     )
-    num_heads: Count | None = setting(
-        None, "Number of attention heads, for weights that do not tell it."
-    )
     decoder_num_heads: Count | None = setting(
         None, "Number of the decoder's attention heads, for weights that do not tell it."
     )
@@ -318,11 +320,6 @@ class DemoConfig(ShowConfig, EvalCropConfig, DeviceConfig):
     )
     mask_block: Count = setting(
         2, "Side of the squares of mask block, in patches; it must divide the grid of patches."
-    )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "auto",
-        "Precision of features and classes, by autocast where it is bf16 or fp16; auto is bf16 on "
-        "a device that computes it fast, else fp16 on CUDA, else fp32.",
     )
     share_on: Text = setting(
         "127.0.0.1",
