@@ -432,7 +432,8 @@ def test_weights_for_four_channels_have_a_page_that_waits_for_a_file(tmp_path):
 
 
 def test_make_installs_what_the_page_needs_and_starts_it():
-    printed = run(["make", "--dry-run", "--always-make", "demo", "DEMO=--port 8000"]).stdout
+    make = ["make", "--no-print-directory", "--dry-run", "--always-make"]  # as tests run in make
+    printed = run([*make, "demo", "DEMO=--port 8000"]).stdout
     lines = printed.splitlines()
     assert lines.index(".venv/bin/python -m pip install --quiet -e '.[demo]'") > lines.index(
         ".venv/bin/python -m pip install -r requirements.txt"
