@@ -193,7 +193,12 @@ def work(processes: Processes) -> dict:
         for head, of_head in enumerate(
             scores(answers, Photographs(count), 9, rank, world_size, heads=2)
         ):
-            found[f"scores of {count} by {head}"] = {**vars(of_head), "loss": None}
+            guesses = [rows.tolist() for rows in of_head.guesses]
+            found[f"scores of {count} by {head}"] = {
+                **vars(of_head),
+                "loss": None,
+                "guesses": guesses,
+            }
             found[f"losses of {count} by {head}"] = of_head.loss
         numbers = torch.arange(count)
         found[f"numbers of {count}"] = gather_rows(numbers[rank::world_size], count).tolist()
