@@ -365,15 +365,20 @@ def test_a_visitor_uploads_paints_and_looks(weights, images, tmp_path, serve, br
         picture_in(sources(browser, "Reconstruction")[3]), to_picture(found.pasted)
     )
 
-    patch = browser.locator("[data-pick='6'] >> xpath=self::span")
-    changes("Attention", patch.click)
+    # by keyboard: patch 6, and then its left neighbour in the grid that the server has sent
+    browser.get_by_label("removes or shows one").focus()
+    for keys, reached in ((["ArrowRight", "ArrowRight", "ArrowDown"], 6), (["ArrowLeft"], 5)):
+        changes("Reconstruction", lambda of=keys: [*map(browser.keyboard.press, [*of, "Space"])])
+        expect(browser.locator("[data-cell][data-at]")).to_have_attribute("data-cell", f"{reached}")
+        expected ^= {reached}
+
+    changes("Attention", browser.locator("[data-pick='6'] >> xpath=self::span").click)
     expect(browser.get_by_text("from the patch in row 1, column 2")).to_be_visible()
     heat = heat_over(to_picture(seen.cropped), viewer.heads(seen, 1, 6)[-1].view(4, 4).numpy())
     assert np.array_equal(picture_in(sources(browser, "Attention")[-1]), heat)
 
     other = Path(viewer.neighbours(seen, 2)[1][0])
-    neighbour = browser.get_by_role("button", name=f"/{other.name}")
-    changes("Reconstruction", neighbour.click)
+    changes("Reconstruction", browser.get_by_role("button", name=f"/{other.name}").click)
     pasted = viewer.reconstruct(viewer.see(other), painted_mask(expected, 16))[0].pasted
     assert np.array_equal(picture_in(sources(browser, "Reconstruction")[3]), to_picture(pasted))
 

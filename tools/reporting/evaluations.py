@@ -21,6 +21,7 @@ from engine.run.records import read_results
 from tools.reporting.charts import lines, reliability
 from tools.reporting.runs import NAMES, RESULTS, contents
 from util.errors import InputError
+from util.files import printable
 from util.settings.evaluation import METRICS
 
 GUESSES = dict(zip(RESULTS, (GUESSES_FILE, EVAL_GUESSES_FILE), strict=True))
@@ -36,8 +37,7 @@ Report = dict[str, object]  # what the template shows, without what an evaluatio
 
 
 def reports_of(folder: Path) -> list[Report]:
-    """The evaluations that lie in a run's folder. Raises: InputError if a file of predictions is
-    damaged."""
+    """The evaluations that lie in a run's folder."""
     return [report for name in RESULTS if (report := report_of(folder, name))]
 
 
@@ -73,12 +73,18 @@ def report_of(folder: Path, name: str) -> Report:
 
 
 def read_evaluation(folder: Path, name: str) -> tuple[dict, GuessesFile | None]:
-    """Results and what was said of each image, {} and None for what there is not. Raises:
-    InputError."""
+    """Results and what was said of each image, {} and None for what there is not, and with a line
+    for what is damaged."""
     results = contents(read_results, folder / name, dict) if (folder / name).exists() else {}
     guesses = folder / GUESSES[name]
     # results of another task leave an earlier file of predictions as it is
-    return results, load_guesses(guesses) if "acc1" in results and guesses.exists() else None
+    if "acc1" not in results or not guesses.exists():
+        return results, None
+    try:
+        return results, load_guesses(guesses)
+    except InputError as error:
+        print(f"skipped {printable(str(error))}")
+        return results, None
 
 
 def figures_of(results: Mapping) -> dict[str, float | None]:
