@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from engine.evaluation.best import read_best
-from engine.evaluation.classification import keep_guesses, said_alone
+from engine.evaluation.classification import keep_predictions, said_alone
 from engine.evaluation.metrics import merit
 from engine.loop import train
 from engine.optim import build_adamw, param_groups
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, cfg: FinetuneConfig | None = None) -
             run.records.track(cfg)
             scores = task.evaluate(spread_model(model, run.device).eval())
             shown = ("acc1",) if "acc1" in scores.scalars else scores.shown
-            keep_guesses(task.evaluator, scores)
+            keep_predictions(task.evaluator, scores)
             logger.info("%s: %d images, %s", cfg.finetune, scores.num_samples, scores.text(*shown))
             return run.finish(
                 {"protocol": "evaluation", **origin, **scores.as_dict(task.class_names)},
@@ -136,7 +136,7 @@ def evaluate_epoch(
     line = f"epoch {epoch} {scores.text(*scores.shown, *{metric}.difference(scores.shown))}"
     results = scores.as_dict(task.class_names)
     if state.step == job.plan.stop_step:
-        keep_guesses(task.evaluator, scores)
+        keep_predictions(task.evaluator, scores)
     if state.ema is not None:
         model = state.ema.module
         scores = task.evaluate(model)

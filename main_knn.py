@@ -28,15 +28,15 @@ from data.annotated import AnnotatedData, open_annotated_data
 from data.labels import LabelledData, take_subset
 from data.on_device import place_on_device
 from engine.evaluation.classification import open_labelled_data, percent_by_class
-from engine.evaluation.features import Features, Guesses, compute_layers
+from engine.evaluation.features import Features, Predictions, compute_layers
 from engine.evaluation.features_file import Origin, check_folders, load_features, save_features
 from engine.evaluation.from_weights import build_frozen
-from engine.evaluation.guesses import save_guesses
 from engine.evaluation.knn import rank_labels
 from engine.evaluation.patch_knn import build_memory, by_neighbours
+from engine.evaluation.predictions import save_predictions
 from engine.evaluation.segmentation import SegmentationEvaluator
 from engine.parallel import compile_features, spread_model
-from engine.run.folder import GUESSES_FILE, Run, open_run
+from engine.run.folder import PREDICTIONS_FILE, Run, open_run
 from engine.start import read_knn
 from models.build import layers_of
 from models.vit import VisionTransformer
@@ -50,7 +50,7 @@ WEIGHTS_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 DIGITS = re.compile(r"(\d+)")
 Results = dict[str, Any]
 # and what the neighbours say of each image, None if its pixels have classes
-Found = tuple[Results, Guesses | None]
+Found = tuple[Results, Predictions | None]
 logger = logging.getLogger(__name__)
 
 
@@ -94,14 +94,14 @@ def main(argv: Sequence[str] | None = None, cfg: KnnConfig | None = None) -> Res
             from_main(partial(read_weights, checkpoint))
         table = []
         for checkpoint in checkpoints:
-            results, guesses = evaluate_checkpoint(cfg, run, checkpoint, data, folders)
+            results, predictions = evaluate_checkpoint(cfg, run, checkpoint, data, folders)
             table.append(results)
         if len(table) > 1:
             for row in table:
                 name = row["checkpoint"]
                 logger.info("%-*s  %s", max(map(len, checkpoints)), name, accuracies(row))
             results = {**results, "checkpoints": table}
-        return finish(cfg, run, (results, guesses), data.class_names, data)
+        return finish(cfg, run, (results, predictions), data.class_names, data)
 
 
 def finish(
@@ -111,12 +111,12 @@ def finish(
     class_names: list[str],
     data: LabelledData | AnnotatedData | None,
 ) -> Results:
-    """Writes results and guesses, of the images of `data` if they are at hand; returns the
+    """Writes results and predictions, of the images of `data` if they are at hand; returns the
     results."""
-    results, guesses = found
-    if guesses is not None and run.processes.is_main:
+    results, predictions = found
+    if predictions is not None and run.processes.is_main:
         source = data.val if isinstance(data, LabelledData) else None
-        save_guesses(run.output_dir / GUESSES_FILE, guesses, class_names, cfg, source)
+        save_predictions(run.output_dir / PREDICTIONS_FILE, predictions, class_names, cfg, source)
     return run.finish(results)
 
 
@@ -168,13 +168,14 @@ def evaluate_checkpoint(
         results.append(classify(cfg, run, features, origin))
     if len(layers) == 1:
         return results[0]
-    best, guesses = max(results, key=lambda of_layer: of_layer[0]["acc1"])  # of equals the first
+    # of equals the first
+    best, predictions = max(results, key=lambda of_layer: of_layer[0]["acc1"])
     for of_layer, _ in results:
         mark = "  the best" if of_layer is best else ""
         logger.info("layer %2d  %s%s", of_layer["layer"], accuracies(of_layer), mark)
     figures = ("layer", "correct1", "acc1", "acc5", "acc1_by_k")
     layers_found = [{name: row[name] for name in figures} for row, _ in results]
-    return {**best, "layers": layers_found}, guesses
+    return {**best, "layers": layers_found}, predictions
 
 
 def segment(
@@ -210,10 +211,10 @@ def segment(
 
 def classify(
     cfg: KnnConfig, run: Run, features: Features, origin: Origin
-) -> tuple[Results, Guesses]:
+) -> tuple[Results, Predictions]:
     """Results of a search among the training features of all processes."""
     class_names, num_train = origin.class_names, len(features.train_labels)
-    parts: list[Guesses] = []
+    parts: list[Predictions] = []
     ranks = rank_labels(features, len(class_names), cfg.ks, cfg.temperature, run.processes, parts)
     labels, reported = features.val_labels, ranks[cfg.ks[0]]
     acc1 = {str(k): 100 * int((of_k == 0).sum()) / len(labels) for k, of_k in ranks.items()}
@@ -243,7 +244,7 @@ def classify(
         accuracies(results),
     )
     warn_of_few(cfg, num_train, "training images")
-    return results, Guesses(*map(torch.cat, zip(*parts, strict=True)))
+    return results, Predictions(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def described(origin: Origin, *without: str) -> Results:

@@ -22,7 +22,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from data.loader import Batch
-from engine.evaluation.classification import keep_guesses
+from engine.evaluation.classification import keep_predictions
 from engine.evaluation.probe import (
     build_probe_optimizer,
     build_probes,
@@ -131,7 +131,7 @@ def evaluate_epoch(
     ]
     best = scores["val"][chosen]
     if job.state.step == job.plan.stop_step:
-        keep_guesses(task.evaluators["val"], best)
+        keep_predictions(task.evaluators["val"], best)
     figures = {f"val_{name}": value for name, value in best.scalars.items()}
     values = {"epoch": float(epoch), "val_loss": best.loss, **figures, **curve[chosen]}
     said = "  ".join(f"{split} {found[chosen].text(metric)}" for split, found in scores.items())

@@ -281,7 +281,7 @@ test_four_images_by_hand
 -first = min(TOP, num_classes)
 +first = min(4, num_classes)
 
-36 evaluation: counts per class go by the class that was guessed
+36 evaluation: counts per class go by the class that was predicted
 engine/evaluation/classification.py engine/test_evaluation.py
 test_four_images_by_hand
 -class_total=labels.bincount(
@@ -332,10 +332,10 @@ test_ranks_by_hand
 -before = ((votes > own) | ((votes == own) & lower)).sum(dim=1)
 +before = (votes > own).sum(dim=1)
 
-94 knn: a class without a vote may be a guess
+94 knn: a class without a vote may be predicted
 engine/evaluation/knn.py engine/test_knn.py
 test_ranks_by_hand
--return torch.where(own[:, 0] > 0, before, NOT_GUESSED)
+-return torch.where(own[:, 0] > 0, before, NOT_PREDICTED)
 +return before
 
 95 knn: similarities are so finely rounded that float noise decides who is nearer
@@ -1231,16 +1231,16 @@ test_a_copy_of_a_folder_and_another_service_have_records_of_their_own
 +if stored.get("service") == name:
 
 310 predictions: of classes with equal votes the higher label comes first
-engine/evaluation/knn.py engine/test_guesses.py
+engine/evaluation/knn.py engine/test_predictions_file.py
 test_votes_are_shares_and_equal_ones_go_to_the_lower_label
 -shares, classes = (votes / votes.sum(dim=1, keepdim=True)).sort(
 +shares, classes = (votes / votes.sum(dim=1, keepdim=True)).flip(1).sort(
 
 311 predictions: those of the last probe are kept, not of the chosen one
-main_lincls.py engine/test_guesses.py
+main_lincls.py engine/test_predictions_file.py
 test_stored_predictions_give_the_accuracy_exactly
--keep_guesses(task.evaluators["val"], best)
-+keep_guesses(task.evaluators["val"], scores["val"][-1])
+-keep_predictions(task.evaluators["val"], best)
++keep_predictions(task.evaluators["val"], scores["val"][-1])
 
 312 report: the calibration error is that of all images together
 tools/reporting/evaluations.py tools/test_evaluation_pages.py

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from data.images import pixel_format
 from data.labels import LabelledData, LabelledSource
 from data.tables import build_data
-from engine.evaluation.features import TOP, Guesses, answers
-from engine.evaluation.guesses import save_guesses
+from engine.evaluation.features import TOP, Predictions, answers
 from engine.evaluation.metrics import (
     Figures,
     multiclass_figures,
@@ -27,7 +26,8 @@ from engine.evaluation.metrics import (
     regression_figures,
 )
 from engine.evaluation.objective import Objective
-from engine.run.folder import EVAL_GUESSES_FILE, GUESSES_FILE, Run
+from engine.evaluation.predictions import save_predictions
+from engine.run.folder import EVAL_PREDICTIONS_FILE, PREDICTIONS_FILE, Run
 from engine.run.records import without_nan
 from util.dist import all_gather, first_process_first, from_main, gather_rows
 from util.settings.evaluation import METRICS, FinetuneConfig, KnnConfig, LinclsConfig
@@ -90,14 +90,14 @@ class ClassScores(Scores):
 
     correct1, correct5: images whose class is the first, or among the first five.
     class_correct, class_total: images per class, in the order of the labels.
-    guesses: what it says of each image, on the main process.
+    predictions: what it says of each image, on the main process.
     """
 
     correct1: int
     correct5: int
     class_correct: list[int]
     class_total: list[int]
-    guesses: Guesses | None = field(default=None, compare=False, repr=False)
+    predictions: Predictions | None = field(default=None, compare=False, repr=False)
 
     @property
     def scalars(self) -> dict[str, float]:
@@ -248,17 +248,19 @@ class Evaluator:
             correct5=int((best == labels[:, None]).sum()),
             class_correct=labels[is_right].bincount(minlength=num_classes).tolist(),
             class_total=labels.bincount(minlength=num_classes).tolist(),
-            guesses=Guesses(labels, best, probabilities[:, head, :-1], probabilities[:, head, -1]),
+            predictions=Predictions(
+                labels, best, probabilities[:, head, :-1], probabilities[:, head, -1]
+            ),
         )
 
 
-def keep_guesses(evaluator: object, scores: Scores) -> None:
+def keep_predictions(evaluator: object, scores: Scores) -> None:
     """Writes what a classifier said of each image that `evaluator` knows into the run's folder, if
     each has one class. Only the main process does."""
-    if isinstance(evaluator, Evaluator) and isinstance(scores, ClassScores) and scores.guesses:
+    if isinstance(evaluator, Evaluator) and isinstance(scores, ClassScores) and scores.predictions:
         run, cfg = evaluator.run, evaluator.cfg
         is_eval = isinstance(cfg, FinetuneConfig) and cfg.eval
-        path = run.output_dir / (EVAL_GUESSES_FILE if is_eval else GUESSES_FILE)
+        path = run.output_dir / (EVAL_PREDICTIONS_FILE if is_eval else PREDICTIONS_FILE)
         if run.processes.is_main:
             names = evaluator.objective.names
-            save_guesses(path, scores.guesses, names, cfg, evaluator.source)
+            save_predictions(path, scores.predictions, names, cfg, evaluator.source)

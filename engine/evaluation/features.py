@@ -39,7 +39,7 @@ class Features(NamedTuple):
     val_labels: Tensor
 
 
-class Guesses(NamedTuple):
+class Predictions(NamedTuple):
     """The most probable classes of each image, all on the CPU.
 
     labels: `(n,)` int64, their own classes.

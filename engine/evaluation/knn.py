@@ -7,7 +7,7 @@ features does not grow with the number of training images.
 The order is total, so that chunks and processes do not change it: similarities are rounded to
 multiples of 2^-18, a step that is wider than the noise of 32-bit products of the widest features
 (1,664); of equally similar training images the one with the lower index is nearer; of classes with
-equal votes the lower label comes first. A class without a vote is never a guess.
+equal votes the lower label comes first. A class without a vote is never predicted.
 
 Shapes: `Q` queries, `R` training rows at a time, `D` width, `K` neighbours, `C` classes.
 """
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.evaluation.features import TOP, Features, Guesses
+from engine.evaluation.features import TOP, Features, Predictions
 from util.dist import Processes, all_gather
 
 QUERIES, ROWS = 256, 2**14
 GRID = 2**18  # steps of a similarity of 1
 INDEX_MASK = 2**32 - 1
 NO_NEIGHBOUR = -(2**63)  # sorts behind every key
-NOT_GUESSED = 2**31  # the rank of a class without a vote
+NOT_PREDICTED = 2**31  # the rank of a class without a vote
 
 
 def rank_labels(
@@ -34,14 +34,14 @@ def rank_labels(
     ks: tuple[int, ...],
     temperature: float,
     processes: Processes,
-    guesses: list[Guesses] | None = None,
+    predictions: list[Predictions] | None = None,
 ) -> dict[int, Tensor]:
-    """The rank of each query's own class among the guesses, `(Q,)` int64 for each k: 0 is a hit.
+    """The rank of each query's own class as predicted, `(Q,)` int64 for each k: 0 is a hit.
 
     All processes must call, and all get the ranks. `features.val` are the queries, the same on
     every process; `features.train` is this process's share of the training rows. A k above the
     number of training images takes all of them. What the neighbours of the first k vote for is
-    added to the list `guesses`, a part of the queries after the other.
+    added to the list `predictions`, a part of the queries after the other.
     """
     queries = F.normalize(features.val.to(processes.device), dim=1)  # (Q, D)
     most = min(max(ks), len(features.train_labels))
@@ -58,8 +58,8 @@ def rank_labels(
             for k in ks:
                 if count == min(k, most):
                     ranks[k].append(rank_of_label(votes, labels))
-                    if k == ks[0] and guesses is not None:
-                        guesses.append(guessed(votes, labels))
+                    if k == ks[0] and predictions is not None:
+                        predictions.append(predicted_by(votes, labels))
     return {k: torch.cat(parts) for k, parts in ranks.items()}
 
 
@@ -105,7 +105,7 @@ def growing_votes(
         yield votes.scatter_add_(1, labels[:, place, None], weights[:, place, None])
 
 
-def guessed(votes: Tensor, labels: Tensor) -> Guesses:
+def predicted_by(votes: Tensor, labels: Tensor) -> Predictions:
     """The classes with most of the votes `(Q, C)`, and their shares of all votes as
     probabilities."""
     shares, classes = (votes / votes.sum(dim=1, keepdim=True)).sort(
@@ -114,15 +114,15 @@ def guessed(votes: Tensor, labels: Tensor) -> Guesses:
     shares, classes = shares[:, :TOP], classes[:, :TOP]
     classes = torch.where(shares > 0, classes, votes.shape[1])
     of_truth = votes.gather(1, labels[:, None])[:, 0] / votes.sum(dim=1)
-    return Guesses(labels, classes, shares.float(), of_truth.float())
+    return Predictions(labels, classes, shares.float(), of_truth.float())
 
 
 def rank_of_label(votes: Tensor, labels: Tensor) -> Tensor:
-    """How many classes are guessed before the right one, `(Q, C)` and `(Q,)` -> `(Q,)`.
+    """How many classes are predicted before the right one, `(Q, C)` and `(Q,)` -> `(Q,)`.
 
-    NOT_GUESSED where the right one has no vote.
+    NOT_PREDICTED where the right one has no vote.
     """
     own = votes.gather(1, labels[:, None])
     lower = torch.arange(votes.shape[1], device=labels.device) < labels[:, None]
     before = ((votes > own) | ((votes == own) & lower)).sum(dim=1)
-    return torch.where(own[:, 0] > 0, before, NOT_GUESSED)
+    return torch.where(own[:, 0] > 0, before, NOT_PREDICTED)

@@ -32,9 +32,9 @@ from util.settings.read import dump_config
 
 TrainConfig = PretrainConfig | FinetuneConfig | LinclsConfig
 # What a classifier said of each image: beside results.json, and beside eval.json
-GUESSES_FILE, EVAL_GUESSES_FILE = "predictions.npz", "eval_predictions.npz"
-GUESSES_MARK = b"of_truth.npy"  # an array in them
-RESULT_FILES = ("model.safetensors", "best.safetensors", GUESSES_FILE, "results.json")
+PREDICTIONS_FILE, EVAL_PREDICTIONS_FILE = "predictions.npz", "eval_predictions.npz"
+PREDICTIONS_MARK = b"of_truth.npy"  # an array in them
+RESULT_FILES = ("model.safetensors", "best.safetensors", PREDICTIONS_FILE, "results.json")
 PROGRESS_FILES = (
     "config.yaml",
     "log.jsonl",
@@ -165,15 +165,15 @@ def claim(folder: Path, cfg: RunConfig, stack: ExitStack) -> None:
     check_writable("output_dir", folder)
     if isinstance(cfg, KnnConfig):
         lost = _unless_own(folder / "results.json", b'"protocol": "k-NN')
-        lost += _unless_own(folder / GUESSES_FILE, GUESSES_MARK)
+        lost += _unless_own(folder / PREDICTIONS_FILE, PREDICTIONS_MARK)
     elif isinstance(cfg, FinetuneConfig) and cfg.eval:
         lost = _unless_own(folder / "eval.json", b'"protocol": "evaluation')
-        lost += _unless_own(folder / EVAL_GUESSES_FILE, GUESSES_MARK)
+        lost += _unless_own(folder / EVAL_PREDICTIONS_FILE, PREDICTIONS_MARK)
     else:
         stack.enter_context(locked(folder))
         lost = _weights_to_start_from(folder, cfg)
         if checkpoint_steps(folder):
-            lost += _unless_own(folder / GUESSES_FILE, GUESSES_MARK)
+            lost += _unless_own(folder / PREDICTIONS_FILE, PREDICTIONS_MARK)
         else:
             lost += _files_of_others(folder, cfg)
     if lost:

@@ -188,17 +188,21 @@ def errors_of(rank: int, world_size: int, broken: tuple[int, ...]) -> str:
 
 def work(processes: Processes) -> dict:
     """Everything that crosses processes, by name; all processes must come to the same, but for the
-    guesses, which only the main one has."""
+    predictions, which only the main one has."""
     rank, world_size, found = processes.rank, processes.world_size, {}
     for count in COUNTS:
         for head, of_head in enumerate(
             scores(answers, Photographs(count), 9, rank, world_size, heads=2)
         ):
-            found[f"scores of {count} by {head}"] = {**vars(of_head), "loss": None, "guesses": None}
+            found[f"scores of {count} by {head}"] = {
+                **vars(of_head),
+                "loss": None,
+                "predictions": None,
+            }
             found[f"losses of {count} by {head}"] = of_head.loss
             if processes.is_main:  # the others have none of their content
-                labels, *rest = [rows.tolist() for rows in of_head.guesses]
-                found.setdefault("guesses", []).append([labels, rest[0]])
+                labels, *rest = [rows.tolist() for rows in of_head.predictions]
+                found.setdefault("predictions", []).append([labels, rest[0]])
                 found.setdefault("probabilities", []).extend(rest[1:])
         numbers = torch.arange(count)
         found[f"numbers of {count}"] = gather_rows(numbers[rank::world_size], count).tolist()
@@ -239,7 +243,7 @@ def test_gloo_processes_come_to_the_same_as_one(tmp_path, world_size):
     expected = work(Processes(0, 1, 0, 1, CPU))
     multiprocessing.spawn(process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
-    assert ranks[0].pop("guesses") == expected["guesses"]
+    assert ranks[0].pop("predictions") == expected["predictions"]
     for ours, theirs in zip(ranks[0].pop("probabilities"), expected["probabilities"], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # of batches of another size
     assert ranks == [ranks[0]] * world_size  # all stop for the same reason, too

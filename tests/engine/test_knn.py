@@ -81,7 +81,7 @@ def test_votes_and_ranks_equal_brute_force(tied, n, queries, width, num_classes,
             for label in range(num_classes):
                 ranks = rank_of_label(found[k], torch.full((queries,), label))
                 place = (order == label).argmax(axis=1)
-                place[expected[:, label] == 0] = knn.NOT_GUESSED
+                place[expected[:, label] == 0] = knn.NOT_PREDICTED
                 assert ranks.tolist() == place.tolist()
 
 
@@ -119,9 +119,9 @@ def test_copies_of_an_image_are_equally_similar_despite_float_noise(monkeypatch,
 
 def test_ranks_by_hand():
     """Before the right class come those with more votes, and those with as many and a lower label;
-    a class without a vote is never a guess, however few classes there are."""
+    a class without a vote is never predicted, however few classes there are."""
     votes = torch.tensor([[1.0, 3.0, 3.0, 0.0, 0.0]]).expand(5, -1)
-    never = knn.NOT_GUESSED
+    never = knn.NOT_PREDICTED
     assert rank_of_label(votes, torch.arange(5)).tolist() == [2, 0, 1, never, never]
     assert rank_of_label(torch.tensor([[0.0, 0.2]]), torch.tensor([0])).item() >= 5
 

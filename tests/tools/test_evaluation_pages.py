@@ -14,9 +14,9 @@ from sklearn.metrics import confusion_matrix
 import main_finetune
 import main_knn
 from engine.evaluation.classification import Scores
-from engine.evaluation.features import Guesses
-from engine.evaluation.guesses import load_guesses, save_guesses
+from engine.evaluation.features import Predictions
 from engine.evaluation.metrics import Figures, segmentation_figures
+from engine.evaluation.predictions import load_predictions, save_predictions
 from engine.pictures.drawing import write_png
 from engine.pictures.history import keep_picture
 from tools import plot_run
@@ -31,8 +31,8 @@ def page_of(folder: Path) -> str:
     return plot_run.main([str(folder)])["reports"][0].read_text()
 
 
-def write_guesses(folder: Path, count: int, num_classes: int, seed: int = 0) -> None:
-    """An evaluation whose guesses were drawn, some of no class."""
+def write_predictions(folder: Path, count: int, num_classes: int, seed: int = 0) -> None:
+    """An evaluation whose predictions were drawn, some of no class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % num_classes
     classes = np.argsort(rng.random((count, num_classes)), axis=1)[:, :5]
@@ -40,10 +40,10 @@ def write_guesses(folder: Path, count: int, num_classes: int, seed: int = 0) -> 
     probabilities = np.sort(rng.dirichlet(np.ones(5), count).astype(np.float32))[:, ::-1].copy()
     classes[-3:], probabilities[-3:] = num_classes, 0
     arrays = (labels, classes, probabilities, probabilities[:, 0])
-    guesses = Guesses(*map(torch.from_numpy, arrays))
+    predictions = Predictions(*map(torch.from_numpy, arrays))
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"class {label}" for label in range(num_classes)]
-    save_guesses(folder / "predictions.npz", guesses, names, KnnConfig(), None)
+    save_predictions(folder / "predictions.npz", predictions, names, KnnConfig(), None)
     results = {"protocol": "k-NN", "acc1": 50.0, "acc1_by_k": {"5": 50.0}}
     (folder / "results.json").write_text(json.dumps(results))
 
@@ -63,15 +63,19 @@ def output(tmp_path_factory, data) -> Path:
 
 
 def test_figures_of_predictions_equal_plain_numpy(tmp_path):
-    write_guesses(tmp_path / "run", 203, 7)
-    guesses = load_guesses(tmp_path / "run" / "predictions.npz")
-    labels, chosen, confidence = guesses.labels, guesses.classes[:, 0], guesses.probabilities[:, 0]
+    write_predictions(tmp_path / "run", 203, 7)
+    predictions = load_predictions(tmp_path / "run" / "predictions.npz")
+    labels, chosen, confidence = (
+        predictions.labels,
+        predictions.classes[:, 0],
+        predictions.probabilities[:, 0],
+    )
     (report,) = evaluations.reports_of(tmp_path / "run")
     expected = confusion_matrix(labels, chosen, labels=range(8))[:7, :7]
     assert report["cells"] == expected.tolist() and expected.sum() == 200
-    right = {name: [] for name in guesses.class_names}
-    for label, guess in zip(labels, chosen, strict=True):
-        right[f"class {label}"].append(label == guess)
+    right = {name: [] for name in predictions.class_names}
+    for label, predicted in zip(labels, chosen, strict=True):
+        right[f"class {label}"].append(label == predicted)
     found = {name: (total, values, bar) for name, total, values, bar, _ in report["classes"]}
     for name, of_class in right.items():
         assert found[name][1] == [pytest.approx(100 * np.mean(of_class))]
@@ -92,8 +96,8 @@ def test_figures_of_predictions_equal_plain_numpy(tmp_path):
 
 
 def test_counts_of_classes_are_those_of_their_images(tmp_path):
-    write_guesses(tmp_path / "run", 203, 7)
-    labels = load_guesses(tmp_path / "run" / "predictions.npz").labels
+    write_predictions(tmp_path / "run", 203, 7)
+    labels = load_predictions(tmp_path / "run" / "predictions.npz").labels
     (report,) = evaluations.reports_of(tmp_path / "run")
     totals = {name: total for name, total, *_ in report["classes"]}
     assert totals == {f"class {label}": n for label, n in enumerate(np.bincount(labels))}
@@ -112,7 +116,7 @@ def test_pages_of_evaluations_stand_beside_the_untrained_model(output):
         assert page.count("<li><img") == min(12, 60 - results_of(output / name)["correct1"])
         assert len(page) < LIMIT and "Their pictures are not there" not in page
     (report,) = evaluations.reports_of(output / "knn")
-    before = load_guesses(output / "knn_untrained" / "predictions.npz")
+    before = load_predictions(output / "knn_untrained" / "predictions.npz")
     for name, _, _, _, untrained in report["classes"]:
         is_class = before.labels == before.class_names.index(name)
         right = before.classes[is_class, 0] == before.labels[is_class]
@@ -121,15 +125,15 @@ def test_pages_of_evaluations_stand_beside_the_untrained_model(output):
 
 
 def test_the_most_confident_mistakes_come_first(output):
-    guesses = load_guesses(output / "knn" / "predictions.npz")
+    predictions = load_predictions(output / "knn" / "predictions.npz")
     (report,) = evaluations.reports_of(output / "knn")
-    wrong = guesses.classes[:, 0] != guesses.labels
-    expected = sorted(guesses.probabilities[wrong, 0].tolist(), reverse=True)[:12]
+    wrong = predictions.classes[:, 0] != predictions.labels
+    expected = sorted(predictions.probabilities[wrong, 0].tolist(), reverse=True)[:12]
     assert [row[-1] / 100 for row in report["mistakes"]] == pytest.approx(expected)
     for _, name, truth, predicted, _ in report["mistakes"]:
-        place = guesses.names.index(name)
+        place = predictions.names.index(name)
         assert name.startswith(f"val/{truth}/") and truth != predicted
-        assert guesses.class_names[guesses.classes[place, 0]] == predicted
+        assert predictions.class_names[predictions.classes[place, 0]] == predicted
 
 
 def test_without_images_or_predictions_the_page_says_so(tmp_path, data, weights, capsys):
@@ -147,7 +151,7 @@ def test_without_images_or_predictions_the_page_says_so(tmp_path, data, weights,
 
 def test_predictions_of_an_earlier_task_do_not_count(tmp_path):
     """A later evaluation in the same folder may leave none, as that of pixels."""
-    write_guesses(tmp_path / "run", 203, 7)
+    write_predictions(tmp_path / "run", 203, 7)
     results = {"protocol": "k-NN of patches", "miou": 50.0}
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     (report,) = evaluations.reports_of(tmp_path / "run")
@@ -157,16 +161,16 @@ def test_predictions_of_an_earlier_task_do_not_count(tmp_path):
 def test_mistakes_of_deep_images_have_pictures(tmp_path, monkeypatch):
     """Whose pixels are floats up to 255."""
     image = torch.tensor([0.0, 100.2, 255.0]).view(1, 1, 3)
-    write_guesses(tmp_path / "run", 203, 7)
-    guesses = load_guesses(tmp_path / "run" / "predictions.npz")._replace(names=["x"] * 203)
+    write_predictions(tmp_path / "run", 203, 7)
+    predictions = load_predictions(tmp_path / "run" / "predictions.npz")._replace(names=["x"] * 203)
     source = SimpleNamespace(read=lambda place: image)
-    monkeypatch.setattr(evaluations, "open_guessed_images", lambda settings, names: source)
-    (picture, *_), *_ = evaluations.mistakes_of(guesses)["mistakes"]
+    monkeypatch.setattr(evaluations, "open_predicted_images", lambda settings, names: source)
+    (picture, *_), *_ = evaluations.mistakes_of(predictions)["mistakes"]
     assert np.asarray(picture)[0, :, 0].tolist() == [0, 100, 255]
 
 
 def test_many_classes_stay_small(tmp_path):
-    write_guesses(tmp_path / "run", 50_000, 1000)
+    write_predictions(tmp_path / "run", 50_000, 1000)
     page = page_of(tmp_path / "run")
     assert len(page) < LIMIT and "What is confused most often" in page
     assert page.count('<span class="bar">') == 1000 and "without the images at hand" in page

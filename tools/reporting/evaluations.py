@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from data.images import BadImageError
 from engine.evaluation.classification import percent_by_class
-from engine.evaluation.guesses import GuessesFile, load_guesses, open_guessed_images
+from engine.evaluation.predictions import PredictionsFile, load_predictions, open_predicted_images
 from engine.pictures.drawing import to_picture
-from engine.run.folder import EVAL_GUESSES_FILE, GUESSES_FILE
+from engine.run.folder import EVAL_PREDICTIONS_FILE, PREDICTIONS_FILE
 from engine.run.records import read_results
 from tools.reporting.charts import lines, reliability
 from tools.reporting.runs import NAMES, RESULTS, contents
@@ -24,7 +24,7 @@ from util.errors import InputError
 from util.files import printable
 from util.settings.evaluation import METRICS
 
-GUESSES = dict(zip(RESULTS, (GUESSES_FILE, EVAL_GUESSES_FILE), strict=True))
+PREDICTIONS = dict(zip(RESULTS, (PREDICTIONS_FILE, EVAL_PREDICTIONS_FILE), strict=True))
 UNTRAINED = "_untrained"  # ending of the folder of the same evaluation of an untrained model
 PER_CLASS = "per_class"  # beginning of keys in results.json
 FIGURES = (*dict.fromkeys(name for names in METRICS.values() for name in names), "loss")
@@ -44,10 +44,10 @@ def reports_of(folder: Path) -> list[Report]:
 def report_of(folder: Path, name: str) -> Report:
     """The evaluation of one file of results; nothing if it is not there."""
     beside = folder.with_name(folder.name + UNTRAINED)
-    results, guesses = read_evaluation(folder, name)
+    results, predictions = read_evaluation(folder, name)
     if not results:
         return {}
-    other, other_guesses = read_evaluation(beside, name)
+    other, other_predictions = read_evaluation(beside, name)
     figures, before = figures_of(results), figures_of(other)
     report: Report = {
         "title": str(results.get("protocol", "evaluation")),
@@ -61,27 +61,27 @@ def report_of(folder: Path, name: str) -> Report:
         },
         "charts": charts_of(results, other),
     }
-    if guesses is None:
+    if predictions is None:
         return report | classes_of(results, other)
-    untrained = {} if other_guesses is None else by_class(other_guesses)
+    untrained = {} if other_predictions is None else by_class(other_predictions)
     return (
         report
-        | classes_of(by_class(guesses), untrained)
-        | calibration_of(guesses)
-        | mistakes_of(guesses)
+        | classes_of(by_class(predictions), untrained)
+        | calibration_of(predictions)
+        | mistakes_of(predictions)
     )
 
 
-def read_evaluation(folder: Path, name: str) -> tuple[dict, GuessesFile | None]:
+def read_evaluation(folder: Path, name: str) -> tuple[dict, PredictionsFile | None]:
     """Results and what was said of each image, {} and None for what there is not, and with a line
     for what is damaged."""
     results = contents(read_results, folder / name, dict) if (folder / name).exists() else {}
-    guesses = folder / GUESSES[name]
+    predictions = folder / PREDICTIONS[name]
     # results of another task leave an earlier file of predictions as it is
-    if "acc1" not in results or not guesses.exists():
+    if "acc1" not in results or not predictions.exists():
         return results, None
     try:
-        return results, load_guesses(guesses)
+        return results, load_predictions(predictions)
     except InputError as error:
         print(f"skipped {printable(str(error))}")
         return results, None
@@ -167,11 +167,11 @@ def classes_of(results: Mapping, other: Mapping) -> Report:
     return report
 
 
-def by_class(guesses: GuessesFile) -> dict[str, object]:
+def by_class(predictions: PredictionsFile) -> dict[str, object]:
     """As results.json has them: of each class the percentage of its images that are right, None
     without an image; the number of its images; and unless there are too many classes, the confusion
     matrix."""
-    names, labels, chosen = guesses.class_names, guesses.labels, guesses.classes[:, 0]
+    names, labels, chosen = predictions.class_names, predictions.labels, predictions.classes[:, 0]
     totals = np.bincount(labels, minlength=len(names)).tolist()
     right = np.bincount(labels[chosen == labels], minlength=len(names)).tolist()
     found: dict[str, object] = {PER_CLASS: percent_by_class(names, right, totals)}
@@ -183,12 +183,12 @@ def by_class(guesses: GuessesFile) -> dict[str, object]:
     return found
 
 
-def calibration_of(guesses: GuessesFile) -> Report:
+def calibration_of(predictions: PredictionsFile) -> Report:
     """The expected calibration error in percent (arXiv 1706.04599, equation 3): the mean over the
     images of how far accuracy and mean confidence of their bin differ. BINS bins of equal width
     hold their upper ends."""
-    confidence = guesses.probabilities[:, 0].astype(np.float64)
-    is_right = guesses.classes[:, 0] == guesses.labels
+    confidence = predictions.probabilities[:, 0].astype(np.float64)
+    is_right = predictions.classes[:, 0] == predictions.labels
     places = (np.ceil(confidence * BINS).clip(1, BINS) - 1).astype(np.int64)
     counts = np.bincount(places, minlength=BINS)
     sums = [np.bincount(places, values, minlength=BINS) for values in (confidence, is_right)]
@@ -197,23 +197,23 @@ def calibration_of(guesses: GuessesFile) -> Report:
     return {"error": error, "calibration": reliability(accuracy, 100 * counts / counts.sum())}
 
 
-def mistakes_of(guesses: GuessesFile) -> Report:
+def mistakes_of(predictions: PredictionsFile) -> Report:
     """The most confident mistakes: picture, name, true class, predicted class and confidence in
     percent; or why there are no pictures."""
-    names, chosen = guesses.class_names, guesses.classes[:, 0]
-    wrong = np.flatnonzero(chosen != guesses.labels)
+    names, chosen = predictions.class_names, predictions.classes[:, 0]
+    wrong = np.flatnonzero(chosen != predictions.labels)
     named = wrong[chosen[wrong] < len(names)]
-    first = named[np.argsort(-guesses.probabilities[named, 0], kind="stable")][:MISTAKES]
+    first = named[np.argsort(-predictions.probabilities[named, 0], kind="stable")][:MISTAKES]
     report: Report = {"num_wrong": len(wrong), "mistakes": [], "missing": ""}
     try:
-        source = open_guessed_images(guesses.settings, guesses.names)
+        source = open_predicted_images(predictions.settings, predictions.names)
         report["mistakes"] = [
             (
                 Image.fromarray(to_picture(source.read(place).float() / 255)),
-                guesses.names[place],
-                names[guesses.labels[place]],
+                predictions.names[place],
+                names[predictions.labels[place]],
                 names[chosen[place]],
-                100 * float(guesses.probabilities[place, 0]),
+                100 * float(predictions.probabilities[place, 0]),
             )
             for place in first.tolist()
         ]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import main_finetune
 import main_knn
 import main_lincls
-from engine.evaluation.features import Guesses
-from engine.evaluation.guesses import load_guesses, open_guessed_images, save_guesses
-from engine.evaluation.knn import guessed, rank_of_label
+from engine.evaluation.features import Predictions
+from engine.evaluation.knn import predicted_by, rank_of_label
+from engine.evaluation.predictions import load_predictions, open_predicted_images, save_predictions
 from util.errors import InputError
 from util.settings.evaluation import KnnConfig
 
@@ -39,7 +39,7 @@ def arguments(stage: str, data: Path, output: Path, weights: Path, *more) -> lis
 @pytest.mark.parametrize("stage", STAGES)
 def test_stored_predictions_give_the_accuracy_exactly(stage, tmp_path, data, weights):
     results = STAGES[stage][0].main(arguments(stage, data, tmp_path / "run", weights))
-    found = load_guesses(tmp_path / "run" / "predictions.npz")
+    found = load_predictions(tmp_path / "run" / "predictions.npz")
     labels = np.repeat(np.arange(3), 20)
     assert (found.labels == labels).all() and found.class_names == sorted(CLASSES)
     is_right = found.classes[:, 0] == found.labels
@@ -51,7 +51,7 @@ def test_stored_predictions_give_the_accuracy_exactly(stage, tmp_path, data, wei
     assert found.probabilities.sum(axis=1) == pytest.approx(np.ones(60), abs=1e-5)
     own = np.where(found.classes == labels[:, None], found.probabilities, 0).sum(axis=1)
     assert found.of_truth == pytest.approx(own, abs=1e-6)
-    source = open_guessed_images(found.settings, found.names)
+    source = open_predicted_images(found.settings, found.names)
     assert (source.labels == labels).all() and found.names[0] == "val/nought/040.png"
     if stage == "finetune":  # the written weights say the same; beside a run, eval has its own file
         before = (tmp_path / "run" / "predictions.npz").read_bytes()
@@ -66,7 +66,7 @@ def test_stored_predictions_give_the_accuracy_exactly(stage, tmp_path, data, wei
 def test_votes_are_shares_and_equal_ones_go_to_the_lower_label():
     votes = torch.tensor([[0, 3, 0, 3, 1, 0.5, 0.25], [0, 0, 0, 0, 0, 0, 2]], dtype=torch.float64)
     labels = torch.tensor([3, 0])
-    found = guessed(votes, labels)
+    found = predicted_by(votes, labels)
     assert found.classes.tolist() == [[1, 3, 4, 5, 6], [6, 7, 7, 7, 7]]
     assert found.probabilities[0] == pytest.approx(np.array([3, 3, 1, 0.5, 0.25]) / 7.75)
     assert found.of_truth == pytest.approx([3 / 7.75, 0]) and found.probabilities[1, 0] == 1
@@ -85,7 +85,7 @@ def test_logits_that_are_not_finite_name_no_class(tmp_path, data, weights):
     save_file(tensors, tmp_path / "broken.safetensors", metadata)
     more = ["--eval", "--finetune", tmp_path / "broken.safetensors"]
     results = main_finetune.main(pictures(data, tmp_path / "eval", *more))
-    found = load_guesses(tmp_path / "eval" / "eval_predictions.npz")
+    found = load_predictions(tmp_path / "eval" / "eval_predictions.npz")
     assert (found.classes == 3).all() and results["acc1"] == 0
     assert not found.probabilities.any() and not found.of_truth.any()
 
@@ -94,13 +94,13 @@ def test_images_that_are_not_at_hand_are_said_to_be(tmp_path, data, weights):
     own = Path(shutil.copytree(data, tmp_path / "own"))
     more = ["--save_path", tmp_path / "features"]
     main_knn.main(arguments("knn", own, tmp_path / "run", weights, *more))
-    found = load_guesses(tmp_path / "run" / "predictions.npz")
+    found = load_predictions(tmp_path / "run" / "predictions.npz")
     (own / "val" / "one" / "045.png").rename(own / "val" / "one" / "999.png")
     with pytest.raises(InputError, match="other validation images"):
-        open_guessed_images(found.settings, found.names)
+        open_predicted_images(found.settings, found.names)
     loaded = ["--load_path", tmp_path / "features", *KNN, "--output_dir", tmp_path / "loaded"]
     main_knn.main(list(map(str, loaded)))
-    without = load_guesses(tmp_path / "loaded" / "predictions.npz")
+    without = load_predictions(tmp_path / "loaded" / "predictions.npz")
     assert without.names == [] and without.settings == {}
     assert (without.classes == found.classes).all()
 
@@ -117,21 +117,23 @@ def test_predictions_of_others_are_not_overwritten(stage, tmp_path, data, weight
         STAGES[stage][0].main(arguments(stage, data, path.parent, weights, *more))
     assert path.read_bytes() == before
     with pytest.raises(InputError, match=name):
-        load_guesses(path)
+        load_predictions(path)
 
 
 def test_a_damaged_file_is_one_line(tmp_path):
     """Wherever a bit of it flips, it is read or refused."""
     path, count = tmp_path / "predictions.npz", 20
     classes = torch.arange(5).repeat(count, 1)
-    guesses = Guesses(torch.arange(count) % 7, classes, torch.rand(count, 5), torch.rand(count))
-    save_guesses(path, guesses, [*"abcdefg"], KnnConfig(), None)
+    predictions = Predictions(
+        torch.arange(count) % 7, classes, torch.rand(count, 5), torch.rand(count)
+    )
+    save_predictions(path, predictions, [*"abcdefg"], KnnConfig(), None)
     whole = path.read_bytes()
     refused = 0
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         try:
-            load_guesses(path)
+            load_predictions(path)
         except InputError:
             refused += 1
     assert refused > len(whole) / 7 / 2
@@ -155,13 +157,15 @@ def test_the_file_is_small_and_holds_names_that_are_no_text(tmp_path):
             return f"/data/val/n{index // 50:08d}/caf\udce9_{index:08d}.JPEG"
 
     cfg = KnnConfig(data_path="/data")
-    guesses = Guesses(labels, classes, probabilities, probabilities[:, 0])
+    predictions = Predictions(labels, classes, probabilities, probabilities[:, 0])
     for name in ("one.npz", "two.npz"):
         names = [f"n{label:08d}" for label in range(1000)]
-        save_guesses(tmp_path / name, guesses, names, cfg, Source())
+        save_predictions(tmp_path / name, predictions, names, cfg, Source())
     content = (tmp_path / "one.npz").read_bytes()
     assert content == (tmp_path / "two.npz").read_bytes() and len(content) < 2.5e6
-    assert load_guesses(tmp_path / "one.npz").names[-1] == "val/n00000999/caf\udce9_00049999.JPEG"
+    assert (
+        load_predictions(tmp_path / "one.npz").names[-1] == "val/n00000999/caf\udce9_00049999.JPEG"
+    )
 
 
 @pytest.mark.long
@@ -179,7 +183,7 @@ def test_two_processes_write_the_same_bytes(stage, tmp_path, weights):
     launched = launch(arguments(stage, data, tmp_path / "two", weights, *more), 2, script)
     assert launched.returncode == 0, launched.stderr
     (one,), (two,) = (sorted((tmp_path / name).glob("*predictions.npz")) for name in ("one", "two"))
-    ours, theirs = load_guesses(one), load_guesses(two)
+    ours, theirs = load_predictions(one), load_predictions(two)
     assert ours.names == theirs.names and len(ours.names) == 57
     assert (ours.labels == theirs.labels).all()
     results = results_of(tmp_path / "two", "eval.json" if stage == "finetune" else "results.json")

@@ -16,7 +16,7 @@ import numpy as np
 from data.images import pixel_format
 from data.labels import LabelledSource
 from data.tables import build_data
-from engine.evaluation.features import Guesses
+from engine.evaluation.features import Predictions
 from util.errors import InputError
 from util.files import write_output
 from util.settings.base import DatasetConfig, PixelConfig
@@ -35,8 +35,8 @@ SOURCE_SETTINGS = (  # what opens the images again
 )
 
 
-class GuessesFile(NamedTuple):
-    """The content of a file: the arrays of `Guesses`, whole numbers as int32.
+class PredictionsFile(NamedTuple):
+    """The content of a file: the arrays of `Predictions`, whole numbers as int32.
 
     names: of the images, relative to `data_path` where they are files there; none if the images
         were not at hand, as with saved features.
@@ -52,14 +52,14 @@ class GuessesFile(NamedTuple):
     settings: dict[str, object]
 
 
-def save_guesses(
+def save_predictions(
     path: Path,
-    guesses: Guesses,
+    predictions: Predictions,
     class_names: list[str],
     cfg: FinetuneConfig | LinclsConfig | KnnConfig,
     source: LabelledSource | None,
 ) -> None:
-    """Writes the file; the same guesses give the same bytes. `source` has the images in their
+    """Writes the file; the same predictions give the same bytes. `source` has the images in their
     order, None if they are not at hand. Raises: LocalInputError where it cannot be written."""
     names, settings = [], {}
     if source is not None:
@@ -67,10 +67,10 @@ def save_guesses(
         values = cfg.model_dump(mode="json")
         settings = {name: values[name] for name in (*SOURCE_SETTINGS, "in_chans", "seed")}
     arrays = {
-        "labels": guesses.labels.numpy().astype(np.int32),
-        "classes": guesses.classes.numpy().astype(np.int32),
-        "probabilities": guesses.probabilities.numpy(),
-        "of_truth": guesses.of_truth.numpy(),
+        "labels": predictions.labels.numpy().astype(np.int32),
+        "classes": predictions.classes.numpy().astype(np.int32),
+        "probabilities": predictions.probabilities.numpy(),
+        "of_truth": predictions.of_truth.numpy(),
         "names": np.array([os.fsencode(name) for name in names], dtype=bytes),
         "class_names": as_bytes(class_names),
         "settings": as_bytes(settings),
@@ -85,14 +85,14 @@ def as_bytes(value: object) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
-def load_guesses(path: Path) -> GuessesFile:
-    """What `save_guesses` wrote. Raises: InputError if the file is damaged, or another one."""
+def load_predictions(path: Path) -> PredictionsFile:
+    """What `save_predictions` wrote. Raises: InputError if the file is damaged, or another one."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in GuessesFile._fields}
+            arrays = {name: file[name] for name in PredictionsFile._fields}
         texts = {name: json.loads(arrays[name].tobytes()) for name in ("class_names", "settings")}
         names = [os.fsdecode(name) for name in arrays["names"].tolist()]
-        return GuessesFile(**arrays | texts | {"names": names})
+        return PredictionsFile(**arrays | texts | {"names": names})
     except Exception as error:  # noqa: BLE001 (damaged bytes raise errors of any class)
         raise InputError(f"{path} holds no complete predictions of a run: {error}") from error
 
@@ -102,7 +102,7 @@ def short_name(name: str, data_path: str | None) -> str:
     return name.removeprefix(f"{os.path.normpath(data_path)}/") if data_path else name
 
 
-def open_guessed_images(settings: Mapping[str, object], names: list[str]) -> LabelledSource:
+def open_predicted_images(settings: Mapping[str, object], names: list[str]) -> LabelledSource:
     """The validation images that were evaluated, from a file's `settings` and `names`.
 
     Raises: InputError if they are not there any more, or others are.
