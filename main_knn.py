@@ -168,7 +168,7 @@ def evaluate_checkpoint(
         results.append(classify(cfg, run, features, origin))
     if len(layers) == 1:
         return results[0]
-    # of equals the first
+    # of layers that are equally good, the first
     best, predictions = max(results, key=lambda of_layer: of_layer[0]["acc1"])
     for of_layer, _ in results:
         mark = "  the best" if of_layer is best else ""

@@ -201,9 +201,9 @@ def work(processes: Processes) -> dict:
             }
             found[f"losses of {count} by {head}"] = of_head.loss
             if processes.is_main:  # the others have none of their content
-                labels, *rest = [rows.tolist() for rows in of_head.predictions]
-                found.setdefault("predictions", []).append([labels, rest[0]])
-                found.setdefault("probabilities", []).extend(rest[1:])
+                labels, classes, *shares = [rows.tolist() for rows in of_head.predictions]
+                found.setdefault("predictions", []).append([labels, classes])
+                found.setdefault("probabilities", []).extend(shares)
         numbers = torch.arange(count)
         found[f"numbers of {count}"] = gather_rows(numbers[rank::world_size], count).tolist()
     found["errors"] = [
